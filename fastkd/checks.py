@@ -1,0 +1,247 @@
+"""Every public error message: what was expected, what came, what to do. Nothing here synchronises
+with a device unless FASTKD_DEBUG=1 asks for it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .divergences import Divergence
+
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+GRADIENTS = ("auto", "forward", "backward")
+BACKENDS = ("auto", "triton", "torch", "reference")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+DEBUG = os.environ.get("FASTKD_DEBUG") == "1"
+
+
+def choice(name: str, value: Any, options: Sequence[str]) -> None:
+    if value in options:
+        return
+    near = difflib.get_close_matches(str(value), options, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}{hint}")
+
+
+def divergence(value: Any) -> Divergence:
+    """The object of a name or an object."""
+    if isinstance(value, Divergence):
+        return value
+    if isinstance(value, type) and issubclass(value, Divergence):
+        raise TypeError(f"divergence must be an object, got the class: write {value.__name__}()")
+    if not isinstance(value, str):
+        raise TypeError(
+            f"divergence must be a name or a fastkd.Divergence, got {type(value).__name__}"
+        )
+    plain = ("forward_kl", "reverse_kl", "jeffreys", "tvd")
+    if value not in plain and value in Divergence._classes:
+        raise ValueError(
+            f"divergence {value!r} has a parameter: pass an object, such as "
+            f"fastkd.{Divergence._classes[value].__name__}()"
+        )
+    choice("divergence", value, plain)
+    return Divergence.of_name(value)()
+
+
+def logits(student: Any, teacher: Any, vocab_size: Any) -> int:
+    """The number of columns that are vocabulary."""
+    for name, tensor in (("student", student), ("teacher", teacher)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor of logits, got {type(tensor).__name__}")
+        if hasattr(tensor, "device_mesh"):
+            raise NotImplementedError(
+                f"{name} is a DTensor, which is not supported yet: pass {name}.full_tensor()"
+            )
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise TypeError(
+                f"{name} must hold logits in float16, bfloat16, float32 or float64, got "
+                f"{tensor.dtype}; class indices go to `labels`"
+            )
+        if tensor.dim() == 0:
+            raise ValueError(f"{name} must have shape [..., V], got a 0-d tensor")
+    if student.device != teacher.device:
+        raise ValueError(
+            f"student and teacher must be on one device, got {student.device} and "
+            f"{teacher.device}: move one of them"
+        )
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            f"student and teacher must have equal leading shapes, got {tuple(student.shape)} and "
+            f"{tuple(teacher.shape)}"
+        )
+    widths = student.size(-1), teacher.size(-1)
+    if vocab_size is None:
+        if widths[0] != widths[1]:
+            raise ValueError(
+                f"student and teacher have {widths[0]} and {widths[1]} columns: if the wider one "
+                f"is padded, pass vocab_size (at most {min(widths)}), the tokenizer's true size"
+            )
+        vocab_size = widths[0]
+    elif not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
+        raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
+    if not 1 <= vocab_size <= min(widths):
+        raise ValueError(
+            f"vocab_size must lie between 1 and the narrower width, got {vocab_size} for a "
+            f"student of {widths[0]} and a teacher of {widths[1]} columns"
+        )
+    return vocab_size
+
+
+def per_row(name: str, tensor: Any, student: Tensor) -> None:
+    rows = student.shape[:-1]
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.shape != rows:
+        raise ValueError(
+            f"{name} must have the shape of the rows, {tuple(rows)}, got {tuple(tensor.shape)}"
+        )
+    if tensor.device != student.device:
+        raise ValueError(f"{name} is on {tensor.device}, the logits on {student.device}: move it")
+
+
+def labels(tensor: Any, student: Tensor, vocab_size: int, ignore_index: int) -> None:
+    per_row("labels", tensor, student)
+    if tensor.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            f"labels must be class indices in int64 or int32, got {tensor.dtype}; soft labels are "
+            "a teacher: pass their logarithm as `teacher`"
+        )
+    if _may_read(tensor):
+        wrong = (tensor != ignore_index) & ((tensor < 0) | (tensor >= vocab_size))
+        if wrong.any():
+            raise ValueError(
+                f"labels must lie in [0, {vocab_size}) or be ignore_index={ignore_index}, got "
+                f"{tensor[wrong][0].item()}"
+            )
+
+
+def weight(tensor: Any, student: Tensor) -> None:
+    per_row("weight", tensor, student)
+    if tensor.dtype != torch.bool and not tensor.dtype.is_floating_point:
+        raise TypeError(f"weight must be floating-point or bool, got {tensor.dtype}")
+
+
+def temperature(name: str, value: Any, student: Tensor) -> None:
+    if isinstance(value, Tensor):
+        if not value.dtype.is_floating_point:
+            raise TypeError(f"{name} must be floating-point, got {value.dtype}")
+        if value.dim():
+            per_row(name, value, student)
+        if _may_read(value) and not ((value > 0) & (value < math.inf)).all():
+            raise ValueError(f"{name} must be finite and > 0 in every row, got {value}")
+        return
+    number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be finite and > 0, got {value!r}")
+
+
+def number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def unit(name: str, value: Any) -> None:
+    number(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
+
+
+def finite(name: str, value: Any) -> None:
+    number(name, value)
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name} must be finite, got {value!r}")
+
+
+def num_items(value: Any, reduction: str) -> None:
+    if reduction != "mean":
+        raise ValueError(f"num_items replaces the divisor of reduction='mean', got {reduction!r}")
+    if isinstance(value, Tensor):
+        if value.dim():
+            raise ValueError(f"num_items must be a 0-d tensor, got shape {tuple(value.shape)}")
+        return
+    number("num_items", value)
+    if value <= 0:
+        raise ValueError(f"num_items must be > 0, got {value!r}")
+
+
+def gradient_mode(
+    gradient: str, reduction: str, inplace: bool, student: Tensor, others: dict[str, Any]
+) -> str:
+    """'forward' or 'backward'; `others` are the arguments besides the student that may train."""
+    trained = [name for name, value in others.items() if trains(value)]
+    if gradient == "auto":
+        forward = reduction != "none" and not trained and student.dtype != torch.float16
+        gradient = "forward" if inplace or (forward and trains(student)) else "backward"
+    elif gradient == "backward" and inplace:
+        raise ValueError("inplace=True needs gradient='forward' or 'auto', got 'backward'")
+    if gradient == "forward" and reduction == "none":
+        raise ValueError(
+            "gradient='forward' and inplace=True need a scalar loss, got reduction='none': "
+            "pass gradient='backward', or reduce"
+        )
+    if gradient == "forward" and trained:
+        raise ValueError(
+            "gradient='forward' and inplace=True give the student's gradient only, but "
+            f"{' and '.join(trained)} requires one too: pass gradient='backward'"
+        )
+    return gradient
+
+
+def inplace(student: Tensor) -> None:
+    if student.is_leaf:
+        raise ValueError(
+            "inplace=True would overwrite a leaf that requires a gradient: pass inplace=False"
+        )
+    base = student._base
+    if base is not None and base.numel() != student.numel():
+        raise ValueError(
+            f"inplace=True would overwrite part of a larger tensor of shape {tuple(base.shape)}: "
+            "pass inplace=False, or the whole of it"
+        )
+    if any(stride == 0 and size > 1 for stride, size in zip(student.stride(), student.shape)):  # noqa: B905 (Dynamo)
+        raise ValueError("inplace=True needs a tensor of its own, got an expanded one: clone it")
+
+
+def teacher_gradient(teacher: Tensor, teacher_grad: bool) -> None:
+    if trains(teacher) and not teacher_grad:
+        raise ValueError("teacher requires a gradient: detach it, or say teacher_grad=True")
+
+
+def backend(name: str, student: Tensor, teacher: Tensor, has_device_function: bool) -> str:
+    """The backend that runs, for the name that was asked for."""
+    choice("backend", name, BACKENDS)
+    if name not in ("auto", "triton"):
+        return name
+    double = torch.float64 in (student.dtype, teacher.dtype)
+    if name == "auto":
+        usable = student.is_cuda and HAS_TRITON and not double and has_device_function
+        return "triton" if usable else "torch"
+    if not HAS_TRITON:
+        raise NotImplementedError("backend='triton' needs triton: pip install triton")
+    if not student.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"backend='triton' needs a GPU, got tensors on {student.device}: move them, pass "
+            "backend='torch', or set TRITON_INTERPRET=1 before the first import of triton"
+        )
+    if double:
+        raise NotImplementedError("backend='triton' has no float64: pass backend='torch'")
+    return name
+
+
+def trains(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled()
+
+
+def _may_read(tensor: Tensor) -> bool:
+    """Whether looking at values costs no synchronisation, or was asked for."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return tensor.device.type == "cpu" or DEBUG

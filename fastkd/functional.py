@@ -1,0 +1,352 @@
+"""distillation_loss: check, flatten to rows, choose the path, reduce, unflatten."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import autograd, checks, reference
+from .divergences import Divergence
+from .problem import CE, ENTROPY, KD, Problem
+
+
+class Metrics(NamedTuple):
+    """Per-row figures, fp32, detached, of the shape of the rows; 0 in rows that do not count.
+
+    Attributes:
+        kd: the divergence, before alpha, temperature scaling and weights.
+        ce: cross-entropy with the labels, smoothing included; None without labels.
+        student_entropy: in nats, at the student's temperature.
+        teacher_entropy: in nats, at the teacher's temperature.
+        agreement: 1 where some entry is a maximum of both rows, else 0.
+
+    Example:
+        >>> import torch, fastkd
+        >>> _, metrics = fastkd.distillation_loss(
+        ...     torch.randn(4, 10), torch.randn(4, 10), return_metrics=True)
+        >>> metrics.agreement.shape
+        torch.Size([4])
+    """
+
+    kd: Tensor
+    ce: Tensor | None
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    agreement: Tensor
+
+
+def distillation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None = None,
+    *,
+    divergence: str | Divergence = "forward_kl",
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    scale_by_temperature: bool = True,
+    alpha: float = 1.0,
+    label_smoothing: float = 0.0,
+    entropy_weight: float = 0.0,
+    ignore_index: int = -100,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    vocab_size: int | None = None,
+    teacher_grad: bool = False,
+    gradient: str = "auto",
+    inplace: bool = False,
+    backend: str = "auto",
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, Metrics]:
+    r"""Knowledge-distillation loss of a student against a teacher, both given as logits.
+
+    With q = softmax(student / T_s), p = softmax(teacher / T_t), D the divergence and H the
+    entropy in nats, the loss of a row is
+
+        alpha * T_s * T_t * D(p, q) + (1 - alpha) * CE(label, softmax(student))
+            + entropy_weight * H(q).
+
+    All arithmetic is fp32 (fp64 for fp64 logits), whatever the logits' dtype, and no [N, V]
+    tensor is made besides the gradient. Hinton's loss, the value of
+    `F.kl_div(F.log_softmax(s / T, -1), F.softmax(t / T, -1), reduction="batchmean") * T**2`, is
+    `distillation_loss(s, t, temperature=T, reduction="batchmean")`.
+
+    Args:
+        student: logits [..., V], fp16, bf16, fp32 or fp64. -inf masks an entry.
+        teacher: logits [..., V], of any of these dtypes. Log-probabilities are logits too.
+        labels: class indices [...], int64 or int32. They feed the cross-entropy and say, by
+            `ignore_index`, which rows count. No shift is applied.
+        divergence: "forward_kl" (KL(p || q)), "reverse_kl", "jeffreys", "tvd", or an object:
+            `JSD(beta)`, `SkewKL(alpha)`, `SkewReverseKL(alpha)`, `AlphaDivergence(alpha)`,
+            `Renyi(alpha)`, `Jeffreys(forward, reverse)`, or one of your own (`Divergence`).
+        temperature: T_s > 0, the student's: a float, a 0-d tensor, or one per row [...]. A tensor
+            that requires a gradient gets one.
+        teacher_temperature: T_t, likewise. None: the same as the student's.
+        scale_by_temperature: multiply the divergence by T_s * T_t, which keeps the size of its
+            gradient (TVD: by the square root). False is the convention of TRL, verl, torchtune.
+        alpha: share of the divergence, in [0, 1]; below 1 needs labels.
+        label_smoothing: of the cross-entropy, in [0, 1], as in F.cross_entropy.
+        entropy_weight: factor of the student's entropy: > 0 sharpens, < 0 is a confidence penalty.
+        ignore_index: rows with this label count nowhere; they may hold NaN.
+        weight: per-row weights [...], floating-point or bool; rows of weight 0 are not read.
+        reduction: "none": weighted rows, 0 where ignored; "sum"; "mean": over the summed weights
+            of the rows that count; "batchmean": sum / student.size(0), as in PyTorch.
+        num_items: replaces the divisor of "mean", for gradient accumulation over uneven
+            micro-batches: a number or a 0-d tensor, which is never synchronised.
+        vocab_size: columns from here on are padding, on either side: no mass, gradient 0. Lets
+            student and teacher be of different widths.
+        teacher_grad: True gives the teacher a gradient too, where it requires one.
+        gradient: "forward" computes the student's gradient together with the loss, holds it, and
+            allows one backward; "backward" keeps the logits and recomputes, and gives gradients
+            to teacher, temperatures and weight too; "auto" is "forward" for scalar losses in bf16
+            and fp32 where only the student trains, else "backward".
+        inplace: overwrite the student's logits with their gradient (needs "forward").
+        backend: "triton" (GPU), "torch" (any device), "reference" (naive, differentiated by
+            autograd), or "auto": triton on a GPU where it can run, else torch.
+        return_metrics: return (loss, Metrics) instead.
+
+    Returns:
+        The loss, fp32 (fp64 for fp64 logits): 0-d, or [...] with reduction="none". With all rows
+        ignored it is 0, with gradient 0. A divergence that the masks make infinite is +inf, never
+        NaN; its row's gradient stays finite.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: before anything is computed, naming the
+            argument. Labels out of range are caught on the CPU; on a GPU they give a NaN row, and
+            an error when FASTKD_DEBUG=1 is set, which synchronises.
+
+    Example:
+        >>> import torch, fastkd
+        >>> student, teacher = torch.randn(8, 100, requires_grad=True), torch.randn(8, 100)
+        >>> labels = torch.randint(100, (8,))
+        >>> loss = fastkd.distillation_loss(student, teacher, labels, temperature=2.0, alpha=0.9)
+        >>> loss.backward()
+        >>> student.grad.shape
+        torch.Size([8, 100])
+
+    Source: Hinton, Vinyals & Dean 2015, arXiv 1503.02531; each divergence names its own.
+    """
+    kind = checks.divergence(divergence)
+    columns = checks.logits(student, teacher, vocab_size)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    checks.choice("gradient", gradient, checks.GRADIENTS)
+    checks.temperature("temperature", temperature, student)
+    if teacher_temperature is not None:
+        checks.temperature("teacher_temperature", teacher_temperature, student)
+    checks.unit("alpha", alpha)
+    checks.unit("label_smoothing", label_smoothing)
+    checks.finite("entropy_weight", entropy_weight)
+    if labels is not None:
+        checks.labels(labels, student, columns, ignore_index)
+    elif alpha < 1:
+        raise ValueError(f"alpha={alpha} mixes in a cross-entropy, which needs labels: pass them")
+    if weight is not None:
+        checks.weight(weight, student)
+    if num_items is not None:
+        checks.num_items(num_items, reduction)
+    checks.teacher_gradient(teacher, teacher_grad)
+    engine = checks.backend(backend, student, teacher, has_device_function(kind))
+    if backend == "auto" and student.is_cuda and not has_device_function(kind):
+        warnings.warn(f"{type(kind).__name__} has no device function: using torch", stacklevel=2)
+    others = {
+        "teacher": teacher,
+        "temperature": temperature,
+        "teacher_temperature": teacher_temperature,
+        "weight": weight,
+    }
+    mode = checks.gradient_mode(gradient, reduction, inplace, student, others)
+    trains = student.requires_grad and torch.is_grad_enabled()
+    if inplace and trains:
+        checks.inplace(student)
+
+    size = student.shape[:-1]
+    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    counted, row_weight = _rows_that_count(labels, weight, ignore_index, dtype)
+    factor = _reduction_factor(reduction, num_items, counted, row_weight, student, dtype)
+    factors = _factors(
+        kind, temperature, teacher_temperature, scale_by_temperature,
+        alpha, entropy_weight, row_weight,
+    )  # fmt: skip
+    problem = _problem(
+        student, teacher, labels if alpha < 1 or return_metrics else None, counted,
+        temperature, teacher_temperature, label_smoothing, kind, columns, dtype,
+    )  # fmt: skip
+
+    if engine == "reference":
+        values = reference.losses(problem, entropy_weight != 0, return_metrics)
+        rows = _combine(values, factors)
+    elif mode == "forward" and trains:
+        rows = problem.student_temperature
+        coefficients = [
+            None if f is None else _per_row(f * factor, rows.numel(), rows.dtype, rows.device)
+            for f in factors
+        ]
+        loss, values, _ = autograd.Fused.apply(
+            problem.student, inplace, *problem[1:], *coefficients, return_metrics, engine
+        )
+        return (loss, _metrics(values, size, labels)) if return_metrics else loss
+    else:
+        values, _ = autograd.Rows.apply(
+            *problem, entropy_weight != 0, return_metrics, _dual(kind, others), engine
+        )
+        rows = _combine(values, factors)
+
+    loss = (rows * factor).view(size) if reduction == "none" else (rows * factor).sum()
+    return (loss, _metrics(values, size, labels)) if return_metrics else loss
+
+
+# --- the pieces ------------------------------------------------------------------------------
+
+
+def has_device_function(kind: Divergence) -> bool:
+    return type(kind).device is not None or type(kind).__module__ == Divergence.__module__
+
+
+def _rows_that_count(
+    labels: Tensor | None, weight: Tensor | None, ignore_index: int, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which rows count, bool [N], and their weights [N]; None where all do, or weigh 1."""
+    counted = None if labels is None else (labels != ignore_index).flatten()
+    if weight is None:
+        return counted, None
+    weight = weight.flatten()
+    weighed = weight if weight.dtype == torch.bool else weight != 0
+    counted = weighed if counted is None else counted & weighed
+    if weight.dtype == torch.bool:
+        return counted, None
+    return counted, torch.where(counted, weight.to(dtype), 0.0)
+
+
+def _reduction_factor(
+    reduction: str,
+    num_items: int | Tensor | None,
+    counted: Tensor | None,
+    row_weight: Tensor | None,
+    student: Tensor,
+    dtype: torch.dtype,
+) -> float | Tensor:
+    if reduction in ("none", "sum"):
+        return 1.0
+    if reduction == "batchmean":
+        return 1 / max(student.size(0), 1)
+    if num_items is not None:
+        return 1 / num_items
+    counts = counted if row_weight is None else row_weight
+    if counts is None:
+        return 1 / max(student.numel() // student.size(-1), 1)
+    total = counts.sum().to(dtype)
+    return 1 / torch.where(total == 0, 1.0, total)
+
+
+def _factors(
+    kind: Divergence,
+    temperature: float | Tensor,
+    teacher_temperature: float | Tensor | None,
+    scale_by_temperature: bool,
+    alpha: float,
+    entropy_weight: float,
+    row_weight: Tensor | None,
+) -> list[float | Tensor | None]:
+    """What the divergence, cross-entropy and entropy of a row are multiplied by; None: absent."""
+    scale: float | Tensor = 1.0
+    if scale_by_temperature:
+        scale = temperature if isinstance(temperature, Tensor) else float(temperature)
+        scale = scale * (temperature if teacher_temperature is None else teacher_temperature)
+        if kind.temperature_power != 2:
+            scale = scale ** (kind.temperature_power / 2)
+        scale = scale.flatten() if isinstance(scale, Tensor) and scale.dim() else scale
+    weight = 1.0 if row_weight is None else row_weight
+    return [
+        alpha * scale * weight,
+        (1 - alpha) * weight if alpha < 1 else None,
+        entropy_weight * weight if entropy_weight != 0 else None,
+    ]
+
+
+def _combine(values: Tensor | list[Tensor | None], factors: list[float | Tensor | None]) -> Tensor:
+    """The weighted rows: a term whose factor is the number 0 is left out, were it infinite."""
+    rows = None
+    for kind in (KD, CE, ENTROPY):
+        factor = factors[kind]
+        if factor is None or (not isinstance(factor, Tensor) and factor == 0):
+            continue
+        term = factor * values[kind]
+        rows = term if rows is None else rows + term
+    return values[KD] * 0 if rows is None else rows
+
+
+def _problem(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    counted: Tensor | None,
+    temperature: float | Tensor,
+    teacher_temperature: float | Tensor | None,
+    label_smoothing: float,
+    kind: Divergence,
+    vocab_size: int,
+    dtype: torch.dtype,
+) -> Problem:
+    student, teacher = _as_rows(student, teacher)
+    a, b = kind.parameters
+    rows, device = student.size(0) * student.size(1), student.device
+    return Problem(
+        student, teacher,
+        _per_row(temperature, rows, dtype, device),
+        None
+        if teacher_temperature is None
+        else _per_row(teacher_temperature, rows, dtype, device),
+        None if labels is None else labels.flatten(),
+        counted, label_smoothing, kind.name, a, b, vocab_size,
+    )  # fmt: skip
+
+
+def _as_rows(*tensors: Tensor) -> list[Tensor]:
+    """Views [O, I, width] with one split for all; a copy only where the strides allow none."""
+    tensors = tuple(t if t.stride(-1) == 1 or t.size(-1) == 1 else t.contiguous() for t in tensors)
+    seams = {seam for tensor in tensors for seam in _seams(tensor)}
+    if len(seams) > 1:
+        tensors, seams = tuple(t.contiguous() for t in tensors), set()
+    split = max(seams, default=0)
+    leading = tensors[0].shape[:-1]
+    outer, inner = math.prod(leading[:split]), math.prod(leading[split:])
+    return [tensor.view(outer, inner, tensor.size(-1)) for tensor in tensors]
+
+
+def _seams(tensor: Tensor) -> list[int]:
+    """The leading dimensions that do not merge with the one before."""
+    leading = range(tensor.dim() - 1)
+    dims = [(i, tensor.size(i), tensor.stride(i)) for i in leading if tensor.size(i) != 1]
+    return [
+        i
+        for (_, _, before), (i, size, stride) in zip(dims, dims[1:])  # noqa: B905 (one is shorter)
+        if before != size * stride
+    ]
+
+
+def _per_row(
+    value: float | Tensor, rows: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """A number, a 0-d tensor or one per row, as [N]."""
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=dtype, device=device).expand(rows)
+    value = value.to(device, dtype)
+    return value.flatten() if value.dim() else value.expand(rows)
+
+
+def _dual(kind: Divergence, others: dict[str, object]) -> autograd.Dual | None:
+    """The roles exchanged, where teacher or temperature trains."""
+    names = ("teacher", "temperature", "teacher_temperature")
+    if not any(checks.trains(others[name]) for name in names):
+        return None
+    name, (a, b), factor = kind.dual()
+    return autograd.Dual(name, a, b, factor)
+
+
+def _metrics(values: Tensor | list[Tensor | None], size: torch.Size, labels: Tensor | None) -> Metrics:
+    kd, ce, *others = (None if value is None else value.detach().view(size) for value in values)
+    return Metrics(kd, None if labels is None else ce, *others)

@@ -1,0 +1,63 @@
+"""What the eager path and the kernels are asked to compute: one type, three functions each.
+
+`eager.py` and `kernels/logits.py` both offer
+
+    forward(problem, entropy, metrics)            -> values, state
+    backward(problem, state, upstream, gradient, temperature) -> gradient | None, temperature rows
+    fused(problem, coefficients, metrics, out)    -> loss rows, values | None, gradient
+
+with the layouts below, so that `autograd.py` does not know which of them it calls.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Rows of `values`, fp32 [1, N], [3, N] where ce or entropy is wanted, [5, N] with metrics.
+KD, CE, ENTROPY, TEACHER_ENTROPY, AGREEMENT = range(5)
+
+# Rows of `state`, fp32 [5, N], or [7, N] where ce or entropy is wanted. max is of the raw logits,
+# sum is of exp((logit - max) / T), constant is c of table 1, unit_sum is the sum at T = 1.
+STUDENT_MAX, STUDENT_SUM, TEACHER_MAX, TEACHER_SUM, CONSTANT, STUDENT_ENTROPY, UNIT_SUM = range(7)
+
+
+class Coefficients(NamedTuple):
+    """Per-row factors of the three terms, fp32 [N], of any stride; None: the term is absent.
+
+    As upstream gradients of a backward, or as the weights of the terms in a fused loss.
+    """
+
+    kd: Tensor
+    ce: Tensor | None
+    entropy: Tensor | None
+
+
+class Problem(NamedTuple):
+    """A batch of N = O * I rows; logits keep their strides, [O, I, V] with last stride 1."""
+
+    student: Tensor  # [O, I, >= V]
+    teacher: Tensor  # [O, I, >= V]
+    student_temperature: Tensor  # [N], of any stride
+    teacher_temperature: Tensor | None  # [N]; None: the student's
+    labels: Tensor | None  # [N], integer; None: no cross-entropy
+    counted: Tensor | None  # [N], bool: the rows that count; None: all
+    label_smoothing: float
+    divergence: str  # a name of table 1
+    a: float
+    b: float
+    vocab_size: int  # V: columns from here on are padding
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.student.size(0) * self.student.size(1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the arithmetic and of everything per row: fp32, or fp64 for fp64 logits."""
+        return torch.promote_types(
+            torch.promote_types(self.student.dtype, self.teacher.dtype), torch.float32
+        )
