@@ -1,4 +1,9 @@
-"""The autograd Functions and the operators they call: rows saved, launchers called, nothing else."""
+"""The autograd Functions and the operators they call: rows saved, launchers called, nothing else.
+
+The operators are opaque to the compiler, which therefore sees neither the row blocks of the eager
+path nor the kernels. Numbers that may change from step to step come in a tensor on the CPU: as
+plain floats they would make it compile again for each value.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +12,38 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import eager
 from .problem import CE, ENTROPY, KD, Coefficients, Problem
 
-# --- operators: opaque to the compiler, one body per backend -----------------------------------
+# --- operators ---------------------------------------------------------------------------------
+
+PROBLEM = (
+    "Tensor student, Tensor teacher, Tensor student_temperature, Tensor? teacher_temperature, "
+    "Tensor? labels, Tensor? counted, Tensor numbers, str divergence, SymInt vocab_size"
+)
+COEFFICIENTS = "Tensor kd, Tensor? ce, Tensor? entropy"
+
+
+class Arguments(NamedTuple):
+    """A Problem as the operators take it: `numbers` is (label_smoothing, a, b), fp64 on the CPU."""
+
+    student: Tensor
+    teacher: Tensor
+    student_temperature: Tensor
+    teacher_temperature: Tensor | None
+    labels: Tensor | None
+    counted: Tensor | None
+    numbers: Tensor
+    divergence: str
+    vocab_size: int
+
+    def problem(self) -> Problem:
+        label_smoothing, a, b = self.numbers.tolist()
+        return Problem(*self[:6], label_smoothing, self.divergence, a, b, self.vocab_size)
+
+
+SIZE = len(Arguments._fields)
 
 
 def _backend(name: str) -> ModuleType:
@@ -23,180 +54,105 @@ def _backend(name: str) -> ModuleType:
     return logits
 
 
-def _kinds(labels: Tensor | None, entropy: bool, metrics: bool) -> int:
-    return 5 if metrics else 3 if entropy or labels is not None else 1
-
-
-@torch.library.custom_op("fastkd::forward", mutates_args=())
-def _forward(
-    student: Tensor,
-    teacher: Tensor,
-    student_temperature: Tensor,
-    teacher_temperature: Tensor | None,
-    labels: Tensor | None,
-    counted: Tensor | None,
-    label_smoothing: float,
-    divergence: str,
-    a: float,
-    b: float,
-    vocab_size: int,
-    entropy: bool,
-    metrics: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    problem = Problem(
-        student, teacher, student_temperature, teacher_temperature, labels, counted,
-        label_smoothing, divergence, a, b, vocab_size,
-    )  # fmt: skip
-    return _backend(backend).forward(problem, entropy, metrics)
+@torch.library.custom_op(
+    "fastkd::forward",
+    mutates_args=(),
+    schema=f"({PROBLEM}, bool entropy, bool metrics, str backend) -> (Tensor, Tensor)",
+)
+def _forward(*arguments):
+    entropy, metrics, backend = arguments[SIZE:]
+    return _backend(backend).forward(Arguments(*arguments[:SIZE]).problem(), entropy, metrics)
 
 
 @_forward.register_fake
-def _(
-    student, teacher, student_temperature, teacher_temperature, labels, counted,
-    label_smoothing, divergence, a, b, vocab_size, entropy, metrics, backend,
-):  # fmt: skip
-    rows, dtype = student_temperature.size(0), student_temperature.dtype
-    kinds = _kinds(labels, entropy, metrics)
+def _(*arguments):
+    inputs, (entropy, metrics, backend) = Arguments(*arguments[:SIZE]), arguments[SIZE:]
+    kinds = 5 if metrics else 3 if entropy or inputs.labels is not None else 1
     saved = 0 if backend == "torch" else 5 if kinds == 1 else 7
-    return (
-        student.new_empty(kinds, rows, dtype=dtype),
-        student.new_empty(saved, rows, dtype=dtype),
-    )
+    rows = inputs.student_temperature
+    return rows.new_empty(kinds, rows.size(0)), rows.new_empty(saved, rows.size(0))
 
 
-@torch.library.custom_op("fastkd::backward", mutates_args=())
-def _backward(
-    student: Tensor,
-    teacher: Tensor,
-    student_temperature: Tensor,
-    teacher_temperature: Tensor | None,
-    labels: Tensor | None,
-    counted: Tensor | None,
-    label_smoothing: float,
-    divergence: str,
-    a: float,
-    b: float,
-    vocab_size: int,
-    state: Tensor,
-    kd: Tensor,
-    ce: Tensor | None,
-    entropy: Tensor | None,
-    gradient: bool,
-    temperature: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    problem = Problem(
-        student, teacher, student_temperature, teacher_temperature, labels, counted,
-        label_smoothing, divergence, a, b, vocab_size,
-    )  # fmt: skip
+@torch.library.custom_op(
+    "fastkd::backward",
+    mutates_args=(),
+    schema=(
+        f"({PROBLEM}, Tensor state, {COEFFICIENTS}, bool gradient, bool temperature, str backend)"
+        " -> (Tensor, Tensor)"
+    ),
+)
+def _backward(*arguments):
+    inputs = Arguments(*arguments[:SIZE])
+    state, kd, ce, entropy, gradient, temperature, backend = arguments[SIZE:]
     upstream = Coefficients(kd, ce, entropy)
-    grad, heat = _backend(backend).backward(problem, state, upstream, gradient, temperature)
+    out, heat = _backend(backend).backward(
+        inputs.problem(), state, upstream, gradient, temperature
+    )
     return (
-        student.new_empty(0) if grad is None else grad.view(student.shape),
+        kd.new_empty(0) if out is None else out.view(inputs.student.shape),
         kd.new_empty(0) if heat is None else heat,
     )
 
 
 @_backward.register_fake
-def _(
-    student, teacher, student_temperature, teacher_temperature, labels, counted,
-    label_smoothing, divergence, a, b, vocab_size, state, kd, ce, entropy,
-    gradient, temperature, backend,
-):  # fmt: skip
+def _(*arguments):
+    inputs = Arguments(*arguments[:SIZE])
+    _, kd, _, _, gradient, temperature, _ = arguments[SIZE:]
     return (
-        student.new_empty(student.shape if gradient else 0),
+        inputs.student.new_empty(inputs.student.shape) if gradient else kd.new_empty(0),
         kd.new_empty(kd.shape if temperature else 0),
     )
 
 
-@torch.library.custom_op("fastkd::fused", mutates_args=())
-def _fused(
-    student: Tensor,
-    teacher: Tensor,
-    student_temperature: Tensor,
-    teacher_temperature: Tensor | None,
-    labels: Tensor | None,
-    counted: Tensor | None,
-    label_smoothing: float,
-    divergence: str,
-    a: float,
-    b: float,
-    vocab_size: int,
-    kd: Tensor,
-    ce: Tensor | None,
-    entropy: Tensor | None,
-    metrics: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    problem = Problem(
-        student, teacher, student_temperature, teacher_temperature, labels, counted,
-        label_smoothing, divergence, a, b, vocab_size,
-    )  # fmt: skip
-    coefficients = Coefficients(kd, ce, entropy)
-    loss, values, grad = _backend(backend).fused(problem, coefficients, metrics, None)
-    return loss, kd.new_empty(0) if values is None else values, grad.view(student.shape)
+def _run_fused(arguments, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = Arguments(*arguments[:SIZE])
+    kd, ce, entropy, metrics, backend = arguments[SIZE:]
+    loss, values, gradient = _backend(backend).fused(
+        inputs.problem(), Coefficients(kd, ce, entropy), metrics, out
+    )
+    return loss, kd.new_empty(0) if values is None else values, gradient
+
+
+def _fake_fused(arguments) -> tuple[Tensor, Tensor]:
+    kd, metrics = arguments[SIZE], arguments[SIZE + 3]
+    return kd.new_empty(kd.shape), kd.new_empty((5, kd.size(0)) if metrics else 0)
+
+
+@torch.library.custom_op(
+    "fastkd::fused",
+    mutates_args=(),
+    schema=f"({PROBLEM}, {COEFFICIENTS}, bool metrics, str backend) -> (Tensor, Tensor, Tensor)",
+)
+def _fused(*arguments):
+    loss, values, gradient = _run_fused(arguments, None)
+    return loss, values, gradient.view(arguments[0].shape)
 
 
 @_fused.register_fake
-def _(
-    student, teacher, student_temperature, teacher_temperature, labels, counted,
-    label_smoothing, divergence, a, b, vocab_size, kd, ce, entropy, metrics, backend,
-):  # fmt: skip
-    rows, dtype = student_temperature.size(0), student_temperature.dtype
-    return (
-        student.new_empty(rows, dtype=dtype),
-        student.new_empty((5, rows) if metrics else 0, dtype=dtype),
-        student.new_empty(student.shape),
-    )
+def _(*arguments):
+    return *_fake_fused(arguments), arguments[0].new_empty(arguments[0].shape)
 
 
-@torch.library.custom_op("fastkd::fused_", mutates_args=("student",))
-def _fused_inplace(
-    student: Tensor,
-    teacher: Tensor,
-    student_temperature: Tensor,
-    teacher_temperature: Tensor | None,
-    labels: Tensor | None,
-    counted: Tensor | None,
-    label_smoothing: float,
-    divergence: str,
-    a: float,
-    b: float,
-    vocab_size: int,
-    kd: Tensor,
-    ce: Tensor | None,
-    entropy: Tensor | None,
-    metrics: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    problem = Problem(
-        student, teacher, student_temperature, teacher_temperature, labels, counted,
-        label_smoothing, divergence, a, b, vocab_size,
-    )  # fmt: skip
-    coefficients = Coefficients(kd, ce, entropy)
-    loss, values, _ = _backend(backend).fused(problem, coefficients, metrics, student)
-    return loss, kd.new_empty(0) if values is None else values
+@torch.library.custom_op(
+    "fastkd::fused_",
+    mutates_args=("student",),
+    schema=(
+        f"({PROBLEM.replace('Tensor student,', 'Tensor(a!) student,')}, {COEFFICIENTS}, "
+        "bool metrics, str backend) -> (Tensor, Tensor)"
+    ),
+)
+def _fused_(*arguments):
+    return _run_fused(arguments, arguments[0])[:2]
 
 
-@_fused_inplace.register_fake
-def _(
-    student, teacher, student_temperature, teacher_temperature, labels, counted,
-    label_smoothing, divergence, a, b, vocab_size, kd, ce, entropy, metrics, backend,
-):  # fmt: skip
-    rows, dtype = student_temperature.size(0), student_temperature.dtype
-    return (
-        student.new_empty(rows, dtype=dtype),
-        student.new_empty((5, rows) if metrics else 0, dtype=dtype),
-    )
+@_fused_.register_fake
+def _(*arguments):
+    return _fake_fused(arguments)
 
 
 @torch.library.custom_op("fastkd::scale_", mutates_args=("gradient",))
 def _scale_(gradient: Tensor, upstream: Tensor, backend: str) -> None:
-    if backend == "torch":
-        gradient.mul_(upstream)
-    else:
-        _backend(backend).scale_(gradient, upstream)
+    _backend(backend).scale_(gradient, upstream)
 
 
 # --- autograd ------------------------------------------------------------------------------------
@@ -206,8 +162,7 @@ class Dual(NamedTuple):
     """D(p, q) = factor * divergence(q, p): how the teacher's gradient is had."""
 
     divergence: str
-    a: float
-    b: float
+    numbers: Tensor
     factor: float
 
 
@@ -215,51 +170,55 @@ class Rows(torch.autograd.Function):
     """gradient="backward": per-row values, recomputed in the backward from the saved logits."""
 
     @staticmethod
-    def forward(
-        student, teacher, student_temperature, teacher_temperature, labels, counted,
-        label_smoothing, divergence, a, b, vocab_size, entropy, metrics, dual, backend,
-    ):  # fmt: skip
-        return _forward(
-            student, teacher, student_temperature, teacher_temperature, labels, counted,
-            label_smoothing, divergence, a, b, vocab_size, entropy, metrics, backend,
-        )  # fmt: skip
+    def forward(*arguments):
+        *inputs, entropy, metrics, backend, _, _, _ = arguments
+        return _forward(*inputs, entropy, metrics, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.label_smoothing, ctx.divergence, ctx.a, ctx.b, ctx.vocab_size = inputs[:11]
-        ctx.entropy, _, ctx.dual, ctx.backend = inputs[11:]
-        ctx.save_for_backward(*tensors, output[1])
+        arguments, dual = Arguments(*inputs[:SIZE]), Dual(*inputs[SIZE + 3 :])
+        ctx.divergence, ctx.vocab_size = arguments.divergence, arguments.vocab_size
+        ctx.entropy, _, ctx.backend = inputs[SIZE : SIZE + 3]
+        ctx.dual, ctx.factor = dual.divergence, dual.factor
+        ctx.save_for_backward(*arguments[:7], output[1], dual.numbers)
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream, _):
-        *tensors, state = ctx.saved_tensors
-        student, teacher, student_temperature, teacher_temperature, labels, counted = tensors
+        tensors = ctx.saved_tensors
+        with torch.no_grad():
+            gradients = Rows.gradients(ctx, upstream, *tensors)
+        return *map(_once, gradients, tensors), *[None] * (SIZE + 2)
+
+    @staticmethod
+    def gradients(ctx, upstream, *tensors):
+        """Of student, teacher and both temperatures; None where none is asked for."""
+        *tensors, state, dual_numbers = tensors
+        student, teacher, student_temperature, teacher_temperature, labels, counted, _ = tensors
         need_student, need_teacher, need_heat, need_teacher_heat = ctx.needs_input_grad[:4]
         shared = teacher_temperature is None
         grad_student = grad_teacher = heat = teacher_heat = None
 
         if need_student or need_heat:
             grad_student, heat = _backward(
-                *tensors, ctx.label_smoothing, ctx.divergence, ctx.a, ctx.b, ctx.vocab_size,
-                state, upstream[KD], None if labels is None else upstream[CE],
+                *tensors, ctx.divergence, ctx.vocab_size, state,
+                upstream[KD],
+                None if labels is None else upstream[CE],
                 upstream[ENTROPY] if ctx.entropy else None,
                 need_student, need_heat, ctx.backend,
             )  # fmt: skip
 
         if need_teacher or need_teacher_heat or (shared and need_heat):
-            dual = ctx.dual
-            roles = (
+            roles = Arguments(
                 teacher, student,
                 student_temperature if shared else teacher_temperature,
                 None if shared else student_temperature,
-                None, counted, 0.0, dual.divergence, dual.a, dual.b, ctx.vocab_size,
+                None, counted, dual_numbers, ctx.dual, ctx.vocab_size,
             )  # fmt: skip
             _, state = _forward(*roles, False, False, ctx.backend)
             grad_teacher, teacher_heat = _backward(
-                *roles, state, upstream[KD] * dual.factor, None, None,
-                need_teacher, need_teacher_heat or (shared and need_heat), ctx.backend,
+                *roles, state, upstream[KD] * ctx.factor, None, None,
+                need_teacher, need_teacher_heat or need_heat, ctx.backend,
             )  # fmt: skip
             if shared and need_heat:
                 heat = heat + teacher_heat
@@ -269,7 +228,6 @@ class Rows(torch.autograd.Function):
             grad_teacher if need_teacher else None,
             heat if need_heat else None,
             teacher_heat if need_teacher_heat else None,
-            *[None] * 11,
         )
 
 
@@ -277,22 +235,21 @@ class Fused(torch.autograd.Function):
     """gradient="forward": the weighted loss and its gradient at once; the backward only scales."""
 
     @staticmethod
-    def forward(student, inplace, *arguments):
+    def forward(inplace, student, *arguments):
         if inplace:
-            buffer = student.detach()
-            loss, values = _fused_inplace(buffer, *arguments)
-            return loss.sum(), values, buffer
-        loss, values, gradient = _fused(student, *arguments)
+            gradient = student.detach()
+            loss, values = _fused_(gradient, *arguments)
+        else:
+            loss, values, gradient = _fused(student, *arguments)
         return loss.sum(), values, gradient
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.arguments, ctx.backend, ctx.spent = len(inputs), inputs[-1], False
-        ctx.save_for_backward(output[2])
+        ctx.inputs, ctx.backend, ctx.spent = len(inputs), inputs[-1], False
+        ctx.save_for_backward(output[2], inputs[1])
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream, *_):
         if ctx.spent:
             raise RuntimeError(
@@ -300,6 +257,29 @@ class Fused(torch.autograd.Function):
                 "pass gradient='backward' to call backward more than once"
             )
         ctx.spent = True
-        (gradient,) = ctx.saved_tensors
+        gradient, student = ctx.saved_tensors
         _scale_(gradient, upstream, ctx.backend)
-        return gradient, *[None] * (ctx.arguments - 1)
+        return None, _once(gradient, student), *[None] * (ctx.inputs - 2)
+
+
+class _Once(torch.autograd.Function):
+    """Passes a gradient on; its own derivative, which would be wrongly 0, is refused."""
+
+    @staticmethod
+    def forward(gradient, source):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, _):
+        raise NotImplementedError(
+            "fastkd's gradient has no derivative of its own: pass backend='reference', which has"
+        )
+
+
+def _once(gradient: Tensor | None, source: Tensor) -> Tensor | None:
+    second = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return _Once.apply(gradient, source) if second and gradient is not None else gradient

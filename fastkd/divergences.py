@@ -7,7 +7,9 @@ the device. `kernels/README.md` derives the stable forms.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -39,8 +41,8 @@ class Divergence:
     r"""A divergence between teacher and student rows; subclass it to add one of your own.
 
     A subclass names itself and gives `value`; the PyTorch backend differentiates that. For speed
-    and for small divergences it may give `value_and_slope` too; for the Triton backend, `device`;
-    for `teacher_grad=True` on Triton, `dual`.
+    and for small divergences it may give `value_and_slope` too, for the Triton backend `device`,
+    and for the teacher's gradient there `dual`.
 
     Example:
         >>> import torch, fastkd
@@ -97,27 +99,40 @@ class Divergence:
         c is the row constant (`constant` says which), [rows, 1]. With SLOPE_SUM the second result
         is slope - q * c, where slope = d value / d lq and c, once known, its sum over the row.
         """
-        with torch.enable_grad():
+        with _autograd():
             leaf = lq.detach().requires_grad_()
             value = cls.value(lp.detach(), leaf, a, b)
-            (slope,) = torch.autograd.grad(value.sum(), leaf)
+            (slope,) = torch.autograd.grad(cls.outer(value.sum(-1), a, b).sum(), leaf)
         return value.detach(), slope - q * c
 
-    @staticmethod
-    def stable_outer(total: Tensor, c: Tensor, a: float, b: float) -> Tensor:
+    @classmethod
+    def stable_outer(cls, total: Tensor, c: Tensor, a: float, b: float) -> Tensor:
         """What the row sum of the stable values is mapped through."""
-        return total
+        return cls.outer(total, a, b)
 
     def dual(self) -> tuple[str, tuple[float, float], float]:
-        """(name, parameters, factor) with D(p, q) = factor * D'(q, p): gives the teacher's gradient."""
-        raise NotImplementedError(
-            f"{type(self).__qualname__} has no `dual`, which the teacher's gradient needs; "
-            "define it, or use backend='reference'"
-        )
+        """(name, parameters, factor) with D(p, q) = factor * D'(q, p), for the teacher's gradient."""
+        kind, name = type(self), f"{self.name} with roles exchanged"
+        if name not in Divergence._classes:
+            value = staticmethod(lambda lp, lq, a, b: kind.value(lq, lp, a, b))
+            members = {"name": name, "value": value, "outer": staticmethod(kind.outer)}
+            type(f"{kind.__name__}Dual", (Divergence,), members)
+        return name, self.parameters, 1.0
 
     @staticmethod
     def of_name(name: str) -> type[Divergence]:
         return Divergence._classes[name]
+
+
+@contextlib.contextmanager
+def _autograd() -> Iterator[None]:
+    """Autograd inside an operator, whose body the dispatcher runs with autograd's keys excluded."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
 
 
 # --- helpers ---------------------------------------------------------------------------------
@@ -572,8 +587,8 @@ class Renyi(Divergence):
     def value_and_slope(cls, lp, lq, p, q, d, c, a, b):
         return _alpha_terms(lp, lq, p, q, d, c, a)
 
-    @staticmethod
-    def stable_outer(total, c, a, b):
+    @classmethod
+    def stable_outer(cls, total, c, a, b):
         excess = a * (a - 1) * total  # sum p^a q^(1-a) - 1
         return torch.where(excess.abs() < 0.5, torch.log1p(excess), c) / (a - 1)
 

@@ -65,6 +65,12 @@ def fused(
     return loss, values, out
 
 
+def scale_(gradient: Tensor, upstream: Tensor) -> None:
+    """Multiplies in place, and touches nothing where the factor is seen to be 1."""
+    if not upstream.is_cpu or upstream != 1:
+        gradient.mul_(upstream)
+
+
 # --- one block ------------------------------------------------------------------------------
 
 

@@ -186,12 +186,12 @@ def distillation_loss(
             for f in factors
         ]
         loss, values, _ = autograd.Fused.apply(
-            problem.student, inplace, *problem[1:], *coefficients, return_metrics, engine
+            inplace, *_arguments(problem), *coefficients, return_metrics, engine
         )
         return (loss, _metrics(values, size, labels)) if return_metrics else loss
     else:
         values, _ = autograd.Rows.apply(
-            *problem, entropy_weight != 0, return_metrics, _dual(kind, others), engine
+            *_arguments(problem), entropy_weight != 0, return_metrics, engine, *_dual(kind, others)
         )
         rows = _combine(values, factors)
 
@@ -333,18 +333,35 @@ def _per_row(
 ) -> Tensor:
     """A number, a 0-d tensor or one per row, as [N]."""
     if not isinstance(value, Tensor):
-        return torch.full((), value, dtype=dtype, device=device).expand(rows)
+        return _scalar(value, dtype, device).expand(rows)
     value = value.to(device, dtype)
     return value.flatten() if value.dim() else value.expand(rows)
 
 
-def _dual(kind: Divergence, others: dict[str, object]) -> autograd.Dual | None:
-    """The roles exchanged, where teacher or temperature trains."""
+def _scalar(value: float, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    if torch.compiler.is_compiling():  # torch.full would compile again for each value
+        return torch.ones((), dtype=dtype, device=device) * value
+    return torch.full((), value, dtype=dtype, device=device)
+
+
+def _numbers(*values: float) -> Tensor:
+    return torch.stack([_scalar(value, torch.float64, "cpu") for value in values])
+
+
+def _arguments(problem: Problem) -> autograd.Arguments:
+    numbers = _numbers(problem.label_smoothing, problem.a, problem.b)
+    return autograd.Arguments(
+        *problem[:6], numbers, problem.divergence, problem.vocab_size
+    )
+
+
+def _dual(kind: Divergence, others: dict[str, object]) -> autograd.Dual:
+    """The roles exchanged; asked for where teacher or temperature trains."""
     names = ("teacher", "temperature", "teacher_temperature")
     if not any(checks.trains(others[name]) for name in names):
-        return None
+        return autograd.Dual("", torch.empty(0), 0.0)
     name, (a, b), factor = kind.dual()
-    return autograd.Dual(name, a, b, factor)
+    return autograd.Dual(name, _numbers(0.0, a, b), factor)
 
 
 def _metrics(values: Tensor | list[Tensor | None], size: torch.Size, labels: Tensor | None) -> Metrics:
