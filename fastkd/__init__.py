@@ -12,8 +12,9 @@ from .divergences import (
     SkewKL,
     SkewReverseKL,
 )
+from .elementwise import kl_div
 from .functional import Metrics, distillation_loss
-from .modules import DistillationLoss
+from .modules import DistillationLoss, KLDivLoss
 
 __version__ = "0.1.0"
 
@@ -25,10 +26,12 @@ __all__ = [
     "Divergence",
     "ForwardKL",
     "Jeffreys",
+    "KLDivLoss",
     "Metrics",
     "Renyi",
     "ReverseKL",
     "SkewKL",
     "SkewReverseKL",
     "distillation_loss",
+    "kl_div",
 ]

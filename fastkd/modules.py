@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .checks import REDUCTIONS, choice
+from .elementwise import kl_div
 from .functional import distillation_loss
 
 _SETTINGS = {
@@ -54,3 +56,36 @@ class DistillationLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+
+class KLDivLoss(nn.Module):
+    """`kl_div` with its reduction held; takes the place of torch.nn.KLDivLoss.
+
+    Example:
+        >>> import torch, fastkd
+        >>> criterion = fastkd.KLDivLoss(reduction="batchmean", log_target=True)
+        >>> criterion
+        KLDivLoss(reduction='batchmean', log_target=True)
+        >>> q, p = torch.randn(4, 10).log_softmax(-1), torch.randn(4, 10).log_softmax(-1)
+        >>> loss = criterion(q, p)
+    """
+
+    def __init__(
+        self,
+        size_average: bool | None = None,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        log_target: bool = False,
+    ) -> None:
+        super().__init__()
+        choice("reduction", reduction, REDUCTIONS)
+        self.size_average, self.reduce = size_average, reduce
+        self.reduction, self.log_target = reduction, log_target
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return kl_div(
+            input, target, self.size_average, self.reduce, self.reduction, self.log_target
+        )
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}, log_target={self.log_target}"

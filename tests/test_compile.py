@@ -1,0 +1,153 @@
+"""torch.compile: one graph, no recompilation, the same numbers; and the operators' own checks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastkd
+from fastkd import autograd
+from tests.cases import logits
+from tests.closeness import assert_close
+from tests.conftest import DEVICE
+
+BACKEND = "inductor" if DEVICE == "cuda" else "aot_eager"
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def _step(student, teacher, labels, temperature, beta, alpha, mode):
+    return fastkd.distillation_loss(
+        student * 1.5, teacher, labels, divergence=fastkd.JSD(beta), temperature=temperature,
+        alpha=alpha, entropy_weight=0.1, gradient=mode,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+def test_changes_of_numbers_and_rows_recompile_nothing(mode):
+    compiled = torch.compile(_step, fullgraph=True, dynamic=True, backend=BACKEND)
+    for n, (rows, temperature, beta, alpha) in enumerate(
+        [(8, 2.0, 0.5, 0.5), (9, 3.0, 0.3, 0.9), (31, 1.5, 0.2, 0.7)]
+    ):
+        student, teacher = (x.float().to(DEVICE) for x in logits(rows, 50))
+        labels = torch.randint(50, (rows,), device=DEVICE)
+        with torch._dynamo.config.patch(error_on_recompile=n > 0):
+            results = []
+            for step in (compiled, _step):
+                leaf = student.clone().requires_grad_()
+                loss = step(leaf, teacher, labels, temperature, beta, alpha, mode)
+                loss.backward()
+                results.append((loss, leaf.grad))
+        assert_close(results[0][0], results[1][0].double())
+        assert_close(results[0][1], results[1][1].double(), "gradient")
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+def test_upstream_gradient_and_metrics_under_compile(mode):
+    student, teacher = (x.float().to(DEVICE) for x in logits(6, 20))
+
+    def step(leaf):
+        loss, metrics = fastkd.distillation_loss(
+            leaf, teacher, gradient=mode, return_metrics=True
+        )
+        return 3 * loss + metrics.kd.sum()
+
+    results = []
+    for call in (torch.compile(step, fullgraph=True, backend=BACKEND), step):
+        leaf = student.clone().requires_grad_()
+        value = call(leaf)
+        value.backward()
+        results.append((value, leaf.grad))
+    assert_close(results[0][0], results[1][0].double())
+    assert_close(results[0][1], results[1][1].double(), "gradient")
+
+
+def test_learnable_temperature_and_teacher_under_compile():
+    def step(student, teacher, temperature):
+        return fastkd.distillation_loss(
+            student, teacher, temperature=temperature, divergence=fastkd.Renyi(0.4),
+            teacher_grad=True,
+        )  # fmt: skip
+
+    leaves = [x.float().to(DEVICE).requires_grad_() for x in logits(6, 20)]
+    leaves.append(torch.tensor(2.0, device=DEVICE, requires_grad=True))
+    compiled = torch.compile(step, fullgraph=True, backend=BACKEND)
+    ours, plain = (torch.autograd.grad(call(*leaves), leaves) for call in (compiled, step))
+    for one, other in zip(ours, plain, strict=True):
+        assert_close(one, other.double(), "gradient")
+
+
+def test_divergence_of_ones_own_under_compile():
+    class Squared(fastkd.Divergence):
+        name = "squared"
+
+        @staticmethod
+        def value(lp, lq, a, b):
+            return (lp.exp() - lq.exp()) ** 2
+
+    student, teacher = (x.float() for x in logits(6, 20))
+
+    def step(leaf):
+        return fastkd.distillation_loss(leaf, teacher, divergence=Squared(), backend="torch")
+
+    leaf = student.requires_grad_()
+    compiled = torch.compile(step, fullgraph=True, backend=BACKEND)
+    ours, plain = (torch.autograd.grad(call(leaf), leaf)[0] for call in (compiled, step))
+    assert_close(ours, plain.double(), "gradient")
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_cuda_graph_capture():
+    student, teacher = (x.float().to(DEVICE) for x in logits(64, 1000))
+    leaf = student.requires_grad_()
+
+    def step():
+        loss = fastkd.distillation_loss(leaf, teacher, temperature=2.0)
+        return loss, torch.autograd.grad(loss, leaf)[0]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        expected = step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for one, other in zip(captured, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def _arguments(backend):
+    student, teacher = (x.float().to(DEVICE)[None] for x in logits(4, 12))
+    temperature = torch.rand(4, device=DEVICE) + 1
+    labels = torch.arange(4, device=DEVICE)
+    numbers = torch.tensor([0.1, 0.3, 0.0], dtype=torch.float64)
+    coefficients = [torch.rand(4, device=DEVICE) for _ in range(3)]
+    problem = (student, teacher, temperature, None, labels, labels != 2, numbers, "jsd", 10)
+    return problem, coefficients
+
+
+# No autograd_registration check: the Functions differentiate, the operators have no formula.
+UTILITIES = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_operators_pass_opcheck(backend):
+    problem, coefficients = _arguments(backend)
+    for metrics in (False, True):
+        arguments = (*problem, True, metrics, backend)
+        torch.library.opcheck(autograd._forward, arguments, test_utils=UTILITIES)
+        arguments = (*problem, *coefficients, metrics, backend)
+        torch.library.opcheck(autograd._fused, arguments, test_utils=UTILITIES)
+        torch.library.opcheck(autograd._fused_, arguments, test_utils=UTILITIES)
+    _, state = autograd._forward(*problem, True, False, backend)
+    for gradient, temperature in ((True, True), (True, False), (False, True)):
+        arguments = (*problem, state, *coefficients, gradient, temperature, backend)
+        torch.library.opcheck(autograd._backward, arguments, test_utils=UTILITIES)
+    arguments = (torch.rand(4, 12, device=DEVICE), torch.tensor(2.0, device=DEVICE), backend)
+    torch.library.opcheck(autograd._scale_, arguments, test_utils=UTILITIES)
