@@ -16,7 +16,7 @@ from torch import Tensor
 from . import eager
 from .problem import CE, ENTROPY, KD, Coefficients, Problem
 
-# --- operators ---------------------------------------------------------------------------------
+# --- operators -------------------------------------------------------------------------------
 
 PROBLEM = (
     "Tensor student, Tensor teacher, Tensor student_temperature, Tensor? teacher_temperature, "
@@ -85,9 +85,7 @@ def _backward(*arguments):
     inputs = Arguments(*arguments[:SIZE])
     state, kd, ce, entropy, gradient, temperature, backend = arguments[SIZE:]
     upstream = Coefficients(kd, ce, entropy)
-    out, heat = _backend(backend).backward(
-        inputs.problem(), state, upstream, gradient, temperature
-    )
+    out, heat = _backend(backend).backward(inputs.problem(), state, upstream, gradient, temperature)
     return (
         kd.new_empty(0) if out is None else out.view(inputs.student.shape),
         kd.new_empty(0) if heat is None else heat,
@@ -155,7 +153,7 @@ def _scale_(gradient: Tensor, upstream: Tensor, backend: str) -> None:
     _backend(backend).scale_(gradient, upstream)
 
 
-# --- autograd ------------------------------------------------------------------------------------
+# --- autograd --------------------------------------------------------------------------------
 
 
 class Dual(NamedTuple):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,7 +63,7 @@ def distillation_loss(
     inplace: bool = False,
     backend: str = "auto",
     return_metrics: bool = False,
-) -> Tensor | tuple[Tensor, Metrics]:
+) -> Any:  # Tensor, or (Tensor, Metrics)
     r"""Knowledge-distillation loss of a student against a teacher, both given as logits.
 
     With q = softmax(student / T_s), p = softmax(teacher / T_t), D the divergence and H the
@@ -267,16 +269,14 @@ def _factors(
     ]
 
 
-def _combine(values: Tensor | list[Tensor | None], factors: list[float | Tensor | None]) -> Tensor:
+def _combine(values: Any, factors: Sequence[float | Tensor | None]) -> Tensor:
     """The weighted rows: a term whose factor is the number 0 is left out, were it infinite."""
-    rows = None
-    for kind in (KD, CE, ENTROPY):
-        factor = factors[kind]
-        if factor is None or (not isinstance(factor, Tensor) and factor == 0):
-            continue
-        term = factor * values[kind]
-        rows = term if rows is None else rows + term
-    return values[KD] * 0 if rows is None else rows
+    terms = [
+        factor * values[kind]
+        for kind, factor in zip((KD, CE, ENTROPY), factors, strict=True)
+        if isinstance(factor, Tensor) or factor
+    ]
+    return sum(terms[1:], terms[0]) if terms else values[KD] * 0
 
 
 def _problem(
@@ -321,16 +321,10 @@ def _seams(tensor: Tensor) -> list[int]:
     """The leading dimensions that do not merge with the one before."""
     leading = range(tensor.dim() - 1)
     dims = [(i, tensor.size(i), tensor.stride(i)) for i in leading if tensor.size(i) != 1]
-    return [
-        i
-        for (_, _, before), (i, size, stride) in zip(dims, dims[1:])  # noqa: B905 (one is shorter)
-        if before != size * stride
-    ]
+    return [i for (_, _, before), (i, size, stride) in pairwise(dims) if before != size * stride]
 
 
-def _per_row(
-    value: float | Tensor, rows: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def _per_row(value: float | Tensor, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A number, a 0-d tensor or one per row, as [N]."""
     if not isinstance(value, Tensor):
         return _scalar(value, dtype, device).expand(rows)
@@ -350,12 +344,10 @@ def _numbers(*values: float) -> Tensor:
 
 def _arguments(problem: Problem) -> autograd.Arguments:
     numbers = _numbers(problem.label_smoothing, problem.a, problem.b)
-    return autograd.Arguments(
-        *problem[:6], numbers, problem.divergence, problem.vocab_size
-    )
+    return autograd.Arguments(*problem[:6], numbers, problem.divergence, problem.vocab_size)
 
 
-def _dual(kind: Divergence, others: dict[str, object]) -> autograd.Dual:
+def _dual(kind: Divergence, others: Mapping[str, Any]) -> autograd.Dual:
     """The roles exchanged; asked for where teacher or temperature trains."""
     names = ("teacher", "temperature", "teacher_temperature")
     if not any(checks.trains(others[name]) for name in names):
@@ -364,6 +356,8 @@ def _dual(kind: Divergence, others: dict[str, object]) -> autograd.Dual:
     return autograd.Dual(name, _numbers(0.0, a, b), factor)
 
 
-def _metrics(values: Tensor | list[Tensor | None], size: torch.Size, labels: Tensor | None) -> Metrics:
-    kd, ce, *others = (None if value is None else value.detach().view(size) for value in values)
-    return Metrics(kd, None if labels is None else ce, *others)
+def _metrics(values: Any, size: torch.Size, labels: Tensor | None) -> Metrics:
+    rows: list[Any] = [None if value is None else value.detach().view(size) for value in values]
+    if labels is None:
+        rows[CE] = None
+    return Metrics(*rows)

@@ -1,4 +1,4 @@
-"""The naive path: table 1's textbook values, differentiated by autograd. The oracle, never optimised."""
+"""The naive path: table 1's textbook values, differentiated by autograd. Never optimised."""
 
 from __future__ import annotations
 

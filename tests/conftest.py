@@ -1,4 +1,4 @@
-"""Where there is no GPU, kernels run in Triton's interpreter, which must be chosen before import."""
+"""Without a GPU, kernels run in Triton's interpreter, which must be chosen before import."""
 
 import os
 

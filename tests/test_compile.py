@@ -52,9 +52,7 @@ def test_upstream_gradient_and_metrics_under_compile(mode):
     student, teacher = (x.float().to(DEVICE) for x in logits(6, 20))
 
     def step(leaf):
-        loss, metrics = fastkd.distillation_loss(
-            leaf, teacher, gradient=mode, return_metrics=True
-        )
+        loss, metrics = fastkd.distillation_loss(leaf, teacher, gradient=mode, return_metrics=True)
         return 3 * loss + metrics.kd.sum()
 
     results = []

@@ -15,8 +15,9 @@ from tests.running import run
 
 LN2, LN3 = math.log(2), math.log(3)
 # Student, teacher: p = (1/3, 2/3), q = (2/3, 1/3).
-SWAPPED = torch.tensor([[LN2, 0.0]], dtype=torch.float64), torch.tensor(
-    [[0.0, LN2]], dtype=torch.float64
+SWAPPED = (
+    torch.tensor([[LN2, 0.0]], dtype=torch.float64),
+    torch.tensor([[0.0, LN2]], dtype=torch.float64),
 )
 GOLDEN = [
     (fastkd.ForwardKL(), LN2 / 3, 1 / 3),

@@ -35,7 +35,7 @@ def _chain(student, teacher, temperature):
     )
 
 
-# --- conventions ----------------------------------------------------------------------------------
+# --- conventions -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -180,7 +180,7 @@ def test_a_temperature_that_learns(pair):
     assert temperature.grad.item() == pytest.approx((high - low).item() / (2 * step), rel=1e-4)
 
 
-# --- autograd's contracts --------------------------------------------------------------------------
+# --- autograd's contracts --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -257,7 +257,7 @@ def test_checkpointing_and_autocast(pair, mode, backend):
     assert torch.equal(plain, again)
 
 
-# --- errors ------------------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------
 
 
 def _labels(*values):

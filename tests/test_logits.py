@@ -25,7 +25,7 @@ def _labels(rows: int, vocab: int) -> torch.Tensor:
     return labels
 
 
-# --- against the truth --------------------------------------------------------------------------
+# --- against the truth -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -112,7 +112,7 @@ def test_common_offsets_and_far_apart_logits(divergence, backend):
     check(student + 100, teacher - 50, divergence=divergence, backend=backend)
 
 
-# --- temperatures, teacher, weights ----------------------------------------------------------------
+# --- temperatures, teacher, weights ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -171,7 +171,7 @@ def test_per_row_temperatures_are_those_of_each_row(backend):
         assert_close(loss[row], alone)
 
 
-# --- properties -------------------------------------------------------------------------------------
+# --- properties ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -207,7 +207,11 @@ def test_shift_permutation_and_scale(divergence, backend):
     shifted = run(student + 3, teacher - 5, divergence=divergence, temperature=2.0, backend=backend)
     order = torch.randperm(19)
     permuted = run(
-        student[:, order], teacher[:, order], divergence=divergence, temperature=2.0, backend=backend
+        student[:, order],
+        teacher[:, order],
+        divergence=divergence,
+        temperature=2.0,
+        backend=backend,
     )
     scaled = run(
         student / 2, teacher / 2, divergence=divergence, scale_by_temperature=False, backend=backend
@@ -239,7 +243,7 @@ def test_the_upstream_gradient_scales(backend):
     assert_close(scaled, -2.5 * gradient, "gradient")
 
 
-# --- masks --------------------------------------------------------------------------------------------
+# --- masks -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -311,9 +315,7 @@ def test_ignored_rows_may_hold_nan(mode, backend):
 def test_all_rows_ignored_is_zero_with_a_live_graph(reduction, backend):
     student, teacher = (x.float() for x in logits(3, 5))
     labels = torch.full((3,), -100)
-    loss, gradient = run(
-        student, teacher, labels, alpha=0.5, reduction=reduction, backend=backend
-    )
+    loss, gradient = run(student, teacher, labels, alpha=0.5, reduction=reduction, backend=backend)
     assert loss == 0
     assert_zero(gradient)
 
@@ -337,7 +339,7 @@ def test_a_factor_of_zero_removes_an_infinite_term(backend):
     assert gradient.isfinite().all()
 
 
-# --- layouts ------------------------------------------------------------------------------------------
+# --- layouts ---------------------------------------------------------------------------------
 
 
 LAYOUTS = {
@@ -397,7 +399,7 @@ def test_padded_vocabularies(widths, backend):
     assert_zero(gradient[:, 10:])
 
 
-# --- in place ---------------------------------------------------------------------------------------
+# --- in place --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -415,7 +417,7 @@ def test_inplace(dtype, backend):
     assert torch.equal(hidden.detach(), gradient)
 
 
-# --- by chance ----------------------------------------------------------------------------------------
+# --- by chance -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", FUSED)
