@@ -116,6 +116,7 @@ class Divergence:
         if name not in Divergence._classes:
             value = staticmethod(lambda lp, lq, a, b: kind.value(lq, lp, a, b))
             members = {"name": name, "value": value, "outer": staticmethod(kind.outer)}
+            members["__module__"] = kind.__module__
             type(f"{kind.__name__}Dual", (Divergence,), members)
         return name, self.parameters, 1.0
 
@@ -334,7 +335,7 @@ class JSD(Divergence):
         >>> import torch, fastkd
         >>> z, y = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 2.0]])
         >>> round(fastkd.distillation_loss(z, y, divergence=fastkd.JSD(beta=0.5)).item(), 4)
-        0.238
+        0.2476
     """
 
     beta: float = 0.5
@@ -382,7 +383,7 @@ class SkewKL(Divergence):
         >>> import torch, fastkd
         >>> z, y = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 2.0]])
         >>> round(fastkd.distillation_loss(z, y, divergence=fastkd.SkewKL(alpha=0.1)).item(), 4)
-        0.9166
+        0.8299
     """
 
     alpha: float = 0.1
@@ -428,7 +429,7 @@ class SkewReverseKL(Divergence):
         >>> z, y = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 2.0]])
         >>> loss = fastkd.distillation_loss(z, y, divergence=fastkd.SkewReverseKL(alpha=0.1))
         >>> round(loss.item(), 4)
-        0.9166
+        0.8299
     """
 
     alpha: float = 0.1
@@ -506,7 +507,7 @@ class AlphaDivergence(Divergence):
         >>> z, y = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 2.0]])
         >>> loss = fastkd.distillation_loss(z, y, divergence=fastkd.AlphaDivergence(alpha=0.5))
         >>> round(loss.item(), 4)
-        1.0197
+        1.0633
     """
 
     alpha: float = 0.5
@@ -556,7 +557,7 @@ class Renyi(Divergence):
         >>> import torch, fastkd
         >>> z, y = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 2.0]])
         >>> round(fastkd.distillation_loss(z, y, divergence=fastkd.Renyi(alpha=0.5)).item(), 4)
-        0.5889
+        0.618
     """
 
     alpha: float = 0.5

@@ -151,8 +151,8 @@ def distillation_loss(
     if num_items is not None:
         checks.num_items(num_items, reduction)
     checks.teacher_gradient(teacher, teacher_grad)
-    engine = checks.backend(backend, student, teacher, has_device_function(kind))
-    if backend == "auto" and student.is_cuda and not has_device_function(kind):
+    engine = checks.backend(backend, student, teacher, has_device_function(type(kind)))
+    if backend == "auto" and student.is_cuda and not has_device_function(type(kind)):
         warnings.warn(f"{type(kind).__name__} has no device function: using torch", stacklevel=2)
     others = {
         "teacher": teacher,
@@ -193,7 +193,11 @@ def distillation_loss(
         return (loss, _metrics(values, size, labels)) if return_metrics else loss
     else:
         values, _ = autograd.Rows.apply(
-            *_arguments(problem), entropy_weight != 0, return_metrics, engine, *_dual(kind, others)
+            *_arguments(problem),
+            entropy_weight != 0,
+            return_metrics,
+            engine,
+            *_dual(kind, others, engine),
         )
         rows = _combine(values, factors)
 
@@ -204,8 +208,8 @@ def distillation_loss(
 # --- the pieces ------------------------------------------------------------------------------
 
 
-def has_device_function(kind: Divergence) -> bool:
-    return type(kind).device is not None or type(kind).__module__ == Divergence.__module__
+def has_device_function(kind: type[Divergence]) -> bool:
+    return kind.device is not None or kind.__module__ == Divergence.__module__
 
 
 def _rows_that_count(
@@ -263,7 +267,7 @@ def _factors(
         scale = scale.flatten() if isinstance(scale, Tensor) and scale.dim() else scale
     weight = 1.0 if row_weight is None else row_weight
     return [
-        alpha * scale * weight,
+        alpha * scale * weight if alpha > 0 else 0.0,
         (1 - alpha) * weight if alpha < 1 else None,
         entropy_weight * weight if entropy_weight != 0 else None,
     ]
@@ -339,7 +343,9 @@ def _scalar(value: float, dtype: torch.dtype, device: torch.device | str) -> Ten
 
 
 def _numbers(*values: float) -> Tensor:
-    return torch.stack([_scalar(value, torch.float64, "cpu") for value in values])
+    if torch.compiler.is_compiling():
+        return torch.stack([_scalar(value, torch.float64, "cpu") for value in values])
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _arguments(problem: Problem) -> autograd.Arguments:
@@ -347,12 +353,17 @@ def _arguments(problem: Problem) -> autograd.Arguments:
     return autograd.Arguments(*problem[:6], numbers, problem.divergence, problem.vocab_size)
 
 
-def _dual(kind: Divergence, others: Mapping[str, Any]) -> autograd.Dual:
+def _dual(kind: Divergence, others: Mapping[str, Any], engine: str) -> autograd.Dual:
     """The roles exchanged; asked for where teacher or temperature trains."""
     names = ("teacher", "temperature", "teacher_temperature")
     if not any(checks.trains(others[name]) for name in names):
         return autograd.Dual("", torch.empty(0), 0.0)
     name, (a, b), factor = kind.dual()
+    if engine == "triton" and not has_device_function(Divergence.of_name(name)):
+        raise NotImplementedError(
+            f"the gradient to teacher or temperature needs {type(kind).__name__} with the roles "
+            "exchanged on the device too: define `dual`, or pass backend='torch'"
+        )
     return autograd.Dual(name, _numbers(0.0, a, b), factor)
 
 

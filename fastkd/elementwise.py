@@ -1,0 +1,308 @@
+"""`kl_div`, a drop-in for `torch.nn.functional.kl_div`: one pass forward, one pass backward.
+
+With p = target, or exp(target) for a target in log space, each entry has
+
+    value = p (log p - input)    d value / d input = -p    d value / d target = log p - input + 1
+
+(the last times p in log space), all 0 where p = 0. The operators below run the kernels of
+`kernels/elementwise.py` on CUDA devices and PyTorch elsewhere and in fp64.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import _reduction
+
+from . import checks
+
+__all__ = ["kl_div"]
+
+NONE, MEAN = _reduction.get_enum("none"), _reduction.get_enum("mean")
+MEAN_WARNING = (
+    "reduction: 'mean' divides the total loss by both the batch size and the support size. "
+    "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
+)
+
+# Elements per piece on the CPU: temporaries that the cache holds, enough work for every thread.
+PIECE = 2**19
+
+
+def kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Tensor:
+    r"""Kullback-Leibler divergence of log-probabilities: torch.nn.functional.kl_div, fused.
+
+    value = target * (log target - input), or exp(target) * (target - input) with log_target.
+
+    The same values, gradients, dtypes, broadcasting and warnings as PyTorch's function, with two
+    differences: a zero target (-inf in log space) contributes 0 to the value and to the gradients,
+    whatever the input is, where PyTorch gives NaN; and bf16 and fp16 are summed in fp32 and rounded
+    once.
+
+    Args:
+        input: log-probabilities, any shape that broadcasts with the target's, floating point.
+        target: probabilities, or log-probabilities with `log_target`.
+        size_average, reduce: deprecated, as in PyTorch; given, they override `reduction`.
+        reduction: "none", "sum", "mean" (over all elements, with PyTorch's warning) or "batchmean"
+            (the sum over `input.size(0)`), which is the mathematical definition for `[N, V]`.
+        log_target: whether the target is in log space.
+
+    Returns:
+        A scalar, or the broadcast shape for "none", in the promoted dtype of both. Gradients flow
+        to both, each in its own dtype.
+
+    Raises:
+        TypeError: an argument is not a tensor, or a reduction was given by position.
+        ValueError: unknown reduction.
+        RuntimeError: shapes that do not broadcast, or different devices.
+        NotImplementedError: a dtype other than fp64, fp32, bf16, fp16, or a sparse tensor.
+
+    Source: Kullback & Leibler 1951, On Information and Sufficiency; torch.nn.functional.kl_div.
+
+    Example:
+        >>> import torch, fastkd
+        >>> input = torch.tensor([[0.5, 0.5]]).log()
+        >>> target = torch.tensor([[1.0, 0.0]])
+        >>> round(fastkd.kl_div(input, target, reduction="batchmean").item(), 4)
+        0.6931
+    """
+    shape = _check(input, target)
+    kind = _reduction_kind(size_average, reduce, reduction)
+    dtype = _result_type(input, target)
+    compute = _at_least_fp32(dtype)
+    # The gradient of a repeated operand is summed before it is rounded.
+    x, t = (o if o.shape == shape else o.to(compute).expand(shape) for o in (input, target))
+    loss = _KLDiv.apply(x, t, log_target, kind != NONE, dtype if kind == NONE else compute)
+    if kind == MEAN:
+        loss = loss / x.numel()
+    if reduction == "batchmean" and input.dim() > 0:
+        loss = loss / input.size(0)
+    return loss.to(dtype)
+
+
+@torch.compiler.assume_constant_result  # the compiler traces no warnings
+def _reduction_kind(size_average: bool | None, reduce: bool | None, reduction: str) -> int:
+    """PyTorch's number of the reduction, with its warnings; that of "sum" for "batchmean"."""
+    for name, flag in (("size_average", size_average), ("reduce", reduce)):
+        if isinstance(flag, str):
+            raise TypeError(
+                f"kl_div: {name} must be a bool or None, got {flag!r}, which PyTorch reads as "
+                f"True: write reduction={flag!r}"
+            )
+    if size_average is not None or reduce is not None:
+        return _reduction.legacy_get_enum(size_average, reduce)
+    if reduction != "elementwise_mean":  # PyTorch's old name of "mean", with its own warning
+        checks.choice("reduction", reduction, checks.REDUCTIONS)
+    if reduction == "mean":
+        warnings.warn(MEAN_WARNING, stacklevel=3)
+    return _reduction.get_enum("sum" if reduction == "batchmean" else reduction)
+
+
+def _result_type(input: Tensor, target: Tensor) -> torch.dtype:
+    """torch.result_type, which the compiler does not trace; fp32 at least under autocast."""
+    device = input.device.type
+    if (input.dim() > 0) == (target.dim() > 0):
+        dtype = torch.promote_types(input.dtype, target.dtype)
+    else:  # a 0-d tensor does not promote the other
+        dtype = input.dtype if input.dim() > 0 else target.dtype
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _at_least_fp32(dtype) if autocast else dtype
+
+
+def _check(input: Tensor, target: Tensor) -> torch.Size:
+    """The broadcast shape."""
+    for name, operand in (("input", input), ("target", target)):
+        if not isinstance(operand, Tensor):
+            raise TypeError(f"kl_div: {name} must be a tensor, got {type(operand).__name__}")
+        if operand.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise NotImplementedError(
+                f"kl_div: {name} must be fp64, fp32, bf16 or fp16, got {operand.dtype}; cast it"
+            )
+        if operand.layout != torch.strided:
+            raise NotImplementedError(
+                f"kl_div: {name} must be dense, got {operand.layout}; call .to_dense()"
+            )
+    if input.device != target.device:
+        raise RuntimeError(
+            f"kl_div: input and target must be on one device, got {input.device} and "
+            f"{target.device}; move one"
+        )
+    try:
+        return torch.broadcast_shapes(input.shape, target.shape)
+    except RuntimeError:
+        raise RuntimeError(
+            f"kl_div: input and target must have shapes that broadcast, got {tuple(input.shape)} "
+            f"and {tuple(target.shape)}; reshape one"
+        ) from None
+
+
+# --- the formulas ----------------------------------------------------------------------------
+
+
+def _log_ratio(input: Tensor, target: Tensor, log_target: bool) -> tuple[Tensor, Tensor]:
+    """p and log p - input, which is 0 where p is 0; differentiable there too."""
+    p = target.exp() if log_target else target
+    empty = p == 0
+    log_p = target if log_target else torch.where(empty, 1.0, target).log()
+    return p, torch.where(empty, 0.0, log_p - input)
+
+
+def _value(input: Tensor, target: Tensor, log_target: bool, dtype: torch.dtype) -> Tensor:
+    p, log_ratio = _log_ratio(input.to(dtype), target.to(dtype), log_target)
+    return p * log_ratio
+
+
+def _gradients(
+    upstream: Tensor,
+    input: Tensor | None,
+    target: Tensor,
+    log_target: bool,
+    input_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """That of the input, if `input_dtype` is given, and that of the target, if `input` is."""
+    dtype = _at_least_fp32(upstream.dtype)
+    g, t = upstream.to(dtype), target.to(dtype)
+    to_input = to_target = None
+    if input_dtype is not None:
+        to_input = ((t.exp() if log_target else t) * -g).to(input_dtype)
+    if input is not None:
+        p, log_ratio = _log_ratio(input.to(dtype), t, log_target)
+        slope = p * (log_ratio + 1) if log_target else torch.where(p == 0, 0.0, log_ratio + 1)
+        to_target = (slope * g).to(target.dtype)
+    return to_input, to_target
+
+
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+# --- the operators: opaque to the compiler, one body per backend -----------------------------
+
+
+@torch.library.custom_op("fastkd::kl_div", mutates_args=())
+def _forward(
+    input: Tensor, target: Tensor, log_target: bool, reduce: bool, dtype: torch.dtype
+) -> Tensor:
+    """The values in `dtype`, or with `reduce` their sum; operands of one shape."""
+    out = None if reduce else input.new_empty(input.shape, dtype=dtype)
+    x, t, o = _as_matrices(input, target, out)
+    if _on_triton(x, t):
+        from .kernels import elementwise
+
+        total = elementwise.forward(x, t, o, log_target)
+        return total if out is None else out
+    compute = _at_least_fp32(dtype)
+    if out is None:
+        sums = [_value(xs, ts, log_target, compute).sum() for xs, ts in _pieces(x, t)]
+        return torch.stack(sums).sum()
+    for xs, ts, os in _pieces(x, t, o):
+        os.copy_(_value(xs, ts, log_target, compute))
+    return out
+
+
+@_forward.register_fake
+def _(input, target, log_target, reduce, dtype):
+    return input.new_empty(() if reduce else input.shape, dtype=dtype)
+
+
+@torch.library.custom_op("fastkd::kl_div_backward", mutates_args=())
+def _backward(
+    upstream: Tensor,
+    input: Tensor | None,
+    target: Tensor,
+    log_target: bool,
+    input_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """`_gradients`, with an empty tensor for None."""
+    to_input, to_target = _empty_gradients(upstream, input, target, log_target, input_dtype)
+    g, x, t, dx, dt = _as_matrices(
+        upstream.expand(target.shape), input, target,
+        None if input_dtype is None else to_input, None if input is None else to_target,
+    )  # fmt: skip
+    if _on_triton(g, t):
+        from .kernels import elementwise
+
+        elementwise.backward(g, x, t, dx, dt, log_target)
+        return to_input, to_target
+    for gs, xs, ts, *outs in _pieces(g, x, t, dx, dt):
+        for out, grad in zip(outs, _gradients(gs, xs, ts, log_target, input_dtype), strict=True):
+            if out is not None:
+                out.copy_(grad)
+    return to_input, to_target
+
+
+@_backward.register_fake
+def _empty_gradients(upstream, input, target, log_target, input_dtype):
+    return (
+        target.new_empty(0 if input_dtype is None else target.shape, dtype=input_dtype),
+        target.new_empty(0 if input is None else target.shape),
+    )
+
+
+def _on_triton(*matrices: Tensor) -> bool:
+    double = any(matrix.dtype == torch.float64 for matrix in matrices)
+    return checks.HAS_TRITON and matrices[0].is_cuda and not double
+
+
+def _as_matrices(*tensors: Tensor | None) -> list[Any]:
+    """[rows, columns] of each; a single row where all are contiguous or one value. Views, except
+    of operands whose leading dimensions do not collapse into one stride, which are copied.
+    """
+    given = [t for t in tensors if t is not None]
+    shape = given[0].shape
+    flat = all(t.is_contiguous() or not any(t.stride()) for t in given)
+    split = 0 if flat else -1
+    sizes = math.prod(shape[:split]), math.prod(shape[split:])
+    return [None if t is None else t.reshape(sizes) for t in tensors]
+
+
+def _pieces(*matrices: Any) -> Iterable[tuple[Any, ...]]:
+    """Blocks of rows, or of the only row, whose temporaries stay in the cache of a CPU."""
+    rows, columns = matrices[0].shape
+    if matrices[0].device.type != "cpu" or rows * columns <= PIECE:
+        return [matrices]
+    dim, size = (1, PIECE) if rows == 1 else (0, max(1, PIECE // columns))
+    pieces = (repeat(None) if m is None else m.split(size, dim) for m in matrices)
+    return zip(*pieces, strict=False)  # repeat has no end
+
+
+# --- autograd --------------------------------------------------------------------------------
+
+
+class _KLDiv(torch.autograd.Function):
+    @staticmethod
+    def forward(input, target, log_target, reduce, dtype):
+        return _forward(input, target, log_target, reduce, dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, target, ctx.log_target, _, _ = inputs
+        ctx.input_dtype = input.dtype if ctx.needs_input_grad[0] else None
+        # The gradient of the input does not depend on the input.
+        ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, target)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        input, target = ctx.saved_tensors
+        # A gradient that will be differentiated is made of differentiable operations.
+        gradients = _gradients if torch.is_grad_enabled() else _backward
+        to_input, to_target = gradients(upstream, input, target, ctx.log_target, ctx.input_dtype)
+        return (
+            None if ctx.input_dtype is None else to_input,
+            None if input is None else to_target,
+            None,
+            None,
+            None,
+        )
