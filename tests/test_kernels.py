@@ -10,18 +10,26 @@ import torch.nn.functional as F
 
 import fastkd
 from fastkd.problem import (
-    AGREEMENT, CE, CONSTANT, ENTROPY, KD, TEACHER_ENTROPY, Coefficients, Problem,
+    AGREEMENT,
+    CE,
+    CONSTANT,
+    ENTROPY,
+    KD,
+    TEACHER_ENTROPY,
+    Coefficients,
+    Problem,
 )  # fmt: skip
 from tests.cases import DIVERGENCES
 from tests.closeness import assert_close, assert_zero
 
 pytest.importorskip("triton", reason="the kernels need triton")
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
+import triton
+import triton.language as tl
 
-from fastkd.kernels import logits, tuning  # noqa: E402
-from fastkd.kernels.divergences import Device  # noqa: E402
+from fastkd.kernels import logits, tuning
+from fastkd.kernels.divergences import Device
 
+FORWARD_KL = fastkd.ForwardKL()
 # Tiles of 32 columns: 75 columns are two full tiles and a tail, in two programs when split.
 BLOCK = 32
 RESIDENT = tuning.Schedule(True, 4, 128, 1, 1)
@@ -64,7 +72,7 @@ def poison(monkeypatch):
 
 
 def problem_of(
-    z, y, divergence=fastkd.ForwardKL(), T=None, teacher_T=None, labels=None, counted=None,
+    z, y, divergence=FORWARD_KL, T=None, teacher_T=None, labels=None, counted=None,
     smoothing=0.0, V=None,
 ):  # fmt: skip
     z, y = (x if x.dim() == 3 else x[None] for x in (z, y))
@@ -146,7 +154,7 @@ def masked_rows(device, V=75, smoothing=0.0):
 
 def close_where_finite(ours, truth, kind):
     """assert_close row by row: a row's infinite value must not hide the others' errors."""
-    for mine, true in zip(ours, truth):
+    for mine, true in zip(ours, truth, strict=True):
         if true.isfinite().all() and true.count_nonzero():
             assert_close(mine, true, kind)
         elif not true.isfinite().all():

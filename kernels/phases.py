@@ -1,0 +1,271 @@
+"""What the kernels of `logits.py` do to a tile or a row, whatever the schedule."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastkd.kernels import rows as R
+
+FIELDS = tl.constexpr(15)  # Statistics, Sums and the label's logit
+
+# --- loads and stores ------------------------------------------------------------------------
+
+
+@triton.jit
+def load(pointer, at, inside, EVICT: tl.constexpr):
+    if inside is None:
+        return tl.load(pointer + at, eviction_policy=EVICT).to(tl.float32)
+    else:
+        x = tl.load(pointer + at, mask=inside, other=-float("inf"), eviction_policy=EVICT)
+        return x.to(tl.float32)
+
+
+@triton.jit
+def aligned(x, ALIGN: tl.constexpr):
+    """x, which the launcher found to be a multiple of ALIGN: the compiler learns it here."""
+    return x // ALIGN * ALIGN
+
+
+@triton.jit
+def row_at(index, outer, inner_stride, inner, ALIGN: tl.constexpr):
+    """Where row `index` of [outer, inner, columns] begins, in 64 bits."""
+    return index // inner * aligned(outer, ALIGN) + index % inner * aligned(inner_stride, ALIGN)
+
+
+@triton.jit
+def row_load(pointer, at, live, other):
+    """One number per row; `live` None: the row is there."""
+    if live is None:
+        return tl.load(pointer + at)
+    else:
+        return tl.load(pointer + at, mask=live, other=other)
+
+
+@triton.jit
+def label_of(label, columns):
+    """As a 32-bit column, -1 where it is out of range."""
+    return tl.where((label >= 0) & (label < columns), label, -1).to(tl.int32)
+
+
+@triton.jit
+def factor(pointer, stride, index, live):
+    """A coefficient of each row, 0 where the term is absent."""
+    if pointer is None:
+        return (index * 0).to(tl.float32)
+    else:
+        return row_load(pointer, index * stride, live, 0.0)
+
+
+@triton.jit
+def temper_of(s_pointer, s_stride, t_pointer, t_stride, index, live, a):
+    s_rate = 1.0 / row_load(s_pointer, index * s_stride, live, 1.0)
+    t_rate = s_rate
+    if t_pointer is not None:
+        t_rate = 1.0 / row_load(t_pointer, index * t_stride, live, 1.0)
+    return R.Temper(s_rate, t_rate, s_rate * R.LOG2E, t_rate * R.LOG2E, a)
+
+
+@triton.jit
+def restore(state, index, rows, live, LONG: tl.constexpr):
+    """R.Row from what `write_row` saved."""
+    state += index
+    entropy, unit = 0.0, 1.0
+    if LONG:
+        entropy = row_load(state, 5 * rows, live, 0.0)
+        unit = row_load(state, 6 * rows, live, 1.0)
+    s_max, s_sum = row_load(state, 0, live, 0.0), row_load(state, rows, live, 1.0)
+    t_max, t_sum = row_load(state, 2 * rows, live, 0.0), row_load(state, 3 * rows, live, 1.0)
+    return R.row_of(s_max, t_max, s_sum, t_sum, row_load(state, 4 * rows, live, 0.0), entropy, unit)
+
+
+@triton.jit
+def row_store(pointer, x, index, live):
+    tl.store(pointer + index, x, mask=live)
+
+
+@triton.jit
+def write_row(
+    index, rows, live, stats, row, sums, label, label_logit, columns, smoothing,
+    kd, ce, entropy, a, b, values, state, loss, WANT: tl.constexpr, OUTER: tl.constexpr,
+):  # fmt: skip
+    """The row's values, its state for the backward pass, and its loss, where wanted."""
+    kd_value = OUTER(sums.value, row.c, a, b)
+    ce_value, t_entropy = 0.0 * kd_value, 0.0 * kd_value
+    if R.UNIT & WANT:
+        ce_value = (1.0 - smoothing) * (row.s_max - label_logit) + row.unit_log * R.LN2
+        if R.MEAN & WANT:
+            ce_value += smoothing * (row.s_max - stats.total / columns)
+        ce_value = tl.where(label >= 0, ce_value, float("nan"))
+    if values is not None:
+        row_store(values, kd_value, index, live)
+        if (R.UNIT + R.ENTROPY) & WANT:
+            row_store(values + rows, ce_value, index, live)
+            row_store(values + 2 * rows, row.entropy, index, live)
+        if R.TEACHER_ENTROPY & WANT:
+            t_entropy = (row.t_log - stats.t_entropy / R.positive(stats.t_sum)) * R.LN2
+            row_store(values + 3 * rows, t_entropy, index, live)
+            row_store(values + 4 * rows, sums.agreement, index, live)
+    if state is not None:
+        row_store(state, row.s_max, index, live)
+        row_store(state + rows, stats.s_sum, index, live)
+        row_store(state + 2 * rows, row.t_max, index, live)
+        row_store(state + 3 * rows, stats.t_sum, index, live)
+        row_store(state + 4 * rows, row.c, index, live)
+        if (R.UNIT + R.ENTROPY) & WANT:
+            row_store(state + 5 * rows, row.entropy, index, live)
+            row_store(state + 6 * rows, stats.unit, index, live)
+    if loss is not None:
+        # A factor of exactly 0 removes its term, be it infinite.
+        total = tl.where(kd != 0, kd * kd_value, 0.0) + tl.where(ce != 0, ce * ce_value, 0.0)
+        total += tl.where(entropy != 0, entropy * row.entropy, 0.0)
+        row_store(loss, total, index, live)
+
+
+# --- sums -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def add_sums(sums, z, y, value, slope, row, WANT: tl.constexpr):
+    agreement = sums.agreement
+    if R.TEACHER_ENTROPY & WANT:
+        both = tl.where((z == row.s_max) & (y == row.t_max), 1.0, 0.0)
+        agreement = tl.maximum(agreement, tl.max(both, 1, keep_dims=True))
+    return R.Sums(
+        sums.value + tl.sum(value, 1, keep_dims=True),
+        sums.slope + tl.sum(slope, 1, keep_dims=True),
+        agreement,
+    )
+
+
+@triton.jit
+def no_sums(LANES: tl.constexpr):
+    zero = tl.zeros([LANES, 1], tl.float32)
+    return R.Sums(zero, zero, zero)
+
+
+@triton.jit
+def collapse_sums(sums):
+    return R.Sums(tl.sum(sums.value), tl.sum(sums.slope), tl.max(sums.agreement))
+
+
+@triton.jit
+def with_constant(row, c):
+    return R.Row(
+        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, c, row.entropy, row.unit_log
+    )  # fmt: skip
+
+
+# --- the gradient -----------------------------------------------------------------------------
+
+
+@triton.jit
+def gradient_tile(
+    z, y, column, row, temper, label, columns, smoothing, kd, ce, entropy, a, b,
+    CE: tl.constexpr, H: tl.constexpr, DIVERGENCE: tl.constexpr, SAME: tl.constexpr,
+):  # fmt: skip
+    """The gradient, its part that goes through the temperature, and the divergence's terms."""
+    lp, lq, p, q, d = R.elements(z, y, row, temper, SAME)
+    defined = R.finite(row.c)
+    value, slope = DIVERGENCE(lp, lq, p, q, d, tl.where(defined, row.c, 0.0), a, b)
+    kd = tl.where(defined, kd * temper.s_rate, 0.0)
+    gradient = tl.where(kd != 0, kd * slope, 0.0)
+    if H:
+        gradient -= tl.where(q > 0, (entropy * temper.s_rate) * q * (lq + row.entropy), 0.0)
+    tempered = gradient
+    if CE:
+        unit = tl.exp2((z - row.s_max) * R.LOG2E - row.unit_log)
+        target = tl.where(column == label, 1.0 - smoothing, 0.0) + smoothing / columns
+        gradient += ce * (unit - target)
+    return gradient, tempered, value, slope
+
+
+@triton.jit
+def temperature_term(tempered, z, row):
+    return tl.sum(tl.where(z > -float("inf"), tempered * (z - row.s_max), 0.0), 1, keep_dims=True)
+
+
+# --- steps of a sweep -------------------------------------------------------------------------
+
+
+@triton.jit
+def fill_zero(pointer, begin, end, BLOCK: tl.constexpr):
+    for start in range(begin, end, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        zero = tl.zeros([BLOCK], pointer.dtype.element_ty)
+        tl.store(pointer + at, zero, mask=at < end)
+
+
+@triton.jit
+def statistics_step(stats, student, teacher, at, inside, temper, WANT: tl.constexpr):
+    z, y = load(student, at, inside, "evict_last"), load(teacher, at, inside, "evict_last")
+    return R.add(stats, z, y, inside, temper, WANT)
+
+
+@triton.jit
+def sum_step(sums, student, teacher, at, inside, row, temper, a, b,
+             WANT: tl.constexpr, DIVERGENCE: tl.constexpr, SAME: tl.constexpr,
+             EVICT: tl.constexpr):  # fmt: skip
+    z, y = load(student, at, inside, EVICT), load(teacher, at, inside, EVICT)
+    lp, lq, p, q, d = R.elements(z, y, row, temper, SAME)
+    value, slope = DIVERGENCE(lp, lq, p, q, d, row.c, a, b)
+    return add_sums(sums, z, y, value, slope, row, WANT)
+
+
+@triton.jit
+def gradient_step(
+    sums, heat, student, teacher, gradient, at, inside, row, temper, label, columns, smoothing,
+    kd, ce, entropy, a, b, VALUE: tl.constexpr, HEAT: tl.constexpr, WANT: tl.constexpr,
+    CE: tl.constexpr, H: tl.constexpr, DIVERGENCE: tl.constexpr, SAME: tl.constexpr,
+):  # fmt: skip
+    z, y = load(student, at, inside, "evict_first"), load(teacher, at, inside, "evict_first")
+    g, tempered, value, slope = gradient_tile(
+        z, y, at, row, temper, label, columns, smoothing, kd, ce, entropy, a, b,
+        CE, H, DIVERGENCE, SAME,
+    )  # fmt: skip
+    if gradient is not None:
+        tl.store(gradient + at, g.to(gradient.dtype.element_ty), mask=inside)
+    if VALUE:
+        sums = add_sums(sums, z, y, value, slope, row, WANT)
+    if HEAT:
+        heat += temperature_term(tempered, z, row)
+    return sums, heat
+
+
+# --- what the pieces of a row hand on ---------------------------------------------------------
+
+
+@triton.jit
+def write_statistics(scratch, stats, label_logit, SPLITS: tl.constexpr):
+    for i in tl.static_range(11):
+        tl.store(scratch + i * SPLITS, stats[i])
+    tl.store(scratch + 11 * SPLITS, label_logit)
+
+
+@triton.jit
+def field(scratch, i, SPLITS: tl.constexpr):
+    return tl.load(scratch + i * SPLITS + tl.arange(0, SPLITS)[:, None])
+
+
+@triton.jit
+def read_statistics(scratch, temper, WANT: tl.constexpr, SPLITS: tl.constexpr):
+    stats = R.Statistics(
+        field(scratch, 0, SPLITS), field(scratch, 1, SPLITS), field(scratch, 2, SPLITS),
+        field(scratch, 3, SPLITS), field(scratch, 4, SPLITS), field(scratch, 5, SPLITS),
+        field(scratch, 6, SPLITS), field(scratch, 7, SPLITS), field(scratch, 8, SPLITS),
+        field(scratch, 9, SPLITS), field(scratch, 10, SPLITS),
+    )  # fmt: skip
+    return R.collapse(stats, temper, WANT), tl.load(scratch + 11 * SPLITS)
+
+
+@triton.jit
+def write_sums(scratch, sums, SPLITS: tl.constexpr):
+    for i in tl.static_range(3):
+        tl.store(scratch + (12 + i) * SPLITS, sums[i])
+
+
+@triton.jit
+def read_sums(scratch, SPLITS: tl.constexpr):
+    return collapse_sums(
+        R.Sums(field(scratch, 12, SPLITS), field(scratch, 13, SPLITS), field(scratch, 14, SPLITS))
+    )

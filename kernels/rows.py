@@ -1,0 +1,252 @@
+"""Building blocks of every kernel: row statistics that merge, and what is derived from them.
+
+Tiles are [lanes, columns] in fp32, z of the student and y of the teacher; quantities of a row are
+scalars or [lanes, 1]. Exponentials and logarithms are to base 2, with 1 / T folded into a scale.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from triton.language.target_info import is_cuda
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# Below every maximum: a piece of a row that is masked throughout has exponentials of 0, not NaN.
+FLOOR = tl.constexpr(-1e30)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+# What else the first sweep gathers, as bits.
+GAP = tl.constexpr(1)
+MIXTURE = tl.constexpr(2)
+UNIT = tl.constexpr(4)
+MEAN = tl.constexpr(8)
+ENTROPY = tl.constexpr(16)
+TEACHER_ENTROPY = tl.constexpr(32)
+
+
+class Temper(NamedTuple):
+    """The temperatures of a row: rate = 1 / T, scale = log2(e) / T; a of the divergence."""
+
+    s_rate: Any
+    t_rate: Any
+    s_scale: Any
+    t_scale: Any
+    a: Any
+
+
+class Statistics(NamedTuple):
+    """Sums over a piece of a row, relative to the maxima of that piece; u, v = scaled (z, y) - max.
+
+    mixture is relative to mixture_max, the maximum of w = (1 - a) u + a v.
+    """
+
+    s_max: Any
+    t_max: Any
+    mixture_max: Any
+    s_sum: Any  # sum 2^u
+    t_sum: Any  # sum 2^v
+    mixture: Any  # sum 2^w
+    gap: Any  # sum 2^u (u - v)
+    s_entropy: Any  # sum 2^u u
+    t_entropy: Any  # sum 2^v v
+    unit: Any  # sum exp(z - max): the student at T = 1
+    total: Any  # sum z
+
+
+class Row(NamedTuple):
+    """What the later sweeps need of a row: they see z and y relative to their maxima only."""
+
+    s_max: Any
+    t_max: Any
+    s_log: Any  # log2 of the sums
+    t_log: Any
+    gap: Any  # log(t_sum / s_sum)
+    c: Any  # the constant of table 1
+    entropy: Any
+    unit_log: Any
+
+
+class Sums(NamedTuple):
+    """Sums of the second sweep."""
+
+    value: Any
+    slope: Any
+    agreement: Any
+
+
+# --- helpers ---------------------------------------------------------------------------------
+
+
+@triton.jit
+def fast_log2(x):
+    """log2, to an absolute 2^-22 near 1; one instruction where tl.log2 takes twenty."""
+    if INTERPRETED:
+        return tl.log2(x)
+    elif is_cuda():
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1
+        )
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) to rounding, for a row scalar: the error of 1 + x cancels in the quotient."""
+    w = 1.0 + x
+    return tl.where(w == 1.0, x, tl.log(w) * (x / tl.where(w == 1.0, 1.0, w - 1.0)))
+
+
+@triton.jit
+def finite(x):
+    return tl.abs(x) < float("inf")
+
+
+# --- row statistics --------------------------------------------------------------------------
+
+
+@triton.jit
+def empty(LANES: tl.constexpr):
+    """The neutral element."""
+    zero = tl.zeros([LANES, 1], tl.float32)
+    floor = zero + FLOOR
+    return Statistics(floor, floor, floor / 10, zero, zero, zero, zero, zero, zero, zero, zero)
+
+
+@triton.jit
+def move(stats, s_max, t_max, temper, WANT: tl.constexpr):
+    """The same sums relative to maxima that are as high or higher."""
+    ds, dt = (stats.s_max - s_max) * temper.s_scale, (stats.t_max - t_max) * temper.t_scale
+    fs, ft = tl.exp2(ds), tl.exp2(dt)
+    mixture_max, gap, unit = stats.mixture_max, stats.gap, stats.unit
+    s_entropy, t_entropy = stats.s_entropy, stats.t_entropy
+    if GAP & WANT:
+        gap = tl.where(fs > 0, fs * (gap + stats.s_sum * (ds - dt)), 0.0)
+    if MIXTURE & WANT:
+        moved = mixture_max + ds + temper.a * (dt - ds)
+        mixture_max = tl.where(stats.mixture > 0, moved, FLOOR / 10)
+    if UNIT & WANT:
+        unit *= tl.exp2((stats.s_max - s_max) * LOG2E)
+    if ENTROPY & WANT:
+        s_entropy = tl.where(fs > 0, fs * (s_entropy + stats.s_sum * ds), 0.0)
+    if TEACHER_ENTROPY & WANT:
+        t_entropy = tl.where(ft > 0, ft * (t_entropy + stats.t_sum * dt), 0.0)
+    return Statistics(
+        s_max, t_max, mixture_max, stats.s_sum * fs, stats.t_sum * ft, stats.mixture,
+        gap, s_entropy, t_entropy, unit, stats.total,
+    )  # fmt: skip
+
+
+@triton.jit
+def add(stats, z, y, inside, temper, WANT: tl.constexpr):
+    """Statistics [lanes, 1] with a tile added; masked entries are -inf, inside: their mask."""
+    s_max = tl.maximum(stats.s_max, tl.max(z, 1, keep_dims=True))
+    t_max = tl.maximum(stats.t_max, tl.max(y, 1, keep_dims=True))
+    stats = move(stats, s_max, t_max, temper, WANT)
+    u, v = (z - s_max) * temper.s_scale, (y - t_max) * temper.t_scale
+    q, p = tl.exp2(u), tl.exp2(v)
+    mixture_max, mixture, gap, unit = stats.mixture_max, stats.mixture, stats.gap, stats.unit
+    s_entropy, t_entropy, total = stats.s_entropy, stats.t_entropy, stats.total
+    if GAP & WANT:
+        gap += tl.sum(tl.where(q > 0, q * (u - v), 0.0), 1, keep_dims=True)
+    if MIXTURE & WANT:
+        # Finite stand-ins for -inf: w is then hugely negative or positive, never NaN.
+        low = tl.maximum(u, FLOOR)
+        w = low + temper.a * (tl.maximum(v, FLOOR) - low)
+        mixture_max = tl.maximum(mixture_max, tl.max(w, 1, keep_dims=True))
+        mixture *= tl.exp2(stats.mixture_max - mixture_max)
+        mixture += tl.sum(tl.exp2(w - mixture_max), 1, keep_dims=True)
+    if UNIT & WANT:
+        unit += tl.sum(tl.exp2((z - s_max) * LOG2E), 1, keep_dims=True)
+    if MEAN & WANT:
+        total += tl.sum(z if inside is None else tl.where(inside, z, 0.0), 1, keep_dims=True)
+    if ENTROPY & WANT:
+        s_entropy += tl.sum(tl.where(q > 0, q * u, 0.0), 1, keep_dims=True)
+    if TEACHER_ENTROPY & WANT:
+        t_entropy += tl.sum(tl.where(p > 0, p * v, 0.0), 1, keep_dims=True)
+    return Statistics(
+        s_max, t_max, mixture_max,
+        stats.s_sum + tl.sum(q, 1, keep_dims=True), stats.t_sum + tl.sum(p, 1, keep_dims=True),
+        mixture, gap, s_entropy, t_entropy, unit, total,
+    )  # fmt: skip
+
+
+@triton.jit
+def collapse(stats, temper, WANT: tl.constexpr):
+    """The statistics of the whole from those of its lanes: scalars."""
+    stats = move(stats, tl.max(stats.s_max), tl.max(stats.t_max), temper, WANT)
+    mixture_max = tl.max(stats.mixture_max)
+    mixture, gap, unit, total = 0.0, 0.0, 0.0, 0.0
+    s_entropy, t_entropy = 0.0, 0.0
+    if MIXTURE & WANT:
+        mixture = tl.sum(stats.mixture * tl.exp2(stats.mixture_max - mixture_max))
+    if GAP & WANT:
+        gap = tl.sum(stats.gap)
+    if UNIT & WANT:
+        unit = tl.sum(stats.unit)
+    if MEAN & WANT:
+        total = tl.sum(stats.total)
+    if ENTROPY & WANT:
+        s_entropy = tl.sum(stats.s_entropy)
+    if TEACHER_ENTROPY & WANT:
+        t_entropy = tl.sum(stats.t_entropy)
+    return Statistics(
+        stats.s_max, stats.t_max, mixture_max, tl.sum(stats.s_sum),
+        tl.sum(stats.t_sum), mixture, gap, s_entropy, t_entropy, unit, total,
+    )  # fmt: skip
+
+
+# --- what follows from them ------------------------------------------------------------------
+
+
+@triton.jit
+def positive(total):
+    """1 for the sum of a row that is masked throughout, so that its logarithm is finite."""
+    return tl.where(total == 0, 1.0, total)
+
+
+@triton.jit
+def row_of(s_max, t_max, s_sum, t_sum, c, entropy, unit):
+    s_sum, t_sum = positive(s_sum), positive(t_sum)
+    low = tl.minimum(s_sum, t_sum)
+    gap = log1p((tl.maximum(s_sum, t_sum) - low) / low)
+    return Row(
+        s_max, t_max, tl.log2(s_sum), tl.log2(t_sum), tl.where(t_sum < s_sum, -gap, gap),
+        c, entropy, tl.log2(positive(unit)),
+    )  # fmt: skip
+
+
+@triton.jit
+def summarize(stats, temper, CONSTANT: tl.constexpr, WANT: tl.constexpr):
+    """Row from its statistics, with the row constant where the first sweep gives it."""
+    row = row_of(
+        stats.s_max, stats.t_max, stats.s_sum, stats.t_sum, tl.zeros_like(stats.s_max),
+        tl.zeros_like(stats.s_max), stats.unit,
+    )  # fmt: skip
+    c, entropy = row.c, row.entropy
+    if CONSTANT == "reverse_kl":
+        c = stats.gap / positive(stats.s_sum) * LN2 + row.gap
+    if CONSTANT == "log_mixture":
+        size = log1p((stats.mixture - stats.s_sum) / positive(stats.s_sum))
+        c = stats.mixture_max * LN2 + size - temper.a * row.gap
+        c = tl.where(tl.abs(c) > 1e20, c * float("inf"), c)
+    if ENTROPY & WANT:
+        entropy = (row.s_log - stats.s_entropy / positive(stats.s_sum)) * LN2
+    return Row(
+        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, c, entropy, row.unit_log
+    )  # fmt: skip
+
+
+@triton.jit
+def elements(z, y, row, temper, SAME: tl.constexpr):
+    """(lp, lq, p, q, d) of a tile. SAME: one temperature, so d needs no difference of products."""
+    dz, dy = z - row.s_max, y - row.t_max
+    u, v = dz * temper.s_scale - row.s_log, dy * temper.t_scale - row.t_log
+    if SAME:
+        d = (dy - dz) * temper.s_rate - row.gap
+    else:
+        d = dy * temper.t_rate - (dz * temper.s_rate + row.gap)
+    return v * LN2, u * LN2, tl.exp2(v), tl.exp2(u), d

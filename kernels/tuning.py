@@ -1,0 +1,57 @@
+"""Which schedule, tile and number of warps: the only place with such numbers.
+
+Chosen from a static table, not by timing: the kernels may write their inputs, which a timed trial
+run would destroy. 16 entries per thread leave every divergence without spills (README.md has the
+registers); ahead-of-time tests hold them to it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+# A row of up to this many columns is loaded once and kept in registers.
+RESIDENT = 4096
+# Programs per multiprocessor to aim for when rows are too few to fill the device.
+PROGRAMS = 4
+
+
+class Schedule(NamedTuple):
+    """How the rows are laid out over programs; a tile is [lanes, vector]."""
+
+    resident: bool  # a tile holds whole rows, one per lane; else one row, swept tile by tile
+    lanes: int
+    vector: int  # consecutive entries that one thread loads at once
+    splits: int  # programs that share a row
+    warps: int
+
+
+def schedule(rows: int, columns: int, itemsize: int, device: torch.device) -> Schedule:
+    """For `rows` rows of `columns` entries of `itemsize` bytes (the narrower operand's)."""
+    if device.type != "cuda":  # the interpreter: small, so that tests meet every seam
+        return table(rows, columns, itemsize, 1, resident=128, block=256)
+    return table(rows, columns, itemsize, multiprocessors(device))
+
+
+def table(
+    rows: int, columns: int, itemsize: int, processors: int, resident=RESIDENT, block=4096
+) -> Schedule:
+    if columns <= resident:
+        width = power_of_two(max(columns, 16))
+        # 2048 entries on 4 warps; rows are packed only as far as every processor keeps some.
+        packed = min(max(2048 // width, 1), power_of_two(-(-rows // processors)))
+        return Schedule(True, packed, width, 1, max(packed * width // 512, 1))
+    vector = 16 // itemsize
+    splits = 1
+    while splits < 64 and rows * splits < processors * 2 and columns >= 4 * block * splits:
+        splits *= 2
+    return Schedule(False, block // vector, vector, splits, 8)
+
+
+def power_of_two(count: int) -> int:
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
