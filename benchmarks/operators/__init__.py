@@ -1,0 +1,11 @@
+"""The operators: a file each, and a line here."""
+
+from __future__ import annotations
+
+from .base import Operands, Operator
+from .kl_div import KLDiv
+from .logits import Logits
+
+OPERATORS: dict[str, Operator] = {op.name: op for op in (Logits(), KLDiv())}
+
+__all__ = ["OPERATORS", "Operands", "Operator"]
