@@ -6,16 +6,21 @@ import argparse
 from collections.abc import Sequence
 
 from . import doctor
+from .distill import cli as distill
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="fastkd", description="Fused knowledge-distillation losses for PyTorch."
     )
-    commands = parser.add_subparsers(title="commands", metavar="command", required=True)
+    commands = parser.add_subparsers(
+        title="commands", metavar="command", required=True, parser_class=distill.Parser
+    )
     command = commands.add_parser("doctor", help=doctor.__doc__, description=doctor.__doc__)
-    command.set_defaults(run=doctor.run)
-    return parser.parse_args(arguments).run()
+    command.set_defaults(run=lambda options: doctor.run())
+    distill.add(commands)
+    options = parser.parse_args(arguments)
+    return options.run(options)
 
 
 if __name__ == "__main__":

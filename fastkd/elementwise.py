@@ -92,9 +92,9 @@ def kl_div(
     return loss.to(dtype)
 
 
-@torch.compiler.assume_constant_result  # the compiler traces no warnings
 def _reduction_kind(size_average: bool | None, reduce: bool | None, reduction: str) -> int:
     """PyTorch's number of the reduction, with its warnings; that of "sum" for "batchmean"."""
+    warn = not torch.compiler.is_compiling()  # the compiler traces no warnings
     for name, flag in (("size_average", size_average), ("reduce", reduce)):
         if isinstance(flag, str):
             raise TypeError(
@@ -102,10 +102,10 @@ def _reduction_kind(size_average: bool | None, reduce: bool | None, reduction: s
                 f"True: write reduction={flag!r}"
             )
     if size_average is not None or reduce is not None:
-        return _reduction.legacy_get_enum(size_average, reduce)
+        return _reduction.legacy_get_enum(size_average, reduce, emit_warning=warn)
     if reduction != "elementwise_mean":  # PyTorch's old name of "mean", with its own warning
         checks.choice("reduction", reduction, checks.REDUCTIONS)
-    if reduction == "mean":
+    if reduction == "mean" and warn:
         warnings.warn(MEAN_WARNING, stacklevel=3)
     return _reduction.get_enum("sum" if reduction == "batchmean" else reduction)
 

@@ -73,7 +73,7 @@ def exp(x):
 @triton.jit
 def clamp(x):
     """x within [-80, 80]; a NaN, which is where p and q are 0, becomes a number."""
-    return tl.minimum(tl.maximum(x, -80.0), 80.0)
+    return tl.minimum(tl.where(x > -80.0, x, -80.0), 80.0)
 
 
 @triton.jit

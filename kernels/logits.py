@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.divergences import Divergence
+from fastkd.divergences import LOG_MIXTURE, REVERSE_KL, Divergence
 from fastkd.kernels import phases as P
 from fastkd.kernels import rows as R
 from fastkd.kernels.divergences import device_of
@@ -82,14 +82,15 @@ def _resident(
     else:
         stats = R.add(R.empty(LANES), z, y, inside, temper, WANT)
         row = R.summarize(stats, temper, CONSTANT, WANT)
+        hard = P.cross_entropy(stats, row, label, label_logit, columns, smoothing, WANT)
         lp, lq, p, q, d = R.elements(z, y, row, temper, SAME)
         value, slope = DIVERGENCE(lp, lq, p, q, d, row.c, a, b)
         sums = P.add_sums(P.no_sums(LANES), z, y, value, slope, row, WANT)
         if CONSTANT == "slope_sum":
             row = P.with_constant(row, sums.slope)
         P.write_row(
-            index, rows, live, stats, row, sums, label, label_logit, columns, smoothing,
-            kd, k_ce, k_entropy, a, b, values, state, loss, WANT, OUTER,
+            index, rows, live, stats, row, sums, hard, kd, k_ce, k_entropy, a, b,
+            values, state, loss, WANT, OUTER,
         )  # fmt: skip
     if gradient is not None or temperature is not None:
         g, tempered, _, _ = P.gradient_tile(
@@ -184,6 +185,7 @@ def _sweep(
         row = P.restore(state, index, rows, None, ((R.UNIT + R.ENTROPY) & WANT) != 0)
     else:
         row = R.summarize(stats, temper, CONSTANT, WANT)
+        hard = P.cross_entropy(stats, row, label, label_logit, columns, smoothing, WANT)
 
     if FIRST <= SUMS and LAST >= SUMS and not LATE:
         EVICT: tl.constexpr = "evict_last" if gradient is not None else "evict_first"
@@ -211,7 +213,7 @@ def _sweep(
             row = P.with_constant(row, sums.slope)
         if split == 0:
             P.write_row(
-                index, rows, None, stats, row, sums, label, label_logit, columns, smoothing,
+                index, rows, None, stats, row, sums, hard,
                 k_kd, k_ce, k_entropy, a, b, values, state, loss, WANT, OUTER,
             )  # fmt: skip
 
@@ -236,8 +238,8 @@ def _sweep(
             tl.store(temperature + index * SPLITS + split, -temper.s_rate * tl.sum(heat))
         if LATE:
             P.write_row(
-                index, rows, None, stats, row, P.collapse_sums(sums), label, label_logit, columns,
-                smoothing, k_kd, k_ce, k_entropy, a, b, values, state, loss, WANT, OUTER,
+                index, rows, None, stats, row, P.collapse_sums(sums), hard,
+                k_kd, k_ce, k_entropy, a, b, values, state, loss, WANT, OUTER,
             )  # fmt: skip
 
 
@@ -296,8 +298,7 @@ def fused(
 def scale_(gradient: Tensor, upstream: Tensor) -> None:
     """Multiplies the rows of gradient by a 0-d tensor, in place; no traffic where that is 1."""
     outer, inner, size = _strides(gradient)
-    width = gradient.size(-1)
-    pieces = triton.cdiv(width, 2048)
+    width, pieces = gradient.size(-1), triton.cdiv(gradient.size(-1), 2048)
     tiles = gradient.numel() // max(width, 1) * pieces
     if tiles:
         cuda = gradient.device.type == "cuda"
@@ -337,13 +338,14 @@ def _run(
     """Launches the phases from `first` on; the temperatures' gradient where heat is wanted."""
     student, teacher, rows = problem.student, problem.teacher, problem.rows
     width, device = student.size(-1), student.device
+    kind, (evaluate, outer) = Divergence.of_name(problem.divergence), device_of(problem.divergence)
     plan = schedule(rows, width, min(student.element_size(), teacher.element_size()), device)
-    temperature = None
-    if heat:  # zero for the rows that the kernel skips
-        temperature = torch.zeros((rows, plan.splits), dtype=torch.float32, device=device)
+    # Zero for the rows that the kernel skips.
+    temperature = (
+        torch.zeros(rows, plan.splits, dtype=torch.float32, device=device) if heat else None
+    )
     if rows == 0:
         return None if temperature is None else temperature.sum(1)
-    kind, (evaluate, outer) = Divergence.of_name(problem.divergence), device_of(problem.divergence)
     student_outer, student_inner, inner = _strides(student)
     teacher_outer, teacher_inner, _ = _strides(teacher)
     gradient_outer = gradient_inner = 0
@@ -351,15 +353,13 @@ def _run(
         gradient_outer, gradient_inner, _ = _strides(gradient)
         if gradient.dim() == 2 and student.size(0) > 1:
             gradient_outer = inner * gradient_inner
-    align = math.gcd(
-        16, student_outer, student_inner, teacher_outer, teacher_inner, gradient_outer,
-        gradient_inner,
-    )  # fmt: skip
+    align = math.gcd(16, student_outer, student_inner, teacher_outer, teacher_inner)
+    align = math.gcd(align, gradient_outer, gradient_inner)
     if plan.resident:
         align = math.gcd(align, width, problem.vocab_size)
     kd, ce, h = factors or (None, None, None)
-    want = R.GAP.value * (kind.constant == "reverse_kl")
-    want |= R.MIXTURE.value * (kind.constant == "log_mixture")
+    want = R.GAP.value * (kind.constant == REVERSE_KL)
+    want |= R.MIXTURE.value * (kind.constant == LOG_MIXTURE)
     want |= R.UNIT.value * (problem.labels is not None)
     want |= R.MEAN.value * (problem.labels is not None and problem.label_smoothing != 0)
     want |= R.ENTROPY.value * (entropy or metrics)

@@ -85,26 +85,34 @@ def row_store(pointer, x, index, live):
 
 
 @triton.jit
-def write_row(
-    index, rows, live, stats, row, sums, label, label_logit, columns, smoothing,
-    kd, ce, entropy, a, b, values, state, loss, WANT: tl.constexpr, OUTER: tl.constexpr,
-):  # fmt: skip
-    """The row's values, its state for the backward pass, and its loss, where wanted."""
-    kd_value = OUTER(sums.value, row.c, a, b)
-    ce_value, t_entropy = 0.0 * kd_value, 0.0 * kd_value
+def cross_entropy(stats, row, label, label_logit, columns, smoothing, WANT: tl.constexpr):
+    """At T = 1; NaN where the label is out of range, 0 where no row has labels."""
+    value = tl.zeros_like(row.s_max)
     if R.UNIT & WANT:
-        ce_value = (1.0 - smoothing) * (row.s_max - label_logit) + row.unit_log * R.LN2
+        value = (1.0 - smoothing) * (row.s_max - label_logit) + row.unit_log * R.LN2
         if R.MEAN & WANT:
-            ce_value += smoothing * (row.s_max - stats.total / columns)
-        ce_value = tl.where(label >= 0, ce_value, float("nan"))
+            value += smoothing * (row.s_max - stats.total / columns)
+        value = tl.where(label >= 0, value, float("nan"))
+    return value
+
+
+@triton.jit
+def write_row(
+    index, rows, live, stats, row, sums, hard, kd, ce, entropy, a, b, values, state, loss,
+    WANT: tl.constexpr, OUTER: tl.constexpr,
+):  # fmt: skip
+    """The row's values, its state for the backward pass, and its loss, where wanted.
+
+    hard: the cross-entropy. A factor of exactly 0 removes its term, be it infinite.
+    """
+    kd_value = OUTER(sums.value, row.c, a, b)
     if values is not None:
         row_store(values, kd_value, index, live)
         if (R.UNIT + R.ENTROPY) & WANT:
-            row_store(values + rows, ce_value, index, live)
+            row_store(values + rows, hard, index, live)
             row_store(values + 2 * rows, row.entropy, index, live)
         if R.TEACHER_ENTROPY & WANT:
-            t_entropy = (row.t_log - stats.t_entropy / R.positive(stats.t_sum)) * R.LN2
-            row_store(values + 3 * rows, t_entropy, index, live)
+            row_store(values + 3 * rows, row.t_entropy, index, live)
             row_store(values + 4 * rows, sums.agreement, index, live)
     if state is not None:
         row_store(state, row.s_max, index, live)
@@ -116,8 +124,7 @@ def write_row(
             row_store(state + 5 * rows, row.entropy, index, live)
             row_store(state + 6 * rows, stats.unit, index, live)
     if loss is not None:
-        # A factor of exactly 0 removes its term, be it infinite.
-        total = tl.where(kd != 0, kd * kd_value, 0.0) + tl.where(ce != 0, ce * ce_value, 0.0)
+        total = tl.where(kd != 0, kd * kd_value, 0.0) + tl.where(ce != 0, ce * hard, 0.0)
         total += tl.where(entropy != 0, entropy * row.entropy, 0.0)
         row_store(loss, total, index, live)
 
@@ -152,7 +159,8 @@ def collapse_sums(sums):
 @triton.jit
 def with_constant(row, c):
     return R.Row(
-        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, c, row.entropy, row.unit_log
+        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, c,
+        row.entropy, row.t_entropy, row.unit_log,
     )  # fmt: skip
 
 

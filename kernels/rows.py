@@ -66,6 +66,7 @@ class Row(NamedTuple):
     gap: Any  # log(t_sum / s_sum)
     c: Any  # the constant of table 1
     entropy: Any
+    t_entropy: Any
     unit_log: Any
 
 
@@ -215,7 +216,7 @@ def row_of(s_max, t_max, s_sum, t_sum, c, entropy, unit):
     gap = log1p((tl.maximum(s_sum, t_sum) - low) / low)
     return Row(
         s_max, t_max, tl.log2(s_sum), tl.log2(t_sum), tl.where(t_sum < s_sum, -gap, gap),
-        c, entropy, tl.log2(positive(unit)),
+        c, entropy, tl.zeros_like(s_max), tl.log2(positive(unit)),
     )  # fmt: skip
 
 
@@ -226,7 +227,7 @@ def summarize(stats, temper, CONSTANT: tl.constexpr, WANT: tl.constexpr):
         stats.s_max, stats.t_max, stats.s_sum, stats.t_sum, tl.zeros_like(stats.s_max),
         tl.zeros_like(stats.s_max), stats.unit,
     )  # fmt: skip
-    c, entropy = row.c, row.entropy
+    c, entropy, t_entropy = row.c, row.entropy, row.t_entropy
     if CONSTANT == "reverse_kl":
         c = stats.gap / positive(stats.s_sum) * LN2 + row.gap
     if CONSTANT == "log_mixture":
@@ -235,8 +236,10 @@ def summarize(stats, temper, CONSTANT: tl.constexpr, WANT: tl.constexpr):
         c = tl.where(tl.abs(c) > 1e20, c * float("inf"), c)
     if ENTROPY & WANT:
         entropy = (row.s_log - stats.s_entropy / positive(stats.s_sum)) * LN2
+    if TEACHER_ENTROPY & WANT:
+        t_entropy = (row.t_log - stats.t_entropy / positive(stats.t_sum)) * LN2
     return Row(
-        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, c, entropy, row.unit_log
+        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, c, entropy, t_entropy, row.unit_log
     )  # fmt: skip
 
 

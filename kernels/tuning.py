@@ -1,8 +1,8 @@
 """Which schedule, tile and number of warps: the only place with such numbers.
 
 Chosen from a static table, not by timing: the kernels may write their inputs, which a timed trial
-run would destroy. 16 entries per thread leave every divergence without spills (README.md has the
-registers); ahead-of-time tests hold them to it.
+run would destroy. 16 entries per thread leave every kernel without spills, which the
+ahead-of-time tests check. Nothing here has been timed on a GPU yet.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 
 # A row of up to this many columns is loaded once and kept in registers.
 RESIDENT = 4096
-# Programs per multiprocessor to aim for when rows are too few to fill the device.
-PROGRAMS = 4
+# Entries of a longer row's tile: 16 per thread with 8 warps.
+BLOCK = 4096
 
 
 class Schedule(NamedTuple):
@@ -28,24 +28,25 @@ class Schedule(NamedTuple):
 
 
 def schedule(rows: int, columns: int, itemsize: int, device: torch.device) -> Schedule:
-    """For `rows` rows of `columns` entries of `itemsize` bytes (the narrower operand's)."""
+    """For `rows` rows of `columns` entries of `itemsize` bytes, the narrower operand's."""
     if device.type != "cuda":  # the interpreter: small, so that tests meet every seam
         return table(rows, columns, itemsize, 1, resident=128, block=256)
     return table(rows, columns, itemsize, multiprocessors(device))
 
 
 def table(
-    rows: int, columns: int, itemsize: int, processors: int, resident=RESIDENT, block=4096
-) -> Schedule:
+    rows: int, columns: int, itemsize: int, processors: int,
+    resident: int = RESIDENT, block: int = BLOCK,
+) -> Schedule:  # fmt: skip
     if columns <= resident:
         width = power_of_two(max(columns, 16))
         # 2048 entries on 4 warps; rows are packed only as far as every processor keeps some.
         packed = min(max(2048 // width, 1), power_of_two(-(-rows // processors)))
         return Schedule(True, packed, width, 1, max(packed * width // 512, 1))
-    vector = 16 // itemsize
     splits = 1
-    while splits < 64 and rows * splits < processors * 2 and columns >= 4 * block * splits:
+    while splits < 64 and rows * splits < 2 * processors and columns >= 4 * block * splits:
         splits *= 2
+    vector = 16 // itemsize
     return Schedule(False, block // vector, vector, splits, 8)
 
 
