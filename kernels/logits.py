@@ -50,8 +50,7 @@ def _resident(
 ):  # fmt: skip
     """LANES whole rows of up to VECTOR columns: every operand is read once."""
     SAME: tl.constexpr = t_temperature is None
-    a, b = tl.cast(a, tl.float32), tl.cast(b, tl.float32)
-    smoothing = tl.cast(smoothing, tl.float32)
+    a, b, smoothing = P.singles(a, b, smoothing)
     index = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)[:, None]
     column = tl.arange(0, VECTOR)[None, :]
     exists = index < rows
@@ -130,8 +129,7 @@ def _sweep(
         FIRST == STATISTICS and CONSTANT != "slope_sum" and gradient is not None and scratch is None
     )
     BACKWARD: tl.constexpr = FIRST == GRADIENT and scratch is None
-    a, b = tl.cast(a, tl.float32), tl.cast(b, tl.float32)
-    smoothing = tl.cast(smoothing, tl.float32)
+    a, b, smoothing = P.singles(a, b, smoothing)
     index, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin = tl.minimum(split * span, columns)
     end = tl.minimum(begin + span, columns)

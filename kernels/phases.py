@@ -13,6 +13,12 @@ FIELDS = tl.constexpr(15)  # Statistics, Sums and the label's logit
 
 
 @triton.jit
+def singles(a, b, c):
+    """In fp32: some compilers pass a Python float in fp64."""
+    return tl.cast(a, tl.float32), tl.cast(b, tl.float32), tl.cast(c, tl.float32)
+
+
+@triton.jit
 def load(pointer, at, inside, EVICT: tl.constexpr):
     if inside is None:
         return tl.load(pointer + at, eviction_policy=EVICT).to(tl.float32)

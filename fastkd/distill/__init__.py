@@ -1,0 +1,1 @@
+"""The main job: `fastkd distill` trains a teacher and students, and shows what distilling gave."""

@@ -1,0 +1,114 @@
+"""transformers.Trainer with fastkd's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+
+from fastkd.functional import distillation_loss
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+class Distiller(Trainer):
+    """Trains a student against a teacher that sees the same tokens.
+
+    The Trainer counts the tokens of all batches of an optimizer step, over all processes; with
+    that count as divisor, accumulation and processes change nothing in the gradient.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *, teacher: Any, loss: dict[str, Any], **options: Any) -> None:
+        super().__init__(**options)
+        self.model_accepts_loss_kwargs = True  # so that the tokens are counted
+        self.loss = loss
+        self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        student, teacher, labels = self.logits(model, inputs)
+        loss = distillation_loss(
+            student, teacher, labels, num_items=num_items_in_batch, **self.loss
+        )
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # DistributedDataParallel divides by the processes, which the count has done.
+            loss = loss * self.accelerator.num_processes
+        return (loss, {"logits": student}) if return_outputs else loss
+
+    def logits(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of student and teacher [B, T - 1, V], and the tokens [B, T - 1] that they predict."""
+        ids = inputs["input_ids"]
+        with torch.no_grad():
+            teacher = self.teacher(input_ids=ids, use_cache=False).logits
+        student = model(input_ids=ids, use_cache=False).logits
+        return student[:, :-1], teacher[:, :-1], inputs["labels"][:, 1:]
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Per token of held-out text: loss in nats, KL to the teacher in nats, top-1 agreement."""
+        model = self.accelerator.unwrap_model(self.model)
+        training = model.training
+        model.eval()
+        rows = []
+        for inputs in self.get_eval_dataloader(eval_dataset):
+            student, teacher, labels = self.logits(model, self._prepare_inputs(inputs))
+            _, found = distillation_loss(
+                student, teacher, labels,
+                vocab_size=self.loss["vocab_size"], return_metrics=True,
+            )  # fmt: skip
+            sums = [part.sum(-1) for part in (found.ce, found.kd, found.agreement)]
+            counts = (labels != -100).sum(-1)
+            # Sequences that only fill up the last batch of a process are dropped here.
+            rows.append(self.accelerator.gather_for_metrics(torch.stack([*sums, counts], -1)))
+        model.train(training)
+        total = torch.cat(rows).double().sum(0)
+        names = ("validation_loss", "kl_to_teacher", "agreement")
+        values = dict(zip(names, (total[:3] / total[3]).tolist(), strict=True))
+        found = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        self.log(found)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
+
+class AfterStep(TrainerCallback):
+    """Moves the bar; ends with a checkpoint once that is asked, all processes in the same step."""
+
+    def __init__(self, trainer: Distiller, asked: Callable[[], bool], bars: Progress) -> None:
+        self.trainer, self.asked, self.bars = trainer, asked, bars
+        self.began = self.stopped = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        shown = state.is_world_process_zero
+        self.bar = self.bars.add_task("student", total=state.max_steps, visible=shown, text="")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.began = True
+        self.bars.update(self.bar, completed=state.global_step)
+        asked = self.asked()
+        if args.world_size > 1:
+            flag = torch.tensor(int(asked), device=args.device)
+            asked = self.trainer.accelerator.reduce(flag, "sum").item() > 0
+        if asked:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "loss" in logs:
+            self.bars.update(self.bar, text=f"loss {float(logs['loss']):.4g}")
+
+
+def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    ids = torch.tensor([row["input_ids"] for row in rows])
+    return {"input_ids": ids, "labels": ids.clone()}

@@ -1,0 +1,213 @@
+"""Distilling the user's models: Hugging Face causal language models, on the user's text."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import models, report, settings, storage, texts
+from .problems import Interrupted, Problem, needs, one_line
+from .small import Stop, pick
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from .distiller import AfterStep, Distiller
+
+STUDENT = "student"
+
+
+def run(chosen: settings.Own, folder: Path, *, resume: bool = False) -> dict[str, Any]:
+    """Distils and saves; the figures. Under torchrun every process runs this.
+
+    Raises Interrupted, with a checkpoint in `folder`, on Ctrl-C.
+    """
+    needs("transformers", "datasets", "accelerate", "rich", "matplotlib")
+    import transformers
+
+    from .distiller import AfterStep, Distiller, collate
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    device = pick(chosen.device)
+    dtype = precision(chosen.precision, device)
+    teacher, student, tokens, loss = _models(chosen, dtype)
+    training, held_out = texts.sequences(
+        chosen.data, chosen.text, tokens, chosen.sequence_length, chosen.held_out, chosen.seed
+    )
+    trainer = Distiller(
+        teacher=teacher,
+        loss=loss,
+        model=student,
+        args=_arguments(chosen, folder, device, dtype),
+        train_dataset=training,
+        eval_dataset=held_out,
+        data_collator=collate,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    if trainer.is_world_process_zero() and not resume:
+        storage.write(folder / storage.CONFIG, settings.toml(chosen))
+    before = trainer.evaluate()
+    with Stop() as stop, report.bars() as bars:
+        watch = AfterStep(trainer, lambda: stop.asked, bars)
+        trainer.add_callback(watch)
+        _train(trainer, watch, folder, _last_checkpoint(folder) if resume else None)
+    if watch.stopped:
+        raise Interrupted(f"stopped; go on with: fastkd distill --resume {folder}")
+    figures = {
+        "before": _plain(before),
+        "after": _plain(trainer.evaluate()),
+        "settings": asdict(chosen),
+        "vocab_size": loss["vocab_size"],
+        "machine": report.machine(trainer.args.device),
+    }
+    if trainer.is_world_process_zero():
+        _save(trainer, tokens, figures, folder)
+    trainer.accelerator.wait_for_everyone()
+    return figures
+
+
+def precision(wanted: str, device: torch.device) -> torch.dtype:
+    """bf16 where it is asked for, or where the device computes in it."""
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = wanted == "bf16" or (wanted == "auto" and able)
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def _models(chosen: settings.Own, dtype: torch.dtype) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """Teacher, student, their tokenizer, and the settings of the loss."""
+    tokens = models.tokenizer(chosen.teacher)
+    if models.is_config(chosen.student):
+        student = models.new(chosen.student, chosen.seed)
+        of_student = None
+    else:
+        of_student = models.tokenizer(chosen.student)
+        student = models.load(chosen.student, torch.float32)
+    tokens = tokens or of_student
+    if tokens is None:
+        raise Problem(f"neither {chosen.teacher} nor {chosen.student} holds a tokenizer")
+    if of_student is not None:
+        models.check_tokenizers(tokens, of_student)
+    if chosen.checkpointing:
+        student.train()
+        # transformers 5.23 renamed it.
+        old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+        getattr(student, new if hasattr(student, new) else old)()
+    teacher = models.load(chosen.teacher, dtype)
+    size = models.vocabulary(tokens, chosen.vocab_size, teacher, student)
+    loss = {
+        "divergence": settings.divergence(chosen.divergence),
+        "temperature": chosen.temperature,
+        "alpha": chosen.alpha,
+        "vocab_size": size,
+    }
+    return teacher, student, tokens, loss
+
+
+def _arguments(
+    chosen: settings.Own, folder: Path, device: torch.device, dtype: torch.dtype
+) -> TrainingArguments:
+    from transformers import TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=chosen.steps or -1,
+        num_train_epochs=chosen.epochs,
+        per_device_train_batch_size=chosen.batch_size,
+        per_device_eval_batch_size=chosen.batch_size,
+        gradient_accumulation_steps=chosen.accumulation,
+        learning_rate=chosen.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        logging_steps=chosen.log_every,
+        logging_first_step=True,
+        eval_strategy="steps",
+        eval_steps=chosen.evaluate_every,
+        save_strategy="steps",
+        save_steps=chosen.evaluate_every,
+        save_total_limit=1,
+        seed=chosen.seed,
+        bf16=dtype == torch.bfloat16,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    if "WORLD_SIZE" not in os.environ:
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for torchrun
+    return arguments
+
+
+def _train(trainer: Distiller, watch: AfterStep, folder: Path, checkpoint: str | None) -> None:
+    """Trains; what a machine or a file has wrong becomes one line."""
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except torch.cuda.OutOfMemoryError:
+        raise Problem(
+            "the GPU's memory is full: lower --batch-size and raise --accumulation, or say "
+            "--checkpointing"
+        ) from None
+    except Exception as error:
+        if checkpoint and not watch.began:  # each part of it fails in its own way
+            raise Problem(
+                f"{checkpoint} is broken and cannot be read ({one_line(error)}): delete it, and "
+                "--resume starts from the beginning"
+            ) from None
+        if whole(folder) != set(folder.glob("checkpoint-*")):
+            raise Problem(f"cannot write a checkpoint to {folder}: {one_line(error)}") from None
+        raise
+    finally:
+        for part in set(folder.glob("checkpoint-*")) - whole(folder):
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def whole(folder: Path) -> set[Path]:
+    """The checkpoints that were written to the end: the state of the trainer comes last."""
+    return {path.parent for path in folder.glob("checkpoint-*/trainer_state.json")}
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    found = sorted(whole(folder), key=lambda path: int(path.name.rpartition("-")[2]))
+    return str(found[-1]) if found else None
+
+
+def _plain(values: dict[str, float]) -> dict[str, float]:
+    return {name.removeprefix("eval_"): value for name, value in values.items()}
+
+
+def _save(trainer: Any, tokens: Any, figures: dict[str, Any], folder: Path) -> None:
+    """The student with its tokenizer, whole or not at all; then the figures."""
+    temporary = folder / f".{STUDENT}.{os.getpid()}"
+    try:
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(temporary)
+        tokens.save_pretrained(temporary)
+        shutil.rmtree(folder / STUDENT, ignore_errors=True)
+        os.replace(temporary, folder / STUDENT)
+    except Exception as error:  # a full disk is an OSError here, and a SafetensorError there
+        raise Problem(f"cannot write {folder / STUDENT}: {one_line(error)}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    rows = _rows(trainer.state.log_history)
+    storage.write(folder / "metrics.csv", report.table(rows))
+    storage.write(folder / "curves.png", report.curves(rows))
+    storage.write(folder / storage.METRICS, json.dumps(figures, indent=2) + "\n")
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    report.show_own(figures, folder / STUDENT)
+
+
+def _rows(history: list[dict[str, float]]) -> list[dict[str, Any]]:
+    """One row for each logged step: what was logged there, whether of training or evaluation."""
+    rows: dict[int, dict[str, Any]] = {}
+    for entry in history:
+        row = rows.setdefault(int(entry["step"]), {"step": int(entry["step"]), "way": "fastkd"})
+        found = _plain({k: v for k, v in entry.items() if k == "loss" or k.startswith("eval_")})
+        row.update(found)
+    return [rows[step] for step in sorted(rows)]

@@ -1,0 +1,54 @@
+"""What goes wrong outside the code: one clear line on the terminal, never a traceback."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+
+class Problem(Exception):
+    """Something that the user can mend; `code` is the exit code."""
+
+    code = 1
+
+
+class Usage(Problem):
+    """What was asked for cannot be."""
+
+    code = 2
+
+
+class Interrupted(Problem):
+    """Ctrl-C, after the checkpoint was written."""
+
+    code = 130
+
+
+def needs(*modules: str) -> None:
+    """Refuses to go on where an optional package is missing."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            if error.name != module:  # it is there, and broken
+                raise Problem(f"{module} does not import: {error}") from error
+            raise Problem(
+                f'this needs {module}, which is not installed: pip install "fastkd[distill]"'
+            ) from None
+
+
+def known(what: str, name: Any, names: Iterable[str]) -> None:
+    """Refuses a name that is not among `names`, and says which comes near."""
+    names = list(names)
+    if name not in names:
+        near = difflib.get_close_matches(str(name), names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+        raise Usage(f"{what} {name!r} is unknown: {hint}")
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what an exception says."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

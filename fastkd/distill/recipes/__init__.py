@@ -1,0 +1,54 @@
+"""Recipes: one experiment on distillation each, with its expected and its measured outcome.
+
+run("modes", Path("runs/modes"))  trains, prints, compares, and writes results.json and plot.png
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastkd import checks
+
+if TYPE_CHECKING:
+    from .report import Report
+
+# Name to what it shows. The module of a recipe is its name with "_" for "-".
+RECIPES = {
+    "modes": "which parts of a bimodal teacher each divergence covers",
+    "temperature": "T with and without T^2, adaptive temperatures, search, and what mistakes cost",
+    "soft-labels": "soft cross-entropy plus or minus entropy, with softmax and with sigmoid heads",
+    "two-stage": "a high temperature first, then a low one; samples chosen by what the rows say",
+    "few-sample": "a student from few samples, temperature and weight chosen by cross-validation",
+    "compress": "pruning and quantisation, and what distillation brings back",
+}
+
+
+def run(name: str, out: Path, quick: bool = False) -> Report:
+    """Run a recipe, write results.json and plot.png into `out`; print the Report it returns.
+
+    Args:
+        name: one of RECIPES.
+        out: a folder, made where it is missing.
+        quick: two seeds and few steps: seconds, and outcomes that say nothing.
+
+    Raises:
+        ValueError: an unknown name.
+        report.MissingPackage: scikit-learn, matplotlib or another package is not installed.
+        OSError: `out` cannot be written.
+    """
+    checks.choice("recipe", name, tuple(RECIPES))
+    from .digits import one_thread
+    from .report import need
+
+    need("matplotlib", "matplotlib")  # before the training, not after
+    out.mkdir(parents=True, exist_ok=True)
+    recipe = importlib.import_module("." + name.replace("-", "_"), __name__)
+    start = time.perf_counter()
+    with one_thread():
+        report: Report = recipe.run(quick)
+    seconds = round(time.perf_counter() - start, 1)
+    report.save(out, recipe=name, quick=quick, seconds=seconds)
+    return report

@@ -1,0 +1,240 @@
+"""What a run of the default job found: on the terminal, in files, as a picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastkd import __version__
+
+from . import storage
+from .ways import EAGER, FASTKD, HARD
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from .train import Training
+
+Figures = dict[str, Any]
+COLUMNS = ("step", "way", "loss", "validation_loss", "kl_to_teacher", "agreement")
+
+
+@dataclass(frozen=True)
+class Result:
+    """The figures at the end, by way of training; the teacher's are under 'teacher'."""
+
+    students: dict[str, Figures]
+    teacher: Figures
+    other: str  # what fastkd is compared with
+    difference: float  # of the two losses on the same logits: relative, the largest of all steps
+    drift: float  # likewise, of the two students, each with the weights that its way gave it
+    agrees: bool
+    margin: float  # nats of held-out text by which fastkd is below hard labels
+
+    @classmethod
+    def of(cls, training: Training, tolerance: float) -> Result:
+        found, costs = training.evaluate(), training.costs()
+        students = {way: {**found[way], **costs[way]} for way in training.students}
+        return cls(
+            students,
+            {**found["teacher"], "parameters": training.teacher.size()},
+            EAGER if training.settings.divergence == "forward_kl" else "the reference",
+            training.difference,
+            training.drift,
+            training.difference <= tolerance,
+            found[HARD]["validation_loss"] - found[FASTKD]["validation_loss"],
+        )
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def save(result: Result, training: Training, folder: Path) -> None:
+    """All files of the run. metrics.json comes last: where it is, the run is whole.
+
+    metrics.csv, the student and the tokenizer are the same to the bit in every run of these
+    settings on this machine; times are in metrics.json alone.
+    """
+    from safetensors.torch import save as safetensors
+
+    student = training.students[FASTKD].state_dict()
+    weights = {name: weight.cpu().contiguous() for name, weight in student.items()}
+    storage.write(folder / "student.safetensors", safetensors(weights))
+    storage.write(folder / "tokenizer.json", training.corpus.tokenizer)
+    storage.write(folder / "metrics.csv", table(training.rows))
+    storage.write(folder / "curves.png", picture(result, training))
+    values = {
+        **asdict(result),
+        "settings": asdict(training.settings),
+        "machine": machine(training.device),
+    }
+    storage.write(folder / storage.METRICS, json.dumps(values, indent=2) + "\n")
+
+
+def machine(device: torch.device) -> Figures:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "fastkd": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": f"{device}: {name}",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def table(rows: list[Figures]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def picture(result: Result, training: Training) -> bytes:
+    """Held-out loss, the two curves that must be one, and where the time of a step goes."""
+    from matplotlib.figure import Figure
+
+    styles = {HARD: ("tab:gray", "-"), EAGER: ("tab:blue", "-"), FASTKD: ("tab:orange", "--")}
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    held_out, losses, times = figure.subplots(1, 3)
+    for way, (color, line) in styles.items():
+        rows = [row for row in training.rows if row["way"] == way]
+        seen = [row for row in rows if "validation_loss" in row]
+        label = result.other if way == EAGER else way
+        held_out.plot(
+            [row["step"] for row in seen],
+            [row["validation_loss"] for row in seen],
+            line, marker="o", color=color, label=label,
+        )  # fmt: skip
+        if way != HARD:
+            losses.plot(
+                [row["step"] for row in rows],
+                [row["loss"] for row in rows],
+                line, color=color, label=label,
+            )  # fmt: skip
+        figures = result.students[way]
+        rest = figures["step_ms"] - figures["loss_ms"]
+        times.bar(label, rest, color="lightgray", label=None if way != HARD else "models")
+        times.bar(label, figures["loss_ms"], bottom=rest, color=color)
+    held_out.axhline(result.teacher["validation_loss"], color="black", lw=0.8, label="teacher")
+    held_out.set(title="Loss on held-out text", xlabel="step", ylabel="nats per token")
+    losses.set(title="Distillation loss, training", xlabel="step")
+    times.set(title="Time of a step (coloured: the loss)", ylabel="ms")
+    held_out.legend()
+    losses.legend()
+    return _png(figure)
+
+
+def curves(rows: list[Figures]) -> bytes:
+    """Training loss, and loss and KL on held-out text, of the user's models."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    names = {
+        "loss": "Distillation loss, training",
+        "validation_loss": "Loss on held-out text, nats per token",
+        "kl_to_teacher": "KL to the teacher on held-out text",
+    }
+    for axes, (name, title) in zip(figure.subplots(1, 3), names.items(), strict=True):
+        seen = [row for row in rows if name in row]
+        axes.plot([row["step"] for row in seen], [row[name] for row in seen], marker=".")
+        axes.set(title=title, xlabel="step")
+    return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    return png.getvalue()
+
+
+# --- the terminal ----------------------------------------------------------------------------
+
+
+def bars() -> Progress:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description:9}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+        console=Console(stderr=True),
+    )
+
+
+def show(result: Result, folder: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    grid = Table(title="Held-out text, and what a step costs")
+    grid.add_column("")
+    for name in ("loss", "KL to\nteacher", "top-1\nagreement", "step\nms", "loss's\nshare"):
+        grid.add_column(name, justify="right")
+    grid.add_column("loss's peak\nmemory MiB", justify="right")
+    grid.add_row("teacher", f"{result.teacher['validation_loss']:.3f}", *("",) * 5)
+    for way, figures in result.students.items():
+        grid.add_row(
+            result.other if way == EAGER else way,
+            f"{figures['validation_loss']:.3f}",
+            f"{figures['kl_to_teacher']:.3f}",
+            f"{figures['agreement']:.1%}",
+            f"{figures['step_ms']:.1f}",
+            f"{figures['loss_share']:.0%}",
+            f"{figures['loss_peak_bytes'] / 2**20:.1f}",
+        )
+    console.print(grid)
+    verdict = "agree" if result.agrees else "DO NOT AGREE"
+    console.print(
+        f"fastkd and {result.other} {verdict}: in every step, on the same logits, their losses "
+        f"differ by at most {result.difference:.0e}; their two curves, by {result.drift:.0e} "
+        "(relative).",
+        soft_wrap=True,
+    )
+    gain = "below" if result.margin > 0 else "ABOVE"
+    console.print(
+        f"After equal steps the student of fastkd is {abs(result.margin):.3f} nats per token "
+        f"{gain} the one of hard labels only, on held-out text.",
+        soft_wrap=True,
+    )
+    console.print(f"Saved: {folder}/", soft_wrap=True)
+
+
+def show_own(figures: Figures, student: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    grid = Table(title="Held-out text")
+    grid.add_column("student")
+    for name in ("loss", "KL to\nteacher", "top-1\nagreement"):
+        grid.add_column(name, justify="right")
+    for when in ("before", "after"):
+        found = figures[when]
+        grid.add_row(
+            when,
+            f"{found['validation_loss']:.3f}",
+            f"{found['kl_to_teacher']:.3f}",
+            f"{found['agreement']:.1%}",
+        )
+    console.print(grid)
+    console.print(f"Saved: AutoModelForCausalLM.from_pretrained({str(student)!r})", soft_wrap=True)

@@ -1,0 +1,206 @@
+"""Every setting of `fastkd distill`: its default, its option, its line in config.toml."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from fastkd.divergences import Divergence
+
+from .problems import Problem, Usage, known, needs
+
+S = TypeVar("S", bound="Common")
+
+
+def setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What both jobs take."""
+
+    data: tuple[str, ...] = setting(
+        (), "text files to train on; .jsonl and .parquet with --teacher"
+    )
+    divergence: str = setting("forward_kl", "of teacher and student: a name, or jsd:0.1")
+    temperature: float = setting(2.0, "of both, in the divergence")
+    alpha: float = setting(0.9, "share of the divergence; the rest is cross-entropy with the text")
+    steps: int = setting(300, "optimizer steps of the student")
+    batch_size: int = setting(8, "sequences in a batch, for each device")
+    sequence_length: int = setting(64, "tokens in a sequence")
+    learning_rate: float = setting(4e-3, "of the student, at its peak")
+    log_every: int = setting(10, "steps between rows of metrics.csv")
+    evaluate_every: int = setting(50, "steps between evaluations on held-out text")
+    seed: int = setting(0, "of weights and batches")
+    device: str = setting("auto", "cpu, cuda, or auto: a GPU where there is one")
+
+    def check(self) -> None:
+        """Refuses values out of range, each with the range."""
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            least = 0 if item.default == 0 else AT_LEAST.get(item.name, 1)
+            if type(value) is int and value < least:
+                raise Usage(f"{item.name} must be at least {least}, got {value}")
+        for name in ("temperature", "learning_rate"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise Usage(f"{name} must be positive and finite, got {value}")
+        if not 0 <= self.alpha <= 1:
+            raise Usage(f"alpha must lie in [0, 1], got {self.alpha}")
+        known("device", self.device, ("auto", "cpu", "cuda"))
+        divergence(self.divergence)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Small(Common):
+    """The default job: teacher and student are small GPTs, trained here."""
+
+    vocabulary: int = setting(2048, "tokens of the tokenizer that is trained on the text")
+    teacher_steps: int = setting(600, "optimizer steps of the teacher")
+    teacher_width: int = setting(128, "of its hidden states")
+    teacher_layers: int = setting(2, "of its transformer")
+    student_width: int = setting(64, "of its hidden states")
+    student_layers: int = setting(2, "of its transformer")
+    heads: int = setting(4, "of the attention, in both")
+    threads: int = setting(1, "of the CPU; for models this small more help little")
+
+    def check(self) -> None:
+        super().check()
+        for name in ("teacher_width", "student_width"):
+            if getattr(self, name) % self.heads:
+                raise Usage(f"{name} must be a multiple of heads={self.heads}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own(Common):
+    """The user's models: Hugging Face causal language models."""
+
+    teacher: str = setting("", "folder or hub name of the teacher")
+    student: str = setting("", "folder, hub name, or config.json (a new student) of the student")
+    steps: int = setting(0, "optimizer steps; 0: as many as --epochs takes")
+    epochs: float = setting(1.0, "passes over the data")
+    batch_size: int = setting(4, "sequences in a batch, for each device")
+    accumulation: int = setting(1, "batches in an optimizer step, for each device")
+    sequence_length: int = setting(512, "tokens that are packed into a sequence")
+    learning_rate: float = setting(5e-5, "of the student, at its peak")
+    evaluate_every: int = setting(500, "steps between evaluations on held-out text, and saves")
+    held_out: float = setting(0.05, "share of the sequences to evaluate on")
+    text: str = setting("text", "key or column of the text, in .jsonl and .parquet")
+    precision: str = setting("auto", "bf16, fp32, or auto: bf16 where the device has it")
+    checkpointing: bool = setting(False, "recompute the student's activations, to save memory")
+    vocab_size: int = setting(0, "columns from here on are padding; 0: the tokenizer says")
+
+    def check(self) -> None:
+        super().check()
+        for name in ("teacher", "student", "data"):
+            if not getattr(self, name):
+                raise Usage(f"--{name} is missing: --teacher, --student and --data go together")
+        if not 0 < self.epochs < math.inf:
+            raise Usage(f"epochs must be positive and finite, got {self.epochs}")
+        if not 0 < self.held_out < 1:
+            raise Usage(f"held_out must lie in (0, 1), got {self.held_out}")
+        known("precision", self.precision, ("auto", "bf16", "fp32"))
+
+
+AT_LEAST = {"vocabulary": 257}  # the bytes, and a token beyond them
+
+
+def divergence(text: str) -> Divergence:
+    """'forward_kl', or a name with its parameters: 'jsd:0.1', 'jeffreys:1,0.5'.
+
+    Example:
+        >>> divergence("jsd:0.1")
+        JSD(beta=0.1)
+    """
+    name, _, rest = text.partition(":")
+    classes = {
+        name: kind
+        for name, kind in Divergence._classes.items()
+        if kind.__module__ == Divergence.__module__
+    }
+    known("divergence", name, classes)
+    try:
+        return classes[name](*(float(number) for number in rest.split(",") if number))
+    except (TypeError, ValueError) as error:
+        raise Usage(f"divergence {text!r}: {error}") from None
+
+
+# --- TOML ------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The settings of a TOML file, not yet checked."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        needs("tomli")
+        import tomli as tomllib
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise Usage(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise Usage(f"{path} is not TOML: {error}") from None
+
+
+def build(kind: type[S], values: Mapping[str, Any]) -> S:
+    """The settings of a job from names and values, all of them checked."""
+    hints = get_type_hints(kind)
+    other = Own if issubclass(kind, Small) else Small
+    elsewhere = {item.name for item in dataclasses.fields(other)} - set(hints)
+    checked = {}
+    for name, value in values.items():
+        if name in elsewhere:
+            whose = "the default job's" if other is Small else "for --teacher and --student"
+            raise Usage(f"setting {name!r} is {whose}: leave it out here")
+        known("setting", name, hints)
+        checked[name] = _as(hints[name], name, value)
+    settings = kind(**checked)
+    settings.check()
+    return settings
+
+
+def _as(kind: Any, name: str, value: Any) -> Any:
+    """The value where it is of the kind, as TOML means it."""
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind == tuple[str, ...]:
+        value = [value] if isinstance(value, str) else value
+        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+    elif type(value) is kind:
+        return value
+    expected = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+    raise Usage(f"{name} must be {expected.get(kind, 'a list of strings')}, got {value!r}")
+
+
+def toml(settings: Common) -> str:
+    """The settings as a file that --config takes."""
+    lines = []
+    for item in dataclasses.fields(settings):
+        value = getattr(settings, item.name)
+        value = list(value) if isinstance(value, tuple) else value
+        # Strings, lists, numbers and booleans of these kinds are spelt in TOML as in JSON.
+        line = f"{item.name} = {json.dumps(value, ensure_ascii=False)}"
+        lines.append(f"{line}  # {item.metadata['help']}")
+    return "\n".join(lines) + "\n"
+
+
+def absolute(name: str, value: Any) -> Any:
+    """Local paths so that a resumed run finds them from any folder; all else as it is."""
+    if name == "data":
+        files = [value] if isinstance(value, str) else value
+        for file in files if isinstance(files, list | tuple) else ():
+            if not Path(str(file)).is_file():
+                raise Problem(f"--data {file}: there is no such file")
+    if isinstance(value, list | tuple):
+        return [absolute("", item) for item in value]
+    return str(Path(value).resolve()) if isinstance(value, str) and Path(value).exists() else value

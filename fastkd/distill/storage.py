@@ -1,0 +1,87 @@
+"""The folder of a run: every file is written whole under another name, and then renamed."""
+
+from __future__ import annotations
+
+import datetime
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .problems import Problem, Usage
+
+CHECKPOINT = "checkpoint.pt"
+CONFIG = "config.toml"
+METRICS = "metrics.json"
+
+
+def new_folder(out: str | None) -> Path:
+    """An empty folder for a run; proves that it can be written before hours go into training."""
+    now = datetime.datetime.now()
+    folder = Path(out) if out else Path("runs") / now.strftime("%Y-%m-%d_%H-%M-%S")
+    if (folder / METRICS).exists():
+        raise Usage(f"{folder} already holds a run: choose another --out")
+    if list(folder.glob("checkpoint*")):
+        raise Usage(
+            f"{folder} holds a run that stopped: --resume {folder}, or choose another --out"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise Usage(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
+    return folder
+
+
+def old_folder(resume: str) -> Path:
+    """The folder of an unfinished run."""
+    folder = Path(resume)
+    if not folder.is_dir():
+        raise Usage(f"--resume {folder}: there is no such folder")
+    if (folder / METRICS).exists():
+        raise Usage(f"--resume {folder}: this run is finished, see {folder / METRICS}")
+    if not (folder / CONFIG).exists():
+        raise Usage(f"--resume {folder}: it holds no {CONFIG}, so no run began there")
+    return folder
+
+
+def write(path: Path, data: bytes | str) -> None:
+    """All of it or nothing: a reader never meets half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise Problem(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write(folder / CHECKPOINT, buffer.getvalue())
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """None where the run was ended before the first checkpoint."""
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # torch raises many kinds here, and each means the same
+        raise Problem(
+            f"{path} is broken and cannot be read ({type(error).__name__}): "
+            "delete the folder and start again"
+        ) from None
+    if not isinstance(state, dict):
+        raise Problem(f"{path} is no checkpoint of fastkd distill: delete it and start again")
+    return state

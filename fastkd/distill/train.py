@@ -1,0 +1,220 @@
+"""Training of the default job: the teacher, then one student for each way, on the same batches."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkd.functional import distillation_loss
+
+from . import measure, settings
+from .corpus import Corpus
+from .model import GPT, Shape, optimizer
+from .problems import Problem
+from .ways import EAGER, FASTKD, Loss, needs_teacher, ways
+
+# The teacher sees other batches than the students: both draw from the seed, under these names.
+TEACHER_BATCHES, STUDENT_BATCHES = 1, 2
+# Rows of held-out text that are evaluated at once.
+EVALUATED = 1024
+
+Row = dict[str, Any]
+
+
+def rate(step: int, steps: int, peak: float) -> float:
+    """The learning rate: up in a straight line, then down along a cosine."""
+    warm = max(1, steps // 20)
+    return peak * min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+class Training:
+    """Teacher, students, and all that was measured; each step is a function of what it holds."""
+
+    def __init__(self, chosen: settings.Small, corpus: Corpus, device: torch.device) -> None:
+        self.settings, self.corpus, self.device = chosen, corpus, device
+        self.losses: dict[str, Loss] = ways(
+            settings.divergence(chosen.divergence), chosen.temperature, chosen.alpha
+        )
+        self.teacher = self._model(chosen.teacher_width, chosen.teacher_layers)
+        self.students = {
+            way: self._model(chosen.student_width, chosen.student_layers) for way in self.losses
+        }
+        self._optimizers = {
+            name: optimizer(model, chosen.learning_rate) for name, model in self._models().items()
+        }
+        self.teacher_step = self.step = 0
+        self.rows: list[Row] = []
+        # Of fastkd's loss and the other spelling's, the largest relative difference in all steps:
+        # on the same logits, and between the two students, which rounding drives apart.
+        self.difference = self.drift = 0.0
+        # Of every step, in seconds: by way, the whole of it and the loss with its gradient.
+        self.seconds: dict[str, list[list[float]]] = {way: [] for way in self.losses}
+
+    def _model(self, width: int, layers: int) -> GPT:
+        shape = Shape(
+            self.corpus.vocabulary,
+            self.settings.sequence_length,
+            width,
+            layers,
+            self.settings.heads,
+        )
+        torch.manual_seed(self.settings.seed)  # so all students begin alike
+        return GPT(shape).to(self.device)
+
+    def _models(self) -> dict[str, GPT]:
+        return {"teacher": self.teacher, **self.students}
+
+    def _batch(self, which: int, step: int) -> tuple[Tensor, Tensor]:
+        chosen = self.settings
+        seed = 10 * chosen.seed + which
+        ids, labels = self.corpus.batch(seed, step, chosen.batch_size, chosen.sequence_length)
+        return ids.to(self.device), labels.to(self.device).flatten()
+
+    def _update(self, name: str, step: int, steps: int) -> None:
+        for group in self._optimizers[name].param_groups:
+            group["lr"] = rate(step, steps, self.settings.learning_rate)
+        self._optimizers[name].step()
+        self._optimizers[name].zero_grad()
+
+    # --- steps -------------------------------------------------------------------------------
+
+    def train_teacher(self) -> float:
+        """One step of the teacher, on hard labels; its loss."""
+        ids, labels = self._batch(TEACHER_BATCHES, self.teacher_step)
+        loss = F.cross_entropy(self.teacher(ids).flatten(0, 1), labels)
+        loss.backward()
+        self._update("teacher", self.teacher_step, self.settings.teacher_steps)
+        self.teacher_step += 1
+        return loss.item()
+
+    def train_students(self) -> dict[str, float]:
+        """One step of each student, on the same batch; their losses."""
+        ids, labels = self._batch(STUDENT_BATCHES, self.step)
+        began = measure.now(self.device)
+        with torch.no_grad():
+            teacher = self.teacher(ids).flatten(0, 1)
+        of_teacher = measure.now(self.device) - began
+        names = list(self.students)
+        turn = self.step % len(names)  # so none is always the one that finds the cache warm
+        values = {}
+        for way in names[turn:] + names[:turn]:
+            started = measure.now(self.device)
+            logits = self.students[way](ids)
+            before = measure.now(self.device)
+            value, gradient = measure.gradient(
+                self.losses[way], logits.flatten(0, 1), teacher, labels
+            )
+            after = measure.now(self.device)
+            logits.backward(gradient.view_as(logits))
+            self._update(way, self.step, self.settings.steps)
+            total = measure.now(self.device) - started + needs_teacher(way) * of_teacher
+            self.seconds[way].append([total, after - before])
+            values[way] = value.item()
+            if way == FASTKD:
+                with torch.no_grad():
+                    other = self.losses[EAGER](
+                        logits.detach().flatten(0, 1), teacher, labels
+                    ).item()
+        self._compare(values, other)
+        self.step += 1
+        self._log(values)
+        return {way: values[way] for way in names}
+
+    def _compare(self, values: dict[str, float], other: float) -> None:
+        for way, value in values.items():
+            if not math.isfinite(value):
+                raise Problem(
+                    f"the loss of {way} is {value} at step {self.step + 1}: lower the learning rate"
+                )
+        value, apart = values[FASTKD], values[EAGER]
+        self.difference = max(self.difference, abs(value - other) / abs(other))
+        self.drift = max(self.drift, abs(value - apart) / abs(apart))
+
+    def _log(self, values: dict[str, float]) -> None:
+        chosen, ends = self.settings, self.step in (1, self.settings.steps)
+        evaluated = self.step % chosen.evaluate_every == 0 or self.step == chosen.steps
+        if not (ends or evaluated or self.step % chosen.log_every == 0):
+            return
+        found = self.evaluate() if evaluated else {}
+        for way in self.students:
+            self.rows.append(
+                {"step": self.step, "way": way, "loss": values[way], **found.get(way, {})}
+            )
+
+    # --- what came of it -----------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """Of teacher and students on held-out text, per token: nats, nats, and a share."""
+        ids, labels = self.corpus.held_out(self.settings.sequence_length)
+        size = max(1, EVALUATED // self.settings.sequence_length)
+        sums = {name: torch.zeros(3, dtype=torch.float64) for name in self._models()}
+        for some, wanted in zip(ids.split(size), labels.split(size), strict=True):
+            some, wanted = some.to(self.device), wanted.to(self.device)
+            teacher = self.teacher(some)
+            for name, model in self._models().items():
+                student = teacher if model is self.teacher else model(some)
+                _, found = distillation_loss(student, teacher, wanted, return_metrics=True)
+                parts = (found.ce, found.kd, found.agreement)
+                sums[name] += torch.stack([part.sum().double().cpu() for part in parts])
+        names = ("validation_loss", "kl_to_teacher", "agreement")
+        return {
+            name: dict(zip(names, (total / labels.numel()).tolist(), strict=True))
+            for name, total in sums.items()
+        }
+
+    def costs(self) -> dict[str, dict[str, float]]:
+        """By way: milliseconds of a step, the share of the loss in it, peak bytes of the loss."""
+        ids, labels = self._batch(STUDENT_BATCHES, 0)
+        with torch.no_grad():
+            teacher = self.teacher(ids).flatten(0, 1)
+            student = self.students[FASTKD](ids).flatten(0, 1)
+        found = {}
+        for way, loss in self.losses.items():
+            total, part = (
+                statistics.median(column) for column in zip(*self.seconds[way], strict=True)
+            )
+            found[way] = {
+                "step_ms": 1e3 * total,
+                "loss_ms": 1e3 * part,
+                "loss_share": part / total,
+                "loss_peak_bytes": measure.peak_memory(loss, student, teacher, labels),
+            }
+        return found
+
+    # --- checkpoints ---------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "fingerprint": self.corpus.fingerprint(),
+            "models": {name: model.state_dict() for name, model in self._models().items()},
+            "optimizers": {name: each.state_dict() for name, each in self._optimizers.items()},
+            "teacher_step": self.teacher_step,
+            "step": self.step,
+            "rows": self.rows,
+            "differences": [self.difference, self.drift],
+            "seconds": self.seconds,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        try:
+            if state["fingerprint"] != self.corpus.fingerprint():
+                raise Problem(
+                    "the text or its tokenizer is another than when this run began "
+                    "(another Python? a changed file?): start again"
+                )
+            for name, model in self._models().items():
+                model.load_state_dict(state["models"][name])
+                self._optimizers[name].load_state_dict(state["optimizers"][name])
+            self.teacher_step, self.step = state["teacher_step"], state["step"]
+            self.rows, self.seconds = state["rows"], state["seconds"]
+            self.difference, self.drift = state["differences"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise Problem(
+                f"the checkpoint does not fit this run ({type(error).__name__}): start again"
+            ) from None

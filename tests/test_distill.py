@@ -1,0 +1,251 @@
+"""`fastkd distill` on its own text: what it saves, that it repeats and resumes, that it agrees."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastkd import __main__
+from fastkd.distill import corpus, measure, settings, small, storage, ways
+from fastkd.distill.train import Training, rate
+
+for module in ("matplotlib", "rich", "safetensors", "tokenizers"):
+    pytest.importorskip(module)
+
+ROOT = Path(__file__).parents[1]
+RESULTS = {"config.toml", "curves.png", "metrics.csv", "metrics.json", "student.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    words = [
+        "the",
+        "a",
+        "loss",
+        "teacher",
+        "student",
+        "of",
+        "is",
+        "temperature",
+        "soft",
+        "hard",
+        "divergence",
+        "and",
+    ]
+    draw = torch.Generator().manual_seed(0)
+    lines = (torch.randint(len(words), (200, 9), generator=draw)).tolist()
+    path.write_text("\n\n".join(" ".join(words[i] for i in line) for line in lines))
+    return path
+
+
+def options(text, **others):
+    chosen = {
+        "data": text, "steps": 12, "teacher_steps": 6, "vocabulary": 280, "teacher_width": 16,
+        "student_width": 8, "log_every": 2, "evaluate_every": 5, "sequence_length": 16,
+        "device": "cpu", **others,
+    }  # fmt: skip
+    return [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
+
+
+def distil(*arguments):
+    return __main__.main(["distill", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert distil("--out", folder, *options(text)) == 0
+    return folder
+
+
+# --- what it saves ---------------------------------------------------------------------------
+
+
+def test_all_results_are_there_and_nothing_else(finished):
+    assert {path.name for path in finished.iterdir()} == RESULTS | {"tokenizer.json"}
+
+
+def test_a_row_for_each_logged_step_and_way(finished):
+    rows = list(csv.DictReader((finished / "metrics.csv").open()))
+    steps = [1, 2, 4, 5, 6, 8, 10, 12]
+    names = ["hard labels", "F.kl_div", "fastkd"]
+    expected = [(step, name) for step in steps for name in names]
+    assert [(int(row["step"]), row["way"]) for row in rows] == expected
+    evaluated = {int(row["step"]) for row in rows if row["validation_loss"]}
+    assert evaluated == {5, 10, 12}
+
+
+def test_the_figures_are_measured_and_agree(finished):
+    found = json.loads((finished / "metrics.json").read_text())
+    assert found["agrees"]
+    assert found["difference"] <= 1e-5
+    for figures in found["students"].values():
+        assert 0 < figures["loss_ms"] < figures["step_ms"]
+        assert figures["loss_peak_bytes"] > 0
+        assert figures["kl_to_teacher"] > 0
+    hard, fastkd = (found["students"][way]["validation_loss"] for way in ("hard labels", "fastkd"))
+    assert found["margin"] == hard - fastkd
+
+
+def test_the_student_and_its_tokenizer_load(finished):
+    from safetensors.torch import load_file
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(finished / "tokenizer.json"))
+    weights = load_file(finished / "student.safetensors")
+    assert weights["tokens.weight"].shape == (tokenizer.get_vocab_size(), 8)
+
+
+def test_its_config_makes_the_same_run(finished, tmp_path):
+    assert distil("--config", finished / "config.toml", "--out", tmp_path / "again") == 0
+    same = ("config.toml", "metrics.csv", "student.safetensors", "tokenizer.json")
+    for name in same:
+        assert (finished / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
+def test_another_divergence_stands_against_its_reference(text, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert distil("--out", out, "--divergence=jsd:0.3", *options(text, steps=2)) == 0
+    assert "fastkd and the reference agree" in capsys.readouterr().out
+
+
+def test_disagreement_fails_after_all_is_saved(text, tmp_path, monkeypatch, capsys):
+    real = ways.distillation_loss
+    monkeypatch.setattr(ways, "distillation_loss", lambda *a, **k: 1.001 * real(*a, **k))
+    assert distil("--out", tmp_path / "out", *options(text, steps=2)) == 1
+    printed = capsys.readouterr()
+    assert "DO NOT AGREE" in printed.out
+    assert printed.err.splitlines()[-1].startswith("fastkd distill: fastkd and F.kl_div do not")
+    assert (tmp_path / "out" / "metrics.json").exists()
+
+
+# --- stopping and going on -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [3, 9])
+def test_a_resumed_run_is_the_unbroken_one_to_the_bit(
+    finished, text, tmp_path, monkeypatch, capsys, steps
+):
+    """Stopped in the middle of the teacher, and of the students."""
+    folder, seen = tmp_path / "broken", []
+
+    def keep(training, folder, stop, due):
+        seen.append(1)
+        stop.asked = len(seen) == steps
+        real(training, folder, stop, due)
+
+    real = small._keep
+    monkeypatch.setattr(small, "_keep", keep)
+    assert distil("--out", folder, *options(text)) == 130
+    assert f"fastkd distill --resume {folder}" in capsys.readouterr().err
+    assert {path.name for path in folder.iterdir()} == {"config.toml", "checkpoint.pt"}
+    monkeypatch.setattr(small, "_keep", real)
+    assert distil("--resume", folder) == 0
+    for name in ("metrics.csv", "student.safetensors"):
+        assert (finished / name).read_bytes() == (folder / name).read_bytes(), name
+    assert not (folder / "checkpoint.pt").exists()
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_goes_on(finished, text, tmp_path):
+    folder = tmp_path / "out"
+    # Enough steps that the signal comes before the last.
+    command = [sys.executable, "-m", "fastkd", "distill", "--out", folder]
+    running = subprocess.Popen(
+        [*command, *options(text, steps=100_000)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    until = time.monotonic() + 60
+    while not (folder / "checkpoint.pt").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert err.endswith(
+        f"\nfastkd distill: stopped; go on with: fastkd distill --resume {folder}\n"
+    )
+    assert storage.load_checkpoint(folder)["step"] > 0
+
+
+# --- the pieces ------------------------------------------------------------------------------
+
+
+def test_no_held_out_paragraph_is_trained_on():
+    parts = corpus.paragraphs(corpus.bundled())
+    training, validation = corpus.split(parts)
+    assert len(training) > 5 * len(validation) > 100_000
+    sides = [set(side.rstrip("\n").split("\n\n")) for side in (training, validation)]
+    assert not sides[0] & sides[1]
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    text = corpus.Corpus(torch.arange(100), torch.arange(50), 100, "")
+    ids, labels = text.batch(0, 3, size=4, length=8)
+    assert torch.equal(ids + 1, labels)
+    assert torch.equal(ids, text.batch(0, 3, size=4, length=8)[0])
+    assert not torch.equal(ids, text.batch(0, 4, size=4, length=8)[0])
+    assert not torch.equal(ids, text.batch(1, 3, size=4, length=8)[0])
+
+
+def test_the_rate_rises_and_falls():
+    rates = [rate(step, 100, 1.0) for step in range(100)]
+    assert max(rates) == pytest.approx(1.0, rel=0.01)
+    assert rates[0] < 0.3
+    assert rates[-1] < 0.01
+
+
+def test_peak_memory_counts_every_byte_held():
+    student, teacher = torch.randn(64, 256), torch.randn(64, 256)
+
+    def loss(student, teacher, labels):
+        return (student * teacher).exp().sum()  # two tensors, then the gradients of two
+
+    peak = measure.peak_memory(loss, student, teacher, torch.zeros(64).long())
+    assert 2 * student.nbytes <= peak <= 5 * student.nbytes
+
+
+def test_students_begin_alike_and_evaluation_is_that_of_pytorch(text):
+    chosen = settings.build(settings.Small, {"sequence_length": 16, "heads": 2, "vocabulary": 280})
+    data = corpus.prepare([str(text)], 280, 16)
+    training = Training(chosen, data, torch.device("cpu"))
+    first, *others = (model.state_dict() for model in training.students.values())
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+    ids, labels = data.held_out(16)
+    with torch.no_grad():
+        student, teacher = training.students["fastkd"](ids), training.teacher(ids)
+    found = training.evaluate()["fastkd"]
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    truth = {
+        "validation_loss": F.cross_entropy(student.flatten(0, 1), labels.flatten()),
+        "kl_to_teacher": (log_p.exp() * (log_p - log_q)).sum(-1).mean(),
+        "agreement": (student.argmax(-1) == teacher.argmax(-1)).float().mean(),
+    }
+    for name, value in truth.items():
+        assert found[name] == pytest.approx(value.item(), rel=1e-4), name
+
+
+@pytest.mark.slow
+def test_the_default_job(tmp_path):
+    """As a user runs it: no arguments, and hard labels only are beaten."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "fastkd", "distill"],
+        cwd=tmp_path, env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert {path.name for path in folder.iterdir()} >= RESULTS
+    found = json.loads((folder / "metrics.json").read_text())
+    assert found["margin"] > 0.2
+    assert found["students"]["fastkd"]["kl_to_teacher"] < 0.3
+    assert re.search(r"fastkd is 0\.\d+ nats per token below", done.stdout)

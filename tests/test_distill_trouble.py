@@ -1,0 +1,206 @@
+"""`fastkd distill` where something is wrong: one line, the right exit code, nothing half written."""
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastkd import __main__
+from fastkd.distill import settings, storage
+from fastkd.distill.problems import Problem
+
+for module in ("matplotlib", "rich", "safetensors", "tokenizers"):
+    pytest.importorskip(module)
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--steps=2", "--teacher-steps=1", "--teacher-width=8", "--student-width=8", "--device=cpu"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "short.txt").write_text("a few words")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "typo.toml").write_text("temprature = 3")
+    (tmp_path / "kind.toml").write_text('temperature = "hot"')
+    (tmp_path / "broken.toml").write_text("temperature =")
+    return tmp_path
+
+
+def one_line(capsys):
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith("fastkd distill: ")
+    return err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--temprature=3"], 2, "unknown option --temprature=3; did you mean --temperature?"),
+        (["--temperature=0"], 2, "temperature must be positive and finite, got 0.0"),
+        (["--temperature=nan"], 2, "temperature must be positive"),
+        (["--temperature=hot"], 2, "invalid float value: 'hot'"),
+        (["--alpha=2"], 2, "alpha must lie in [0, 1], got 2.0"),
+        (["--steps=0"], 2, "steps must be at least 1, got 0"),
+        (["--batch-size=-1"], 2, "batch_size must be at least 1, got -1"),
+        (["--student-width=9"], 2, "student_width must be a multiple of heads=4"),
+        (["--divergence=forwrd_kl"], 2, "did you mean 'forward_kl'?"),
+        (["--divergence=jsd:1"], 2, "beta must lie in (0, 1)"),
+        (["--divergence=tvd:1"], 2, "divergence 'tvd:1'"),
+        (["--device=tpu"], 2, "there are auto, cpu, cuda"),
+        (["--accumulation=2"], 2, "'accumulation' is for --teacher and --student"),
+        (["--teacher=x", "--student=x"], 2, "--data is missing"),
+        (["--teacher=x"], 2, "--student is missing"),
+        (["--config=nope.toml"], 2, "cannot read nope.toml: No such file"),
+        (["--config=typo.toml"], 2, "setting 'temprature' is unknown: did you mean 'temperature'?"),
+        (["--config=kind.toml"], 2, "temperature must be a number, got 'hot'"),
+        (["--config=broken.toml"], 2, "broken.toml is not TOML"),
+        (["--data=nope.txt"], 1, "--data nope.txt: there is no such file"),
+        (["--data=empty.txt"], 1, "there is no text in "),
+        (["--data=short.txt"], 1, "the text is too short"),
+        (["--data=bytes.txt"], 1, "is not text in UTF-8"),
+        (["--out=file"], 2, "cannot write to file: File exists"),
+        (["--resume=nope"], 2, "--resume nope: there is no such folder"),
+        (["--resume=."], 2, "holds no config.toml"),
+        (["--resume=.", "--steps=4"], 2, "leave the other options out"),
+    ],
+)
+def test_bad_input_is_one_line(here, capsys, arguments, code, message):
+    before = set(here.rglob("*"))
+    try:
+        ended = __main__.main(["distill", *arguments])
+    except SystemExit as exit:  # argparse
+        ended = exit.code
+    assert ended == code
+    assert message in one_line(capsys)
+    # A folder named after the date may remain, with the settings, where the text was at fault.
+    assert not [path for path in set(here.rglob("*")) - before if path.is_file()]
+
+
+def test_an_unwritable_folder(here, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)  # root may write everywhere
+    assert __main__.main(["distill", "--out=x/y"]) == 2
+    assert "cannot write to x/y: Permission denied" in one_line(capsys)
+
+
+def test_a_finished_run_is_not_overwritten(here, capsys):
+    (here / "metrics.json").write_text("{}")
+    assert __main__.main(["distill", "--out=."]) == 2
+    assert "already holds a run" in one_line(capsys)
+
+
+def test_a_stopped_run_is_not_overwritten(here, capsys):
+    (here / "checkpoint.pt").write_text("")
+    assert __main__.main(["distill", "--out=."]) == 2
+    assert "--resume" in one_line(capsys)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut short", None])
+def test_a_broken_checkpoint(here, capsys, content):
+    chosen = settings.build(settings.Small, {"vocabulary": 300})
+    (here / "config.toml").write_text(settings.toml(chosen))
+    if content is None:  # it reads, and is of another run
+        storage.save_checkpoint(here, {"fingerprint": "of another text"})
+    else:
+        (here / "checkpoint.pt").write_bytes(content)
+    assert __main__.main(["distill", "--resume=."]) == 1
+    message = one_line(capsys)
+    assert ("is broken and cannot be read" in message) == (content is not None)
+    assert ("another than when this run began" in message) == (content is None)
+    assert not (here / "metrics.json").exists()
+
+
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
+    """The system's own refusal: no file of this process may grow beyond a kilobyte."""
+    code = """if True:
+        import resource, sys
+        from pathlib import Path
+        from fastkd.distill import problems, storage
+        target = Path(sys.argv[1])
+        storage.write(target, "old")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+        try:
+            storage.write(target, b"new" * 1024)
+        except problems.Problem as problem:
+            print(problem)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "file"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert done.stdout == f"cannot write {tmp_path / 'file'}: {os.strerror(errno.EFBIG)}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "old"
+
+
+def test_a_full_disk_ends_the_command_with_one_line(tmp_path):
+    """The first checkpoint does not fit: one line, and what is there is whole."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"line {i} of {i % 7} words" for i in range(300)))
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", "fastkd", "distill", f"--data={text}", f"--out={out}", *TINY,
+         "--vocabulary=300", "--sequence-length=16"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.endswith(
+        f"\nfastkd distill: cannot write {out}/checkpoint.pt: File too large\n"
+    )
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in out.iterdir()] == ["config.toml"]
+
+
+def test_a_missing_extra_says_what_to_install(here, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert __main__.main(["distill", "--out=out"]) == 1
+    assert 'pip install "fastkd[distill]"' in one_line(capsys)
+    assert not (here / "out").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(here, capsys):
+    from fastkd.distill.train import Training
+
+    with pytest.raises(Problem, match="lower the learning rate"):
+        Training._compare(Training.__new__(Training), {"fastkd": float("nan")}, 1.0)
+
+
+def test_settings_survive_the_file():
+    chosen = settings.build(
+        settings.Own,
+        {"teacher": 'a "b" \\ ü', "student": "s", "data": ["x", "y"], "checkpointing": True},
+    )
+    text = settings.toml(chosen)
+    assert "checkpointing = true" in text
+    if sys.version_info >= (3, 11):
+        import tomllib
+
+        values = tomllib.loads(text)
+        assert settings.build(settings.Own, values) == chosen
+
+
+def test_importing_the_command_line_imports_no_extra():
+    code = "import sys, fastkd.__main__; print(*{n.partition('.')[0] for n in sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    extras = {"rich", "matplotlib", "tokenizers", "safetensors", "transformers", "datasets"}
+    assert not extras & set(done.stdout.split())
+
+
+def test_a_checkpoint_of_another_kind_is_no_checkpoint(tmp_path):
+    torch.save([1, 2], tmp_path / "checkpoint.pt")
+    with pytest.raises(Problem, match="is no checkpoint of fastkd distill"):
+        storage.load_checkpoint(tmp_path)
