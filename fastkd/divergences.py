@@ -1,16 +1,17 @@
-"""Table 1: every divergence in PyTorch, as a textbook value and as a stable value with its slope.
+"""Table 1: every divergence in PyTorch, as a textbook value and as a fast value with its gradient.
 
 p = teacher and q = student probabilities, lp and lq their logs, d = lp - lq. A divergence is
 outer(sum over the vocabulary of value(lp, lq)). Table 2, `kernels/divergences.py`, is the twin for
-the device. `kernels/README.md` derives the stable forms.
+the device.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +30,7 @@ __all__ = [
     "SkewReverseKL",
 ]
 
-# What the row constant c of `value_and_slope` is, and with it in which sweep it is found.
+# What the row constant c of a device function is, and with it in which sweep it is found.
 NONE = "none"  # unused
 REVERSE_KL = "reverse_kl"  # KL(q || p), from the first sweep
 LOG_MIXTURE = "log_mixture"  # log sum p^a q^(1-a), from the first sweep
@@ -41,8 +42,8 @@ class Divergence:
     r"""A divergence between teacher and student rows; subclass it to add one of your own.
 
     A subclass names itself and gives `value`; the PyTorch backend differentiates that. For speed
-    and for small divergences it may give `value_and_slope` too, for the Triton backend `device`,
-    and for the teacher's gradient there `dual`.
+    it may give `value_and_pull` too, for the Triton backend `device`, and for the teacher's
+    gradient there `dual`.
 
     Example:
         >>> import torch, fastkd
@@ -73,7 +74,7 @@ class Divergence:
 
     @property
     def parameters(self) -> tuple[float, float]:
-        """The run-time numbers (a, b) that `value`, `value_and_slope` and the device take."""
+        """The run-time numbers (a, b) that `value`, `value_and_pull` and the device take."""
         return (0.0, 0.0)
 
     @staticmethod
@@ -90,28 +91,22 @@ class Divergence:
         return total
 
     @classmethod
-    def value_and_slope(
-        cls, lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, d: Tensor, c: Tensor, a: float, b: float
-    ) -> tuple[Tensor, Tensor]:
-        """Stable value, and gradient of the row's divergence to the student's tempered logits.
+    def value_and_pull(cls, pair: Pair, a: float, b: float) -> tuple[Tensor, Tensor]:
+        """The divergence of each row, [R, 1], and the pull, [R, V], which is -d divergence / d lq.
 
-        d is finite where p and q are 0, else +-inf where one of them is.
-        c is the row constant (`constant` says which), [rows, 1]. With SLOPE_SUM the second result
-        is slope - q * c, where slope = d value / d lq and c, once known, its sum over the row.
+        Any multiple of q may be added to the pull: it has no effect on the logits. Plain formulas
+        serve: a row where they lose digits, or meet -inf, comes again in fp64, with -1e300 for
+        -inf. What belongs to the pair must not be changed.
         """
+        lp, leaf = pair.lp, pair.lq.detach()
         with _autograd():
-            leaf = lq.detach().requires_grad_()
-            value = cls.value(lp.detach(), leaf, a, b)
-            (slope,) = torch.autograd.grad(cls.outer(value.sum(-1), a, b).sum(), leaf)
-        return value.detach(), slope - q * c
-
-    @classmethod
-    def stable_outer(cls, total: Tensor, c: Tensor, a: float, b: float) -> Tensor:
-        """What the row sum of the stable values is mapped through."""
-        return cls.outer(total, a, b)
+            value = cls.value(lp, leaf.requires_grad_(), a, b).sum(-1, keepdim=True)
+            value = cls.outer(value, a, b)
+            (slope,) = torch.autograd.grad(value.sum(), leaf)
+        return value.detach(), slope.neg_()
 
     def dual(self) -> tuple[str, tuple[float, float], float]:
-        """(name, parameters, factor) with D(p, q) = factor * D'(q, p), for the teacher's gradient."""
+        """(name, parameters, factor): D(p, q) = factor * D'(q, p); for the teacher's gradient."""
         kind, name = type(self), f"{self.name} with roles exchanged"
         if name not in Divergence._classes:
             value = staticmethod(lambda lp, lq, a, b: kind.value(lq, lp, a, b))
@@ -136,6 +131,78 @@ def _autograd() -> Iterator[None]:
         yield
 
 
+class Pair:
+    """Rows of student and teacher logits, [R, V], and what divergences are made of, when needed.
+
+    A scale is 1 / T: a number where all rows share it, else [R, 1]. `new()` is a buffer [R, V],
+    for `out=`, from a store that outlasts the rows: fresh memory costs more than arithmetic.
+    """
+
+    def __init__(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        student_scale: float | Tensor,
+        teacher_scale: float | Tensor,
+        new: Callable[[], Tensor],
+    ) -> None:
+        self.student, self.teacher = student, teacher
+        self.student_scale, self.teacher_scale = student_scale, teacher_scale
+        self.new = new
+        self.student_max, self._q, self._q_sum = _exponentials(student, student_scale, new())
+        self.teacher_max, self._p, self._p_sum = _exponentials(teacher, teacher_scale, new())
+
+    @cached_property
+    def p(self) -> Tensor:
+        return self._p.mul_(1 / self._p_sum)
+
+    @cached_property
+    def q(self) -> Tensor:
+        return self._q.mul_(1 / self._q_sum)
+
+    @cached_property
+    def lp(self) -> Tensor:
+        log_sum = self.teacher_max * self.teacher_scale + self._p_sum.log()
+        return _affine(self.teacher, self.teacher_scale, -log_sum, self.new())
+
+    @cached_property
+    def lq(self) -> Tensor:
+        log_sum = self.student_max * self.student_scale + self._q_sum.log()
+        return _affine(self.student, self.student_scale, -log_sum, self.new())
+
+    @cached_property
+    def d(self) -> Tensor:
+        """lp - lq, not made of them: the difference of logits keeps more digits."""
+        gap = self.student_max * self.student_scale - self.teacher_max * self.teacher_scale
+        gap -= (self._p_sum / self._q_sum).log()
+        d = self.new()
+        if self.teacher_scale is self.student_scale:
+            return _affine(torch.sub(self.teacher, self.student, out=d), self.teacher_scale, gap, d)
+        _affine(self.teacher, self.teacher_scale, gap, d)
+        return d.sub_(self.student * self.student_scale)
+
+    def times_q(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """rows * q, for [R, 1], in one pass whether q has been asked for or not."""
+        out = self.new() if out is None else out
+        if "q" in vars(self):
+            return torch.mul(self.q, rows, out=out)
+        return torch.mul(self._q, rows / self._q_sum, out=out)
+
+
+def _exponentials(x: Tensor, scale: float | Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """max, exp((x - max) * scale) and its sum. exp2 takes half the time of exp."""
+    top, scale = x.amax(-1, keepdim=True), scale * math.log2(math.e)
+    terms = _affine(x, scale, top * -scale, out).exp2_()
+    return top, terms, terms.sum(-1, keepdim=True)
+
+
+def _affine(x: Tensor, scale: float | Tensor, shift: Tensor, out: Tensor) -> Tensor:
+    """x * scale + shift, in one pass where the scale is a number."""
+    if isinstance(scale, Tensor):
+        return torch.mul(x, scale, out=out).add_(shift)
+    return torch.add(shift, x, alpha=scale, out=out)
+
+
 # --- helpers ---------------------------------------------------------------------------------
 
 
@@ -143,6 +210,10 @@ def plogr(lp: Tensor, r: Tensor) -> Tensor:
     """exp(lp) * r, and 0 where exp(lp) is 0, in value and in gradient."""
     p = lp.exp()
     return torch.where(p > 0, p * torch.where(p > 0, r, 0.0), 0.0)
+
+
+def total(terms: Tensor) -> Tensor:
+    return terms.sum(-1, keepdim=True)
 
 
 def log_mixture(lp: Tensor, lq: Tensor, w: float) -> Tensor:
@@ -153,48 +224,6 @@ def log_mixture(lp: Tensor, lq: Tensor, w: float) -> Tensor:
     empty = (x == -math.inf) & (y == -math.inf)
     mixed = torch.logaddexp(torch.where(empty, 0.0, x), torch.where(empty, 0.0, y))
     return torch.where(empty, -math.inf, mixed)
-
-
-def times(p: Tensor, r: Tensor) -> Tensor:
-    """p * r, and 0 where p is 0."""
-    product = p * r
-    if not math.isfinite(product.sum()):  # comparing and selecting cost more than all the rest
-        product = torch.where(p > 0, product, 0.0)
-    return product
-
-
-def kl_terms(p: Tensor, m: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(p phi, m - p) where m = p e^x, phi = e^x - 1 - x >= 0; exact to rounding for small x too.
-
-    As m - p sums to 0, p phi sums to KL(p || m) without cancellation.
-    """
-    if x.dtype == torch.float32 and x.abs().amax() < 0.25:
-        phi = x * (1 / 720) + 1 / 120
-        for coefficient in (1 / 24, 1 / 6, 1 / 2):
-            phi = phi.mul_(x).add_(coefficient)
-        phi = phi.mul_(x).mul_(x)
-        return p * phi, phi.add_(x).mul_(p)
-    growth = torch.expm1(x)
-    rise, term = p * growth, p * (growth - x)
-    if not math.isfinite(term.sum()):  # p or m is 0 or nearly so somewhere
-        small = x.abs() < 1
-        rise = torch.where(small, rise, m - p)
-        term = torch.where(small, term, rise - torch.where(p > 0, p * x, 0.0))
-    return term.clamp_min_(0.0), rise
-
-
-def log_mixture_ratio(x: Tensor, w: float) -> Tensor:
-    """log(w + (1 - w) e^x), which is log m - log p for m = w p + (1 - w) q, x = log q - log p."""
-    if w == 0:
-        return x
-    x = x.clamp_min(-80.0)
-    return x + torch.log1p(w * torch.expm1(-x))
-
-
-def log_escort(lp: Tensor, lq: Tensor, a: float) -> Tensor:
-    """log(p^a q^(1-a)); -inf where p and q are 0."""
-    log_w = a * lp + (1 - a) * lq
-    return torch.where(log_w.isnan(), -math.inf, log_w) if log_w.isnan().any() else log_w
 
 
 def _check_range(owner: str, name: str, value: float, low: float, high: float, hint: str) -> None:
@@ -229,8 +258,8 @@ class ForwardKL(Divergence):
         return plogr(lp, lp - lq)
 
     @classmethod
-    def value_and_slope(cls, lp, lq, p, q, d, c, a, b):
-        return kl_terms(p, q, -d)
+    def value_and_pull(cls, pair, a, b):
+        return total(torch.mul(pair.p, pair.d, out=pair.new())), pair.p
 
     def dual(self):
         return ReverseKL.name, self.parameters, 1.0
@@ -260,9 +289,9 @@ class ReverseKL(Divergence):
         return plogr(lq, lq - lp)
 
     @classmethod
-    def value_and_slope(cls, lp, lq, p, q, d, c, a, b):
-        term, _ = kl_terms(q, p, d)
-        return term, -times(q, d + c)
+    def value_and_pull(cls, pair, a, b):
+        pull = torch.mul(pair.q, pair.d, out=pair.new())
+        return -total(pull), pull
 
     def dual(self):
         return ForwardKL.name, self.parameters, 1.0
@@ -307,10 +336,11 @@ class Jeffreys(Divergence):
         return a * plogr(lp, lp - lq) + b * plogr(lq, lq - lp)
 
     @classmethod
-    def value_and_slope(cls, lp, lq, p, q, d, c, a, b):
-        forward, rise = kl_terms(p, q, -d)
-        reverse, _ = kl_terms(q, p, d)
-        return a * forward + b * reverse, a * rise - b * times(q, d + c)
+    def value_and_pull(cls, pair, a, b):
+        forward = torch.mul(pair.p, pair.d, out=pair.new())
+        reverse = torch.mul(pair.q, pair.d, out=pair.new())
+        value = a * total(forward) - b * total(reverse)
+        return value, reverse.mul_(b).add_(pair.p, alpha=a)
 
     def dual(self):
         return self.name, (self.reverse, self.forward), 1.0
@@ -358,11 +388,12 @@ class JSD(Divergence):
         return a * plogr(lp, lp - lm) + (1 - a) * plogr(lq, lq - lm)
 
     @classmethod
-    def value_and_slope(cls, lp, lq, p, q, d, c, a, b):
-        m = a * p + (1 - a) * q
-        from_p, from_q = log_mixture_ratio(-d, a), log_mixture_ratio(d, 1 - a)
-        value = a * kl_terms(p, m, from_p)[0] + (1 - a) * kl_terms(q, m, from_q)[0]
-        return value, -times(q, (1 - a) * from_q + c)
+    def value_and_pull(cls, pair, a, b):
+        # Clamping changes nothing beyond rounding, but keeps infinities out.
+        d = torch.clamp(pair.d, -80, 80, out=pair.new())
+        p_to_m, q_to_m = _log_shares(d, a, pair.new())
+        pull = q_to_m.mul_(pair.q).mul_(a - 1)
+        return a * total(p_to_m.mul_(pair.p)) - total(pull), pull
 
     def dual(self):
         return self.name, (1 - self.beta, 0.0), 1.0
@@ -402,12 +433,12 @@ class SkewKL(Divergence):
         return plogr(lp, lp - log_mixture(lp, lq, a))
 
     @classmethod
-    def value_and_slope(cls, lp, lq, p, q, d, c, a, b):
-        m = a * p + (1 - a) * q
-        ratio = log_mixture_ratio(-d, a)
-        share = 1 / (1 - a + a * d.clamp_max(80.0).exp())  # q / m
-        value, rise = kl_terms(p, m, ratio)
-        return value, (1 - a) * share * rise - q * c
+    def value_and_pull(cls, pair, a, b):
+        if a == 0:
+            return ForwardKL.value_and_pull(pair, a, b)
+        share, log_share = _shares(pair.p, pair.q, a, pair)
+        value = total(log_share.mul_(pair.p))
+        return value, share.mul_(-a).add_(1).mul_(pair.p)
 
     def dual(self):
         return SkewReverseKL.name, self.parameters, 1.0
@@ -448,10 +479,12 @@ class SkewReverseKL(Divergence):
         return plogr(lq, lq - log_mixture(lq, lp, a))
 
     @classmethod
-    def value_and_slope(cls, lp, lq, p, q, d, c, a, b):
-        m = (1 - a) * p + a * q
-        ratio = log_mixture_ratio(d, a)
-        return kl_terms(q, m, ratio)[0], -times(q, ratio + c + a * torch.expm1(-ratio))
+    def value_and_pull(cls, pair, a, b):
+        if a == 0:
+            return ReverseKL.value_and_pull(pair, a, b)
+        share, log_share = _shares(pair.q, pair.p, a, pair)
+        pull = share.mul_(a).sub_(log_share).mul_(pair.q)
+        return total(log_share.mul_(pair.q)), pull
 
     def dual(self):
         return SkewKL.name, self.parameters, 1.0
@@ -481,9 +514,9 @@ class TVD(Divergence):
         return 0.5 * (lp.exp() - lq.exp()).abs()
 
     @classmethod
-    def value_and_slope(cls, lp, lq, p, q, d, c, a, b):
-        _, rise = kl_terms(p, q, -d)
-        return 0.5 * rise.abs(), -times(q, 0.5 * torch.sign(d) + c)
+    def value_and_pull(cls, pair, a, b):
+        value = 0.5 * total(torch.sub(pair.q, pair.p, out=pair.new()).abs_())
+        return value, torch.sign(pair.d, out=pair.new()).mul_(pair.q).mul_(0.5)
 
     def dual(self):
         return self.name, self.parameters, 1.0
@@ -532,9 +565,10 @@ class AlphaDivergence(Divergence):
         return (_escort(lp, lq, a) - a * p - (1 - a) * q) / (a * (a - 1))
 
     @classmethod
-    def value_and_slope(cls, lp, lq, p, q, d, c, a, b):
-        value, slope = _alpha_terms(lp, lq, p, q, d, c, a)
-        return value, slope * (c.exp() / a)
+    def value_and_pull(cls, pair, a, b):
+        w, top = _escorts(pair, a)
+        scale = top.exp()
+        return (scale * total(w) - 1) / (a * (a - 1)), w.mul_(scale / a)
 
     def dual(self):
         return self.name, (1 - self.alpha, 0.0), 1.0
@@ -585,13 +619,11 @@ class Renyi(Divergence):
         return total.log() / (a - 1)
 
     @classmethod
-    def value_and_slope(cls, lp, lq, p, q, d, c, a, b):
-        return _alpha_terms(lp, lq, p, q, d, c, a)
-
-    @classmethod
-    def stable_outer(cls, total, c, a, b):
-        excess = a * (a - 1) * total  # sum p^a q^(1-a) - 1
-        return torch.where(excess.abs() < 0.5, torch.log1p(excess), c) / (a - 1)
+    def value_and_pull(cls, pair, a, b):
+        w, top = _escorts(pair, a)
+        mass = total(w)
+        known = torch.where(top.abs() < 1e100, 1 / mass, math.nan)  # infinite: no gradient
+        return (mass.log() + top) / (a - 1), w.mul_(known)
 
     def dual(self):
         return self.name, (1 - self.alpha, 0.0), self.alpha / (1 - self.alpha)
@@ -611,15 +643,29 @@ def _escort(lp: Tensor, lq: Tensor, a: float) -> Tensor:
     return torch.where(empty, 0.0, (a * lp + (1 - a) * lq).exp())
 
 
-def _alpha_terms(
-    lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, d: Tensor, c: Tensor, a: float
-) -> tuple[Tensor, Tensor]:
-    """Terms of the alpha divergence, and q - w / sum w with w = p^a q^(1-a), c = log sum w."""
-    log_w = log_escort(lp, lq, a)
-    w = log_w.exp()
-    # Where d is finite: q (phi(a d) - a phi(d)), which does not cancel.
-    value = kl_terms(q, w, a * d)[0] - a * kl_terms(q, p, d)[0]
-    slope = -kl_terms(q, (log_w - c).exp(), a * d - c)[1]
-    if not math.isfinite(value.sum()):
-        value = torch.where(d.isfinite(), value, w - a * p - (1 - a) * q)
-    return (value / (a * (a - 1))).clamp_min(0.0), slope
+def _escorts(pair: Pair, a: float) -> tuple[Tensor, Tensor]:
+    """p^a q^(1-a) / exp(top) and top, of each row the log of the largest."""
+    log_w = torch.mul(pair.lq, 1 - a, out=pair.new()).add_(pair.lp, alpha=a)
+    top = log_w.amax(-1, keepdim=True)
+    return log_w.sub_(top).exp_(), top
+
+
+def _shares(p: Tensor, q: Tensor, a: float, pair: Pair) -> tuple[Tensor, Tensor]:
+    """p / m and its log for m = a p + (1 - a) q; finite where p, or both, are 0."""
+    least = torch.finfo(p.dtype).tiny
+    m = torch.mul(p, a, out=pair.new()).add_(q, alpha=1 - a).clamp_min_(least)
+    share = torch.div(p, m, out=m)
+    return share, torch.clamp(share, min=least, out=pair.new()).log_()
+
+
+def _log_shares(d: Tensor, a: float, spare: Tensor) -> tuple[Tensor, Tensor]:
+    """log p / m and log q / m for m = a p + (1 - a) q, in the place of d and in the spare buffer.
+
+    The more there is of p in m, the better the first is known, and of q likewise.
+    """
+    logit = math.log(a / (1 - a))
+    if a < 0.5:
+        q_to_m = torch.add(d, logit, out=spare).neg_().sigmoid_().div_(1 - a).log_()
+        return d.add_(q_to_m), q_to_m
+    p_to_m = torch.add(d, logit, out=spare).sigmoid_().div_(a).log_()
+    return p_to_m, torch.sub(p_to_m, d, out=d)

@@ -1,15 +1,18 @@
-"""The PyTorch path: blocks of rows that fit the cache, closed-form gradients, no [N, V] temporaries."""
+"""The PyTorch path: blocks of rows in the cache, closed-form gradients, no [N, V] temporaries.
+
+Its formulas are plain ones in fp32. The rows where these lose digits, because the divergence is
+small, or fail, because of a mask, show by their value, and are done again in fp64.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .divergences import LOG_MIXTURE, Divergence, log_escort, plogr
+from .divergences import NONE, Divergence, Pair
 from .problem import (
     AGREEMENT,
     CE,
@@ -21,14 +24,22 @@ from .problem import (
 )
 
 # Elements of a block: its few buffers then fit the cores' caches, and a call's overhead is small.
-BLOCK_ELEMENTS = 1 << 17
+BLOCK_ELEMENTS = 1 << 18
+# Rows with fewer columns than this are laid out in columns: few long passes, not many short ones.
+NARROW = 16
+# Smaller values than this are computed in fp64: in fp32 they are good to about 2e-7.
+NEAR = 1 / 32
+# From here on a value is infinite: the largest of fp32. What stands for -inf is far beyond.
+FAR = torch.finfo(torch.float32).max
+MASKED = -1e300
 
 
 def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
     """`values`, and an empty `state`: the backward recomputes from the logits."""
-    values = _new_values(problem, 5 if metrics else 3 if entropy or problem.labels is not None else 1)
-    for rows in _blocks(problem):
-        _store(values, rows, _terms(problem, rows, entropy, metrics))
+    kinds = 5 if metrics else 3 if entropy or problem.labels is not None else 1
+    values = _new_values(problem, kinds)
+    for rows, terms in _Solver(problem, entropy, metrics):
+        _store(values, rows, terms)
     return values, values.new_empty(0, problem.rows)
 
 
@@ -36,33 +47,29 @@ def backward(
     problem: Problem, state: Tensor, upstream: Coefficients, gradient: bool, temperature: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradient of the student's logits, in their dtype, and of each row's temperature."""
-    out = torch.empty_like(problem.student, memory_format=torch.contiguous_format)
-    heat = upstream.kd.new_empty(problem.rows) if temperature else None
-    for rows in _blocks(problem):
-        terms = _terms(problem, rows, upstream.entropy is not None, False)
-        _gradient(problem, rows, terms, upstream, out if gradient else None, heat)
-    return out if gradient else None, heat
+    out = _new_gradient(problem) if gradient else None
+    heat = upstream.kd.new_zeros(problem.rows) if temperature else None
+    for rows, terms in _Solver(problem, upstream.entropy is not None, False):
+        _gradient(problem, rows, terms, upstream, out, heat)
+    return out, heat
 
 
 def fused(
     problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Weighted loss rows, `values` with metrics, and the gradient of the sum of those rows."""
-    if out is None:
-        out = torch.empty_like(problem.student, memory_format=torch.contiguous_format)
-    values = _new_values(problem, 5) if metrics else None
-    loss = coefficients.kd.new_empty(problem.rows)
-    for rows in _blocks(problem):
-        terms = _terms(problem, rows, coefficients.entropy is not None, metrics)
-        if values is not None:
-            _store(values, rows, terms)
-        loss[rows.index] = sum(
-            _weighted(factor[rows.index], term)
-            for factor, term in zip(coefficients, terms.values[:3], strict=True)
-            if factor is not None
-        )
-        _gradient(problem, rows, terms, coefficients, out, None)
-    return loss, values, out
+    target = _new_gradient(problem) if out is None else out.view(problem.student.shape)
+    values = _new_values(problem, 5 if metrics else 3)
+    for rows, terms in _Solver(problem, coefficients.entropy is not None, metrics):
+        _store(values, rows, terms)
+        _gradient(problem, rows, terms, coefficients, target, None)
+    if out is not None:
+        _blank(problem, target)
+    loss = torch.zeros_like(coefficients.kd)
+    for factor, term in zip(coefficients, values[:3], strict=True):
+        if factor is not None:  # where it is 0, the term is left out, were it infinite
+            loss += torch.where(factor == 0, 0.0, factor * term)
+    return loss, values if metrics else None, target
 
 
 def scale_(gradient: Tensor, upstream: Tensor) -> None:
@@ -71,123 +78,190 @@ def scale_(gradient: Tensor, upstream: Tensor) -> None:
         gradient.mul_(upstream)
 
 
-# --- one block ------------------------------------------------------------------------------
+# --- the rows -------------------------------------------------------------------------------
 
 
 class _Rows(NamedTuple):
-    """Rows [start, stop) of outer index `outer`; `index` is their place in [N]."""
+    """Some rows of outer index `outer`: their inner indices, and their indices in [N]."""
 
     outer: int
-    start: int
-    stop: int
-    index: slice
+    inner: slice | Tensor
+    flat: slice | Tensor
 
-
-class _Terms(NamedTuple):
-    """What a block has to offer: [R] values in the order of problem.py, and [R, V] pieces."""
-
-    values: list[Tensor | None]
-    z: Tensor  # raw logits of the student
-    z_max: Tensor  # [R, 1]
-    q: Tensor
-    lq: Tensor
-    slope: Tensor  # gradient of the divergence to the tempered logits
-    counts: Tensor | None  # [R, 1], bool; None: every row counts
+    def only(self, mask: Tensor) -> _Rows:
+        inner, flat = (
+            torch.arange(i.start, i.stop, device=mask.device) if isinstance(i, slice) else i
+            for i in self[1:]
+        )
+        return _Rows(self.outer, inner[mask], flat[mask])
 
 
 def _blocks(problem: Problem) -> Iterator[_Rows]:
+    """The rows that count, in blocks."""
     outer_rows, inner_rows = problem.student.shape[:2]
     step = max(torch.get_num_threads(), BLOCK_ELEMENTS // problem.vocab_size)
     for outer in range(outer_rows):
-        for start in range(0, inner_rows, step):
-            stop = min(start + step, inner_rows)
-            first = outer * inner_rows
-            yield _Rows(outer, start, stop, slice(first + start, first + stop))
+        first = outer * inner_rows
+        counted = None if problem.counted is None else problem.counted[first : first + inner_rows]
+        if counted is None or counted.all():
+            for start in range(0, inner_rows, step):
+                stop = min(start + step, inner_rows)
+                yield _Rows(outer, slice(start, stop), slice(first + start, first + stop))
+        else:
+            kept = counted.nonzero()[:, 0]
+            for start in range(0, len(kept), step):
+                inner = kept[start : start + step]
+                yield _Rows(outer, inner, first + inner)
 
 
-def _terms(problem: Problem, rows: _Rows, entropy: bool, metrics: bool) -> _Terms:
-    z, y = _logits(problem.student, problem, rows), _logits(problem.teacher, problem, rows)
-    z_max, y_max = z.amax(-1, keepdim=True), y.amax(-1, keepdim=True)
-    counts = _counts(problem, rows, z_max, y_max)
-    if counts is not None:
-        z, y = torch.where(counts, z, 0.0), torch.where(counts, y, 0.0)
-        z_max, y_max = torch.where(counts, z_max, 0.0), torch.where(counts, y_max, 0.0)
-
-    student_scale = 1 / problem.student_temperature[rows.index, None]
-    shared = problem.teacher_temperature is None
-    teacher_scale = (
-        student_scale if shared else 1 / problem.teacher_temperature[rows.index, None]
-    )
-    q, lq, q_sum = _softmax(z, z_max, student_scale)
-    p, lp, p_sum = _softmax(y, y_max, teacher_scale)
-
-    # d = lp - lq, with the normalisers differenced apart: no cancellation where p is close to q.
-    gap = y_max * teacher_scale - z_max * student_scale + torch.log1p((p_sum - q_sum) / q_sum)
-    d = (y - z) * teacher_scale if shared else y * teacher_scale - z * student_scale
-    d -= gap
-    if not math.isfinite(d.sum()):
-        d = torch.where(d.isnan(), 0.0, d)  # both sides mask the entry
-    kd, slope = _divergence(problem, lp, lq, p, q, d)
-
-    values: list[Tensor | None] = [kd, None, None, None, None]
-    if problem.labels is not None:
-        values[CE] = _cross_entropy(problem, rows, z, z_max, counts)
-    if entropy or metrics:
-        values[ENTROPY] = -plogr(lq, lq).sum(-1)
-    if metrics:
-        values[TEACHER_ENTROPY] = -plogr(lp, lp).sum(-1)
-        values[AGREEMENT] = ((z == z_max) & (y == y_max)).any(-1).to(z.dtype)
-    if counts is not None:
-        values = [v if v is None else torch.where(counts[:, 0], v, 0.0) for v in values]
-    return _Terms(values, z, z_max, q, lq, slope, counts)
+# --- one block ------------------------------------------------------------------------------
 
 
-def _logits(tensor: Tensor, problem: Problem, rows: _Rows) -> Tensor:
-    return tensor[rows.outer, rows.start : rows.stop, : problem.vocab_size].to(problem.dtype)
+class _Terms(NamedTuple):
+    """What a block has to offer: [R] values by their names in problem.py, and [R, V] pieces."""
+
+    values: dict[int, Tensor]
+    pair: Pair
+    pull: Tensor  # minus the gradient of the divergence to lq
+    total: Tensor | None  # its sum, [R, 1]; None: 1
+    counts: Tensor | None  # [R, 1], bool: rows with a logit on either side; None: all
 
 
-def _counts(problem: Problem, rows: _Rows, z_max: Tensor, y_max: Tensor) -> Tensor | None:
-    """Rows that are counted and have a logit on either side; None where all do."""
-    counts = (z_max != -torch.inf) & (y_max != -torch.inf)
-    if problem.counted is not None:
-        counts &= problem.counted[rows.index, None]
-    return None if counts.all() else counts
+class _Store:
+    """Buffers that are used again for every block."""
+
+    def __init__(self, problem: Problem, dtype: torch.dtype) -> None:
+        self.columns, self.dtype, self.device = problem.vocab_size, dtype, problem.student.device
+        self.buffers: list[Tensor] = []
+        self.rows = self.taken = 0
+
+    def start(self, rows: int) -> None:
+        self.rows, self.taken = rows, 0
+
+    def new(self) -> Tensor:
+        size = self.rows * self.columns
+        if self.taken == len(self.buffers):
+            self.buffers.append(torch.empty(size, dtype=self.dtype, device=self.device))
+        elif len(self.buffers[self.taken]) < size:
+            self.buffers[self.taken] = torch.empty(size, dtype=self.dtype, device=self.device)
+        self.taken += 1
+        buffer = self.buffers[self.taken - 1][:size]
+        if self.columns < NARROW:
+            return buffer.view(self.columns, self.rows).t()
+        return buffer.view(self.rows, self.columns)
 
 
-def _softmax(x: Tensor, x_max: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Probabilities, their logs, and the sum of exp((x - max) * scale)."""
-    log = (x - x_max).mul_(scale)
-    probabilities = log.exp()
-    total = probabilities.sum(-1, keepdim=True)
-    return probabilities.div_(total), log.sub_(total.log()), total
+class _Solver:
+    """The terms of all rows that count, block by block; of rows given twice, the second hold."""
+
+    def __init__(self, problem: Problem, entropy: bool, metrics: bool) -> None:
+        self.problem, self.entropy, self.metrics = problem, entropy, metrics
+        self.kind = Divergence.of_name(problem.divergence)
+        self.student_scale = _scale(problem.student_temperature)
+        self.teacher_scale = self.student_scale
+        if problem.teacher_temperature is not None:
+            self.teacher_scale = _scale(problem.teacher_temperature)
+        self.stores = {dtype: _Store(problem, dtype) for dtype in (problem.dtype, torch.float64)}
+
+    def __iter__(self) -> Iterator[tuple[_Rows, _Terms]]:
+        double = self.problem.dtype == torch.float64
+        exact = double  # where most rows of a block need fp64, the next begins with it
+        for rows in _blocks(self.problem):
+            terms = self.exact_terms(rows) if exact else self.terms(rows, self.problem.dtype)
+            doubtful = None if double else _doubtful(terms)
+            most = doubtful is not None and bool(2 * doubtful.sum() > len(doubtful))
+            if exact or doubtful is None:
+                yield rows, terms
+            elif most:
+                yield rows, self.exact_terms(rows)
+            else:
+                again = rows.only(doubtful)
+                # Before any is handed out: the gradient may go to where the logits are.
+                corrected = self.exact_terms(again)
+                yield rows, terms
+                yield again, corrected
+            exact = double or most
+
+    def terms(self, rows: _Rows, dtype: torch.dtype) -> _Terms:
+        problem, exact = self.problem, dtype == torch.float64
+        z, y = (self._logits(x, rows) for x in (problem.student, problem.teacher))
+        store = self.stores[dtype]
+        store.start(len(z))
+        z, y = self._converted(z, store, exact), self._converted(y, store, exact)
+        scale = _of_rows(self.student_scale, rows)
+        shared = self.teacher_scale is self.student_scale
+        pair = Pair(z, y, scale, scale if shared else _of_rows(self.teacher_scale, rows), store.new)
+        value, pull = self.kind.value_and_pull(pair, problem.a, problem.b)
+        total = None if self.kind.constant == NONE else pull.sum(-1, keepdim=True)
+
+        values = {KD: value[:, 0]}
+        if problem.labels is not None:
+            values[CE] = _cross_entropy(z, problem.labels[rows.flat, None], problem.label_smoothing)
+        if self.entropy or self.metrics:
+            values[ENTROPY] = -torch.mul(pair.q, pair.lq, out=store.new()).sum(-1)
+        if self.metrics:
+            values[TEACHER_ENTROPY] = -torch.mul(pair.p, pair.lp, out=store.new()).sum(-1)
+            agree = (z == pair.student_max) & (y == pair.teacher_max)
+            values[AGREEMENT] = agree.any(-1).to(z.dtype)
+        return _Terms(values, pair, pull, total, None)
+
+    def exact_terms(self, rows: _Rows) -> _Terms:
+        """The terms in fp64, with a number for -inf, which times 0 is 0; its traces are removed."""
+        values, pair, pull, total, _ = self.terms(rows, torch.float64)
+        counts = ((pair.student_max != MASKED) & (pair.teacher_max != MASKED))[:, 0]
+        values = {
+            kind: torch.where(value > FAR, torch.inf, value).where(counts, 0.0)
+            for kind, value in values.items()
+        }
+        dead = ~counts  # rows without gradient
+        infinite = values[KD] == torch.inf
+        if infinite.any():
+            dead |= infinite & ~(pull.abs().amax(-1) < FAR)
+        rounding = values[KD].abs() < 1e-12
+        if rounding.any():
+            same = rounding & (pair.d.abs().amax(-1) == 0)
+            values[KD] = torch.where(rounding, values[KD].clamp_min(0), values[KD])
+            values[KD] = torch.where(same, 0.0, values[KD])
+            dead |= same
+        if dead.any():
+            pull = torch.where(dead[:, None], 0.0, pull)
+            total = torch.where(dead[:, None], 0.0, 1.0 if total is None else total).to(pull.dtype)
+        return _Terms(values, pair, pull, total, None if counts.all() else counts[:, None])
+
+    def _logits(self, tensor: Tensor, rows: _Rows) -> Tensor:
+        return tensor[rows.outer, :, : self.problem.vocab_size][rows.inner]
+
+    def _converted(self, block: Tensor, store: _Store, exact: bool) -> Tensor:
+        """In the store's dtype and layout, with finite numbers where `exact`."""
+        if exact:
+            return store.new().copy_(block).clamp_min_(MASKED)
+        converts = block.dtype != store.dtype or store.columns < NARROW
+        return store.new().copy_(block) if converts else block
 
 
-def _divergence(
-    problem: Problem, lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, d: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Value of each row, and its gradient to the tempered logits."""
-    table, a, b = Divergence.of_name(problem.divergence), problem.a, problem.b
-    c = q.new_zeros(q.size(0), 1)
-    if table.constant == LOG_MIXTURE:
-        c = torch.logsumexp(log_escort(lp, lq, a), -1, keepdim=True)
-    value, slope = table.value_and_slope(lp, lq, p, q, d, c, a, b)
-    # Whatever c is for, taking it as 0 and centring gives the same, and rows that sum to 0.
-    total = slope.sum(-1, keepdim=True)
-    slope = slope.addcmul_(q, total, value=-1)
-    if not math.isfinite(total.sum()):  # the divergence is infinite there and has no gradient
-        slope = torch.where(total.isfinite(), slope, 0.0)
-    return table.stable_outer(value.sum(-1), c[:, 0], a, b), slope
+def _scale(temperature: Tensor) -> float | Tensor:
+    """1 / T: a number where all rows share it, which saves passes."""
+    shared = temperature.stride(0) == 0 and len(temperature) > 0
+    return 1 / temperature[0].item() if shared else 1 / temperature
 
 
-def _cross_entropy(
-    problem: Problem, rows: _Rows, z: Tensor, z_max: Tensor, counts: Tensor | None
-) -> Tensor:
-    labels = problem.labels[rows.index, None]
-    if counts is not None:
-        labels = torch.where(counts, labels, 0)
-    smoothing = problem.label_smoothing
-    lse = torch.logsumexp(z, -1)
-    loss = lse - (1 - smoothing) * z.gather(-1, labels)[:, 0]
+def _of_rows(scale: float | Tensor, rows: _Rows) -> float | Tensor:
+    return scale[rows.flat, None] if isinstance(scale, Tensor) else scale
+
+
+def _doubtful(terms: _Terms) -> Tensor | None:
+    """Rows whose divergence is small or infinite, or whose figures are not finite; None: no row."""
+    check = terms.values[KD] if terms.total is None else terms.values[KD] + 0 * terms.total[:, 0]
+    for kind in terms.values.keys() - {KD}:
+        check = check + 0 * terms.values[kind]
+    least, most = (bound.item() for bound in check.aminmax())
+    if least > NEAR and most < FAR:
+        return None
+    return ~((check > NEAR) & (check < FAR))
+
+
+def _cross_entropy(z: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    loss = torch.logsumexp(z, -1) - (1 - smoothing) * z.gather(-1, labels)[:, 0]
     return loss - smoothing * z.mean(-1) if smoothing else loss
 
 
@@ -203,50 +277,85 @@ def _gradient(
     temperature: Tensor | None,
 ) -> None:
     """Writes the block's gradient to the student's logits, and to its temperature."""
-    scale = 1 / problem.student_temperature[rows.index, None]
-    gradient = _weighted((upstream.kd[rows.index, None] * scale), terms.slope)
-    if upstream.entropy is not None:
-        entropy = terms.values[ENTROPY][:, None]
-        gradient -= upstream.entropy[rows.index, None] * scale * plogr(terms.lq, terms.lq + entropy)
-    if temperature is not None:
-        # The gradient's rows sum to 0: measuring the logits from their maximum changes nothing.
-        depth = torch.where(terms.z == -torch.inf, 0.0, terms.z - terms.z_max)
-        heat = torch.linalg.vecdot(gradient, depth) * -scale[:, 0]
-        temperature[rows.index] = heat if terms.counts is None else heat * terms.counts[:, 0]
-    if out is None:
-        return
+    labelled = None  # first, because `out` may be the student's logits
     if upstream.ce is not None:
-        gradient += upstream.ce[rows.index, None] * _cross_entropy_gradient(problem, rows, terms)
+        labelled = _factor(upstream.ce, rows, terms) * _cross_entropy_gradient(problem, rows, terms)
+    block = None if out is None else out[rows.outer, :, : problem.vocab_size]
+    direct = None if block is None or temperature is not None else _direct(block, rows, terms)
+    gradient = _tempered_gradient(rows, terms, upstream, direct)
+    if temperature is not None:
+        temperature[rows.flat] = _heat(gradient, terms).to(temperature.dtype)
+    if labelled is not None:
+        gradient += labelled
     if terms.counts is not None:
         gradient = torch.where(terms.counts, gradient, 0.0)
-    target = out[rows.outer, rows.start : rows.stop]
-    target[:, : problem.vocab_size] = gradient
-    target[:, problem.vocab_size :] = 0
+    if block is None or direct is not None:
+        return
+    if isinstance(rows.inner, slice):
+        block[rows.inner].copy_(gradient)
+    else:
+        block[rows.inner] = gradient.to(block.dtype)
+
+
+def _direct(block: Tensor, rows: _Rows, terms: _Terms) -> Tensor | None:
+    """Where the gradient goes, if it can be computed there: a pass less."""
+    suits = terms.counts is None and block.dtype == terms.pull.dtype and block.size(-1) >= NARROW
+    return block[rows.inner] if suits and isinstance(rows.inner, slice) else None
+
+
+def _tempered_gradient(
+    rows: _Rows, terms: _Terms, upstream: Coefficients, out: Tensor | None
+) -> Tensor:
+    """Of divergence and entropy."""
+    pair = terms.pair
+    weight = _factor(upstream.kd, rows, terms) * pair.student_scale
+    gradient = pair.times_q(weight if terms.total is None else weight * terms.total, out)
+    gradient.addcmul_(terms.pull, weight, value=-1)
+    if upstream.entropy is not None:
+        slope = (pair.lq + terms.values[ENTROPY][:, None]).mul_(pair.q)
+        weight = _factor(upstream.entropy, rows, terms) * pair.student_scale
+        gradient.addcmul_(slope, weight, value=-1)
+    return gradient
+
+
+def _heat(gradient: Tensor, terms: _Terms) -> Tensor:
+    """The gradient of each row's temperature."""
+    pair = terms.pair
+    # The gradient's rows sum to 0: measuring the logits from their maximum changes nothing.
+    depth = pair.student - pair.student_max
+    heat = depth.mul_(gradient).sum(-1, keepdim=True) * pair.student_scale
+    return -(heat if terms.counts is None else torch.where(terms.counts, heat, 0.0))[:, 0]
 
 
 def _cross_entropy_gradient(problem: Problem, rows: _Rows, terms: _Terms) -> Tensor:
-    labels = problem.labels[rows.index, None]
-    if terms.counts is not None:
-        labels = torch.where(terms.counts, labels, 0)
-    smoothing = problem.label_smoothing
-    gradient = torch.softmax(terms.z, -1).sub_(smoothing / problem.vocab_size)
+    assert problem.labels is not None
+    smoothing, labels = problem.label_smoothing, problem.labels[rows.flat, None]
+    gradient = torch.softmax(terms.pair.student, -1).sub_(smoothing / problem.vocab_size)
     return gradient.scatter_add_(-1, labels, gradient.new_full(labels.shape, smoothing - 1))
 
 
-def _weighted(factor: Tensor, term: Tensor) -> Tensor:
-    """factor * term, and 0 where the factor is 0, whatever the term."""
-    if factor.all():
-        return factor * term
-    return torch.where(factor == 0, 0.0, factor * term)
+def _factor(factor: Tensor, rows: _Rows, terms: _Terms) -> Tensor:
+    return factor[rows.flat, None].to(terms.pull.dtype)
 
 
 def _new_values(problem: Problem, kinds: int) -> Tensor:
     return problem.student.new_zeros(kinds, problem.rows, dtype=problem.dtype)
 
 
+def _new_gradient(problem: Problem) -> Tensor:
+    out = torch.empty_like(problem.student, memory_format=torch.contiguous_format)
+    _blank(problem, out)
+    return out
+
+
+def _blank(problem: Problem, out: Tensor) -> None:
+    """Sets to 0 what no block writes: the padding, and the rows that do not count."""
+    out[..., problem.vocab_size :] = 0
+    if problem.counted is not None and not problem.counted.all():
+        out[~problem.counted.view(out.shape[:2])] = 0
+
+
 def _store(values: Tensor, rows: _Rows, terms: _Terms) -> None:
-    for stored, value in zip(values, terms.values[: len(values)], strict=True):
-        if value is not None:
-            stored[rows.index] = value
-
-
+    for kind, value in terms.values.items():
+        if kind < len(values):
+            values[kind][rows.flat] = value.to(values.dtype)

@@ -91,7 +91,7 @@ def test_no_spills(target, name, compiled):
     assert len(kernels) >= len(EVERYWHERE)
     for kernel in kernels:
         assert kernel["spills_in_loops"] == 0, kernel
-        # With all options at once ptxas may set a scalar aside, once per row, to reach 128 registers.
+        # With all options at once ptxas may set one scalar aside per row, to reach 128 registers.
         assert kernel["spills"] <= 2 * (kernel["case"] == "everything"), kernel
 
 

@@ -59,7 +59,10 @@ def add(commands: Any) -> None:
 
 
 def _option(group: Any, item: dataclasses.Field[Any], kind: Any) -> None:
-    default = "" if item.default in ((), None, False) else f"; default: {item.default}"
+    default = "" if item.default in ((), "", False) else f"; default: {item.default}"
+    of_own = getattr(settings.Own, item.name, item.default)
+    if of_own != item.default:
+        default += f", with --teacher: {of_own}"
     common = {"help": item.metadata["help"] + default, "default": argparse.SUPPRESS}
     name = "--" + item.name.replace("_", "-")
     if kind is bool:

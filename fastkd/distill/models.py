@@ -46,7 +46,9 @@ def is_config(name: str) -> bool:
 
 def _load(kind: Any, name: str, what: str, **options: Any) -> Any:
     local = Path(name).exists()
-    if not local and (name.startswith((".", "/", "~")) or is_config(name)):
+    # A hub name has one slash at most, and no folder here before it.
+    path = name.startswith((".", "/", "~")) or ("/" in name and Path(name).parent.is_dir())
+    if not local and (path or is_config(name)):
         raise Usage(f"{name}: there is no such folder or file")
     try:
         return kind.from_pretrained(name, local_files_only=local, **options)

@@ -67,9 +67,7 @@ def run(chosen: settings.Own, folder: Path, *, resume: bool = False) -> dict[str
         "vocab_size": loss["vocab_size"],
         "machine": report.machine(trainer.args.device),
     }
-    if trainer.is_world_process_zero():
-        _save(trainer, tokens, figures, folder)
-    trainer.accelerator.wait_for_everyone()
+    _save(trainer, tokens, figures, folder)
     return figures
 
 
@@ -183,17 +181,24 @@ def _plain(values: dict[str, float]) -> dict[str, float]:
 
 
 def _save(trainer: Any, tokens: Any, figures: dict[str, Any], folder: Path) -> None:
-    """The student with its tokenizer, whole or not at all; then the figures."""
-    temporary = folder / f".{STUDENT}.{os.getpid()}"
+    """The student with its tokenizer, whole or not at all; then the figures.
+
+    Every process calls it: where the weights are sharded, each has a part of them.
+    """
+    temporary = folder / f".{STUDENT}"
     try:
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(temporary)
+        trainer.save_model(str(temporary))
+        if not trainer.is_world_process_zero():
+            return
+        (temporary / "training_args.bin").unlink(missing_ok=True)
         tokens.save_pretrained(temporary)
         shutil.rmtree(folder / STUDENT, ignore_errors=True)
         os.replace(temporary, folder / STUDENT)
     except Exception as error:  # a full disk is an OSError here, and a SafetensorError there
         raise Problem(f"cannot write {folder / STUDENT}: {one_line(error)}") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if trainer.is_world_process_zero():
+            shutil.rmtree(temporary, ignore_errors=True)
     rows = _rows(trainer.state.log_history)
     storage.write(folder / "metrics.csv", report.table(rows))
     storage.write(folder / "curves.png", report.curves(rows))

@@ -26,30 +26,44 @@ TRAINING = 1000  # of 1797 images; the others test
 Loss = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
+class Linears(nn.Module):
+    """M independent linear layers: [M, N, in] to [M, N, out]."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(torch.zeros(weight.size(0), 1, weight.size(2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
 class MLPs(nn.Module):
-    """M independent networks: [M, N, in] to [M, N, out]. Those of one seed start out equal."""
+    """M = copies x seeds independent networks: [M, N, in] to [M, N, out]. Those of one seed start
+    out equal.
+    """
 
     def __init__(self, seeds: int, widths: Iterable[int], copies: int = 1) -> None:
         super().__init__()
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        self.models = copies * seeds
+        self.layers = nn.ModuleList()
         for layer, (width, out) in enumerate(pairwise(widths)):
             draws = [
                 torch.rand(width, out, generator=_generator(seed, layer)) for seed in range(seeds)
             ]
             weight = (2 * torch.stack(draws) - 1) / math.sqrt(width)
-            self.weights.append(nn.Parameter(weight.repeat(copies, 1, 1)))
-            self.biases.append(nn.Parameter(torch.zeros(copies * seeds, 1, out)))
+            self.layers.append(Linears(weight.repeat(copies, 1, 1)))
 
     def forward(
         self, x: Tensor, dropout: float = 0.0, generator: torch.Generator | None = None
     ) -> Tensor:
-        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            if layer:
-                x = torch.relu(x)
-                if dropout:
-                    kept = torch.rand(x.shape, generator=generator) >= dropout
-                    x = x * kept / (1 - dropout)
-            x = torch.baddbmm(bias, x, weight)
+        x = self.layers[0](x)
+        for layer in self.layers[1:]:
+            x = torch.relu(x)
+            if dropout:
+                kept = torch.rand(x.shape, generator=generator) >= dropout
+                x = x * kept / (1 - dropout)
+            x = layer(x)
         return x
 
 
@@ -82,7 +96,7 @@ class Digits:
         networks = MLPs(self.seeds, (64, 128, 128, 10))
         optimizer = adam(networks.parameters(), 2e-3)
         generator, rows = _generator(0), torch.arange(self.seeds)[:, None]
-        for _ in range(60 if self.quick else 600):
+        for _ in range(30 if self.quick else 600):
             batch = torch.randint(TRAINING, (self.seeds, 128), generator=generator)
             x = self.x[rows, batch]
             x = x + 0.1 * torch.randn(x.shape, generator=generator)
@@ -118,12 +132,12 @@ class Digits:
 
     @property
     def steps(self) -> int:
-        return 40 if self.quick else 400
+        return 20 if self.quick else 400
 
     def accuracy(self, networks: MLPs, x: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """In per cent, [copies, seeds], on x [seeds, N, 64] and y: the test images, or others."""
         x, y = (self.x_test, self.y_test) if x is None or y is None else (x, y)
-        copies = networks.weights[0].size(0) // self.seeds
+        copies = networks.models // self.seeds
         with torch.no_grad():
             answers = networks(x.repeat(copies, 1, 1)).argmax(-1)
         right = (answers == y.repeat(copies, 1)).double().mean(-1)

@@ -45,7 +45,7 @@ SEEKING = ("alpha 0.25", "JSD 0.9", "skew reverse KL 0.1", "reverse KL")
 def run(quick: bool) -> Report:
     teacher = bimodal()
     fits = {
-        name: fit(teacher, divergence, 40 if quick else 600)
+        name: fit(teacher, divergence, 20 if quick else 600)
         for name, (divergence, _, _) in EXPECTED.items()
     }
     lines = [f"{'':20}  mean   width   expected"]
