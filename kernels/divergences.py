@@ -1,4 +1,4 @@
-"""Table 2: every divergence on the device, the twin of table 1, `fastkd/divergences.py`.
+"""Table 2: every divergence on the device, the twin of table 1, `fastkd/divergences/`.
 
 `evaluate(lp, lq, p, q, d, c, a, b)` gives (value, slope) of a tile and `outer(total, c, a, b)`
 maps the row sum of the values; the meaning of both is table 1's `value_and_slope` and

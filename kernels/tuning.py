@@ -1,7 +1,7 @@
 """Which schedule, tile and number of warps: the only place with such numbers.
 
 Chosen from a static table, not by timing: the kernels may write their inputs, which a timed trial
-run would destroy. 16 entries per thread leave every kernel without spills, which the
+run would destroy. 16 entries per thread leave every loop without spills, which the
 ahead-of-time tests check. Nothing here has been timed on a GPU yet.
 """
 

@@ -78,6 +78,8 @@ def run(options: argparse.Namespace) -> int:
     try:
         _run(options)
     except Problem as problem:
+        if isinstance(problem, Interrupted) and os.environ.get("RANK", "0") != "0":
+            return problem.code  # one of several processes has said it
         print(f"fastkd distill: {problem}", file=sys.stderr)
         return problem.code
     except KeyboardInterrupt:

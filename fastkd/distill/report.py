@@ -158,6 +158,19 @@ def _png(figure: Any) -> bytes:
 # --- the terminal ----------------------------------------------------------------------------
 
 
+def announce(training: Training, folder: Path) -> None:
+    """What is about to happen; where there is no terminal, no bar will say so."""
+    from rich.console import Console
+
+    corpus, device, (student, *_) = training.corpus, training.device, training.students.values()
+    Console(stderr=True, highlight=False).print(
+        f"{len(corpus.training):,} tokens to train on, {len(corpus.validation):,} held out; "
+        f"teacher of {training.teacher.size():,} parameters, students of {student.size():,}; "
+        f"on {device.type}, into {folder}/",
+        soft_wrap=True,
+    )
+
+
 def bars() -> Progress:
     from rich.console import Console
     from rich.progress import (

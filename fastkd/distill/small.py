@@ -38,6 +38,7 @@ def run(chosen: Small, folder: Path, *, resume: bool = False) -> report.Result:
                 training.load(state)
         else:
             storage.write(folder / storage.CONFIG, toml(chosen))
+        report.announce(training, folder)
         train(training, folder, stop)
         result = report.Result.of(training, TOLERANCE)
         report.save(result, training, folder)

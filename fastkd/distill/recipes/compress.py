@@ -55,6 +55,7 @@ class Magnitude(prune.BasePruningMethod):
 
 
 def run(quick: bool) -> Report:
+    latency = latencies(quick)  # first: it needs torchao
     digits = Digits(quick)
     dense = digits.networks
     scores = {DENSE: digits.accuracy(dense)[0]}
@@ -77,7 +78,6 @@ def run(quick: bool) -> Report:
             student = recover(digits, method(dense, amount), loss)
             scores[f"{name}, {by}"] = digits.accuracy(student)[0]
     table = Table("Accuracy, compressed and recovered", scores, DENSE)
-    latency = latencies(quick)
     lines = ["Size of the weights in bytes:"]
     lines += [f"  {name:14} {size:7d}  {sizes[DENSE] / size:5.1f}x" for name, size in sizes.items()]
     lines += ["Latency in microseconds, median, one thread (zeros are multiplied like any number):"]

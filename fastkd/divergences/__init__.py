@@ -1,0 +1,31 @@
+"""Table 1: every divergence in PyTorch, as a textbook value and as a fast value with its gradient.
+
+p = teacher and q = student probabilities, lp and lq their logs, d = lp - lq. A divergence is
+outer(sum over the vocabulary of value(lp, lq)). Table 2, `kernels/divergences.py`, is the twin for
+the device.
+"""
+
+from .base import LOG_MIXTURE, NONE, REVERSE_KL, SLOPE_SUM, Divergence
+from .kullback_leibler import ForwardKL, Jeffreys, ReverseKL
+from .mixtures import JSD, TVD, SkewKL, SkewReverseKL
+from .orders import AlphaDivergence, Renyi
+from .pair import Pair, plogr
+
+__all__ = [
+    "JSD",
+    "LOG_MIXTURE",
+    "NONE",
+    "REVERSE_KL",
+    "SLOPE_SUM",
+    "TVD",
+    "AlphaDivergence",
+    "Divergence",
+    "ForwardKL",
+    "Jeffreys",
+    "Pair",
+    "Renyi",
+    "ReverseKL",
+    "SkewKL",
+    "SkewReverseKL",
+    "plogr",
+]

@@ -1,0 +1,113 @@
+"""What a divergence is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .pair import Pair
+
+# What the row constant c of a device function is, and with it in which sweep it is found.
+NONE = "none"  # unused
+REVERSE_KL = "reverse_kl"  # KL(q || p), from the first sweep
+LOG_MIXTURE = "log_mixture"  # log sum p^a q^(1-a), from the first sweep
+SLOPE_SUM = "slope_sum"  # the sum of the slopes at c = 0, from the second sweep
+
+
+@dataclass(frozen=True)
+class Divergence:
+    r"""A divergence between teacher and student rows; subclass it to add one of your own.
+
+    A subclass names itself and gives `value`; the PyTorch backend differentiates that. For speed
+    it may give `value_and_pull` too, for the Triton backend `device`, and for the teacher's
+    gradient there `dual`.
+
+    Example:
+        >>> import torch, fastkd
+        >>> class SquaredHellinger(fastkd.Divergence):
+        ...     name = "squared_hellinger"
+        ...     @staticmethod
+        ...     def value(lp, lq, a, b):
+        ...         return 0.5 * ((lp / 2).exp() - (lq / 2).exp()) ** 2
+        >>> z, y = torch.randn(4, 10, requires_grad=True), torch.randn(4, 10)
+        >>> loss = fastkd.distillation_loss(z, y, divergence=SquaredHellinger())
+        >>> loss.backward()
+    """
+
+    name: ClassVar[str]
+    constant: ClassVar[str] = SLOPE_SUM
+    # The loss is scaled by (T_s * T_t) ** (temperature_power / 2), which keeps the gradient's size.
+    temperature_power: ClassVar[int] = 2
+    # A fastkd.kernels.divergences.Device, for the Triton backend.
+    device: ClassVar[Any] = None
+
+    _classes: ClassVar[dict[str, type[Divergence]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if not isinstance(cls.__dict__.get("name"), str):
+            raise TypeError(f"{cls.__qualname__} needs a class attribute `name`, a string")
+        Divergence._classes[cls.name] = cls
+
+    @property
+    def parameters(self) -> tuple[float, float]:
+        """The run-time numbers (a, b) that `value`, `value_and_pull` and the device take."""
+        return (0.0, 0.0)
+
+    @staticmethod
+    def value(lp: Tensor, lq: Tensor, a: float, b: float) -> Tensor:
+        """The textbook term of each vocabulary entry, differentiable in lp and lq.
+
+        -inf on either side must not give NaN: see `plogr`.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def outer(total: Tensor, a: float, b: float) -> Tensor:
+        """What the sum of the textbook values is mapped through; increasing."""
+        return total
+
+    @classmethod
+    def value_and_pull(cls, pair: Pair, a: float, b: float) -> tuple[Tensor, Tensor]:
+        """The divergence of each row, [R, 1], and the pull, [R, V], which is -d divergence / d lq.
+
+        Any multiple of q may be added to the pull: it has no effect on the logits. Plain formulas
+        serve: a row where they lose digits, or meet -inf, comes again in fp64, with -1e300 for
+        -inf. What belongs to the pair must not be changed.
+        """
+        lp, leaf = pair.lp, pair.lq.detach()
+        with _autograd():
+            value = cls.value(lp, leaf.requires_grad_(), a, b).sum(-1, keepdim=True)
+            value = cls.outer(value, a, b)
+            (slope,) = torch.autograd.grad(value.sum(), leaf)
+        return value.detach(), slope.neg_()
+
+    def dual(self) -> tuple[str, tuple[float, float], float]:
+        """(name, parameters, factor): D(p, q) = factor * D'(q, p); for the teacher's gradient."""
+        kind, name = type(self), f"{self.name} with roles exchanged"
+        if name not in Divergence._classes:
+            value = staticmethod(lambda lp, lq, a, b: kind.value(lq, lp, a, b))
+            members = {"name": name, "value": value, "outer": staticmethod(kind.outer)}
+            members["__module__"] = kind.__module__
+            type(f"{kind.__name__}Dual", (Divergence,), members)
+        return name, self.parameters, 1.0
+
+    @staticmethod
+    def of_name(name: str) -> type[Divergence]:
+        return Divergence._classes[name]
+
+
+@contextlib.contextmanager
+def _autograd() -> Iterator[None]:
+    """Autograd inside an operator, whose body the dispatcher runs with autograd's keys excluded."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield

@@ -1,0 +1,123 @@
+"""Kullback-Leibler divergences, either way and both."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .base import NONE, REVERSE_KL, Divergence
+from .pair import plogr, total
+
+
+@dataclass(frozen=True)
+class ForwardKL(Divergence):
+    r"""Forward Kullback-Leibler divergence: KL(p || q) = sum p (log p - log q).
+
+    The classical distillation loss: the student must cover all of the teacher's mass.
+    +inf where the student masks an entry that the teacher does not.
+
+    Source: Kullback & Leibler 1951; Hinton, Vinyals & Dean 2015, arXiv 1503.02531.
+
+    Example:
+        >>> import torch, fastkd
+        >>> z, y = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 2.0]])
+        >>> round(fastkd.distillation_loss(z, y, divergence=fastkd.ForwardKL()).item(), 4)
+        1.1504
+    """
+
+    name = "forward_kl"
+    constant = NONE
+
+    @staticmethod
+    def value(lp, lq, a, b):
+        return plogr(lp, lp - lq)
+
+    @classmethod
+    def value_and_pull(cls, pair, a, b):
+        return total(torch.mul(pair.p, pair.d, out=pair.new())), pair.p
+
+    def dual(self):
+        return ReverseKL.name, self.parameters, 1.0
+
+
+@dataclass(frozen=True)
+class ReverseKL(Divergence):
+    r"""Reverse Kullback-Leibler divergence: KL(q || p) = sum q (log q - log p).
+
+    Mode-seeking: the student may leave out modes of the teacher. +inf, with gradient 0 in that
+    row, where the teacher masks an entry that the student does not.
+
+    Source: Gu et al. 2024 (MiniLLM), arXiv 2306.08543.
+
+    Example:
+        >>> import torch, fastkd
+        >>> z, y = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 2.0]])
+        >>> round(fastkd.distillation_loss(z, y, divergence="reverse_kl").item(), 4)
+        1.1504
+    """
+
+    name = "reverse_kl"
+    constant = REVERSE_KL
+
+    @staticmethod
+    def value(lp, lq, a, b):
+        return plogr(lq, lq - lp)
+
+    @classmethod
+    def value_and_pull(cls, pair, a, b):
+        pull = torch.mul(pair.q, pair.d, out=pair.new())
+        return -total(pull), pull
+
+    def dual(self):
+        return ForwardKL.name, self.parameters, 1.0
+
+
+@dataclass(frozen=True)
+class Jeffreys(Divergence):
+    r"""Jeffreys divergence, weighted: forward * KL(p || q) + reverse * KL(q || p).
+
+    Args:
+        forward: weight >= 0 of KL(p || q).
+        reverse: weight >= 0 of KL(q || p); not both 0.
+
+    Source: Jeffreys 1946; weights of 1/2 each are torchtune's symmetric loss.
+
+    Example:
+        >>> import torch, fastkd
+        >>> z, y = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 2.0]])
+        >>> round(fastkd.distillation_loss(z, y, divergence=fastkd.Jeffreys(0.5, 0.5)).item(), 4)
+        1.1504
+    """
+
+    forward: float = 1.0
+    reverse: float = 1.0
+
+    name = "jeffreys"
+    constant = REVERSE_KL
+
+    def __post_init__(self):
+        for name, weight in (("forward", self.forward), ("reverse", self.reverse)):
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"Jeffreys: {name} must be a finite weight >= 0, got {weight!r}")
+        if self.forward == 0 and self.reverse == 0:
+            raise ValueError("Jeffreys: forward and reverse are both 0; give one a positive weight")
+
+    @property
+    def parameters(self):
+        return (self.forward, self.reverse)
+
+    @staticmethod
+    def value(lp, lq, a, b):
+        return a * plogr(lp, lp - lq) + b * plogr(lq, lq - lp)
+
+    @classmethod
+    def value_and_pull(cls, pair, a, b):
+        forward = torch.mul(pair.p, pair.d, out=pair.new())
+        reverse = torch.mul(pair.q, pair.d, out=pair.new())
+        value = a * total(forward) - b * total(reverse)
+        return value, reverse.mul_(b).add_(pair.p, alpha=a)
+
+    def dual(self):
+        return self.name, (self.reverse, self.forward), 1.0

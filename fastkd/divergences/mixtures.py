@@ -1,0 +1,235 @@
+"""Divergences to a mixture of both, which masks cannot make infinite; and total variation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import Divergence
+from .kullback_leibler import ForwardKL, ReverseKL
+from .pair import Pair, plogr, total
+
+
+@dataclass(frozen=True)
+class JSD(Divergence):
+    r"""Generalised Jensen-Shannon divergence, with m = beta p + (1 - beta) q:
+
+    JSD = beta KL(p || m) + (1 - beta) KL(q || m).
+
+    Bounded by the binary entropy of beta, finite for any masks. It tends to 0 at both ends of
+    beta, with JSD/beta -> KL(p || q) and JSD/(1 - beta) -> KL(q || p); some trainers define the
+    ends as those divergences instead.
+
+    Args:
+        beta: weight of the teacher, in (0, 1).
+
+    Source: Lin 1991; Agarwal et al. 2024 (GKD), arXiv 2306.13649.
+
+    Example:
+        >>> import torch, fastkd
+        >>> z, y = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 2.0]])
+        >>> round(fastkd.distillation_loss(z, y, divergence=fastkd.JSD(beta=0.5)).item(), 4)
+        0.2476
+    """
+
+    beta: float = 0.5
+
+    name = "jsd"
+
+    def __post_init__(self):
+        _check_range(
+            "JSD", "beta", self.beta, 0, 1,
+            "generalised JSD tends to 0 at both ends: use 'forward_kl' or 'reverse_kl' there",
+        )  # fmt: skip
+
+    @property
+    def parameters(self):
+        return (self.beta, 0.0)
+
+    @staticmethod
+    def value(lp, lq, a, b):
+        lm = log_mixture(lp, lq, a)
+        return a * plogr(lp, lp - lm) + (1 - a) * plogr(lq, lq - lm)
+
+    @classmethod
+    def value_and_pull(cls, pair, a, b):
+        # Clamping changes nothing beyond rounding, but keeps infinities out.
+        d = torch.clamp(pair.d, -80, 80, out=pair.new())
+        p_to_m, q_to_m = _log_shares(d, a, pair.new())
+        pull = q_to_m.mul_(pair.q).mul_(a - 1)
+        return a * total(p_to_m.mul_(pair.p)) - total(pull), pull
+
+    def dual(self):
+        return self.name, (1 - self.beta, 0.0), 1.0
+
+
+@dataclass(frozen=True)
+class SkewKL(Divergence):
+    r"""Skewed forward KL: KL(p || m) with m = alpha p + (1 - alpha) q.
+
+    Bounded by -log(alpha), so masks of the student are safe. alpha = 0 is forward KL.
+
+    Args:
+        alpha: share of the teacher in the mixture, in [0, 1).
+
+    Source: Ko et al. 2024 (DistiLLM), arXiv 2402.03898.
+
+    Example:
+        >>> import torch, fastkd
+        >>> z, y = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 2.0]])
+        >>> round(fastkd.distillation_loss(z, y, divergence=fastkd.SkewKL(alpha=0.1)).item(), 4)
+        0.8299
+    """
+
+    alpha: float = 0.1
+
+    name = "skew_kl"
+
+    def __post_init__(self):
+        _check_skew("SkewKL", self.alpha)
+
+    @property
+    def parameters(self):
+        return (self.alpha, 0.0)
+
+    @staticmethod
+    def value(lp, lq, a, b):
+        return plogr(lp, lp - log_mixture(lp, lq, a))
+
+    @classmethod
+    def value_and_pull(cls, pair, a, b):
+        if a == 0:
+            return ForwardKL.value_and_pull(pair, a, b)
+        share, log_share = _shares(pair.p, pair.q, a, pair)
+        value = total(log_share.mul_(pair.p))
+        return value, share.mul_(-a).add_(1).mul_(pair.p)
+
+    def dual(self):
+        return SkewReverseKL.name, self.parameters, 1.0
+
+
+@dataclass(frozen=True)
+class SkewReverseKL(Divergence):
+    r"""Skewed reverse KL: KL(q || m) with m = (1 - alpha) p + alpha q.
+
+    Bounded by -log(alpha), so masks of the teacher are safe. alpha = 0 is reverse KL.
+
+    Args:
+        alpha: share of the student in the mixture, in [0, 1).
+
+    Source: Ko et al. 2024 (DistiLLM), arXiv 2402.03898.
+
+    Example:
+        >>> import torch, fastkd
+        >>> z, y = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 2.0]])
+        >>> loss = fastkd.distillation_loss(z, y, divergence=fastkd.SkewReverseKL(alpha=0.1))
+        >>> round(loss.item(), 4)
+        0.8299
+    """
+
+    alpha: float = 0.1
+
+    name = "skew_reverse_kl"
+
+    def __post_init__(self):
+        _check_skew("SkewReverseKL", self.alpha)
+
+    @property
+    def parameters(self):
+        return (self.alpha, 0.0)
+
+    @staticmethod
+    def value(lp, lq, a, b):
+        return plogr(lq, lq - log_mixture(lq, lp, a))
+
+    @classmethod
+    def value_and_pull(cls, pair, a, b):
+        if a == 0:
+            return ReverseKL.value_and_pull(pair, a, b)
+        share, log_share = _shares(pair.q, pair.p, a, pair)
+        pull = share.mul_(a).sub_(log_share).mul_(pair.q)
+        return total(log_share.mul_(pair.q)), pull
+
+    def dual(self):
+        return SkewKL.name, self.parameters, 1.0
+
+
+@dataclass(frozen=True)
+class TVD(Divergence):
+    r"""Total variation distance: 1/2 sum abs(p - q), in [0, 1].
+
+    Its gradient falls as 1/T, not 1/T^2, so scale_by_temperature multiplies it by
+    sqrt(T_s T_t). The derivative of abs at 0 is taken as 0.
+
+    Source: Wen et al. 2023 (f-DISTILL), arXiv 2307.15190.
+
+    Example:
+        >>> import torch, fastkd
+        >>> z, y = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 2.0]])
+        >>> round(fastkd.distillation_loss(z, y, divergence="tvd").item(), 4)
+        0.5752
+    """
+
+    name = "tvd"
+    temperature_power = 1
+
+    @staticmethod
+    def value(lp, lq, a, b):
+        return 0.5 * (lp.exp() - lq.exp()).abs()
+
+    @classmethod
+    def value_and_pull(cls, pair, a, b):
+        value = 0.5 * total(torch.sub(pair.q, pair.p, out=pair.new()).abs_())
+        return value, torch.sign(pair.d, out=pair.new()).mul_(pair.q).mul_(0.5)
+
+    def dual(self):
+        return self.name, self.parameters, 1.0
+
+
+# --- helpers ---------------------------------------------------------------------------------
+
+
+def _check_range(owner: str, name: str, value: float, low: float, high: float, hint: str) -> None:
+    if not low < value < high:
+        raise ValueError(f"{owner}: {name} must lie in ({low:g}, {high:g}), got {value!r}; {hint}")
+
+
+def _check_skew(owner: str, alpha: float) -> None:
+    if not 0 <= alpha < 1:
+        raise ValueError(
+            f"{owner}: alpha must lie in [0, 1), got {alpha!r}; at 1 the divergence is 0"
+        )
+
+
+def log_mixture(lp: Tensor, lq: Tensor, w: float) -> Tensor:
+    """log(w p + (1 - w) q) in the log domain; -inf where both are."""
+    if w == 0:
+        return lq
+    x, y = lp + math.log(w), lq + math.log1p(-w)
+    empty = (x == -math.inf) & (y == -math.inf)
+    mixed = torch.logaddexp(torch.where(empty, 0.0, x), torch.where(empty, 0.0, y))
+    return torch.where(empty, -math.inf, mixed)
+
+
+def _shares(p: Tensor, q: Tensor, a: float, pair: Pair) -> tuple[Tensor, Tensor]:
+    """p / m and its log for m = a p + (1 - a) q; finite where p, or both, are 0."""
+    least = torch.finfo(p.dtype).tiny
+    m = torch.mul(p, a, out=pair.new()).add_(q, alpha=1 - a).clamp_min_(least)
+    share = torch.div(p, m, out=m)
+    return share, torch.clamp(share, min=least, out=pair.new()).log_()
+
+
+def _log_shares(d: Tensor, a: float, spare: Tensor) -> tuple[Tensor, Tensor]:
+    """log p / m and log q / m for m = a p + (1 - a) q, in the place of d and in the spare buffer.
+
+    The more there is of p in m, the better the first is known, and of q likewise.
+    """
+    logit = math.log(a / (1 - a))
+    if a < 0.5:
+        q_to_m = torch.add(d, logit, out=spare).neg_().sigmoid_().div_(1 - a).log_()
+        return d.add_(q_to_m), q_to_m
+    p_to_m = torch.add(d, logit, out=spare).sigmoid_().div_(a).log_()
+    return p_to_m, torch.sub(p_to_m, d, out=d)
