@@ -304,7 +304,7 @@ def _problem(
         None
         if teacher_temperature is None
         else _per_row(teacher_temperature, rows, dtype, device),
-        None if labels is None else labels.flatten(),
+        None if labels is None else labels.flatten().contiguous(),
         counted, label_smoothing, kind.name, a, b, vocab_size,
     )  # fmt: skip
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from fastkd.divergences import Divergence
+import fastkd
+from fastkd import Divergence
 
 from .problems import Problem, Usage, known, needs
 
@@ -120,11 +121,8 @@ def divergence(text: str) -> Divergence:
         JSD(beta=0.1)
     """
     name, _, rest = text.partition(":")
-    classes = {
-        name: kind
-        for name, kind in Divergence._classes.items()
-        if kind.__module__ == Divergence.__module__
-    }
+    public = (getattr(fastkd, name) for name in fastkd.__all__)
+    classes = {kind.name: kind for kind in public if kind in Divergence.__subclasses__()}
     known("divergence", name, classes)
     try:
         return classes[name](*(float(number) for number in rest.split(",") if number))
