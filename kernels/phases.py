@@ -99,7 +99,7 @@ def cross_entropy(stats, row, label, label_logit, columns, smoothing, WANT: tl.c
         if R.MEAN & WANT:
             value += smoothing * (row.s_max - stats.total / columns)
         value = tl.where(label >= 0, value, float("nan"))
-    return value
+    return tl.where(row.alive, value, 0.0)
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def write_row(
 
     hard: the cross-entropy. A factor of exactly 0 removes its term, be it infinite.
     """
-    kd_value = OUTER(sums.value, row.c, a, b)
+    kd_value = tl.where(row.alive, OUTER(sums.value, row.c, a, b), 0.0)
     if values is not None:
         row_store(values, kd_value, index, live)
         if (R.UNIT + R.ENTROPY) & WANT:
@@ -119,7 +119,8 @@ def write_row(
             row_store(values + 2 * rows, row.entropy, index, live)
         if R.TEACHER_ENTROPY & WANT:
             row_store(values + 3 * rows, row.t_entropy, index, live)
-            row_store(values + 4 * rows, sums.agreement, index, live)
+            agreement = tl.where(row.alive, sums.agreement, 0.0)
+            row_store(values + 4 * rows, agreement, index, live)
     if state is not None:
         row_store(state, row.s_max, index, live)
         row_store(state + rows, stats.s_sum, index, live)
@@ -166,7 +167,7 @@ def collapse_sums(sums):
 def with_constant(row, c):
     return R.Row(
         row.s_max, row.t_max, row.s_log, row.t_log, row.gap, c,
-        row.entropy, row.t_entropy, row.unit_log,
+        row.entropy, row.t_entropy, row.unit_log, row.alive,
     )  # fmt: skip
 
 
@@ -180,17 +181,18 @@ def gradient_tile(
 ):  # fmt: skip
     """The gradient, its part that goes through the temperature, and the divergence's terms."""
     lp, lq, p, q, d = R.elements(z, y, row, temper, SAME)
-    defined = R.finite(row.c)
+    defined = row.alive & R.finite(row.c)
     value, slope = DIVERGENCE(lp, lq, p, q, d, tl.where(defined, row.c, 0.0), a, b)
     kd = tl.where(defined, kd * temper.s_rate, 0.0)
     gradient = tl.where(kd != 0, kd * slope, 0.0)
     if H:
+        entropy = tl.where(row.alive, entropy, 0.0)
         gradient -= tl.where(q > 0, (entropy * temper.s_rate) * q * (lq + row.entropy), 0.0)
     tempered = gradient
     if CE:
         unit = tl.exp2((z - row.s_max) * R.LOG2E - row.unit_log)
         target = tl.where(column == label, 1.0 - smoothing, 0.0) + smoothing / columns
-        gradient += ce * (unit - target)
+        gradient += tl.where(row.alive, ce, 0.0) * (unit - target)
     return gradient, tempered, value, slope
 
 

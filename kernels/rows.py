@@ -68,6 +68,7 @@ class Row(NamedTuple):
     entropy: Any
     t_entropy: Any
     unit_log: Any
+    alive: Any  # both sides have a logit: else the row counts 0
 
 
 class Sums(NamedTuple):
@@ -211,12 +212,13 @@ def positive(total):
 
 @triton.jit
 def row_of(s_max, t_max, s_sum, t_sum, c, entropy, unit):
+    alive = (s_sum != 0) & (t_sum != 0)
     s_sum, t_sum = positive(s_sum), positive(t_sum)
     low = tl.minimum(s_sum, t_sum)
     gap = log1p((tl.maximum(s_sum, t_sum) - low) / low)
     return Row(
         s_max, t_max, tl.log2(s_sum), tl.log2(t_sum), tl.where(t_sum < s_sum, -gap, gap),
-        c, entropy, tl.zeros_like(s_max), tl.log2(positive(unit)),
+        c, entropy, tl.zeros_like(s_max), tl.log2(positive(unit)), alive,
     )  # fmt: skip
 
 
@@ -236,10 +238,13 @@ def summarize(stats, temper, CONSTANT: tl.constexpr, WANT: tl.constexpr):
         c = tl.where(tl.abs(c) > 1e20, c * float("inf"), c)
     if ENTROPY & WANT:
         entropy = (row.s_log - stats.s_entropy / positive(stats.s_sum)) * LN2
+        entropy = tl.where(row.alive, entropy, 0.0)
     if TEACHER_ENTROPY & WANT:
         t_entropy = (row.t_log - stats.t_entropy / positive(stats.t_sum)) * LN2
+        t_entropy = tl.where(row.alive, t_entropy, 0.0)
     return Row(
-        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, c, entropy, t_entropy, row.unit_log
+        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, c, entropy, t_entropy, row.unit_log,
+        row.alive,
     )  # fmt: skip
 
 
