@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from . import doctor
 from .distill import cli as distill
+from .distill.recipes import cli as recipes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands.add_parser("doctor", help=doctor.__doc__, description=doctor.__doc__)
     command.set_defaults(run=lambda options: doctor.run())
     distill.add(commands)
+    recipes.add(commands)
     options = parser.parse_args(arguments)
     return options.run(options)
 

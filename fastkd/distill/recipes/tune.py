@@ -15,10 +15,10 @@ import torch
 import fastkd
 from fastkd import checks
 
+from . import SAMPLERS
 from .digits import Digits, cross_entropy, kd, one_thread
 from .report import Report, Table, bars, need
 
-SAMPLERS = ("grid", "random", "tpe")
 DIVERGENCES: dict[str, Any] = {
     "forward_kl": "forward_kl",
     "reverse_kl": "reverse_kl",
