@@ -12,13 +12,15 @@ if DEVICE == "cpu":
 
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="leave out the tests marked slow")
+    parser.addoption("--full", action="store_true", help="run the tests marked full too")
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--quick"):
-        slow = [item for item in items if "slow" in item.keywords]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if "slow" not in item.keywords]
+    left_out = {"slow": config.getoption("--quick"), "full": not config.getoption("--full")}
+    marks = {mark for mark, out in left_out.items() if out}
+    kept = [item for item in items if not marks & set(item.keywords)]
+    config.hook.pytest_deselected(items=list(set(items) - set(kept)))
+    items[:] = kept
 
 
 @pytest.fixture(autouse=True)

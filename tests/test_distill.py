@@ -220,7 +220,7 @@ def test_students_begin_alike_and_evaluation_is_that_of_pytorch(text):
         assert found[name] == pytest.approx(value.item(), rel=1e-4), name
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_default_job(tmp_path):
     """As a user runs it: no arguments, and hard labels only are beaten."""
     environment = os.environ | {"TRITON_INTERPRET": "0"}

@@ -54,7 +54,7 @@ def test_a_recipe_writes_its_results_and_picture_and_prints_its_table(name, tmp_
 UNMET = {"temperature": ["one-hot labels as teacher"]}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_a_recipe_finds_what_is_expected(name, tmp_path):
     found = run(name, tmp_path, quick=False)
