@@ -131,7 +131,7 @@ class _Store:
     """Buffers that are used again for every block."""
 
     def __init__(self, problem: Problem, dtype: torch.dtype) -> None:
-        self.columns, self.dtype, self.device = problem.vocab_size, dtype, problem.student.device
+        self.columns, self.empty = problem.vocab_size, problem.student.new_empty(0, dtype=dtype)
         self.buffers: list[Tensor] = []
         self.rows = self.taken = 0
 
@@ -139,16 +139,13 @@ class _Store:
         self.rows, self.taken = rows, 0
 
     def new(self) -> Tensor:
-        size = self.rows * self.columns
         if self.taken == len(self.buffers):
-            self.buffers.append(torch.empty(size, dtype=self.dtype, device=self.device))
-        elif len(self.buffers[self.taken]) < size:
-            self.buffers[self.taken] = torch.empty(size, dtype=self.dtype, device=self.device)
+            self.buffers.append(self.empty.clone())
+        buffer = self.buffers[self.taken]
         self.taken += 1
-        buffer = self.buffers[self.taken - 1][:size]
         if self.columns < NARROW:
-            return buffer.view(self.columns, self.rows).t()
-        return buffer.view(self.rows, self.columns)
+            return buffer.resize_(self.columns, self.rows).t()
+        return buffer.resize_(self.rows, self.columns)
 
 
 class _Solver:
@@ -157,10 +154,9 @@ class _Solver:
     def __init__(self, problem: Problem, entropy: bool, metrics: bool) -> None:
         self.problem, self.entropy, self.metrics = problem, entropy, metrics
         self.kind = Divergence.of_name(problem.divergence)
-        self.student_scale = _scale(problem.student_temperature)
-        self.teacher_scale = self.student_scale
+        self.scales = [_scale(problem.student_temperature)]  # the last is the teacher's
         if problem.teacher_temperature is not None:
-            self.teacher_scale = _scale(problem.teacher_temperature)
+            self.scales.append(_scale(problem.teacher_temperature))
         self.stores = {dtype: _Store(problem, dtype) for dtype in (problem.dtype, torch.float64)}
 
     def __iter__(self) -> Iterator[tuple[_Rows, _Terms]]:
@@ -184,13 +180,15 @@ class _Solver:
 
     def terms(self, rows: _Rows, dtype: torch.dtype) -> _Terms:
         problem, exact = self.problem, dtype == torch.float64
-        z, y = (self._logits(x, rows) for x in (problem.student, problem.teacher))
         store = self.stores[dtype]
+        z, y = (
+            logits[rows.outer, :, : problem.vocab_size][rows.inner]
+            for logits in (problem.student, problem.teacher)
+        )
         store.start(len(z))
-        z, y = self._converted(z, store, exact), self._converted(y, store, exact)
-        scale = _of_rows(self.student_scale, rows)
-        shared = self.teacher_scale is self.student_scale
-        pair = Pair(z, y, scale, scale if shared else _of_rows(self.teacher_scale, rows), store.new)
+        z, y = _converted(z, store, exact), _converted(y, store, exact)
+        scales = [s[rows.flat] if isinstance(s, Tensor) else s for s in self.scales]
+        pair = Pair(z, y, scales[0], scales[-1], store.new)
         value, pull = self.kind.value_and_pull(pair, problem.a, problem.b)
         total = None if self.kind.constant == NONE else pull.sum(-1, keepdim=True)
 
@@ -228,25 +226,19 @@ class _Solver:
             total = torch.where(dead[:, None], 0.0, 1.0 if total is None else total).to(pull.dtype)
         return _Terms(values, pair, pull, total, None if counts.all() else counts[:, None])
 
-    def _logits(self, tensor: Tensor, rows: _Rows) -> Tensor:
-        return tensor[rows.outer, :, : self.problem.vocab_size][rows.inner]
 
-    def _converted(self, block: Tensor, store: _Store, exact: bool) -> Tensor:
-        """In the store's dtype and layout, with finite numbers where `exact`."""
-        if exact:
-            return store.new().copy_(block).clamp_min_(MASKED)
-        converts = block.dtype != store.dtype or store.columns < NARROW
-        return store.new().copy_(block) if converts else block
+def _converted(block: Tensor, store: _Store, exact: bool) -> Tensor:
+    """In the store's dtype and layout, with finite numbers where `exact`."""
+    if exact:
+        return store.new().copy_(block).clamp_min_(MASKED)
+    converts = block.dtype != store.empty.dtype or store.columns < NARROW
+    return store.new().copy_(block) if converts else block
 
 
 def _scale(temperature: Tensor) -> float | Tensor:
-    """1 / T: a number where all rows share it, which saves passes."""
+    """1 / T: a number where all rows share it, which saves passes, else [N, 1]."""
     shared = temperature.stride(0) == 0 and len(temperature) > 0
-    return 1 / temperature[0].item() if shared else 1 / temperature
-
-
-def _of_rows(scale: float | Tensor, rows: _Rows) -> float | Tensor:
-    return scale[rows.flat, None] if isinstance(scale, Tensor) else scale
+    return 1 / temperature[0].item() if shared else 1 / temperature[:, None]
 
 
 def _doubtful(terms: _Terms) -> Tensor | None:

@@ -1,9 +1,11 @@
 """Table 2: every divergence on the device, the twin of table 1, `fastkd/divergences/`.
 
-`evaluate(lp, lq, p, q, d, c, a, b)` gives (value, slope) of a tile and `outer(total, c, a, b)`
-maps the row sum of the values; the meaning of both is table 1's `value_and_slope` and
-`stable_outer`. `README.md` derives the forms. d and lp, lq may be infinite, or NaN where both
-sides are masked: p and q are exactly 0 there, and the results are never NaN.
+`evaluate(lp, lq, p, q, d, c, a, b)` gives, for a tile, a value that sums without cancellation, and
+the gradient of the row's divergence to the tempered logits; `outer(total, c, a, b)` maps the row
+sum of the values. c is the row constant that the class's `constant` names; with "slope_sum" the
+second result is slope - q c, and c the sum of the slopes at c = 0. `README.md` derives the forms.
+d, lp and lq may be infinite, or NaN where both sides are masked: p and q are exactly 0 there, and
+the results are never NaN.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class AlphaDivergence(Divergence):
     def value_and_pull(cls, pair, a, b):
         w, top = _escorts(pair, a)
         scale = top.exp()
-        return (scale * total(w) - 1) / (a * (a - 1)), w.mul_(scale / a)
+        return (scale * total(w) - 1) / (a * (a - 1)), w.mul_((scale / a).to(w.dtype))
 
     def dual(self):
         return self.name, (1 - self.alpha, 0.0), 1.0
@@ -113,7 +113,7 @@ class Renyi(Divergence):
         w, top = _escorts(pair, a)
         mass = total(w)
         known = torch.where(top.abs() < 1e100, 1 / mass, math.nan)  # infinite: no gradient
-        return (mass.log() + top) / (a - 1), w.mul_(known)
+        return (mass.double().log() + top) / (a - 1), w.mul_(known)
 
     def dual(self):
         return self.name, (1 - self.alpha, 0.0), self.alpha / (1 - self.alpha)
@@ -127,7 +127,7 @@ def _escort(lp: Tensor, lq: Tensor, a: float) -> Tensor:
 
 
 def _escorts(pair: Pair, a: float) -> tuple[Tensor, Tensor]:
-    """p^a q^(1-a) / exp(top) and top, of each row the log of the largest."""
-    log_w = torch.mul(pair.lq, 1 - a, out=pair.new()).add_(pair.lp, alpha=a)
-    top = log_w.amax(-1, keepdim=True)
-    return log_w.sub_(top).exp_(), top
+    """p^a q^(1-a) / exp(top) and top, of each row the log of the largest, in fp64."""
+    log_w = pair.blend(a)
+    top, (of_p, of_q) = log_w.amax(-1, keepdim=True), pair.log_sums
+    return log_w.sub_(top).exp_(), top.double() - a * of_p - (1 - a) * of_q

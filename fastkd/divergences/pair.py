@@ -41,24 +41,39 @@ class Pair:
 
     @cached_property
     def lp(self) -> Tensor:
-        log_sum = self.teacher_max * self.teacher_scale + self._p_sum.log()
-        return _affine(self.teacher, self.teacher_scale, -log_sum, self.new())
+        shift = -self.log_sums[0].to(self.teacher.dtype)
+        return _affine(self.teacher, self.teacher_scale, shift, self.new())
 
     @cached_property
     def lq(self) -> Tensor:
-        log_sum = self.student_max * self.student_scale + self._q_sum.log()
-        return _affine(self.student, self.student_scale, -log_sum, self.new())
+        shift = -self.log_sums[1].to(self.student.dtype)
+        return _affine(self.student, self.student_scale, shift, self.new())
+
+    @cached_property
+    def log_sums(self) -> tuple[Tensor, Tensor]:
+        """log sum exp(logit / T) of teacher and student, [R, 1], in fp64 as they tend to cancel."""
+        return (
+            self.teacher_max.double() * self.teacher_scale + self._p_sum.double().log(),
+            self.student_max.double() * self.student_scale + self._q_sum.double().log(),
+        )
 
     @cached_property
     def d(self) -> Tensor:
         """lp - lq, not made of them: the difference of logits keeps more digits."""
-        gap = self.student_max * self.student_scale - self.teacher_max * self.teacher_scale
-        gap -= (self._p_sum / self._q_sum).log()
-        d = self.new()
+        of_p, of_q = self.log_sums
+        gap, d = (of_q - of_p).to(self.student.dtype), self.new()
         if self.teacher_scale is self.student_scale:
             return _affine(torch.sub(self.teacher, self.student, out=d), self.teacher_scale, gap, d)
         _affine(self.teacher, self.teacher_scale, gap, d)
         return d.sub_(self.student * self.student_scale)
+
+    def blend(self, a: float) -> Tensor:
+        """The logits / T, a times the teacher's and 1 - a times the student's."""
+        out = torch.mul(self.student, (1 - a) * self.student_scale, out=self.new())
+        scale = a * self.teacher_scale
+        if isinstance(scale, Tensor):
+            return out.addcmul_(self.teacher, scale)
+        return out.add_(self.teacher, alpha=scale)
 
     def times_q(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """rows * q, for [R, 1], in one pass whether q has been asked for or not."""
