@@ -58,6 +58,4 @@ class Problem(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """Of the arithmetic and of everything per row: fp32, or fp64 for fp64 logits."""
-        return torch.promote_types(
-            torch.promote_types(self.student.dtype, self.teacher.dtype), torch.float32
-        )
+        return self.student_temperature.dtype
