@@ -26,6 +26,7 @@ class ForwardKL(Divergence):
     """
 
     name = "forward_kl"
+    near = 1 / 128  # off by 6e-7 at most
     constant = NONE
 
     @staticmethod
@@ -59,6 +60,7 @@ class ReverseKL(Divergence):
     """
 
     name = "reverse_kl"
+    near = 1 / 128  # off by 6e-7 at most
     constant = REVERSE_KL
 
     @staticmethod
@@ -98,6 +100,7 @@ class Jeffreys(Divergence):
     reverse: float = 1.0
 
     name = "jeffreys"
+    near = 1 / 128  # off by 6e-7 at most
     constant = REVERSE_KL
 
     def __post_init__(self):
