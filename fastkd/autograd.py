@@ -20,7 +20,8 @@ from .problem import CE, ENTROPY, KD, Coefficients, Problem
 
 PROBLEM = (
     "Tensor student, Tensor teacher, Tensor student_temperature, Tensor? teacher_temperature, "
-    "Tensor? labels, Tensor? counted, Tensor numbers, str divergence, SymInt vocab_size"
+    "Tensor? labels, Tensor? counted, Tensor? moments, Tensor numbers, str divergence, "
+    "SymInt vocab_size"
 )
 COEFFICIENTS = "Tensor kd, Tensor? ce, Tensor? entropy"
 
@@ -34,13 +35,16 @@ class Arguments(NamedTuple):
     teacher_temperature: Tensor | None
     labels: Tensor | None
     counted: Tensor | None
+    moments: Tensor | None
     numbers: Tensor
     divergence: str
     vocab_size: int
 
     def problem(self) -> Problem:
         label_smoothing, a, b = self.numbers.tolist()
-        return Problem(*self[:6], label_smoothing, self.divergence, a, b, self.vocab_size)
+        return Problem(
+            *self[:6], label_smoothing, self.divergence, a, b, self.vocab_size, self.moments
+        )
 
 
 SIZE = len(Arguments._fields)
@@ -68,7 +72,9 @@ def _forward(*arguments):
 def _(*arguments):
     inputs, (entropy, metrics, backend) = Arguments(*arguments[:SIZE]), arguments[SIZE:]
     kinds = 5 if metrics else 3 if entropy or inputs.labels is not None else 1
-    saved = 0 if backend == "torch" else 5 if kinds == 1 else 7
+    saved = 9 if inputs.moments is not None else 5 if kinds == 1 else 7
+    if backend == "torch":
+        saved = 0
     rows = inputs.student_temperature
     return rows.new_empty(kinds, rows.size(0)), rows.new_empty(saved, rows.size(0))
 
@@ -178,7 +184,7 @@ class Rows(torch.autograd.Function):
         ctx.divergence, ctx.vocab_size = arguments.divergence, arguments.vocab_size
         ctx.entropy, _, ctx.backend = inputs[SIZE : SIZE + 3]
         ctx.dual, ctx.factor = dual.divergence, dual.factor
-        ctx.save_for_backward(*arguments[:7], output[1], dual.numbers)
+        ctx.save_for_backward(*arguments[:8], output[1], dual.numbers)
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
@@ -192,7 +198,8 @@ class Rows(torch.autograd.Function):
     def gradients(ctx, upstream, *tensors):
         """Of student, teacher and both temperatures; None where none is asked for."""
         *tensors, state, dual_numbers = tensors
-        student, teacher, student_temperature, teacher_temperature, labels, counted, _ = tensors
+        student, teacher, student_temperature, teacher_temperature, labels, *_ = tensors
+        counted, moments = tensors[5:7]
         need_student, need_teacher, need_heat, need_teacher_heat = ctx.needs_input_grad[:4]
         shared = teacher_temperature is None
         grad_student = grad_teacher = heat = teacher_heat = None
@@ -211,7 +218,8 @@ class Rows(torch.autograd.Function):
                 teacher, student,
                 student_temperature if shared else teacher_temperature,
                 None if shared else student_temperature,
-                None, counted, dual_numbers, ctx.dual, ctx.vocab_size,
+                None, counted, None if moments is None else moments.flip(0),
+                dual_numbers, ctx.dual, ctx.vocab_size,
             )  # fmt: skip
             _, state = _forward(*roles, False, False, ctx.backend)
             grad_teacher, teacher_heat = _backward(

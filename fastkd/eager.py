@@ -273,10 +273,15 @@ def _gradient(
     if upstream.ce is not None:
         labelled = _factor(upstream.ce, rows, terms) * _cross_entropy_gradient(problem, rows, terms)
     block = None if out is None else out[rows.outer, :, : problem.vocab_size]
-    direct = None if block is None or temperature is not None else _direct(block, rows, terms)
+    heats = temperature is not None or problem.moments is not None
+    direct = None if block is None or heats else _direct(block, rows, terms)
     gradient = _tempered_gradient(rows, terms, upstream, direct)
-    if temperature is not None:
-        temperature[rows.flat] = _heat(gradient, terms).to(temperature.dtype)
+    if heats:
+        heat = _heat(gradient, terms)
+        if temperature is not None:
+            temperature[rows.flat] = heat.to(temperature.dtype)
+        if problem.moments is not None:
+            _add_pull(gradient, heat, problem.moments[0], rows, terms)
     if labelled is not None:
         gradient += labelled
     if terms.counts is not None:
@@ -314,9 +319,21 @@ def _heat(gradient: Tensor, terms: _Terms) -> Tensor:
     """The gradient of each row's temperature."""
     pair = terms.pair
     # The gradient's rows sum to 0: measuring the logits from their maximum changes nothing.
-    depth = pair.student - pair.student_max
+    depth = _unmasked(pair.student - pair.student_max, pair)
     heat = depth.mul_(gradient).sum(-1, keepdim=True) * pair.student_scale
     return -(heat if terms.counts is None else torch.where(terms.counts, heat, 0.0))[:, 0]
+
+
+def _add_pull(gradient: Tensor, heat: Tensor, moments: Tensor, rows: _Rows, terms: _Terms) -> None:
+    """What goes through the width of standardised logits."""
+    pair = terms.pair
+    mean, _, pull = moments[:, rows.flat, None].to(gradient.dtype)
+    centred = _unmasked(pair.student - mean, pair)
+    gradient.addcmul_(centred, pull * heat[:, None] / pair.student_scale)
+
+
+def _unmasked(x: Tensor, pair: Pair) -> Tensor:
+    return x.masked_fill_(pair.student <= MASKED, 0.0)
 
 
 def _cross_entropy_gradient(problem: Problem, rows: _Rows, terms: _Terms) -> Tensor:

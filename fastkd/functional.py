@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd, checks, reference
+from . import autograd, checks, moments, reference
 from .divergences import Divergence
 from .problem import CE, ENTROPY, KD, Problem
 
@@ -50,6 +50,7 @@ def distillation_loss(
     temperature: float | Tensor = 1.0,
     teacher_temperature: float | Tensor | None = None,
     scale_by_temperature: bool = True,
+    standardize: bool = False,
     alpha: float = 1.0,
     label_smoothing: float = 0.0,
     entropy_weight: float = 0.0,
@@ -90,6 +91,11 @@ def distillation_loss(
         teacher_temperature: T_t, likewise. None: the same as the student's.
         scale_by_temperature: multiply the divergence by T_s * T_t, which keeps the size of its
             gradient (TVD: by the square root). False is the convention of TRL, verl, torchtune.
+        standardize: True takes p and q of z-scores, softmax((z - mean) / (std + 1e-7) / T), with
+            mean and std (n - 1 in the variance) over the row's entries that are not -inf. The
+            loss then depends on the scale of neither side; divergence, entropies and metrics are
+            those of the z-scores, the cross-entropy that of the logits. A row of equal logits is
+            uniform and gets no gradient (below 1e-30).
         alpha: share of the divergence, in [0, 1]; below 1 needs labels.
         label_smoothing: of the cross-entropy, in [0, 1], as in F.cross_entropy.
         entropy_weight: factor of the student's entropy: > 0 sharpens, < 0 is a confidence penalty.
@@ -131,6 +137,8 @@ def distillation_loss(
         torch.Size([8, 100])
 
     Source: Hinton, Vinyals & Dean 2015, arXiv 1503.02531; each divergence names its own.
+    Standardised logits: Sun et al. 2024, arXiv 2403.01427, with T = 2 and a weight of 9 on the
+    divergence against 0.1 on the cross-entropy.
     """
     kind = checks.divergence(divergence)
     columns = checks.logits(student, teacher, vocab_size)
@@ -178,8 +186,11 @@ def distillation_loss(
         temperature, teacher_temperature, label_smoothing, kind, columns, dtype,
     )  # fmt: skip
 
+    if standardize and engine != "reference":
+        problem = moments.standardized(problem, engine)
+
     if engine == "reference":
-        values = reference.losses(problem, entropy_weight != 0, return_metrics)
+        values = reference.losses(problem, entropy_weight != 0, return_metrics, standardize)
         rows = _combine(values, factors)
     elif mode == "forward" and trains:
         rows = problem.student_temperature
@@ -350,7 +361,9 @@ def _numbers(*values: float) -> Tensor:
 
 def _arguments(problem: Problem) -> autograd.Arguments:
     numbers = _numbers(problem.label_smoothing, problem.a, problem.b)
-    return autograd.Arguments(*problem[:6], numbers, problem.divergence, problem.vocab_size)
+    return autograd.Arguments(
+        *problem[:6], problem.moments, numbers, problem.divergence, problem.vocab_size
+    )
 
 
 def _dual(kind: Divergence, others: Mapping[str, Any], engine: str) -> autograd.Dual:

@@ -9,10 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .divergences import Divergence, plogr
+from .moments import EPS, FLAT
 from .problem import Problem
 
 
-def losses(problem: Problem, entropy: bool, metrics: bool) -> list[Tensor | None]:
+def losses(
+    problem: Problem, entropy: bool, metrics: bool, standardize: bool
+) -> list[Tensor | None]:
     """The rows of `values` (see problem.py), each [N] or None, differentiable."""
     z = problem.student[..., : problem.vocab_size].flatten(0, 1).to(problem.dtype)
     y = problem.teacher[..., : problem.vocab_size].flatten(0, 1).to(problem.dtype)
@@ -23,11 +26,13 @@ def losses(problem: Problem, entropy: bool, metrics: bool) -> list[Tensor | None
     z = torch.where(counts[:, None], z, 0.0)
     y = torch.where(counts[:, None], y, 0.0)
 
-    temperature = problem.student_temperature[:, None]
-    lq = torch.log_softmax(z / temperature, -1)
-    if problem.teacher_temperature is not None:
-        temperature = problem.teacher_temperature[:, None]
-    lp = torch.log_softmax(y / temperature, -1)
+    student_temperature = problem.student_temperature
+    teacher_temperature = problem.teacher_temperature
+    if teacher_temperature is None:
+        teacher_temperature = student_temperature
+    scores = [_standardized(logits) if standardize else logits for logits in (z, y)]
+    lq = _log_softmax(scores[0], student_temperature)
+    lp = _log_softmax(scores[1], teacher_temperature)
 
     divergence = Divergence.of_name(problem.divergence)
     value = divergence.value(lp, lq, problem.a, problem.b)
@@ -44,6 +49,30 @@ def losses(problem: Problem, entropy: bool, metrics: bool) -> list[Tensor | None
             z, labels, reduction="none", label_smoothing=problem.label_smoothing
         )
     return [None if row is None else torch.where(counts, row, 0.0) for row in rows]
+
+
+def _log_softmax(logits: Tensor, temperature: Tensor) -> Tensor:
+    return torch.log_softmax(_over(logits, logits, temperature[:, None]), -1)
+
+
+def _standardized(logits: Tensor) -> Tensor:
+    """(logits - mean) / (std + eps) of the finite entries."""
+    kept = logits > -math.inf
+    count = kept.sum(-1, keepdim=True)
+    mean = torch.where(kept, logits, 0.0).sum(-1, keepdim=True) / count.clamp_min(1)
+    centred = torch.where(kept, logits - mean, 0.0)
+    variance = centred.square().sum(-1, keepdim=True) / (count - 1).clamp_min(1)
+    least = torch.where(kept, logits, math.inf).amin(-1, keepdim=True)
+    spread = logits.amax(-1, keepdim=True) > least
+    std = torch.where(spread, variance, 1.0).sqrt()  # sqrt has no derivative at 0
+    return _over(logits, centred, torch.where(spread, std + EPS, FLAT))
+
+
+def _over(logits: Tensor, values: Tensor, divisor: Tensor) -> Tensor:
+    """values / divisor, and -inf where the logits are, which has no derivative to the divisor."""
+    kept = logits > -math.inf
+    quotient = torch.where(kept, values, 0.0) / divisor
+    return torch.where(kept, quotient, logits / divisor.detach())
 
 
 def _agreement(z: Tensor, y: Tensor) -> Tensor:

@@ -32,16 +32,13 @@ VARYING = (
 )  # fmt: skip
 
 
-# --- rows and tiles --------------------------------------------------------------------------
-
-
 # --- the schedules ---------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _resident(
     student, teacher, student_outer, student_inner, teacher_outer, teacher_inner, inner,
-    s_temperature, s_temperature_stride, t_temperature, t_temperature_stride,
+    s_temperature, s_temperature_stride, t_temperature, t_temperature_stride, moments,
     labels, counted, smoothing, a, b, kd, kd_stride, ce, ce_stride, entropy, entropy_stride,
     state, values, loss, gradient, gradient_outer, gradient_inner, width, temperature,
     rows, columns,
@@ -63,8 +60,9 @@ def _resident(
     if FIRST == GRADIENT:
         live &= (kd != 0) | (k_ce != 0) | (k_entropy != 0)
     temper = P.temper_of(
-        s_temperature, s_temperature_stride, t_temperature, t_temperature_stride, index, live, a
-    )
+        s_temperature, s_temperature_stride, t_temperature, t_temperature_stride,
+        moments, index, rows, live, a,
+    )  # fmt: skip
     columns, width = P.aligned(columns, ALIGN), P.aligned(width, ALIGN)
     inside = live & (column < columns)
     at = P.row_at(index, student_outer, student_inner, inner, ALIGN)
@@ -77,7 +75,7 @@ def _resident(
     y = P.load(teacher + at, column, inside, "")
 
     if FIRST == GRADIENT:
-        row = P.restore(state, index, rows, live, (R.UNIT + R.ENTROPY) & WANT != 0)
+        row = P.restore(state, index, rows, live, WANT)
     else:
         stats = R.add(R.empty(LANES), z, y, inside, temper, WANT)
         row = R.summarize(stats, temper, CONSTANT, WANT)
@@ -85,8 +83,8 @@ def _resident(
         lp, lq, p, q, d = R.elements(z, y, row, temper, SAME)
         value, slope = DIVERGENCE(lp, lq, p, q, d, row.c, a, b)
         sums = P.add_sums(P.no_sums(LANES), z, y, value, slope, row, WANT)
-        if CONSTANT == "slope_sum":
-            row = P.with_constant(row, sums.slope)
+        sums = P.add_levers(sums, slope, q, lq, row, WANT)
+        row = P.with_sums(row, sums, CONSTANT, WANT)
         P.write_row(
             index, rows, live, stats, row, sums, hard, kd, k_ce, k_entropy, a, b,
             values, state, loss, WANT, OUTER,
@@ -94,7 +92,7 @@ def _resident(
     if gradient is not None or temperature is not None:
         g, tempered, _, _ = P.gradient_tile(
             z, y, column, row, temper, label, columns, smoothing, kd, k_ce, k_entropy, a, b,
-            ce is not None, entropy is not None, DIVERGENCE, SAME,
+            WANT, ce is not None, entropy is not None, DIVERGENCE, SAME,
         )  # fmt: skip
         if gradient is not None:
             at = P.row_at(index, gradient_outer, gradient_inner, inner, ALIGN)
@@ -108,7 +106,7 @@ def _resident(
 @triton.jit(do_not_specialize=VARYING)
 def _sweep(
     student, teacher, student_outer, student_inner, teacher_outer, teacher_inner, inner,
-    s_temperature, s_temperature_stride, t_temperature, t_temperature_stride,
+    s_temperature, s_temperature_stride, t_temperature, t_temperature_stride, moments,
     labels, counted, smoothing, a, b, kd, kd_stride, ce, ce_stride, entropy, entropy_stride,
     state, values, loss, gradient, gradient_outer, gradient_inner, width, temperature,
     rows, columns, scratch, span,
@@ -124,10 +122,11 @@ def _sweep(
     """
     SAME: tl.constexpr = t_temperature is None
     BLOCK: tl.constexpr = LANES * VECTOR
-    # One sweep fewer where the constant is known from the first.
+    # One sweep fewer where all that the gradient needs is known from the first.
     LATE: tl.constexpr = (
-        FIRST == STATISTICS and CONSTANT != "slope_sum" and gradient is not None and scratch is None
-    )
+        FIRST == STATISTICS and CONSTANT != "slope_sum" and R.LEVER & WANT == 0
+        and gradient is not None and scratch is None
+    )  # fmt: skip
     BACKWARD: tl.constexpr = FIRST == GRADIENT and scratch is None
     a, b, smoothing = P.singles(a, b, smoothing)
     index, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -153,8 +152,9 @@ def _sweep(
         return
 
     temper = P.temper_of(
-        s_temperature, s_temperature_stride, t_temperature, t_temperature_stride, index, None, a
-    )
+        s_temperature, s_temperature_stride, t_temperature, t_temperature_stride,
+        moments, index, rows, None, a,
+    )  # fmt: skip
     student += P.row_at(index, student_outer, student_inner, inner, ALIGN)
     teacher += P.row_at(index, teacher_outer, teacher_inner, inner, ALIGN)
     offsets = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
@@ -180,7 +180,7 @@ def _sweep(
         stats, label_logit = P.read_statistics(scratch, temper, WANT, SPLITS)
 
     if BACKWARD:
-        row = P.restore(state, index, rows, None, ((R.UNIT + R.ENTROPY) & WANT) != 0)
+        row = P.restore(state, index, rows, None, WANT)
     else:
         row = R.summarize(stats, temper, CONSTANT, WANT)
         hard = P.cross_entropy(stats, row, label, label_logit, columns, smoothing, WANT)
@@ -196,19 +196,18 @@ def _sweep(
             at = tail - (i + 1) * BLOCK + offsets
             sums = P.sum_step(sums, student, teacher, at, None, row, temper, a, b,
                             WANT, DIVERGENCE, SAME, EVICT)  # fmt: skip
-        sums = P.collapse_sums(sums)
+        sums = P.collapse_sums(sums, WANT)
         if LAST == SUMS:
-            P.write_sums(scratch + split, sums, SPLITS)
+            P.write_sums(scratch + split, sums, WANT, SPLITS)
     elif FIRST == GRADIENT and not BACKWARD:
-        sums = P.read_sums(scratch, SPLITS)
+        sums = P.read_sums(scratch, WANT, SPLITS)
 
     # Only now: scalars that lived through the sweeps above would be spilled.
     k_kd = P.factor(kd, kd_stride, index, None)
     k_ce = P.factor(ce, ce_stride, index, None)
     k_entropy = P.factor(entropy, entropy_stride, index, None)
     if LAST == GRADIENT and not BACKWARD and not LATE:
-        if CONSTANT == "slope_sum":
-            row = P.with_constant(row, sums.slope)
+        row = P.with_sums(row, sums, CONSTANT, WANT)
         if split == 0:
             P.write_row(
                 index, rows, None, stats, row, sums, hard,
@@ -236,7 +235,7 @@ def _sweep(
             tl.store(temperature + index * SPLITS + split, -temper.s_rate * tl.sum(heat))
         if LATE:
             P.write_row(
-                index, rows, None, stats, row, P.collapse_sums(sums), hard,
+                index, rows, None, stats, row, P.collapse_sums(sums, WANT), hard,
                 k_kd, k_ce, k_entropy, a, b, values, state, loss, WANT, OUTER,
             )  # fmt: skip
 
@@ -262,7 +261,7 @@ def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Ten
     """(values, state) of `problem.py`."""
     long = problem.labels is not None or entropy or metrics
     values = _per_row(problem, 5 if metrics else 3 if long else 1)
-    state = _per_row(problem, 7 if long else 5)
+    state = _per_row(problem, 9 if problem.moments is not None else 7 if long else 5)
     _run(problem, STATISTICS, entropy, metrics, state=state, values=values)
     return values, state
 
@@ -295,7 +294,7 @@ def fused(
 
 def scale_(gradient: Tensor, upstream: Tensor) -> None:
     """Multiplies the rows of gradient by a 0-d tensor, in place; no traffic where that is 1."""
-    outer, inner, size = _strides(gradient)
+    outer, inner, size = strides_of(gradient)
     width, pieces = gradient.size(-1), triton.cdiv(gradient.size(-1), 2048)
     tiles = gradient.numel() // max(width, 1) * pieces
     if tiles:
@@ -319,7 +318,7 @@ def _gradient(problem: Problem) -> Tensor:
     return torch.empty(shape, dtype=student.dtype, device=student.device)
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
+def strides_of(x: Tensor) -> tuple[int, int, int]:
     """(outer stride, inner stride, inner size) of the rows of [O, I, V] or [N, V]."""
     if x.dim() == 2:
         return 0, x.stride(0), max(x.size(0), 1)
@@ -344,11 +343,11 @@ def _run(
     )
     if rows == 0:
         return None if temperature is None else temperature.sum(1)
-    student_outer, student_inner, inner = _strides(student)
-    teacher_outer, teacher_inner, _ = _strides(teacher)
+    student_outer, student_inner, inner = strides_of(student)
+    teacher_outer, teacher_inner, _ = strides_of(teacher)
     gradient_outer = gradient_inner = 0
     if gradient is not None:
-        gradient_outer, gradient_inner, _ = _strides(gradient)
+        gradient_outer, gradient_inner, _ = strides_of(gradient)
         if gradient.dim() == 2 and student.size(0) > 1:
             gradient_outer = inner * gradient_inner
     align = math.gcd(16, student_outer, student_inner, teacher_outer, teacher_inner)
@@ -362,13 +361,14 @@ def _run(
     want |= R.MEAN.value * (problem.labels is not None and problem.label_smoothing != 0)
     want |= R.ENTROPY.value * (entropy or metrics)
     want |= R.TEACHER_ENTROPY.value * metrics
+    want |= R.LEVER.value * (problem.moments is not None)
     arguments = dict(  # noqa: C408
         student=student, teacher=teacher, student_outer=student_outer, student_inner=student_inner,
         teacher_outer=teacher_outer, teacher_inner=teacher_inner, inner=inner,
         s_temperature=problem.student_temperature,
         s_temperature_stride=problem.student_temperature.stride(0),
         t_temperature=problem.teacher_temperature,
-        t_temperature_stride=_stride(problem.teacher_temperature),
+        t_temperature_stride=_stride(problem.teacher_temperature), moments=problem.moments,
         labels=problem.labels, counted=problem.counted, smoothing=float(problem.label_smoothing),
         a=float(problem.a), b=float(problem.b), kd=kd, kd_stride=_stride(kd), ce=ce,
         ce_stride=_stride(ce), entropy=h, entropy_stride=_stride(h), state=state, values=values,

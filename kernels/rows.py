@@ -25,16 +25,22 @@ UNIT = tl.constexpr(4)
 MEAN = tl.constexpr(8)
 ENTROPY = tl.constexpr(16)
 TEACHER_ENTROPY = tl.constexpr(32)
+LEVER = tl.constexpr(64)  # in the sweep of sums
 
 
 class Temper(NamedTuple):
-    """The temperatures of a row: rate = 1 / T, scale = log2(e) / T; a of the divergence."""
+    """The temperatures of a row: rate = 1 / T, scale = log2(e) / T; a of the divergence.
+
+    mean and pull of the student's row where its logits are standardised, else 0.
+    """
 
     s_rate: Any
     t_rate: Any
     s_scale: Any
     t_scale: Any
     a: Any
+    mean: Any
+    pull: Any
 
 
 class Statistics(NamedTuple):
@@ -69,6 +75,8 @@ class Row(NamedTuple):
     t_entropy: Any
     unit_log: Any
     alive: Any  # both sides have a logit: else the row counts 0
+    lever: Any  # minus T times the derivative to T, of the divergence
+    entropy_lever: Any  # and of the entropy
 
 
 class Sums(NamedTuple):
@@ -77,6 +85,8 @@ class Sums(NamedTuple):
     value: Any
     slope: Any
     agreement: Any
+    lever: Any
+    entropy_lever: Any
 
 
 # --- helpers ---------------------------------------------------------------------------------
@@ -132,7 +142,7 @@ def move(stats, s_max, t_max, temper, WANT: tl.constexpr):
         mixture_max = tl.where(stats.mixture > 0, moved, FLOOR / 10)
     if UNIT & WANT:
         unit *= tl.exp2((stats.s_max - s_max) * LOG2E)
-    if ENTROPY & WANT:
+    if (ENTROPY + LEVER) & WANT:
         s_entropy = tl.where(fs > 0, fs * (s_entropy + stats.s_sum * ds), 0.0)
     if TEACHER_ENTROPY & WANT:
         t_entropy = tl.where(ft > 0, ft * (t_entropy + stats.t_sum * dt), 0.0)
@@ -165,7 +175,7 @@ def add(stats, z, y, inside, temper, WANT: tl.constexpr):
         unit += tl.sum(tl.exp2((z - s_max) * LOG2E), 1, keep_dims=True)
     if MEAN & WANT:
         total += tl.sum(z if inside is None else tl.where(inside, z, 0.0), 1, keep_dims=True)
-    if ENTROPY & WANT:
+    if (ENTROPY + LEVER) & WANT:
         s_entropy += tl.sum(tl.where(q > 0, q * u, 0.0), 1, keep_dims=True)
     if TEACHER_ENTROPY & WANT:
         t_entropy += tl.sum(tl.where(p > 0, p * v, 0.0), 1, keep_dims=True)
@@ -191,7 +201,7 @@ def collapse(stats, temper, WANT: tl.constexpr):
         unit = tl.sum(stats.unit)
     if MEAN & WANT:
         total = tl.sum(stats.total)
-    if ENTROPY & WANT:
+    if (ENTROPY + LEVER) & WANT:
         s_entropy = tl.sum(stats.s_entropy)
     if TEACHER_ENTROPY & WANT:
         t_entropy = tl.sum(stats.t_entropy)
@@ -216,9 +226,10 @@ def row_of(s_max, t_max, s_sum, t_sum, c, entropy, unit):
     s_sum, t_sum = positive(s_sum), positive(t_sum)
     low = tl.minimum(s_sum, t_sum)
     gap = log1p((tl.maximum(s_sum, t_sum) - low) / low)
+    zero = tl.zeros_like(s_max)
     return Row(
         s_max, t_max, tl.log2(s_sum), tl.log2(t_sum), tl.where(t_sum < s_sum, -gap, gap),
-        c, entropy, tl.zeros_like(s_max), tl.log2(positive(unit)), alive,
+        c, entropy, zero, tl.log2(positive(unit)), alive, zero, zero,
     )  # fmt: skip
 
 
@@ -236,7 +247,7 @@ def summarize(stats, temper, CONSTANT: tl.constexpr, WANT: tl.constexpr):
         size = log1p((stats.mixture - stats.s_sum) / positive(stats.s_sum))
         c = stats.mixture_max * LN2 + size - temper.a * row.gap
         c = tl.where(tl.abs(c) > 1e20, c * float("inf"), c)
-    if ENTROPY & WANT:
+    if (ENTROPY + LEVER) & WANT:
         entropy = (row.s_log - stats.s_entropy / positive(stats.s_sum)) * LN2
         entropy = tl.where(row.alive, entropy, 0.0)
     if TEACHER_ENTROPY & WANT:
@@ -244,7 +255,7 @@ def summarize(stats, temper, CONSTANT: tl.constexpr, WANT: tl.constexpr):
         t_entropy = tl.where(row.alive, t_entropy, 0.0)
     return Row(
         row.s_max, row.t_max, row.s_log, row.t_log, row.gap, c, entropy, t_entropy, row.unit_log,
-        row.alive,
+        row.alive, row.lever, row.entropy_lever,
     )  # fmt: skip
 
 

@@ -35,6 +35,8 @@ CASES = EVERYWHERE | {
     "backward": (4096, 128256, "backward", False),
     "split": (64, 128256, "fused", False),
     "everything resident": (4096, 1000, "fused", True),
+    "standardized": (4096, 128256, "standardized", True),
+    "standardized resident": (4096, 1000, "standardized", True),
 }
 # SASS instructions per position on sm_90, over all sweeps of loss and gradient in one launch, and
 # of the backward pass alone. kernels/README.md holds the measured numbers; 5 % are for ptxas.
@@ -121,7 +123,7 @@ def _compile(task: tuple[str, str]) -> list[dict]:
     from triton.runtime.jit import JITFunction
 
     import fastkd
-    from fastkd.kernels import logits, tuning
+    from fastkd.kernels import logits, moments, tuning
     from fastkd.problem import Coefficients, Problem
 
     target, name = task
@@ -144,7 +146,7 @@ def _compile(task: tuple[str, str]) -> list[dict]:
         found.append({"target": target, "divergence": name, "case": case} | _inspect(kernel))
 
     JITFunction.run = run
-    logits.schedule = lambda *settings: tuning.table(*settings[:-1], processors=132)
+    logits.schedule = moments.schedule = lambda *settings: tuning.table(*settings[:-1], 132)
 
     def meta(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -159,9 +161,12 @@ def _compile(task: tuple[str, str]) -> list[dict]:
         problem = Problem(
             z, y, meta(rows), None, labels, counted, 0.1 if full else 0.0, name,
             *divergence.parameters, columns,
+            meta(2, 3, rows) if launcher == "standardized" else None,
         )  # fmt: skip
         factors = Coefficients(meta(rows), *((meta(rows),) * 2 if full else (None, None)))
-        if launcher == "fused":
+        if launcher == "standardized":
+            moments.fill(problem.moments, z, y, counted, columns)
+        if launcher in ("fused", "standardized"):
             logits.fused(problem, factors, full, None)
         elif launcher == "forward":
             logits.forward(problem, False, False)

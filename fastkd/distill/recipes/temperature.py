@@ -24,7 +24,6 @@ from fastkd.temperature import (
     TwoStage,
     by_entropy,
     dtkd,
-    standardize,
     ttm,
 )
 
@@ -146,7 +145,7 @@ def adaptive(digits: Digits, hard: Tensor) -> Table:
         return kd(alpha=0.9, temperature=rows)(z, y, labels, step)
 
     def standardised(z: Tensor, y: Tensor, labels: Tensor, step: int) -> Tensor:
-        soft = kd(temperature=2.0)(standardize(z), standardize(y), labels, step)
+        soft = kd(temperature=2.0, standardize=True)(z, y, labels, step)
         return 9 * soft + 0.1 * cross_entropy()(z, y, labels, step)
 
     scores = {
