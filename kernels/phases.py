@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
 
 from fastkd.kernels import rows as R
 
@@ -19,12 +20,23 @@ def singles(a, b, c):
 
 
 @triton.jit
+def widen(x):
+    """In fp32: two instructions for two bf16 in a register, where the compiler makes three."""
+    if not R.INTERPRETED and is_cuda() and x.dtype == tl.bfloat16:
+        pair: tl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+        return tl.inline_asm_elementwise(pair, "=r,=r,r", [x], tl.float32, True, 2)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def load(pointer, at, inside, EVICT: tl.constexpr):
+    """A tile in fp32, -inf outside."""
     if inside is None:
-        return tl.load(pointer + at, eviction_policy=EVICT).to(tl.float32)
+        return widen(tl.load(pointer + at, eviction_policy=EVICT))
     else:
         x = tl.load(pointer + at, mask=inside, other=-float("inf"), eviction_policy=EVICT)
-        return x.to(tl.float32)
+        return widen(x)
 
 
 @triton.jit
@@ -232,7 +244,7 @@ def gradient_tile(
     value, slope = DIVERGENCE(lp, lq, p, q, d, tl.where(defined, row.c, 0.0), a, b)
     lever = tl.where(defined & (kd != 0), kd * row.lever, 0.0)
     kd = tl.where(defined, kd * temper.s_rate, 0.0)
-    gradient = tl.where(kd != 0, kd * slope, 0.0)
+    gradient = kd * tl.where(kd != 0, slope, 0.0)
     if H:
         entropy = tl.where(row.alive, entropy, 0.0)
         lever += entropy * row.entropy_lever

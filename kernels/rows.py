@@ -106,6 +106,19 @@ def fast_log2(x):
 
 
 @triton.jit
+def reciprocal(x):
+    """1 / x to the last bit or two, 0 or infinite beyond 2^126; one instruction."""
+    if INTERPRETED:
+        return 1.0 / x
+    elif is_cuda():
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
 def log1p(x):
     """log(1 + x) to rounding, for a row scalar: the error of 1 + x cancels in the quotient."""
     w = 1.0 + x
@@ -163,7 +176,7 @@ def add(stats, z, y, inside, temper, WANT: tl.constexpr):
     mixture_max, mixture, gap, unit = stats.mixture_max, stats.mixture, stats.gap, stats.unit
     s_entropy, t_entropy, total = stats.s_entropy, stats.t_entropy, stats.total
     if GAP & WANT:
-        gap += tl.sum(tl.where(q > 0, q * (u - v), 0.0), 1, keep_dims=True)
+        gap += tl.sum(q * tl.where(q > 0, u - v, 0.0), 1, keep_dims=True)
     if MIXTURE & WANT:
         # Finite stand-ins for -inf: w is then hugely negative or positive, never NaN.
         low = tl.maximum(u, FLOOR)

@@ -41,15 +41,15 @@ CASES = EVERYWHERE | {
 # SASS instructions per position on sm_90, over all sweeps of loss and gradient in one launch, and
 # of the backward pass alone. kernels/README.md holds the measured numbers; 5 % are for ptxas.
 BUDGET = {
-    "forward_kl": (51, 30),
-    "reverse_kl": (57, 20),
-    "jeffreys": (80, 38),
-    "jsd": (109, 33),
-    "skew_kl": (129, 52),
-    "skew_reverse_kl": (128, 50),
-    "tvd": (73, 23),
-    "alpha": (102, 47),
-    "renyi": (101, 46),
+    "forward_kl": (44, 26),
+    "reverse_kl": (51, 17),
+    "jeffreys": (67, 32),
+    "jsd": (85, 26),
+    "skew_kl": (106, 39),
+    "skew_reverse_kl": (103, 33),
+    "tvd": (66, 21),
+    "alpha": (93, 40),
+    "renyi": (92, 39),
 }
 
 LOCAL = re.compile(r"\b(LDL|STL)\b")  # instructions that reach spilled registers
@@ -95,7 +95,7 @@ def test_no_spills(target, name, compiled):
         assert kernel["spills_in_loops"] == 0, kernel
         # Once per row, outside the loops, ptxas may set a scalar or two aside; which of the kernels
         # that happens to changes with its version.
-        assert kernel["spills"] <= 4, kernel
+        assert kernel["spills"] <= 6, kernel
 
 
 @pytest.mark.parametrize(("target", "name"), _params())
