@@ -59,14 +59,14 @@ def add(commands: Any) -> None:
 
 
 def _option(group: Any, item: dataclasses.Field[Any], kind: Any) -> None:
-    default = "" if item.default in ((), "", False) else f"; default: {item.default}"
+    default = "" if item.default in ((), "") else f"; default: {item.default}"
     of_own = getattr(settings.Own, item.name, item.default)
     if of_own != item.default:
         default += f", with --teacher: {of_own}"
     common = {"help": item.metadata["help"] + default, "default": argparse.SUPPRESS}
     name = "--" + item.name.replace("_", "-")
     if kind is bool:
-        group.add_argument(name, action="store_true", **common)
+        group.add_argument(name, action=argparse.BooleanOptionalAction, **common)
     elif kind == tuple[str, ...]:
         group.add_argument(name, nargs="+", metavar="FILE", **common)
     else:

@@ -14,6 +14,7 @@ import torch
 from . import models, report, settings, storage, texts
 from .problems import Interrupted, Problem, needs, one_line
 from .small import Stop, pick
+from .ways import FASTKD
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -37,13 +38,14 @@ def run(chosen: settings.Own, folder: Path, *, resume: bool = False) -> dict[str
     transformers.logging.disable_progress_bar()
     device = pick(chosen.device)
     dtype = precision(chosen.precision, device)
-    teacher, student, tokens, loss = _models(chosen, dtype)
+    teacher, student, tokens, vocab_size = _models(chosen, dtype)
     training, held_out = texts.sequences(
         chosen.data, chosen.text, tokens, chosen.sequence_length, chosen.held_out, chosen.seed
     )
     trainer = Distiller(
         teacher=teacher,
-        loss=loss,
+        loss=chosen.loss,
+        vocab_size=vocab_size,
         model=student,
         args=_arguments(chosen, folder, device, dtype),
         train_dataset=training,
@@ -64,7 +66,7 @@ def run(chosen: settings.Own, folder: Path, *, resume: bool = False) -> dict[str
         "before": _plain(before),
         "after": _plain(trainer.evaluate()),
         "settings": asdict(chosen),
-        "vocab_size": loss["vocab_size"],
+        "vocab_size": vocab_size,
         "machine": report.machine(trainer.args.device),
     }
     _save(trainer, tokens, figures, folder)
@@ -78,8 +80,8 @@ def precision(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def _models(chosen: settings.Own, dtype: torch.dtype) -> tuple[Any, Any, Any, dict[str, Any]]:
-    """Teacher, student, their tokenizer, and the settings of the loss."""
+def _models(chosen: settings.Own, dtype: torch.dtype) -> tuple[Any, Any, Any, int]:
+    """Teacher, student, their tokenizer, and the size of their vocabulary."""
     tokens = models.tokenizer(chosen.teacher)
     if models.is_config(chosen.student):
         student = models.new(chosen.student, chosen.seed)
@@ -98,14 +100,7 @@ def _models(chosen: settings.Own, dtype: torch.dtype) -> tuple[Any, Any, Any, di
         old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
         getattr(student, new if hasattr(student, new) else old)()
     teacher = models.load(chosen.teacher, dtype)
-    size = models.vocabulary(tokens, chosen.vocab_size, teacher, student)
-    loss = {
-        "divergence": settings.divergence(chosen.divergence),
-        "temperature": chosen.temperature,
-        "alpha": chosen.alpha,
-        "vocab_size": size,
-    }
-    return teacher, student, tokens, loss
+    return teacher, student, tokens, models.vocabulary(tokens, chosen.vocab_size, teacher, student)
 
 
 def _arguments(
@@ -199,7 +194,7 @@ def _save(trainer: Any, tokens: Any, figures: dict[str, Any], folder: Path) -> N
     finally:
         if trainer.is_world_process_zero():
             shutil.rmtree(temporary, ignore_errors=True)
-    rows = _rows(trainer.state.log_history)
+    rows = _rows(trainer)
     storage.write(folder / "metrics.csv", report.table(rows))
     storage.write(folder / "curves.png", report.curves(rows))
     storage.write(folder / storage.METRICS, json.dumps(figures, indent=2) + "\n")
@@ -208,11 +203,13 @@ def _save(trainer: Any, tokens: Any, figures: dict[str, Any], folder: Path) -> N
     report.show_own(figures, folder / STUDENT)
 
 
-def _rows(history: list[dict[str, float]]) -> list[dict[str, Any]]:
+def _rows(trainer: Distiller) -> list[dict[str, Any]]:
     """One row for each logged step: what was logged there, whether of training or evaluation."""
     rows: dict[int, dict[str, Any]] = {}
-    for entry in history:
-        row = rows.setdefault(int(entry["step"]), {"step": int(entry["step"]), "way": "fastkd"})
-        found = _plain({k: v for k, v in entry.items() if k == "loss" or k.startswith("eval_")})
-        row.update(found)
+    for entry in trainer.state.log_history:
+        step = int(entry["step"])
+        row = rows.setdefault(step, {"step": step, "way": FASTKD})
+        row.update(_plain({k: v for k, v in entry.items() if k == "loss" or k.startswith("eval_")}))
+        if "loss" in entry:
+            row["temperature"] = trainer.loss(step - 1, trainer.state.max_steps)["temperature"]
     return [rows[step] for step in sorted(rows)]

@@ -15,7 +15,7 @@ import torch
 from fastkd import __version__
 
 from . import storage
-from .ways import EAGER, FASTKD, HARD
+from .ways import EAGER, FASTKD, HARD, other_name
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .train import Training
 
 Figures = dict[str, Any]
-COLUMNS = ("step", "way", "loss", "validation_loss", "kl_to_teacher", "agreement")
+COLUMNS = ("step", "way", "temperature", "loss", "validation_loss", "kl_to_teacher", "agreement")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Result:
         return cls(
             students,
             {**found["teacher"], "parameters": training.teacher.size()},
-            EAGER if training.settings.divergence == "forward_kl" else "the reference",
+            other_name(training.settings.loss(step=0, steps=1)),
             training.difference,
             training.drift,
             training.difference <= tolerance,
