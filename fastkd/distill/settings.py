@@ -123,6 +123,21 @@ class Own(Common):
         known("precision", self.precision, ("auto", "bf16", "fp32"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """How `fastkd tune` searches."""
+
+    sampler: str = setting("tpe", "grid, random, or tpe")
+    trials: int = setting(12, "settings to try, besides those that --out holds")
+    seeds: int = setting(4, "students for each, and for the comparison at the end")
+
+    def check(self) -> None:
+        known("sampler", self.sampler, ("grid", "random", "tpe"))
+        for name, least in (("trials", 1), ("seeds", 2)):
+            if getattr(self, name) < least:
+                raise Usage(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+
 AT_LEAST = {"vocabulary": 257}  # the bytes, and a token beyond them
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from . import measure, settings
 from .corpus import Corpus
 from .model import GPT, Shape, optimizer
 from .problems import Problem
-from .ways import EAGER, FASTKD, Loss, needs_teacher, ways
+from .ways import EAGER, FASTKD, HARD, Loss, needs_teacher, ways
 
 # The teacher sees other batches than the students: both draw from the seed, under these names.
 TEACHER_BATCHES, STUDENT_BATCHES = 1, 2
@@ -35,12 +36,17 @@ def rate(step: int, steps: int, peak: float) -> float:
 class Training:
     """Teacher, students, and all that was measured; each step is a function of what it holds."""
 
-    def __init__(self, chosen: settings.Small, corpus: Corpus, device: torch.device) -> None:
+    def __init__(
+        self,
+        chosen: settings.Small,
+        corpus: Corpus,
+        device: torch.device,
+        names: Sequence[str] = (HARD, EAGER, FASTKD),
+    ) -> None:
         self.settings, self.corpus, self.device = chosen, corpus, device
         self.teacher = self._model(chosen.teacher_width, chosen.teacher_layers)
         self.students = {
-            way: self._model(chosen.student_width, chosen.student_layers)
-            for way in self.losses(step=0)
+            way: self._model(chosen.student_width, chosen.student_layers) for way in names
         }
         self._optimizers = {
             name: optimizer(model, chosen.learning_rate) for name, model in self._models().items()
@@ -114,22 +120,22 @@ class Training:
             total = measure.now(self.device) - started + needs_teacher(way) * of_teacher
             self.seconds[way].append([total, after - before])
             values[way] = value.item()
-            if way == FASTKD:
+            if not math.isfinite(values[way]):
+                raise Problem(
+                    f"the loss of {way} is {values[way]} at step {self.step + 1}: "
+                    "lower the learning rate"
+                )
+            if way == FASTKD and EAGER in names:
                 with torch.no_grad():
                     other = losses[EAGER](logits.detach().flatten(0, 1), teacher, labels).item()
-        self._compare(values, other)
+        if EAGER in names:
+            self._compare(values[FASTKD], other, values[EAGER])
         self.step += 1
         values = {way: values[way] for way in names}
         self._log(values)
         return values
 
-    def _compare(self, values: dict[str, float], other: float) -> None:
-        for way, value in values.items():
-            if not math.isfinite(value):
-                raise Problem(
-                    f"the loss of {way} is {value} at step {self.step + 1}: lower the learning rate"
-                )
-        value, apart = values[FASTKD], values[EAGER]
+    def _compare(self, value: float, other: float, apart: float) -> None:
         self.difference = max(self.difference, abs(value - other) / abs(other))
         self.drift = max(self.drift, abs(value - apart) / abs(apart))
 
@@ -175,7 +181,7 @@ class Training:
             teacher = self.teacher(ids).flatten(0, 1)
             student = self.students[FASTKD](ids).flatten(0, 1)
         found = {}
-        for way, loss in self.losses(step=0).items():
+        for way in self.students:
             total, part = (
                 statistics.median(column) for column in zip(*self.seconds[way], strict=True)
             )
@@ -183,7 +189,9 @@ class Training:
                 "step_ms": 1e3 * total,
                 "loss_ms": 1e3 * part,
                 "loss_share": part / total,
-                "loss_peak_bytes": measure.peak_memory(loss, student, teacher, labels),
+                "loss_peak_bytes": measure.peak_memory(
+                    self.losses(step=0)[way], student, teacher, labels
+                ),
             }
         return found
 
