@@ -122,18 +122,3 @@ def test_bernoulli_takes_labels_as_places_in_the_row():
     student, answers = torch.randn(7, 5, dtype=torch.float64), torch.rand(7, 5) > 0.5
     ours = bernoulli(student, student, labels=(~answers).long(), alpha=0.0)
     assert_close(ours, F.binary_cross_entropy_with_logits(student, answers.double()))
-
-
-@pytest.mark.parametrize("sampler", ["grid", "random", "tpe"])
-def test_tune_saves_its_study_and_names_no_winner_without_its_error(sampler, tmp_path):
-    pytest.importorskip("optuna")
-    from fastkd.distill.recipes.tune import tune
-
-    tune(tmp_path, sampler, trials=2, quick=True)
-    found = tune(tmp_path, sampler, trials=1, quick=True)
-    assert found.title.startswith("Tune: 3 trials")
-    assert re.search(r"found: temperature=.*, divergence=\w+ +\d.* ± .* ± ", str(found))
-    assert "two standard errors" in str(found)
-    assert {p.name for p in tmp_path.iterdir()} == {"study.db", "results.json", "plot.png"}
-    with pytest.raises(ValueError, match="sampler must be one of grid, random, tpe"):
-        tune(tmp_path, "gird")

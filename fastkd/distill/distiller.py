@@ -20,14 +20,28 @@ class Distiller(Trainer):
 
     The Trainer counts the tokens of all batches of an optimizer step, over all processes; with
     that count as divisor, accumulation and processes change nothing in the gradient.
+
+    Args:
+        loss: the arguments of `distillation_loss` at a step of a run of so many steps; so a
+            schedule goes on where a resumed run does.
+        vocab_size: columns from here on are padding.
     """
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *, teacher: Any, loss: dict[str, Any], **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        teacher: Any,
+        loss: Callable[[int, int], dict[str, Any]],
+        vocab_size: int,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
         self.model_accepts_loss_kwargs = True  # so that the tokens are counted
-        self.loss = loss
+        # accelerate's own autocast would copy the student's logits to fp32.
+        self.accelerator.native_amp = False
+        self.loss, self.vocab_size = loss, vocab_size
         self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
 
     def compute_loss(
@@ -39,7 +53,12 @@ class Distiller(Trainer):
     ) -> Any:
         student, teacher, labels = self.logits(model, inputs)
         loss = distillation_loss(
-            student, teacher, labels, num_items=num_items_in_batch, **self.loss
+            student,
+            teacher,
+            labels,
+            vocab_size=self.vocab_size,
+            num_items=num_items_in_batch,
+            **self.loss(self.state.global_step, self.state.max_steps),
         )
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # DistributedDataParallel divides by the processes, which the count has done.
@@ -51,7 +70,8 @@ class Distiller(Trainer):
         ids = inputs["input_ids"]
         with torch.no_grad():
             teacher = self.teacher(input_ids=ids, use_cache=False).logits
-        student = model(input_ids=ids, use_cache=False).logits
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.args.bf16):
+            student = model(input_ids=ids, use_cache=False).logits
         return student[:, :-1], teacher[:, :-1], inputs["labels"][:, 1:]
 
     @torch.no_grad()
@@ -66,9 +86,8 @@ class Distiller(Trainer):
         for inputs in self.get_eval_dataloader(eval_dataset):
             student, teacher, labels = self.logits(model, self._prepare_inputs(inputs))
             _, found = distillation_loss(
-                student, teacher, labels,
-                vocab_size=self.loss["vocab_size"], return_metrics=True,
-            )  # fmt: skip
+                student, teacher, labels, vocab_size=self.vocab_size, return_metrics=True
+            )
             sums = [part.sum(-1) for part in (found.ce, found.kd, found.agreement)]
             counts = (labels != -100).sum(-1)
             # Sequences that only fill up the last batch of a process are dropped here.

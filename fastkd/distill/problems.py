@@ -26,8 +26,8 @@ class Interrupted(Problem):
     code = 130
 
 
-def needs(*modules: str) -> None:
-    """Refuses to go on where an optional package is missing."""
+def needs(*modules: str, extra: str = "distill") -> None:
+    """Refuses to go on where a package of an extra is missing."""
     for module in modules:
         try:
             importlib.import_module(module)
@@ -35,7 +35,7 @@ def needs(*modules: str) -> None:
             if error.name != module:  # it is there, and broken
                 raise Problem(f"{module} does not import: {error}") from error
             raise Problem(
-                f'this needs {module}, which is not installed: pip install "fastkd[distill]"'
+                f'this needs {module}, which is not installed: pip install "fastkd[{extra}]"'
             ) from None
 
 

@@ -189,4 +189,6 @@ def microseconds(network: nn.Module, x: Tensor, quick: bool) -> float:
 
 def draw(figure: Any, table: Table) -> None:
     figure.set_size_inches(8, 4.5)
-    bars(figure.subplots(), table)
+    axes = figure.subplots()
+    bars(axes, table)
+    axes.set_xlim(-15, 2)
