@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from fastkd.divergences import Divergence
-from fastkd.kernels.rows import INTERPRETED, LN2, LOG2E, fast_log2, log1p, reciprocal
+from fastkd.kernels.rows import INTERPRETED, LN2, LOG2E, fast_log2, log1p, log_bend, reciprocal
 
 # Where a series replaces the direct form: of e^x, of the logarithm of a mixture, and of the value
 # of a mixture, which needs more digits of that logarithm.
@@ -45,13 +45,6 @@ class Device(NamedTuple):
 def bend(x):
     """(e^x - 1 - x) / x^2 for |x| < 0.5, to a relative 8e-7."""
     return 0.49999996 + x * (0.1666628 + x * (0.041667477 + x * (0.008395411 + x * 0.0013914635)))
-
-
-@triton.jit
-def log_bend(x):
-    """(x - log(1 + x)) / x^2 for |x| < 0.25, to a relative 2e-6."""
-    y = 0.2497031 + x * (-0.19966024 + x * (0.17910081 + x * -0.15488996))
-    return 0.50000104 + x * (-0.33333544 + x * y)
 
 
 @triton.jit

@@ -112,13 +112,15 @@ def _sweep(
     rows, columns, scratch, span,
     FIRST: tl.constexpr, LAST: tl.constexpr, WANT: tl.constexpr, DIVERGENCE: tl.constexpr,
     OUTER: tl.constexpr, CONSTANT: tl.constexpr, ALIGN: tl.constexpr, LANES: tl.constexpr,
-    VECTOR: tl.constexpr, SPLITS: tl.constexpr,
+    VECTOR: tl.constexpr, SPLITS: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """Phases FIRST to LAST of `span` columns of a row, in tiles of LANES * VECTOR.
 
     Full tiles are not masked, which keeps their loads 128 bits wide; every sweep runs against the
     one before it, so that it begins on what the cache still holds. Between launches the phases
     hand on through `scratch`; FIRST == GRADIENT without it takes the row from `state`.
+    SHIFTED: rows may begin anywhere, on all sides alike; positions are then counted from the last
+    multiple of VECTOR before the row's first column, which has position `shift`.
     """
     SAME: tl.constexpr = t_temperature is None
     BLOCK: tl.constexpr = LANES * VECTOR
@@ -130,14 +132,27 @@ def _sweep(
     BACKWARD: tl.constexpr = FIRST == GRADIENT and scratch is None
     a, b, smoothing = P.singles(a, b, smoothing)
     index, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    begin = tl.minimum(split * span, columns)
-    end = tl.minimum(begin + span, columns)
-    full = (end - begin) // BLOCK
-    tail = begin + full * BLOCK
+    student_at = P.row_at(index, student_outer, student_inner, inner, ALIGN)
+    teacher_at = P.row_at(index, teacher_outer, teacher_inner, inner, ALIGN)
+    gradient_at = P.row_at(index, gradient_outer, gradient_inner, inner, ALIGN)
+    shift = 0
+    if SHIFTED:
+        shift = (student_at % VECTOR).to(tl.int32)
+        student_at, teacher_at = P.aligned(student_at, VECTOR), P.aligned(teacher_at, VECTOR)
+        gradient_at = P.aligned(gradient_at, VECTOR)
+    # A masked tile where the row does not begin at position 0, full tiles, and a masked tail.
+    begin = split * span
+    end = tl.minimum(begin + span, shift + columns)
+    head = begin
+    if SHIFTED:
+        headed = (shift > 0) & (split == 0)
+        head += BLOCK * headed.to(tl.int32)
+    full = tl.maximum(end - head, 0) // BLOCK
+    tail = head + full * BLOCK
     if gradient is not None:
-        gradient += P.row_at(index, gradient_outer, gradient_inner, inner, ALIGN)
+        gradient += gradient_at
         if LAST == GRADIENT and split == 0:
-            P.fill_zero(gradient, columns, width, BLOCK)
+            P.fill_zero(gradient, shift + columns, shift + width, BLOCK)
 
     live = True
     if BACKWARD:
@@ -148,27 +163,33 @@ def _sweep(
         live = live & (tl.load(counted + index) != 0)
     if not live:
         if gradient is not None:
-            P.fill_zero(gradient, begin, end, BLOCK)
+            P.fill_zero(gradient, tl.maximum(begin, shift), end, BLOCK)
         return
 
     temper = P.temper_of(
         s_temperature, s_temperature_stride, t_temperature, t_temperature_stride,
         moments, index, rows, None, a,
     )  # fmt: skip
-    student += P.row_at(index, student_outer, student_inner, inner, ALIGN)
-    teacher += P.row_at(index, teacher_outer, teacher_inner, inner, ALIGN)
+    student += student_at
+    teacher += teacher_at
     offsets = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     label, label_logit = -1, 0.0
     if labels is not None:
         label = P.label_of(tl.load(labels + index), columns)
+        label += tl.where(label >= 0, shift, 0)
         label_logit = tl.load(student + label, mask=label >= 0, other=0.0).to(tl.float32)
     if scratch is not None:
         scratch += index * (P.FIELDS * SPLITS)
 
     if FIRST == STATISTICS:
         stats = R.empty(LANES)
+        if SHIFTED:
+            if headed:
+                at = begin + offsets
+                inside = (at >= shift) & (at < end)
+                stats = P.statistics_step(stats, student, teacher, at, inside, temper, WANT)
         for i in range(full):
-            at = begin + i * BLOCK + offsets
+            at = head + i * BLOCK + offsets
             stats = P.statistics_step(stats, student, teacher, at, None, temper, WANT)
         if tail < end:
             at = tail + offsets
@@ -196,6 +217,12 @@ def _sweep(
             at = tail - (i + 1) * BLOCK + offsets
             sums = P.sum_step(sums, student, teacher, at, None, row, temper, a, b,
                             WANT, DIVERGENCE, SAME, EVICT)  # fmt: skip
+        if SHIFTED:
+            if headed:
+                at = begin + offsets
+                inside = (at >= shift) & (at < end)
+                sums = P.sum_step(sums, student, teacher, at, inside, row, temper, a, b,
+                                WANT, DIVERGENCE, SAME, EVICT)  # fmt: skip
         sums = P.collapse_sums(sums, WANT)
         if LAST == SUMS:
             P.write_sums(scratch + split, sums, WANT, SPLITS)
@@ -219,6 +246,11 @@ def _sweep(
         CE: tl.constexpr = ce is not None
         H: tl.constexpr = entropy is not None
         sums, heat = P.no_sums(LANES), tl.zeros([LANES, 1], tl.float32)
+        # Against the sweep before this one.
+        if LATE:
+            first, step = tail - BLOCK, -BLOCK
+        else:
+            first, step = head, BLOCK
         if tail < end:
             at = tail + offsets
             sums, heat = P.gradient_step(
@@ -226,11 +258,20 @@ def _sweep(
                 smoothing, k_kd, k_ce, k_entropy, a, b, LATE, HEAT, WANT, CE, H, DIVERGENCE, SAME,
             )  # fmt: skip
         for i in range(full):
-            at = tail - (i + 1) * BLOCK + offsets
+            at = first + i * step + offsets
             sums, heat = P.gradient_step(
                 sums, heat, student, teacher, gradient, at, None, row, temper, label, columns,
                 smoothing, k_kd, k_ce, k_entropy, a, b, LATE, HEAT, WANT, CE, H, DIVERGENCE, SAME,
             )  # fmt: skip
+        if SHIFTED:
+            if headed:
+                at = begin + offsets
+                inside = (at >= shift) & (at < end)
+                sums, heat = P.gradient_step(
+                    sums, heat, student, teacher, gradient, at, inside, row, temper, label,
+                    columns, smoothing, k_kd, k_ce, k_entropy, a, b, LATE, HEAT, WANT, CE, H,
+                    DIVERGENCE, SAME,
+                )  # fmt: skip
         if HEAT:
             tl.store(temperature + index * SPLITS + split, -temper.s_rate * tl.sum(heat))
         if LATE:
@@ -383,14 +424,21 @@ def _run(
         else:
             scratch, phases = None, [(first, GRADIENT)]
             block = plan.lanes * plan.vector
-            span = triton.cdiv(triton.cdiv(problem.vocab_size, plan.splits), block) * block
+            # Rows that begin anywhere, but on all sides alike.
+            sides = [(student_outer, student_inner), (teacher_outer, teacher_inner)]
+            sides += [] if gradient is None else [(gradient_outer, gradient_inner)]
+            begins = {(outer % plan.vector, inner % plan.vector) for outer, inner in sides}
+            shifted = align % plan.vector != 0 and len(begins) == 1
+            reach = problem.vocab_size + (plan.vector - 1) * shifted
+            span = triton.cdiv(triton.cdiv(reach, plan.splits), block) * block
             if plan.splits > 1 and first.value == STATISTICS.value:
                 shape = (rows, P.FIELDS.value, plan.splits)
                 scratch = torch.empty(shape, dtype=torch.float32, device=device)
                 phases = [(phase, phase) for phase in (STATISTICS, SUMS, GRADIENT)]
             for begin, end in phases:
                 _sweep[(rows, plan.splits)](
-                    FIRST=begin, LAST=end, SPLITS=plan.splits, scratch=scratch, span=span,
+                    FIRST=begin, LAST=end, SPLITS=plan.splits, SHIFTED=shifted, scratch=scratch,
+                    span=span,
                     **arguments,
                 )  # fmt: skip
     return None if temperature is None else temperature.sum(1)

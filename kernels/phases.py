@@ -47,8 +47,11 @@ def aligned(x, ALIGN: tl.constexpr):
 
 @triton.jit
 def row_at(index, outer, inner_stride, inner, ALIGN: tl.constexpr):
-    """Where row `index` of [outer, inner, columns] begins, in 64 bits."""
-    return index // inner * aligned(outer, ALIGN) + index % inner * aligned(inner_stride, ALIGN)
+    """Where row `index` of [outer, inner, columns] begins, in 64 bits; divided in 32 bits."""
+    index = index.to(tl.uint32)
+    o = index // inner.to(tl.uint32)
+    i = index - o * inner.to(tl.uint32)
+    return o.to(tl.int64) * aligned(outer, ALIGN) + i.to(tl.int64) * aligned(inner_stride, ALIGN)
 
 
 @triton.jit

@@ -119,10 +119,30 @@ def reciprocal(x):
 
 
 @triton.jit
+def log2(x):
+    """Of a normal number, to an absolute 2^-22 everywhere: a third of what tl.log2 takes."""
+    if INTERPRETED:
+        return tl.log2(x)
+    elif is_cuda():
+        bits = x.to(tl.int32, bitcast=True)
+        fraction = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+        exponent = ((bits >> 23) - 127).to(tl.float32)
+        return exponent + fast_log2(fraction) + x * 0.0  # NaN and infinity stay NaN
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def log_bend(x):
+    """(x - log(1 + x)) / x^2 for |x| < 0.25, to a relative 2e-6."""
+    y = 0.2497031 + x * (-0.19966024 + x * (0.17910081 + x * -0.15488996))
+    return 0.50000104 + x * (-0.33333544 + x * y)
+
+
+@triton.jit
 def log1p(x):
-    """log(1 + x) to rounding, for a row scalar: the error of 1 + x cancels in the quotient."""
-    w = 1.0 + x
-    return tl.where(w == 1.0, x, tl.log(w) * (x / tl.where(w == 1.0, 1.0, w - 1.0)))
+    """log(1 + x), to a relative 1e-6."""
+    return tl.where(tl.abs(x) < 0.25, x - x * (x * log_bend(x)), log2(1.0 + x) * LN2)
 
 
 @triton.jit
@@ -238,11 +258,11 @@ def row_of(s_max, t_max, s_sum, t_sum, c, entropy, unit):
     alive = (s_sum != 0) & (t_sum != 0)
     s_sum, t_sum = positive(s_sum), positive(t_sum)
     low = tl.minimum(s_sum, t_sum)
-    gap = log1p((tl.maximum(s_sum, t_sum) - low) / low)
+    gap = log1p((tl.maximum(s_sum, t_sum) - low) * reciprocal(low))
     zero = tl.zeros_like(s_max)
     return Row(
-        s_max, t_max, tl.log2(s_sum), tl.log2(t_sum), tl.where(t_sum < s_sum, -gap, gap),
-        c, entropy, zero, tl.log2(positive(unit)), alive, zero, zero,
+        s_max, t_max, log2(s_sum), log2(t_sum), tl.where(t_sum < s_sum, -gap, gap),
+        c, entropy, zero, log2(positive(unit)), alive, zero, zero,
     )  # fmt: skip
 
 

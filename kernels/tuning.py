@@ -29,7 +29,7 @@ class Schedule(NamedTuple):
 
 def schedule(rows: int, columns: int, itemsize: int, device: torch.device) -> Schedule:
     """For `rows` rows of `columns` entries of `itemsize` bytes, the narrower operand's."""
-    if device.type != "cuda":  # the interpreter: small, so that tests meet every seam
+    if device.type == "cpu":  # the interpreter: small, so that tests meet every seam
         return table(rows, columns, itemsize, 1, resident=128, block=256)
     return table(rows, columns, itemsize, multiprocessors(device))
 
@@ -40,8 +40,11 @@ def table(
 ) -> Schedule:  # fmt: skip
     if columns <= resident:
         width = power_of_two(max(columns, 16))
-        # 2048 entries on 4 warps; rows are packed only as far as every processor keeps some.
-        packed = min(max(2048 // width, 1), power_of_two(-(-rows // processors)))
+        # A thread holds 16 entries, of one row where it is long: what is computed once per row is
+        # computed by every thread of it. Short rows are packed, 2048 entries to 4 warps, as far as
+        # every processor keeps some.
+        most = 1 if width >= 512 else 2048 // width
+        packed = min(most, power_of_two(-(-rows // processors)))
         return Schedule(True, packed, width, 1, max(packed * width // 512, 1))
     splits = 1
     while splits < 64 and rows * splits < 2 * processors and columns >= 4 * block * splits:
