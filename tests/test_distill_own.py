@@ -130,6 +130,13 @@ def test_two_processes_change_nothing(finished, home, tmp_path):
         json.loads((f / "metrics.json").read_text()) for f in (tmp_path / "out", finished)
     )
     assert mine["before"] == pytest.approx(theirs["before"], rel=1e-4)
+    mine, theirs = (losses(folder) for folder in (tmp_path / "out", finished))
+    assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+def losses(folder):
+    rows = csv.DictReader((folder / "metrics.csv").open())
+    return [float(row["loss"]) for row in rows if row["loss"]]
 
 
 def distiller(home, folder, **options):
@@ -225,6 +232,7 @@ def test_a_stopped_run_goes_on_to_the_same_student(finished, home, tmp_path, mon
     assert distil("--resume", out) == 0
     mine, theirs = weights(out), weights(finished)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert (out / "metrics.csv").read_bytes() == (finished / "metrics.csv").read_bytes()
     assert not list(out.glob("checkpoint-*"))
 
     (checkpoint,) = copy.glob("checkpoint-*")

@@ -42,6 +42,7 @@ class Distiller(Trainer):
         # accelerate's own autocast would copy the student's logits to fp32.
         self.accelerator.native_amp = False
         self.loss, self.vocab_size = loss, vocab_size
+        self.step_loss: dict[int, Tensor] = {}  # the latest step's, summed over its batches
         self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
 
     def compute_loss(
@@ -63,7 +64,16 @@ class Distiller(Trainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # DistributedDataParallel divides by the processes, which the count has done.
             loss = loss * self.accelerator.num_processes
+        step = self.state.global_step
+        self.step_loss = {step: self.step_loss.get(step, 0.0) + loss.detach()}
         return (loss, {"logits": student}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs the loss of this step: a mean since the last row would change where a run stops."""
+        if "loss" in logs:
+            (loss,) = self.step_loss.values()
+            logs["loss"] = self.accelerator.reduce(loss, "mean").item()
+        super().log(logs, start_time)
 
     def logits(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Of student and teacher [B, T - 1, V], and the tokens [B, T - 1] that they predict."""

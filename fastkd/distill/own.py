@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import models, report, settings, storage, texts
-from .problems import Interrupted, Problem, needs, one_line
+from .problems import Interrupted, Problem, hush_torchao, needs, one_line
 from .small import Stop, pick
 from .ways import FASTKD
 
@@ -31,6 +31,7 @@ def run(chosen: settings.Own, folder: Path, *, resume: bool = False) -> dict[str
 
     Raises Interrupted, with a checkpoint in `folder`, on Ctrl-C.
     """
+    hush_torchao()
     needs("transformers", "datasets", "accelerate", "rich", "matplotlib")
     from .distiller import AfterStep
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,6 +38,12 @@ def needs(*modules: str, extra: str = "distill") -> None:
             raise Problem(
                 f'this needs {module}, which is not installed: pip install "fastkd[{extra}]"'
             ) from None
+
+
+def hush_torchao() -> None:
+    """transformers imports it where it is installed, and it warns of kernels for other devices."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def known(what: str, name: Any, names: Iterable[str]) -> None:

@@ -32,6 +32,7 @@ class Common:
     temperature: str = setting("2", "of both, in the divergence: a number, or cosine:8,1")
     teacher_temperature: str = setting("", "of the teacher, where it is another; likewise")
     scale_by_temperature: bool = setting(True, "the divergence times both temperatures")
+    standardize: bool = setting(False, "z-scores instead of logits, on both sides")
     alpha: float = setting(0.9, "share of the divergence; the rest is cross-entropy with the text")
     entropy_weight: float = setting(0.0, "of the student's entropy: above 0 sharpens it")
     steps: int = setting(300, "optimizer steps of the student")
@@ -67,6 +68,7 @@ class Common:
             "temperature": schedule(self.temperature, steps)(step),
             "teacher_temperature": schedule(of_teacher, steps)(step),
             "scale_by_temperature": self.scale_by_temperature,
+            "standardize": self.standardize,
             "alpha": self.alpha,
             "entropy_weight": self.entropy_weight,
         }

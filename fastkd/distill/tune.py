@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import corpus, own, report, small
-from .problems import Problem, Usage, needs
+from .problems import Problem, Usage, hush_torchao, needs
 from .recipes.report import Report, Table, bars
 from .settings import Common, Own, Search, Small, toml
 from .train import Training
@@ -123,6 +123,7 @@ def _small(chosen: Small) -> Train:
 
 def _own(chosen: Own, folder: Path) -> Train:
     """The user's models: a student as it was, for each training."""
+    hush_torchao()
     needs("transformers", "datasets", "accelerate")
     job = own.Job(chosen)
 

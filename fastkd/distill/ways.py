@@ -49,8 +49,9 @@ def ways(settings: dict[str, Any]) -> dict[str, Loss]:
 
 def other_name(settings: dict[str, Any]) -> str:
     """What fastkd stands against: F.kl_div is a forward KL and no more; else the textbook's way."""
-    plain = isinstance(settings["divergence"], ForwardKL) and not settings["entropy_weight"]
-    return EAGER if plain else "the reference"
+    plain = isinstance(settings["divergence"], ForwardKL)
+    more = settings["entropy_weight"] or settings["standardize"]
+    return EAGER if plain and not more else "the reference"
 
 
 def needs_teacher(way: str) -> bool:

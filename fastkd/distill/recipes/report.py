@@ -168,12 +168,14 @@ def bars(axes: Any, table: Table) -> None:
     axes.grid(axis="y", visible=False)
     known = [(table.expected[s], i) for i, s in enumerate(settings) if s in table.expected]
     if known:
-        axes.plot(*zip(*known, strict=True), "kx", label="expected")
-        axes.legend()
+        axes.plot(*zip(*known, strict=True), "kx")
     axes.set_yticks(places, settings)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set(title=table.title, xlabel=f"{table.unit} above {table.baseline!r}")
+    axes.set(
+        title=table.title,
+        xlabel=f"{table.unit} above {table.baseline!r}{', x: expected' * bool(known)}",
+    )
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
