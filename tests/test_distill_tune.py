@@ -129,3 +129,29 @@ def test_a_missing_extra_says_what_to_install(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert tune("--out", tmp_path / "out") == 1
     assert 'pip install "fastkd[recipes]"' in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_the_trials(text, tmp_path, capsys, monkeypatch):
+    from fastkd.distill import tune as module
+
+    real, trained = module._small, []
+
+    def small(chosen):
+        train = real(chosen)
+
+        def stopped(changed):
+            trained.append(changed)
+            if len(trained) == 3:  # in the middle of the second trial
+                raise KeyboardInterrupt
+            return train(changed)
+
+        return stopped
+
+    search = ["--seeds=2", "--trials=2", "--out", tmp_path, "--data", text, *TINY]
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_small", small)
+        assert tune(*search) == 130
+    assert f"the same command adds to the trials in {tmp_path}" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"study.db"}
+    assert tune(*search) == 0
+    assert "Tune: 3 trials" in capsys.readouterr().out

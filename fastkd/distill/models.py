@@ -33,6 +33,7 @@ def student(name: str, seed: int) -> Any:
 
 def common_tokenizer(teacher: str, student: str) -> Any:
     """The one tokenizer of two models, of which either may come without."""
+    _check_path(student)
     of_teacher = _tokenizer(teacher)
     of_student = None if is_config(student) else _tokenizer(student)
     if of_teacher is not None and of_student is not None:
@@ -58,12 +59,16 @@ def is_config(name: str) -> bool:
     return name.endswith(".json")
 
 
-def _load(kind: Any, name: str, what: str, **options: Any) -> Any:
-    local = Path(name).exists()
-    # A hub name has one slash at most, and no folder here before it.
+def _check_path(name: str) -> None:
+    """Refuses a path that is not there; a hub name has one slash, and no folder here before it."""
     path = name.startswith((".", "/", "~")) or ("/" in name and Path(name).parent.is_dir())
-    if not local and (path or is_config(name)):
+    if not Path(name).exists() and (path or is_config(name)):
         raise Usage(f"{name}: there is no such folder or file")
+
+
+def _load(kind: Any, name: str, what: str, **options: Any) -> Any:
+    _check_path(name)
+    local = Path(name).exists()
     try:
         return kind.from_pretrained(name, local_files_only=local, **options)
     except Exception as error:  # transformers and safetensors raise many kinds

@@ -61,7 +61,7 @@ def save(result: Result, training: Training, folder: Path) -> None:
     """All files of the run. metrics.json comes last: where it is, the run is whole.
 
     metrics.csv, the student and the tokenizer are the same to the bit in every run of these
-    settings on this machine; times are in metrics.json alone.
+    settings on this machine; times are in metrics.json and curves.png alone.
     """
     from safetensors.torch import save as safetensors
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import corpus, own, report, small
-from .problems import Problem, Usage, hush_torchao, needs
+from .problems import Interrupted, Problem, Usage, hush_torchao, needs
 from .recipes.report import Report, Table, bars
 from .settings import Common, Own, Search, Small, toml
 from .train import Training
@@ -67,8 +67,11 @@ def run(chosen: Small | Own, search: Search, folder: Path) -> Report:
             found = students(replace(chosen, **suggest(trial, search.sampler)), 0)
             return sum(figures[LOSS] for figures in found) / len(found)
 
-        # A trial that fails, by a loss that is not finite, say, is a bad trial.
-        study.optimize(objective, n_trials=search.trials, catch=(Problem,))
+        try:
+            # A trial that fails, by a loss that is not finite, say, is a bad trial.
+            study.optimize(objective, n_trials=search.trials, catch=(Problem,))
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped; the same command adds to the trials in {folder}") from None
         best = _best(study, search.sampler)
         rivals = {
             GIVEN: chosen,
@@ -164,11 +167,17 @@ def _study(chosen: Small | Own, search: Search, folder: Path) -> Study:
 
 
 def _best(study: Study, sampler: str) -> dict[str, Any]:
-    from optuna.trial import FixedTrial, TrialState
+    from optuna.trial import FixedTrial
 
-    if not study.get_trials(states=(TrialState.COMPLETE,)):
+    if not _finished(study):
         raise Problem("every trial failed: lower --learning-rate")
     return suggest(FixedTrial(study.best_trial.params), sampler)
+
+
+def _finished(study: Study) -> list[Any]:
+    from optuna.trial import TrialState
+
+    return study.get_trials(states=(TrialState.COMPLETE,))
 
 
 # --- what came of it -------------------------------------------------------------------------
@@ -187,7 +196,7 @@ def _result(
     mean, error = loss.difference(FOUND)
     verdict = "is" if mean < -2 * error else "is NOT"
     return Report(
-        f"Tune: {len(study.trials)} trials by {search.sampler}, {search.seeds} seeds each, "
+        f"Tune: {len(_finished(study))} trials by {search.sampler}, {search.seeds} seeds each, "
         f"then {search.seeds} others",
         [loss, kl],
         text=f"Found: {best}\nOn new seeds its loss {verdict} lower than that of the settings "
@@ -206,7 +215,7 @@ def _scores(found: dict[str, list[dict[str, float]]], figure: str) -> dict[str, 
 def draw(figure: Any, study: Study, table: Table) -> None:
     figure.set_size_inches(12, 4)
     left, right = figure.subplots(1, 2)
-    trials = [trial for trial in study.trials if trial.value is not None]
+    trials = _finished(study)
     for name in sorted({trial.params["divergence"] for trial in trials}):
         some = [trial for trial in trials if trial.params["divergence"] == name]
         left.scatter(
