@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -210,3 +211,18 @@ def test_a_checkpoint_of_another_kind_is_no_checkpoint(tmp_path):
     torch.save([1, 2], tmp_path / "checkpoint.pt")
     with pytest.raises(Problem, match="is no checkpoint of fastkd distill"):
         storage.load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/distilling.md"])
+def test_every_option_in_the_documents_exists(page, capsys):
+    known = set()
+    for command in ("distill", "tune", "recipe"):
+        with pytest.raises(SystemExit):
+            __main__.main([command, "--help"])
+        known |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+    text = (ROOT / page).read_text()
+    used = set(re.findall(r"(?<=`)--[a-z][a-z-]+", text))
+    for line in re.findall(r"fastkd (?:distill|tune|recipe) .*", text):
+        used |= set(re.findall(r" (--[a-z][a-z-]+)", line))
+    assert len(used) > 3
+    assert used - {"--quick", "--full"} <= known  # pytest's

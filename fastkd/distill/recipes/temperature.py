@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd.distill.picture import BLUE, ORANGE
 from fastkd.temperature import (
     Cosine,
     LearnableTemperature,
@@ -291,7 +292,7 @@ def beats(difference: tuple[float, float], points: float) -> bool:
 def draw(figure: Any, sweeps: list[Table], methods: Table, costs: Table) -> None:
     figure.set_size_inches(14, 4.5)
     left, middle, right = figure.subplots(1, 3)
-    for table, color in zip(sweeps, ("tab:blue", "tab:orange"), strict=True):
+    for table, color in zip(sweeps, (BLUE, ORANGE), strict=True):
         names = [f"T={t:g}" for t in TEMPERATURES]
         means, errors = zip(*map(table.difference, names), strict=True)
         left.errorbar(TEMPERATURES, means, errors, color=color, label=table.title, capsize=2)
