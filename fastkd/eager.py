@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .divergences import NONE, Divergence, Pair
+from .divergences import LN2, Divergence, Pair, Pull, Softmax
 from .problem import (
     AGREEMENT,
     CE,
@@ -23,8 +23,8 @@ from .problem import (
     Problem,
 )
 
-# Elements of a block: its few buffers then fit the cores' caches, and a call's overhead is small.
-BLOCK_ELEMENTS = 1 << 18
+# Elements of a block: its buffers then fit the last cache, and a call's overhead is small.
+BLOCK_ELEMENTS = 1 << 19
 # Rows with fewer columns than this are laid out in columns: few long passes, not many short ones.
 NARROW = 16
 # Smaller values than this are computed in fp64: in fp32 they are good to about 2e-7.
@@ -32,6 +32,9 @@ NEAR = 1 / 32
 # From here on a value is infinite: the largest of fp32. What stands for -inf is far beyond.
 FAR = torch.finfo(torch.float32).max
 MASKED = -1e300
+FATHOM = -1e30  # the depth of a masked entry is below it, in fp32 too
+# In fp64, a row of two equal sides is below the first, and what is below the second has no digits.
+SAME, ROUNDING = 1e-12, 1e-15
 
 
 def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
@@ -59,8 +62,11 @@ def fused(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Weighted loss rows, `values` with metrics, and the gradient of the sum of those rows."""
     target = _new_gradient(problem) if out is None else out.view(problem.student.shape)
+    alone = out is None and coefficients.ce is None and coefficients.entropy is None
     values = _new_values(problem, 5 if metrics else 3)
-    for rows, terms in _Solver(problem, coefficients.entropy is not None, metrics):
+    for rows, terms in _Solver(
+        problem, coefficients.entropy is not None, metrics, target if alone else None
+    ):
         _store(values, rows, terms)
         _gradient(problem, rows, terms, coefficients, target, None)
     if out is not None:
@@ -95,6 +101,24 @@ class _Rows(NamedTuple):
         )
         return _Rows(self.outer, inner[mask], flat[mask])
 
+    def parts(self, step: int) -> Iterator[_Rows]:
+        """At most `step` rows each, and much the same number."""
+        count = _length(self.inner)
+        number = -(-count // step)
+        for i in range(number):
+            some = slice(count * i // number, count * (i + 1) // number)
+            yield _Rows(self.outer, _some(self.inner, some), _some(self.flat, some))
+
+
+def _length(index: slice | Tensor) -> int:
+    return index.stop - index.start if isinstance(index, slice) else len(index)
+
+
+def _some(index: slice | Tensor, some: slice) -> slice | Tensor:
+    if isinstance(index, slice):
+        return slice(index.start + some.start, index.start + some.stop)
+    return index[some]
+
 
 def _blocks(problem: Problem) -> Iterator[_Rows]:
     """The rows that count, in blocks."""
@@ -102,16 +126,10 @@ def _blocks(problem: Problem) -> Iterator[_Rows]:
     step = max(torch.get_num_threads(), BLOCK_ELEMENTS // problem.vocab_size)
     for outer in range(outer_rows):
         first = outer * inner_rows
-        counted = None if problem.counted is None else problem.counted[first : first + inner_rows]
-        if counted is None or counted.all():
-            for start in range(0, inner_rows, step):
-                stop = min(start + step, inner_rows)
-                yield _Rows(outer, slice(start, stop), slice(first + start, first + stop))
-        else:
-            kept = counted.nonzero()[:, 0]
-            for start in range(0, len(kept), step):
-                inner = kept[start : start + step]
-                yield _Rows(outer, inner, first + inner)
+        rows = _Rows(outer, slice(0, inner_rows), slice(first, first + inner_rows))
+        if problem.counted is not None and not (counted := problem.counted[rows.flat]).all():
+            rows = rows.only(counted)
+        yield from rows.parts(step)
 
 
 # --- one block ------------------------------------------------------------------------------
@@ -122,8 +140,8 @@ class _Terms(NamedTuple):
 
     values: dict[int, Tensor]
     pair: Pair
-    pull: Tensor  # minus the gradient of the divergence to lq
-    total: Tensor | None  # its sum, [R, 1]; None: 1
+    pull: Pull
+    unit: Softmax | None  # the student's at temperature 1; None: no cross-entropy
     counts: Tensor | None  # [R, 1], bool: rows with a logit on either side; None: all
 
 
@@ -149,10 +167,15 @@ class _Store:
 
 
 class _Solver:
-    """The terms of all rows that count, block by block; of rows given twice, the second hold."""
+    """The terms of all rows that count, block by block; of rows given twice, the second hold.
 
-    def __init__(self, problem: Problem, entropy: bool, metrics: bool) -> None:
-        self.problem, self.entropy, self.metrics = problem, entropy, metrics
+    `room` [O, I, V] is where the student's terms may be written: the place of the gradient.
+    """
+
+    def __init__(
+        self, problem: Problem, entropy: bool, metrics: bool, room: Tensor | None = None
+    ) -> None:
+        self.problem, self.entropy, self.metrics, self.room = problem, entropy, metrics, room
         self.kind = Divergence.of_name(problem.divergence)
         self.scales = [_scale(problem.student_temperature)]  # the last is the teacher's
         if problem.teacher_temperature is not None:
@@ -163,50 +186,55 @@ class _Solver:
         double = self.problem.dtype == torch.float64
         exact = double  # where most rows of a block need fp64, the next begins with it
         for rows in _blocks(self.problem):
-            terms = self.exact_terms(rows) if exact else self.terms(rows, self.problem.dtype)
-            doubtful = None if double else _doubtful(terms)
-            most = doubtful is not None and bool(2 * doubtful.sum() > len(doubtful))
-            if exact or doubtful is None:
-                yield rows, terms
-            elif most:
-                yield rows, self.exact_terms(rows)
-            else:
-                again = rows.only(doubtful)
-                # Before any is handed out: the gradient may go to where the logits are.
-                corrected = self.exact_terms(again)
-                yield rows, terms
-                yield again, corrected
-            exact = double or most
+            if not exact:
+                terms = self.terms(rows, self.problem.dtype)
+                doubtful = _doubtful(terms)
+                if doubtful is None:
+                    yield rows, terms
+                    continue
+                if not _most(doubtful):
+                    again = rows.only(doubtful)
+                    # Before any is handed out: the gradient may go to where the logits are.
+                    corrected = self.exact_terms(again)
+                    yield rows, terms
+                    yield again, corrected
+                    continue
+            exact = double
+            for half in rows.parts(-(-_length(rows.inner) // 2)):  # fp64 takes twice the memory
+                terms = self.exact_terms(half)
+                yield half, terms
+                exact = exact or _most(_doubtful(terms))
 
     def terms(self, rows: _Rows, dtype: torch.dtype) -> _Terms:
         problem, exact = self.problem, dtype == torch.float64
         store = self.stores[dtype]
+        store.start(_length(rows.inner))
         z, y = (
-            logits[rows.outer, :, : problem.vocab_size][rows.inner]
+            _converted(logits[rows.outer, rows.inner, : problem.vocab_size], store, exact)
             for logits in (problem.student, problem.teacher)
         )
-        store.start(len(z))
-        z, y = _converted(z, store, exact), _converted(y, store, exact)
         scales = [s[rows.flat] if isinstance(s, Tensor) else s for s in self.scales]
-        pair = Pair(z, y, scales[0], scales[-1], store.new)
+        room = None if self.room is None else _place(problem, self.room, rows, dtype)
+        pair = Pair(z, y, scales[0], scales[-1], store.new, room)
         value, pull = self.kind.value_and_pull(pair, problem.a, problem.b)
-        total = None if self.kind.constant == NONE else pull.sum(-1, keepdim=True)
 
-        values = {KD: value[:, 0]}
+        values, unit = {KD: value[:, 0]}, None
         if problem.labels is not None:
-            values[CE] = _cross_entropy(z, problem.labels[rows.flat, None], problem.label_smoothing)
+            at_one = isinstance(scales[0], float) and scales[0] == 1
+            unit = pair.student if at_one else Softmax.of(z, 1.0, store.new(), store.new())
+            values[CE] = _cross_entropy(unit, problem.labels[rows.flat], problem.label_smoothing)
         if self.entropy or self.metrics:
-            values[ENTROPY] = -torch.mul(pair.q, pair.lq, out=store.new()).sum(-1)
+            values[ENTROPY] = _entropy(pair.student, store.new())
         if self.metrics:
-            values[TEACHER_ENTROPY] = -torch.mul(pair.p, pair.lp, out=store.new()).sum(-1)
-            agree = (z == pair.student_max) & (y == pair.teacher_max)
+            values[TEACHER_ENTROPY] = _entropy(pair.teacher, store.new())
+            agree = (z == z.amax(-1, keepdim=True)) & (y == y.amax(-1, keepdim=True))
             values[AGREEMENT] = agree.any(-1).to(z.dtype)
-        return _Terms(values, pair, pull, total, None)
+        return _Terms(values, pair, pull, unit, None)
 
     def exact_terms(self, rows: _Rows) -> _Terms:
         """The terms in fp64, with a number for -inf, which times 0 is 0; its traces are removed."""
-        values, pair, pull, total, _ = self.terms(rows, torch.float64)
-        counts = ((pair.student_max != MASKED) & (pair.teacher_max != MASKED))[:, 0]
+        values, pair, pull, unit, _ = self.terms(rows, torch.float64)
+        counts = ((pair.student.top != MASKED) & (pair.teacher.top != MASKED))[:, 0]
         values = {
             kind: torch.where(value > FAR, torch.inf, value).where(counts, 0.0)
             for kind, value in values.items()
@@ -214,17 +242,14 @@ class _Solver:
         dead = ~counts  # rows without gradient
         infinite = values[KD] == torch.inf
         if infinite.any():
-            dead |= infinite & ~(pull.abs().amax(-1) < FAR)
-        rounding = values[KD].abs() < 1e-12
-        if rounding.any():
-            same = rounding & (pair.d.abs().amax(-1) == 0)
-            values[KD] = torch.where(rounding, values[KD].clamp_min(0), values[KD])
-            values[KD] = torch.where(same, 0.0, values[KD])
-            dead |= same
+            size = pull.terms.abs().amax(-1, keepdim=True) * abs(pull.factor)
+            dead |= infinite & ~(size < FAR)[:, 0]
+        if (values[KD] < SAME).any():
+            dead |= (values[KD] < SAME) & (pair.climb().abs_().amax(-1) == 0)
+            values[KD] = torch.where(values[KD] < ROUNDING, 0.0, values[KD])
         if dead.any():
-            pull = torch.where(dead[:, None], 0.0, pull)
-            total = torch.where(dead[:, None], 0.0, 1.0 if total is None else total).to(pull.dtype)
-        return _Terms(values, pair, pull, total, None if counts.all() else counts[:, None])
+            pull = _without(pull, dead[:, None])
+        return _Terms(values, pair, pull, unit, None if counts.all() else counts[:, None])
 
 
 def _converted(block: Tensor, store: _Store, exact: bool) -> Tensor:
@@ -235,15 +260,39 @@ def _converted(block: Tensor, store: _Store, exact: bool) -> Tensor:
     return store.new().copy_(block) if converts else block
 
 
+def _without(pull: Pull, dead: Tensor) -> Pull:
+    factor, total = (
+        torch.where(dead, 0.0, part).to(pull.terms.dtype) for part in (pull.factor, pull.total)
+    )
+    return Pull(torch.where(dead, 0.0, pull.terms), factor, total)
+
+
 def _scale(temperature: Tensor) -> float | Tensor:
     """1 / T: a number where all rows share it, which saves passes, else [N, 1]."""
     shared = temperature.stride(0) == 0 and len(temperature) > 0
     return 1 / temperature[0].item() if shared else 1 / temperature[:, None]
 
 
+def _cross_entropy(unit: Softmax, labels: Tensor, smoothing: float) -> Tensor:
+    loss = unit.log_mass - (1 - smoothing) * LN2 * unit.depth.gather(-1, labels[:, None])
+    if smoothing:
+        loss -= smoothing * LN2 * unit.depth.mean(-1, keepdim=True)
+    return loss[:, 0]
+
+
+def _entropy(side: Softmax, spare: Tensor) -> Tensor:
+    return (side.log_mass - LN2 * _mean_depth(side, spare))[:, 0]
+
+
+def _mean_depth(side: Softmax, spare: Tensor) -> Tensor:
+    return torch.mul(side.terms, side.depth, out=spare).sum(-1, keepdim=True) / side.mass
+
+
 def _doubtful(terms: _Terms) -> Tensor | None:
     """Rows whose divergence is small or infinite, or whose figures are not finite; None: no row."""
-    check = terms.values[KD] if terms.total is None else terms.values[KD] + 0 * terms.total[:, 0]
+    check, total = terms.values[KD], terms.pull.total
+    if isinstance(total, Tensor):
+        check = check + 0 * total[:, 0]
     for kind in terms.values.keys() - {KD}:
         check = check + 0 * terms.values[kind]
     least, most = (bound.item() for bound in check.aminmax())
@@ -252,9 +301,8 @@ def _doubtful(terms: _Terms) -> Tensor | None:
     return ~((check > NEAR) & (check < FAR))
 
 
-def _cross_entropy(z: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    loss = torch.logsumexp(z, -1) - (1 - smoothing) * z.gather(-1, labels)[:, 0]
-    return loss - smoothing * z.mean(-1) if smoothing else loss
+def _most(doubtful: Tensor | None) -> bool:
+    return doubtful is not None and bool(2 * doubtful.sum() > len(doubtful))
 
 
 # --- its gradient -----------------------------------------------------------------------------
@@ -269,82 +317,88 @@ def _gradient(
     temperature: Tensor | None,
 ) -> None:
     """Writes the block's gradient to the student's logits, and to its temperature."""
-    labelled = None  # first, because `out` may be the student's logits
-    if upstream.ce is not None:
-        labelled = _factor(upstream.ce, rows, terms) * _cross_entropy_gradient(problem, rows, terms)
-    block = None if out is None else out[rows.outer, :, : problem.vocab_size]
-    heats = temperature is not None or problem.moments is not None
-    direct = None if block is None or heats else _direct(block, rows, terms)
-    gradient = _tempered_gradient(rows, terms, upstream, direct)
-    if heats:
+    place = None
+    if out is not None and terms.counts is None:
+        place = _place(problem, out, rows, terms.pull.terms.dtype)
+    gradient = _tempered_gradient(rows, terms, upstream, place)
+    if temperature is not None or problem.moments is not None:
         heat = _heat(gradient, terms)
         if temperature is not None:
             temperature[rows.flat] = heat.to(temperature.dtype)
         if problem.moments is not None:
             _add_pull(gradient, heat, problem.moments[0], rows, terms)
-    if labelled is not None:
-        gradient += labelled
+    if upstream.ce is not None:
+        _add_cross_entropy_gradient(gradient, problem, rows, terms, upstream.ce)
     if terms.counts is not None:
         gradient = torch.where(terms.counts, gradient, 0.0)
-    if block is None or direct is not None:
-        return
-    if isinstance(rows.inner, slice):
-        block[rows.inner].copy_(gradient)
+    if out is not None and place is None:
+        _write(gradient, out[rows.outer, :, : problem.vocab_size], rows.inner)
+
+
+def _place(problem: Problem, out: Tensor, rows: _Rows, dtype: torch.dtype) -> Tensor | None:
+    """Where the rows' gradient goes, if it can be computed there: a pass less."""
+    suits = out.dtype == dtype and isinstance(rows.inner, slice)
+    if not suits or problem.vocab_size < NARROW:
+        return None
+    return out[rows.outer, rows.inner, : problem.vocab_size]
+
+
+def _write(gradient: Tensor, block: Tensor, rows: slice | Tensor) -> None:
+    if isinstance(rows, slice):
+        block[rows].copy_(gradient)
     else:
-        block[rows.inner] = gradient.to(block.dtype)
-
-
-def _direct(block: Tensor, rows: _Rows, terms: _Terms) -> Tensor | None:
-    """Where the gradient goes, if it can be computed there: a pass less."""
-    suits = terms.counts is None and block.dtype == terms.pull.dtype and block.size(-1) >= NARROW
-    return block[rows.inner] if suits and isinstance(rows.inner, slice) else None
+        block[rows] = gradient.to(block.dtype)
 
 
 def _tempered_gradient(
     rows: _Rows, terms: _Terms, upstream: Coefficients, out: Tensor | None
 ) -> Tensor:
     """Of divergence and entropy."""
-    pair = terms.pair
+    pair, pull, q = terms.pair, terms.pull, terms.pair.student
     weight = _factor(upstream.kd, rows, terms) * pair.student_scale
-    gradient = pair.times_q(weight if terms.total is None else weight * terms.total, out)
-    gradient.addcmul_(terms.pull, weight, value=-1)
+    gradient = torch.mul(
+        q.terms, weight * pull.total / q.mass, out=pair.new() if out is None else out
+    )
+    gradient.addcmul_(pull.terms, weight * pull.factor, value=-1)
     if upstream.entropy is not None:
-        slope = (pair.lq + terms.values[ENTROPY][:, None]).mul_(pair.q)
         weight = _factor(upstream.entropy, rows, terms) * pair.student_scale
-        gradient.addcmul_(slope, weight, value=-1)
+        lq_plus_entropy = LN2 * (q.depth - _mean_depth(q, pair.new()))
+        gradient.addcmul_(lq_plus_entropy.mul_(q.terms), weight / q.mass, value=-1)
     return gradient
 
 
 def _heat(gradient: Tensor, terms: _Terms) -> Tensor:
     """The gradient of each row's temperature."""
-    pair = terms.pair
+    depths, new = terms.pair.student.depth, terms.pair.new
     # The gradient's rows sum to 0: measuring the logits from their maximum changes nothing.
-    depth = _unmasked(pair.student - pair.student_max, pair)
-    heat = depth.mul_(gradient).sum(-1, keepdim=True) * pair.student_scale
+    depth = torch.mul(depths, gradient, out=new()).masked_fill_(depths < FATHOM, 0.0)
+    heat = LN2 * depth.sum(-1, keepdim=True)
     return -(heat if terms.counts is None else torch.where(terms.counts, heat, 0.0))[:, 0]
 
 
 def _add_pull(gradient: Tensor, heat: Tensor, moments: Tensor, rows: _Rows, terms: _Terms) -> None:
     """What goes through the width of standardised logits."""
-    pair = terms.pair
+    side, scale = terms.pair.student, terms.pair.student_scale
     mean, _, pull = moments[:, rows.flat, None].to(gradient.dtype)
-    centred = _unmasked(pair.student - mean, pair)
-    gradient.addcmul_(centred, pull * heat[:, None] / pair.student_scale)
+    centred = torch.mul(side.depth, LN2 / scale, out=terms.pair.new()).add_(side.top - mean)
+    centred.masked_fill_(side.depth < FATHOM, 0.0)
+    gradient.addcmul_(centred, pull * heat[:, None] / scale)
 
 
-def _unmasked(x: Tensor, pair: Pair) -> Tensor:
-    return x.masked_fill_(pair.student <= MASKED, 0.0)
-
-
-def _cross_entropy_gradient(problem: Problem, rows: _Rows, terms: _Terms) -> Tensor:
+def _add_cross_entropy_gradient(
+    gradient: Tensor, problem: Problem, rows: _Rows, terms: _Terms, upstream: Tensor
+) -> None:
+    assert terms.unit is not None
     assert problem.labels is not None
-    smoothing, labels = problem.label_smoothing, problem.labels[rows.flat, None]
-    gradient = torch.softmax(terms.pair.student, -1).sub_(smoothing / problem.vocab_size)
-    return gradient.scatter_add_(-1, labels, gradient.new_full(labels.shape, smoothing - 1))
+    weight, smoothing = _factor(upstream, rows, terms), problem.label_smoothing
+    gradient.addcmul_(terms.unit.terms, weight / terms.unit.mass)
+    gradient.scatter_add_(-1, problem.labels[rows.flat, None], (smoothing - 1) * weight)
+    if smoothing:
+        gradient.sub_(weight * (smoothing / problem.vocab_size))
 
 
 def _factor(factor: Tensor, rows: _Rows, terms: _Terms) -> Tensor:
-    return factor[rows.flat, None].to(terms.pull.dtype)
+    return factor[rows.flat, None].to(terms.pull.terms.dtype)
 
 
 def _new_values(problem: Problem, kinds: int) -> Tensor:

@@ -9,10 +9,11 @@ from .base import LOG_MIXTURE, NONE, REVERSE_KL, SLOPE_SUM, Divergence
 from .kullback_leibler import ForwardKL, Jeffreys, ReverseKL
 from .mixtures import JSD, TVD, SkewKL, SkewReverseKL
 from .orders import AlphaDivergence, Renyi
-from .pair import Pair, plogr
+from .pair import LN2, Pair, Pull, Softmax, plogr
 
 __all__ = [
     "JSD",
+    "LN2",
     "LOG_MIXTURE",
     "NONE",
     "REVERSE_KL",
@@ -23,9 +24,11 @@ __all__ = [
     "ForwardKL",
     "Jeffreys",
     "Pair",
+    "Pull",
     "Renyi",
     "ReverseKL",
     "SkewKL",
     "SkewReverseKL",
+    "Softmax",
     "plogr",
 ]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .pair import Pair
+from .pair import Pair, Pull, total
 
 # What the row constant c of a device function is, and with it in which sweep it is found.
 NONE = "none"  # unused
@@ -73,19 +73,18 @@ class Divergence:
         return total
 
     @classmethod
-    def value_and_pull(cls, pair: Pair, a: float, b: float) -> tuple[Tensor, Tensor]:
-        """The divergence of each row, [R, 1], and the pull, [R, V], which is -d divergence / d lq.
+    def value_and_pull(cls, pair: Pair, a: float, b: float) -> tuple[Tensor, Pull]:
+        """The divergence of each row, [R, 1], and the pull.
 
-        Any multiple of q may be added to the pull: it has no effect on the logits. Plain formulas
-        serve: a row where they lose digits, or meet -inf, comes again in fp64, with -1e300 for
-        -inf. What belongs to the pair must not be changed.
+        Plain formulas serve: a row where they lose digits, or meet -inf, comes again in fp64, with
+        -1e300 for -inf. What belongs to the pair must not be changed.
         """
-        lp, leaf = pair.lp, pair.lq.detach()
+        lp, leaf = (rows.detach() for rows in pair.logs())
         with _autograd():
             value = cls.value(lp, leaf.requires_grad_(), a, b).sum(-1, keepdim=True)
             value = cls.outer(value, a, b)
             (slope,) = torch.autograd.grad(value.sum(), leaf)
-        return value.detach(), slope.neg_()
+        return value.detach(), Pull(slope, -1.0, -total(slope))
 
     def dual(self) -> tuple[str, tuple[float, float], float]:
         """(name, parameters, factor): D(p, q) = factor * D'(q, p); for the teacher's gradient."""

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
 from .base import NONE, REVERSE_KL, Divergence
-from .pair import plogr, total
+from .pair import LN2, Pull, plogr, total
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,9 @@ class ForwardKL(Divergence):
 
     @classmethod
     def value_and_pull(cls, pair, a, b):
-        return total(torch.mul(pair.p, pair.d, out=pair.new())), pair.p
+        p = pair.teacher
+        value = LN2 * total(pair.climb().mul_(p.terms)) / p.mass + pair.gap
+        return value, Pull(p.terms, 1 / p.mass, 1.0)
 
     def dual(self):
         return ReverseKL.name, self.parameters, 1.0
@@ -67,8 +67,11 @@ class ReverseKL(Divergence):
 
     @classmethod
     def value_and_pull(cls, pair, a, b):
-        pull = torch.mul(pair.q, pair.d, out=pair.new())
-        return -total(pull), pull
+        q = pair.student
+        terms = pair.climb().mul_(q.terms)
+        factor = LN2 / q.mass
+        sums = total(terms) * factor
+        return -(sums + pair.gap), Pull(terms, factor, sums)
 
     def dual(self):
         return ForwardKL.name, self.parameters, 1.0
@@ -114,10 +117,10 @@ class Jeffreys(Divergence):
 
     @classmethod
     def value_and_pull(cls, pair, a, b):
-        forward = torch.mul(pair.p, pair.d, out=pair.new())
-        reverse = torch.mul(pair.q, pair.d, out=pair.new())
-        value = a * total(forward) - b * total(reverse)
-        return value, reverse.mul_(b).add_(pair.p, alpha=a)
+        forward, one = ForwardKL.value_and_pull(pair, a, b)
+        reverse, other = ReverseKL.value_and_pull(pair, a, b)
+        terms = other.terms.mul_(other.factor / one.factor * b).add_(one.terms, alpha=a)
+        return a * forward + b * reverse, Pull(terms, one.factor, a * one.total + b * other.total)
 
     def dual(self):
         return self.name, (self.reverse, self.forward), 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .base import Divergence
 from .kullback_leibler import ForwardKL, ReverseKL
-from .pair import Pair, plogr, total
+from .pair import Pull, Softmax, plogr, total
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,12 @@ class JSD(Divergence):
 
     @classmethod
     def value_and_pull(cls, pair, a, b):
+        p, q = pair.teacher, pair.student
         # Clamping changes nothing beyond rounding, but keeps infinities out.
-        d = torch.clamp(pair.d, -80, 80, out=pair.new())
-        p_to_m, q_to_m = _log_shares(d, a, pair.new())
-        pull = q_to_m.mul_(pair.q).mul_(a - 1)
-        return a * total(p_to_m.mul_(pair.p)) - total(pull), pull
+        p_to_m, q_to_m = _log_shares(pair.d().clamp_(-80, 80), a, pair.new())
+        terms, factor = q_to_m.mul_(q.terms), (a - 1) / q.mass
+        sums = total(terms) * factor
+        return a * total(p_to_m.mul_(p.terms)) / p.mass - sums, Pull(terms, factor, sums)
 
     def dual(self):
         return self.name, (1 - self.beta, 0.0), 1.0
@@ -103,9 +105,10 @@ class SkewKL(Divergence):
     def value_and_pull(cls, pair, a, b):
         if a == 0:
             return ForwardKL.value_and_pull(pair, a, b)
-        share, log_share = _shares(pair.p, pair.q, a, pair)
-        value = total(log_share.mul_(pair.p))
-        return value, share.mul_(-a).add_(1).mul_(pair.p)
+        p = pair.teacher
+        share, log_share = _shares(p, pair.student, a, pair.new)
+        value = total(log_share.mul_(p.terms)) / p.mass
+        return value, _pull(torch.addcmul(p.terms, share, p.terms, value=-a, out=share), 1 / p.mass)
 
     def dual(self):
         return SkewReverseKL.name, self.parameters, 1.0
@@ -149,9 +152,10 @@ class SkewReverseKL(Divergence):
     def value_and_pull(cls, pair, a, b):
         if a == 0:
             return ReverseKL.value_and_pull(pair, a, b)
-        share, log_share = _shares(pair.q, pair.p, a, pair)
-        pull = share.mul_(a).sub_(log_share).mul_(pair.q)
-        return total(log_share.mul_(pair.q)), pull
+        q = pair.student
+        share, log_share = _shares(q, pair.teacher, a, pair.new)
+        pull = _pull(share.mul_(a).sub_(log_share).mul_(q.terms), 1 / q.mass)
+        return total(log_share.mul_(q.terms)) / q.mass, pull
 
     def dual(self):
         return SkewKL.name, self.parameters, 1.0
@@ -182,8 +186,10 @@ class TVD(Divergence):
 
     @classmethod
     def value_and_pull(cls, pair, a, b):
-        value = 0.5 * total(torch.sub(pair.q, pair.p, out=pair.new()).abs_())
-        return value, torch.sign(pair.d, out=pair.new()).mul_(pair.q).mul_(0.5)
+        p, q = pair.teacher, pair.student
+        excess = torch.mul(q.terms, p.mass / q.mass, out=pair.new()).sub_(p.terms)  # of q over p
+        terms = torch.sign(excess, out=pair.new()).mul_(q.terms)
+        return 0.5 * total(excess.abs_()) / p.mass, _pull(terms, -0.5 / q.mass)
 
     def dual(self):
         return self.name, self.parameters, 1.0
@@ -214,12 +220,17 @@ def log_mixture(lp: Tensor, lq: Tensor, w: float) -> Tensor:
     return torch.where(empty, -math.inf, mixed)
 
 
-def _shares(p: Tensor, q: Tensor, a: float, pair: Pair) -> tuple[Tensor, Tensor]:
+def _shares(p: Softmax, q: Softmax, a: float, new: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
     """p / m and its log for m = a p + (1 - a) q; finite where p, or both, are 0."""
-    least = torch.finfo(p.dtype).tiny
-    m = torch.mul(p, a, out=pair.new()).add_(q, alpha=1 - a).clamp_min_(least)
-    share = torch.div(p, m, out=m)
-    return share, torch.clamp(share, min=least, out=pair.new()).log_()
+    least = torch.finfo(p.terms.dtype).tiny
+    m = torch.mul(q.terms, (1 - a) * p.mass / q.mass, out=new())
+    m.add_(p.terms, alpha=a).clamp_min_(least)
+    share = torch.div(p.terms, m, out=m)
+    return share, torch.clamp(share, min=least, out=new()).log_()
+
+
+def _pull(terms: Tensor, factor: Tensor) -> Pull:
+    return Pull(terms, factor, total(terms) * factor)
 
 
 def _log_shares(d: Tensor, a: float, spare: Tensor) -> tuple[Tensor, Tensor]:

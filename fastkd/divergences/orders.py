@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .base import LOG_MIXTURE, Divergence
-from .pair import Pair, total
+from .pair import LN2, Pair, Pull, total
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,9 @@ class AlphaDivergence(Divergence):
     @classmethod
     def value_and_pull(cls, pair, a, b):
         w, top = _escorts(pair, a)
-        scale = top.exp()
-        return (scale * total(w) - 1) / (a * (a - 1)), w.mul_((scale / a).to(w.dtype))
+        mass, scale = total(w), top.exp()
+        factor = (scale / a).to(w.dtype)
+        return (scale * mass - 1) / (a * (a - 1)), Pull(w, factor, factor * mass)
 
     def dual(self):
         return self.name, (1 - self.alpha, 0.0), 1.0
@@ -113,7 +114,7 @@ class Renyi(Divergence):
         w, top = _escorts(pair, a)
         mass = total(w)
         known = torch.where(top.abs() < 1e100, 1 / mass, math.nan)  # infinite: no gradient
-        return (mass.double().log() + top) / (a - 1), w.mul_(known)
+        return (mass.double().log() + top) / (a - 1), Pull(w, known, known * mass)
 
     def dual(self):
         return self.name, (1 - self.alpha, 0.0), self.alpha / (1 - self.alpha)
@@ -128,6 +129,8 @@ def _escort(lp: Tensor, lq: Tensor, a: float) -> Tensor:
 
 def _escorts(pair: Pair, a: float) -> tuple[Tensor, Tensor]:
     """p^a q^(1-a) / exp(top) and top, of each row the log of the largest, in fp64."""
-    log_w = pair.blend(a)
-    top, (of_p, of_q) = log_w.amax(-1, keepdim=True), pair.log_sums
-    return log_w.sub_(top).exp_(), top.double() - a * of_p - (1 - a) * of_q
+    p, q = pair.teacher, pair.student
+    depth = torch.mul(q.depth, 1 - a, out=pair.new()).add_(p.depth, alpha=a)
+    top = depth.amax(-1, keepdim=True)
+    w = depth.sub_(top).exp2_()
+    return w, LN2 * top.double() - a * p.log_mass - (1 - a) * q.log_mass

@@ -5,16 +5,56 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+LN2 = math.log(2)
+# The columns whose largest logit is `top`, but in fp64: to search all takes a tenth of the time. A
+# row that overflows for that, with a logit larger by 88 T elsewhere, comes again in fp64.
+SEARCHED = 2048
+
+
+class Softmax(NamedTuple):
+    """softmax(logits / T) of rows, as terms / mass, where the terms are exp((logits - top) / T)."""
+
+    top: Tensor  # the largest logit, or a large one, [R, 1]
+    depth: Tensor  # log2 of the terms, [R, V]: exp2 takes a quarter of the time of exp
+    terms: Tensor  # [R, V]
+    mass: Tensor  # their sum, [R, 1]
+    log_mass: Tensor  # in fp64, as it is added to what it tends to cancel
+
+    @classmethod
+    def of(cls, logits: Tensor, scale: float | Tensor, depth: Tensor, terms: Tensor) -> Softmax:
+        """In the buffers given, [R, V]."""
+        if logits.dtype == torch.float64:
+            top = logits.amax(-1, keepdim=True)
+            torch.sub(logits, top, out=depth).mul_(scale / LN2)
+        else:
+            top, bits = logits[:, :SEARCHED].amax(-1, keepdim=True), scale / LN2
+            _affine(logits, bits, top * -bits, depth)
+        mass = total(torch.exp2(depth, out=terms))
+        return cls(top, depth, terms, mass, mass.double().log())
+
+
+class Pull(NamedTuple):
+    """-d divergence / d lq as terms * factor, and its sum over each row.
+
+    Any multiple of q may be added to it: it has no effect on the logits.
+    """
+
+    terms: Tensor  # [R, V]
+    factor: float | Tensor  # [R, 1]
+    total: float | Tensor  # [R, 1]
 
 
 class Pair:
     """Rows of student and teacher logits, [R, V], and what divergences are made of, when needed.
 
     A scale is 1 / T: a number where all rows share it, else [R, 1]. `new()` is a buffer [R, V],
-    for `out=`, from a store that outlasts the rows: fresh memory costs more than arithmetic.
+    for `out=`, from a store that outlasts the rows: fresh memory costs more than arithmetic. `room`
+    is a buffer for the student's terms.
     """
 
     def __init__(
@@ -24,70 +64,34 @@ class Pair:
         student_scale: float | Tensor,
         teacher_scale: float | Tensor,
         new: Callable[[], Tensor],
+        room: Tensor | None = None,
     ) -> None:
-        self.student, self.teacher = student, teacher
-        self.student_scale, self.teacher_scale = student_scale, teacher_scale
-        self.new = new
-        self.student_max, self._q, self._q_sum = _exponentials(student, student_scale, new())
-        self.teacher_max, self._p, self._p_sum = _exponentials(teacher, teacher_scale, new())
+        self.student_scale, self.new = student_scale, new
+        room = new() if room is None else room
+        self.student = Softmax.of(student, student_scale, new(), room)
+        self.teacher = Softmax.of(teacher, teacher_scale, new(), new())
+
+    def climb(self) -> Tensor:
+        """d = lp - lq in bits and less `gap`, in a buffer that is the caller's."""
+        return torch.sub(self.teacher.depth, self.student.depth, out=self.new())
 
     @cached_property
-    def p(self) -> Tensor:
-        return self._p.mul_(1 / self._p_sum)
+    def gap(self) -> Tensor:
+        """d where the depths are equal, in nats, [R, 1], fp64."""
+        return self.student.log_mass - self.teacher.log_mass
 
-    @cached_property
-    def q(self) -> Tensor:
-        return self._q.mul_(1 / self._q_sum)
-
-    @cached_property
-    def lp(self) -> Tensor:
-        shift = -self.log_sums[0].to(self.teacher.dtype)
-        return _affine(self.teacher, self.teacher_scale, shift, self.new())
-
-    @cached_property
-    def lq(self) -> Tensor:
-        shift = -self.log_sums[1].to(self.student.dtype)
-        return _affine(self.student, self.student_scale, shift, self.new())
-
-    @cached_property
-    def log_sums(self) -> tuple[Tensor, Tensor]:
-        """log sum exp(logit / T) of teacher and student, [R, 1], in fp64 as they tend to cancel."""
-        return (
-            self.teacher_max.double() * self.teacher_scale + self._p_sum.double().log(),
-            self.student_max.double() * self.student_scale + self._q_sum.double().log(),
-        )
-
-    @cached_property
     def d(self) -> Tensor:
-        """lp - lq, not made of them: the difference of logits keeps more digits."""
-        of_p, of_q = self.log_sums
-        gap, d = (of_q - of_p).to(self.student.dtype), self.new()
-        if self.teacher_scale is self.student_scale:
-            return _affine(torch.sub(self.teacher, self.student, out=d), self.teacher_scale, gap, d)
-        _affine(self.teacher, self.teacher_scale, gap, d)
-        return d.sub_(self.student * self.student_scale)
+        """lp - lq, in a buffer that is the caller's."""
+        climb = self.climb()
+        return _affine(climb, LN2, self.gap.to(climb.dtype), climb)
 
-    def blend(self, a: float) -> Tensor:
-        """The logits / T, a times the teacher's and 1 - a times the student's."""
-        out = torch.mul(self.student, (1 - a) * self.student_scale, out=self.new())
-        scale = a * self.teacher_scale
-        if isinstance(scale, Tensor):
-            return out.addcmul_(self.teacher, scale)
-        return out.add_(self.teacher, alpha=scale)
-
-    def times_q(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """rows * q, for [R, 1], in one pass whether q has been asked for or not."""
-        out = self.new() if out is None else out
-        if "q" in vars(self):
-            return torch.mul(self.q, rows, out=out)
-        return torch.mul(self._q, rows / self._q_sum, out=out)
-
-
-def _exponentials(x: Tensor, scale: float | Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """max, exp((x - max) * scale) and its sum. exp2 takes half the time of exp."""
-    top, scale = x.amax(-1, keepdim=True), scale * math.log2(math.e)
-    terms = _affine(x, scale, top * -scale, out).exp2_()
-    return top, terms, terms.sum(-1, keepdim=True)
+    def logs(self) -> tuple[Tensor, Tensor]:
+        """lp and lq, in buffers that are the caller's."""
+        lp, lq = (
+            _affine(side.depth, LN2, -side.log_mass.to(side.depth.dtype), self.new())
+            for side in (self.teacher, self.student)
+        )
+        return lp, lq
 
 
 def _affine(x: Tensor, scale: float | Tensor, shift: Tensor, out: Tensor) -> Tensor:
