@@ -36,6 +36,8 @@ BUDGET = {
 # A row in registers, by its width: what is computed once per row weighs more where it is short.
 RESIDENT = {16: 125, 32: 120, 64: 115, 128: 110, 256: 105, 512: 75, 1024: 70, 2048: 70, 4096: 70}
 RESIDENT_JSD = 30  # more than forward KL
+# kl_div, per entry: at most two gradients from one upstream value, in fp32 by an exact logarithm.
+ENTRIES = {"bf16": 24, "fp32": 42}
 # All options at once add this much to a sweep.
 OPTIONS = 40
 # Threads that a processor holds, of 2048: enough loads under way. Fewer with all options at once,
@@ -72,7 +74,8 @@ def compiled(request):
 
 EVERY = pytest.mark.parametrize(("target", "name"), _params())
 HOPPER = pytest.mark.parametrize(
-    ("target", "name"), [p for p in _params() if p.values[0] == "sm_90"]
+    ("target", "name"),
+    [p for p in _params() if p.values[0] == "sm_90" and p.values[1] != "kl_div"],
 )
 
 
@@ -134,3 +137,17 @@ def test_instructions_of_resident_rows(target, name, compiled):
         width = kernel["configuration"].removeprefix("resident ")
         if width.isdigit():
             assert 0 < kernel["work"]["instructions"] <= RESIDENT[int(width)] + more, kernel
+
+
+def test_kl_div_moves_every_entry_once(compiled):
+    for kernel in compiled["sm_90", "kl_div"]:
+        what, dtype = kernel["configuration"].rsplit(" ", 1)
+        size = 2 if dtype == "bf16" else 4
+        loads, stores = {
+            "values": (2, 1), "sum": (2, 0), "input's gradient": (1, 1), "both gradients": (2, 2),
+        }[what.removesuffix(" of logs")]  # fmt: skip
+        work = kernel["work"]
+        # The upstream gradient is one number here, and so is the sum of a tile.
+        assert sum(work["loads"]) == pytest.approx(loads * size, abs=0.3)
+        assert work["stored"] == pytest.approx(stores * size, abs=0.6)
+        assert 0 < work["instructions"] <= ENTRIES[dtype]
