@@ -115,15 +115,15 @@ def _compiled(target: str, call: Callable[[], object], processors: int) -> list[
 
     triton.runtime.driver.set_active(Driver())
     with (
-        _replaced(JITFunction, "run", compile_only),
-        _replaced(tuning, "multiprocessors", lambda device: processors),
+        replaced(JITFunction, "run", compile_only),
+        replaced(tuning, "multiprocessors", lambda device: processors),
     ):
         call()
     return found
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, new: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, new: Any) -> Iterator[None]:
     old = getattr(owner, name)
     setattr(owner, name, new)
     try:

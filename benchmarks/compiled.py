@@ -22,7 +22,7 @@ import fastkd
 from fastkd.problem import Coefficients, Problem
 
 from . import cases, machine, model
-from .assembly import Binary, binaries
+from .assembly import Binary, binaries, replaced
 from .report import table
 
 TARGETS = tuple(model.GPUS)
@@ -221,6 +221,31 @@ def _traffic(gpu: model.Gpu, kernels: Sequence[Measured], columns: int, rows: in
     )  # fmt: skip
 
 
+# --- what does not cancel -----------------------------------------------------------------------
+
+CANCELLING = ("divergence", "sweeps", "instructions", "textbook", "cost", "registers", "textbook ")
+
+
+def _against_textbook(target: str, name: str) -> list[str]:
+    """Instructions per position of the sweep, ours and with the values that cancel."""
+    from fastkd.kernels import logits
+
+    from .textbook import TABLE
+
+    (ours,) = measure(target, name, MAIN[:1])
+    with replaced(logits, "device_of", TABLE.__getitem__):
+        (theirs,) = measure(target, name, MAIN[:1])
+    width = model.GPUS[target].width
+    count, plain = (work(one.binary, one.entry, width).instructions for one in (ours, theirs))
+    loops = ours.binary.loops
+    sweeps = [loop.instructions * ours.entry / loop.loaded for loop in loops]
+    return [
+        name, " + ".join(f"{n:.1f}" for n in sweeps),
+        *(f"{n:.1f}" for n in (count, plain, count - plain)),
+        *(str(one.binary.registers) for one in (ours, theirs)),
+    ]  # fmt: skip
+
+
 # --- predictions -----------------------------------------------------------------------------
 
 PREDICTED = (
@@ -354,6 +379,12 @@ def _report(
         f"- {header['date']}, triton {header['versions']['triton']}, fastkd at commit "
         f"{header['commit'] or 'unknown'}\n- `{command}`",
         table((COLUMNS, *sorted(lines))),
+    ]
+    known = [name for name in names if name in NAMES]
+    parts += [
+        "## What values that do not cancel cost",
+        "Instructions of the sweep, against the same kernel with the textbook's values.",
+        table((CANCELLING, *pool.map(_against_textbook, [target] * len(known), known))),
     ]
     for gpu in gpus:
         predicted = pool.map(
