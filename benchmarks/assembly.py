@@ -37,6 +37,7 @@ class Binary(NamedTuple):
     registers: int
     shared: int  # bytes
     all: Counts
+    main: Counts  # all but the masked twin of a tile that is not masked
     loops: list[Counts]  # those that work on tiles, in the order of the code
 
 
@@ -74,6 +75,8 @@ GCN = Isa(
     re.compile(r"\bv_(pk_)?(add|mul|fma|fmac)_f32"),
 )
 
+_BRANCH = re.compile(r"\bBRA\b.*0x([0-9a-f]+)")
+
 
 def binaries(target: str, call: Callable[[], object], processors: int) -> list[Binary]:
     """The kernels that `call` would launch on tensors without storage, on `target`."""
@@ -101,22 +104,26 @@ def _compiled(target: str, call: Callable[[], object], processors: int) -> list[
 
     def compile_only(self, *args, grid, warmup, **options):
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        constants = {p.name: options[p.name] for p in self.params if p.name in options}
-        constants = {k: v for k, v in constants.items() if isinstance(v, int | str)}
+        given = dict(zip(self.arg_names, args, strict=False)) | options
+        constants = {
+            p.name: given[p.name]
+            for p in self.params
+            if p.is_constexpr and isinstance(given.get(p.name), int | str)
+        }
         found.append((kernel, self.__name__, constants, tuple(grid), kernel.metadata.num_warps))
         return kernel
 
     triton.runtime.driver.set_active(Driver())
     with (
-        _replaced(JITFunction, "run", compile_only),
-        _replaced(tuning, "multiprocessors", lambda device: processors),
+        replaced(JITFunction, "run", compile_only),
+        replaced(tuning, "multiprocessors", lambda device: processors),
     ):
         call()
     return found
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, new: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, new: Any) -> Iterator[None]:
     old = getattr(owner, name)
     setattr(owner, name, new)
     try:
@@ -143,10 +150,11 @@ def _read(
         and any(isa.arithmetic.search(line) for line in body)
     ]
     counted = [_count(body, isa) for body in tiles]
-    shared = kernel.metadata.shared
+    whole = [line for _, line in lines]
     return Binary(
-        name, constants, grid, warps, registers, shared, _count([x for _, x in lines], isa), counted
-    )
+        name, constants, grid, warps, registers, kernel.metadata.shared,
+        _count(whole, isa), _count(_main(lines) if isa is SASS else whole, isa), counted,
+    )  # fmt: skip
 
 
 def _sass(cubin: bytes) -> tuple[list[Line], list[list[str]], int]:
@@ -162,11 +170,7 @@ def _sass(cubin: bytes) -> tuple[list[Line], list[list[str]], int]:
     lines = [
         (int(at, 16), line) for at, line in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*?);", text)
     ]
-    targets = [
-        (int(back[1], 16), at)
-        for at, line in lines
-        if (back := re.search(r"\bBRA\b.*0x([0-9a-f]+)", line))
-    ]
+    targets = [(int(back[1], 16), at) for at, line in lines if (back := _BRANCH.search(line))]
     return lines, _loops(lines, targets), int(re.search(r"REG:(\d+)", text)[1])
 
 
@@ -190,6 +194,28 @@ def _loops(lines: list[Line], jumps: list[tuple[int, int]]) -> list[list[str]]:
     return [
         [line for at, line in lines if begin <= at <= end] for begin, end in jumps if begin < end
     ]
+
+
+def _main(lines: list[Line]) -> list[str]:
+    """Up to the first stretch whose tile is masked, where a stretch before has it unmasked."""
+    landings = {int(jump[1], 16) for _, line in lines if (jump := _BRANCH.search(line))}
+    stretches: list[list[str]] = [[]]
+    for at, line in lines:
+        if at in landings:
+            stretches.append([])
+        stretches[-1].append(line)
+        if re.search(r"\b(BRA|EXIT|RET)\b", line):
+            stretches.append([])
+    main: list[str] = []
+    whole = False
+    for stretch in stretches:
+        loads = [line for line in stretch if re.search(r"LDG\S*\.128", line)]
+        masked = bool(loads) and all(line.startswith("@") for line in loads)
+        if masked and whole:
+            break
+        whole |= bool(loads) and not masked
+        main += stretch
+    return main
 
 
 def _count(body: list[str], isa: Isa) -> Counts:

@@ -22,7 +22,7 @@ import fastkd
 from fastkd.problem import Coefficients, Problem
 
 from . import cases, machine, model
-from .assembly import Binary, binaries
+from .assembly import Binary, binaries, replaced
 from .report import table
 
 TARGETS = tuple(model.GPUS)
@@ -30,11 +30,12 @@ NAMES = (
     "forward_kl", "reverse_kl", "jeffreys", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "alpha",
     "renyi",
 )  # fmt: skip
+EVERYTHING = (*NAMES, "kl_div")
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
 class Configuration(NamedTuple):
-    """A call of a launcher: fused, forward or backward; `everything`: all options at once."""
+    """A call of a launcher; `everything`: all options at once, for kl_div log_target."""
 
     name: str
     launcher: str
@@ -67,6 +68,15 @@ WIDTHS = tuple(
 ALL_WIDTHS = ("forward_kl", "jsd")
 
 
+# kl_div: per entry a value or their sum, and the gradients of one side or of both.
+KL_DIV = tuple(
+    Configuration(f"{launcher}{of} {name}", launcher, 1, 1 << 24, dtype, everything=bool(of))
+    for launcher in ("values", "sum", "input's gradient", "both gradients")
+    for name, dtype in (("bf16", BF16), ("fp32", FP32))
+    for of in ("", " of logs")
+)
+
+
 class Measured(NamedTuple):
     """A kernel of a configuration."""
 
@@ -78,6 +88,9 @@ class Measured(NamedTuple):
 
 
 def configurations(target: str, name: str, quick: bool = False) -> Iterator[Configuration]:
+    if name == "kl_div":
+        yield from KL_DIV
+        return
     yield from MAIN
     if target == "sm_90":
         yield from MORE
@@ -88,8 +101,9 @@ def configurations(target: str, name: str, quick: bool = False) -> Iterator[Conf
 def tasks(quick: bool) -> list[tuple[str, str]]:
     """(target, divergence); the quick ones stand for the others."""
     if quick:
-        return [("sm_90", "forward_kl"), ("sm_90", "jsd"), ("gfx942", "forward_kl")]
-    return [(target, name) for target in TARGETS for name in NAMES]
+        names = ("forward_kl", "jsd", "kl_div")
+        return [*(("sm_90", name) for name in names), ("gfx942", "forward_kl")]
+    return [(target, name) for target in TARGETS for name in EVERYTHING]
 
 
 def measure(target: str, name: str, chosen: Iterable[Configuration]) -> list[Measured]:
@@ -103,13 +117,22 @@ def measure(target: str, name: str, chosen: Iterable[Configuration]) -> list[Mea
 
 def _call(name: str, one: Configuration) -> Callable[[], object]:
     """The launcher on tensors that have a shape and nothing else."""
-    from fastkd.kernels import logits
+    from fastkd.kernels import elementwise, logits
 
     rows, full = one.rows, one.everything
 
     def meta(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
+    if name == "kl_div":
+        x, t, u, w = (meta(rows, one.columns, dtype=one.dtype) for _ in range(4))
+        if one.launcher in ("values", "sum"):
+            out = u if one.launcher == "values" else None
+            return partial(elementwise.forward, x, t, out, full)
+        upstream = meta(1, 1, dtype=one.dtype).expand_as(x)
+        if one.launcher == "both gradients":
+            return partial(elementwise.backward, upstream, x, t, u, w, full)
+        return partial(elementwise.backward, upstream, None, t, u, None, full)
     z, y = (meta(1, rows, one.columns, dtype=one.dtype) for _ in range(2))
     labels = meta(rows, dtype=torch.int64) if full else None
     counted = meta(rows, dtype=torch.bool) if full else None
@@ -146,14 +169,22 @@ class Work(NamedTuple):
     special: float
 
 
+def _tile(binary: Binary) -> tuple[int, ...]:
+    sizes = [binary.constants.get(name) for name in ("LANES", "VECTOR", "BLOCK")]
+    return tuple(size for size in sizes if size is not None)
+
+
 def work(binary: Binary, entry: int, width: int) -> Work:
     """A resident kernel has no loop: all of it is spread over its tile."""
     if binary.loops:
         loads = [entry] * len(binary.loops)
         parts = [(loop, loop.loaded / entry) for loop in binary.loops]
     else:
-        tile = binary.constants["LANES"] * binary.constants["VECTOR"]
-        loads, parts = [entry], [(binary.all, tile / (width * binary.warps))]
+        tile = math.prod(_tile(binary))
+        parts = [(binary.main, tile / (width * binary.warps))]
+        # What a row needs once is loaded by each of its threads, but moved once.
+        whole_rows = "LANES" in binary.constants
+        loads = [entry if whole_rows else sum(part.loaded / n for part, n in parts)]
 
     def total(name: str) -> float:
         return sum(getattr(counts, name) / positions for counts, positions in parts)
@@ -168,7 +199,7 @@ def _line(one: Measured) -> list[str]:
     bytes_ = _traffic(gpu, [one], 128256, 8192)
     return [
         one.configuration, one.divergence, binary.name.strip("_"),
-        " x ".join(str(binary.constants[n]) for n in ("LANES", "VECTOR")), str(binary.warps),
+        " x ".join(map(str, _tile(binary))), str(binary.warps),
         str(binary.registers), str(binary.shared), str(binary.all.spills), str(held),
         *(f"{x:.2f}" for x in (sum(done.loads), done.stored, bytes_.unshared, bytes_.shared)),
         f"{done.instructions:.1f}",
@@ -190,6 +221,31 @@ def _traffic(gpu: model.Gpu, kernels: Sequence[Measured], columns: int, rows: in
     )  # fmt: skip
 
 
+# --- what does not cancel -----------------------------------------------------------------------
+
+CANCELLING = ("divergence", "sweeps", "instructions", "textbook", "cost", "registers", "textbook ")
+
+
+def _against_textbook(target: str, name: str) -> list[str]:
+    """Instructions per position of the sweep, ours and with the values that cancel."""
+    from fastkd.kernels import logits
+
+    from .textbook import TABLE
+
+    (ours,) = measure(target, name, MAIN[:1])
+    with replaced(logits, "device_of", TABLE.__getitem__):
+        (theirs,) = measure(target, name, MAIN[:1])
+    width = model.GPUS[target].width
+    count, plain = (work(one.binary, one.entry, width).instructions for one in (ours, theirs))
+    loops = ours.binary.loops
+    sweeps = [loop.instructions * ours.entry / loop.loaded for loop in loops]
+    return [
+        name, " + ".join(f"{n:.1f}" for n in sweeps),
+        *(f"{n:.1f}" for n in (count, plain, count - plain)),
+        *(str(one.binary.registers) for one in (ours, theirs)),
+    ]  # fmt: skip
+
+
 # --- predictions -----------------------------------------------------------------------------
 
 PREDICTED = (
@@ -205,7 +261,12 @@ CASES = (
     ("llama3-8192", "forward", EVERY), ("llama3-8192", "backward", EVERY),
     ("imagenet-65536", "fused", EVERY), ("cifar100-65536", "fused", EVERY),
     ("cifar10-65536", "fused", EVERY), ("llama3-64", "fused", EVERY), ("qwen3-512", "fused", EVERY),
+    ("llama3-8192", "sum", ("kl_div",)), ("llama3-8192", "input's gradient", ("kl_div",)),
 )  # fmt: skip
+
+
+# Bytes of bf16 that must move per position.
+FLOOR = {"fused": 6, "forward": 4, "backward": 6, "sum": 4, "input's gradient": 4}
 
 
 def predictions(gpu: model.Gpu, target: str, names: Sequence[str]) -> list[list[str]]:
@@ -223,15 +284,24 @@ def _prediction(gpu: model.Gpu, target: str, case: str, launcher: str, name: str
     kernels = measure(target, name, [call])
     done = [work(one.binary, one.entry, gpu.width) for one in kernels]
     first = kernels[0].binary
-    padding = 1.0 if first.loops else first.constants["VECTOR"] / shape.vocab
+    resident = not first.loops and "VECTOR" in first.constants
+    padding = first.constants["VECTOR"] / shape.vocab if resident else 1.0
     instructions = padding * sum(part.instructions for part in done)
     special = padding * sum(part.special for part in done)
     bytes_ = _traffic(gpu, kernels, shape.vocab, shape.rows)
     programs = math.prod(first.programs)
     positions = shape.rows * shape.vocab
     found = model.times(gpu, positions, bytes_, instructions, special, programs, len(kernels))
-    floor = positions * {"fused": 6, "forward": 4, "backward": 6}[launcher] / (gpu.copy * 1e12)
-    schedule = "resident" if not first.loops else "split" if len(kernels) > 1 else "sweep"
+    floor = positions * FLOOR[launcher] / (gpu.copy * 1e12)
+    schedule = (
+        "elementwise"
+        if name == "kl_div"
+        else "resident"
+        if not first.loops
+        else "split"
+        if len(kernels) > 1
+        else "sweep"
+    )
     return [
         case, name, launcher, schedule, f"{bytes_.shared:.1f}", f"{instructions:.1f}",
         f"{special:.1f}", *(f"{1e3 * t:.3f}" for t in found[:4]), f"{1e3 * found.predicted:.3f}",
@@ -245,7 +315,7 @@ def _prediction(gpu: model.Gpu, target: str, case: str, launcher: str, name: str
 def _parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="benchmarks.compiled", description=__doc__)
     top.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS)
-    top.add_argument("--divergence", nargs="+", choices=NAMES, default=NAMES)
+    top.add_argument("--divergence", nargs="+", choices=EVERYTHING, default=EVERYTHING)
     top.add_argument("--out", type=Path, metavar="FOLDER", help="a file per target; else printed")
     top.add_argument("--jobs", type=int, default=2, help="processes that compile")
     top.add_argument("--json", action="store_true", help="what the tests read: the kernels")
@@ -283,6 +353,7 @@ def _task(quick: bool, task: tuple[str, str]) -> list[dict[str, Any]]:
             "warps": one.binary.warps,
             "registers": one.binary.registers,
             "all": one.binary.all._asdict(),
+            "main": one.binary.main._asdict(),
             "loops": [loop._asdict() for loop in one.binary.loops],
             "work": work(one.binary, one.entry, model.GPUS[target].width)._asdict(),
             "occupancy": model.occupancy(
@@ -308,6 +379,12 @@ def _report(
         f"- {header['date']}, triton {header['versions']['triton']}, fastkd at commit "
         f"{header['commit'] or 'unknown'}\n- `{command}`",
         table((COLUMNS, *sorted(lines))),
+    ]
+    known = [name for name in names if name in NAMES]
+    parts += [
+        "## What values that do not cancel cost",
+        "Instructions of the sweep, against the same kernel with the textbook's values.",
+        table((CANCELLING, *pool.map(_against_textbook, [target] * len(known), known))),
     ]
     for gpu in gpus:
         predicted = pool.map(

@@ -182,7 +182,7 @@ def _sweep(
         scratch += index * (P.FIELDS * SPLITS)
 
     if FIRST == STATISTICS:
-        stats = R.empty(LANES)
+        stats = R.empty(BLOCK // P.THREAD)
         if SHIFTED:
             if headed:
                 at = begin + offsets

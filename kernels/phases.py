@@ -8,6 +8,7 @@ from triton.language.target_info import is_cuda
 
 from fastkd.kernels import rows as R
 
+THREAD = tl.constexpr(16)  # entries of a tile per thread, as tuning.py has them
 FIELDS = tl.constexpr(17)  # Statistics, Sums and the label's logit
 
 # --- loads and stores ------------------------------------------------------------------------
@@ -279,9 +280,21 @@ def fill_zero(pointer, begin, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def fold(x):
+    """A tile with all 16 entries of a thread in one lane, which moves nothing: its maxima are then
+    merged once."""
+    LANES: tl.constexpr = x.shape[0]
+    VECTOR: tl.constexpr = x.shape[1]
+    ROUNDS: tl.constexpr = THREAD // VECTOR
+    x = tl.permute(tl.reshape(x, [ROUNDS, LANES // ROUNDS, VECTOR]), [1, 0, 2])
+    return tl.reshape(x, [LANES // ROUNDS, THREAD])
+
+
+@triton.jit
 def statistics_step(stats, student, teacher, at, inside, temper, WANT: tl.constexpr):
-    z, y = load(student, at, inside, "evict_last"), load(teacher, at, inside, "evict_last")
-    return R.add(stats, z, y, inside, temper, WANT)
+    z = fold(load(student, at, inside, "evict_last"))
+    y = fold(load(teacher, at, inside, "evict_last"))
+    return R.add(stats, z, y, inside if inside is None else fold(inside), temper, WANT)
 
 
 @triton.jit

@@ -15,6 +15,9 @@ import torch
 RESIDENT = 4096
 # Entries of a longer row's tile: 16 per thread with 8 warps.
 BLOCK = 4096
+# Entries of a program of the elementwise kernels, 16 per thread: at least two loads of 128 bits
+# per operand under way.
+ELEMENTWISE = (4096, 8)
 
 
 class Schedule(NamedTuple):
@@ -51,6 +54,11 @@ def table(
         splits *= 2
     vector = 16 // itemsize
     return Schedule(False, block // vector, vector, splits, 8)
+
+
+def elementwise(device: torch.device) -> tuple[int, int]:
+    """(entries, warps) of a program that works entry by entry."""
+    return (256, 4) if device.type == "cpu" else ELEMENTWISE
 
 
 def power_of_two(count: int) -> int:
