@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .blocks import Rows, blocks
 from .divergences import LN2, Divergence, Pair, Pull, Softmax
 from .problem import (
     AGREEMENT,
@@ -23,12 +24,8 @@ from .problem import (
     Problem,
 )
 
-# Elements of a block: its buffers then fit the last cache, and a call's overhead is small.
-BLOCK_ELEMENTS = 1 << 19
 # Rows with fewer columns than this are laid out in columns: few long passes, not many short ones.
 NARROW = 16
-# Smaller values than this are computed in fp64: in fp32 they are good to about 2e-7.
-NEAR = 1 / 32
 # From here on a value is infinite: the largest of fp32. What stands for -inf is far beyond.
 FAR = torch.finfo(torch.float32).max
 MASKED = -1e300
@@ -84,54 +81,6 @@ def scale_(gradient: Tensor, upstream: Tensor) -> None:
         gradient.mul_(upstream)
 
 
-# --- the rows -------------------------------------------------------------------------------
-
-
-class _Rows(NamedTuple):
-    """Some rows of outer index `outer`: their inner indices, and their indices in [N]."""
-
-    outer: int
-    inner: slice | Tensor
-    flat: slice | Tensor
-
-    def only(self, mask: Tensor) -> _Rows:
-        inner, flat = (
-            torch.arange(i.start, i.stop, device=mask.device) if isinstance(i, slice) else i
-            for i in self[1:]
-        )
-        return _Rows(self.outer, inner[mask], flat[mask])
-
-    def parts(self, step: int) -> Iterator[_Rows]:
-        """At most `step` rows each, and much the same number."""
-        count = _length(self.inner)
-        number = -(-count // step)
-        for i in range(number):
-            some = slice(count * i // number, count * (i + 1) // number)
-            yield _Rows(self.outer, _some(self.inner, some), _some(self.flat, some))
-
-
-def _length(index: slice | Tensor) -> int:
-    return index.stop - index.start if isinstance(index, slice) else len(index)
-
-
-def _some(index: slice | Tensor, some: slice) -> slice | Tensor:
-    if isinstance(index, slice):
-        return slice(index.start + some.start, index.start + some.stop)
-    return index[some]
-
-
-def _blocks(problem: Problem) -> Iterator[_Rows]:
-    """The rows that count, in blocks."""
-    outer_rows, inner_rows = problem.student.shape[:2]
-    step = max(torch.get_num_threads(), BLOCK_ELEMENTS // problem.vocab_size)
-    for outer in range(outer_rows):
-        first = outer * inner_rows
-        rows = _Rows(outer, slice(0, inner_rows), slice(first, first + inner_rows))
-        if problem.counted is not None and not (counted := problem.counted[rows.flat]).all():
-            rows = rows.only(counted)
-        yield from rows.parts(step)
-
-
 # --- one block ------------------------------------------------------------------------------
 
 
@@ -182,13 +131,13 @@ class _Solver:
             self.scales.append(_scale(problem.teacher_temperature))
         self.stores = {dtype: _Store(problem, dtype) for dtype in (problem.dtype, torch.float64)}
 
-    def __iter__(self) -> Iterator[tuple[_Rows, _Terms]]:
+    def __iter__(self) -> Iterator[tuple[Rows, _Terms]]:
         double = self.problem.dtype == torch.float64
         exact = double  # where most rows of a block need fp64, the next begins with it
-        for rows in _blocks(self.problem):
+        for rows in blocks(self.problem):
             if not exact:
                 terms = self.terms(rows, self.problem.dtype)
-                doubtful = _doubtful(terms)
+                doubtful = _doubtful(terms, self.kind.near)
                 if doubtful is None:
                     yield rows, terms
                     continue
@@ -200,15 +149,15 @@ class _Solver:
                     yield again, corrected
                     continue
             exact = double
-            for half in rows.parts(-(-_length(rows.inner) // 2)):  # fp64 takes twice the memory
+            for half in rows.parts(-(-rows.size // 2)):  # fp64 takes twice the memory
                 terms = self.exact_terms(half)
                 yield half, terms
-                exact = exact or _most(_doubtful(terms))
+                exact = exact or _most(_doubtful(terms, self.kind.near))
 
-    def terms(self, rows: _Rows, dtype: torch.dtype) -> _Terms:
+    def terms(self, rows: Rows, dtype: torch.dtype) -> _Terms:
         problem, exact = self.problem, dtype == torch.float64
         store = self.stores[dtype]
-        store.start(_length(rows.inner))
+        store.start(rows.size)
         z, y = (
             _converted(logits[rows.outer, rows.inner, : problem.vocab_size], store, exact)
             for logits in (problem.student, problem.teacher)
@@ -231,7 +180,7 @@ class _Solver:
             values[AGREEMENT] = agree.any(-1).to(z.dtype)
         return _Terms(values, pair, pull, unit, None)
 
-    def exact_terms(self, rows: _Rows) -> _Terms:
+    def exact_terms(self, rows: Rows) -> _Terms:
         """The terms in fp64, with a number for -inf, which times 0 is 0; its traces are removed."""
         values, pair, pull, unit, _ = self.terms(rows, torch.float64)
         counts = ((pair.student.top != MASKED) & (pair.teacher.top != MASKED))[:, 0]
@@ -242,8 +191,8 @@ class _Solver:
         dead = ~counts  # rows without gradient
         infinite = values[KD] == torch.inf
         if infinite.any():
-            size = pull.terms.abs().amax(-1, keepdim=True) * abs(pull.factor)
-            dead |= infinite & ~(size < FAR)[:, 0]
+            size = pull.terms.abs().amax(-1, keepdim=True) * pull.factor
+            dead |= infinite & ~(size.abs() < FAR)[:, 0]
         if (values[KD] < SAME).any():
             dead |= (values[KD] < SAME) & (pair.climb().abs_().amax(-1) == 0)
             values[KD] = torch.where(values[KD] < ROUNDING, 0.0, values[KD])
@@ -288,7 +237,7 @@ def _mean_depth(side: Softmax, spare: Tensor) -> Tensor:
     return torch.mul(side.terms, side.depth, out=spare).sum(-1, keepdim=True) / side.mass
 
 
-def _doubtful(terms: _Terms) -> Tensor | None:
+def _doubtful(terms: _Terms, near: float) -> Tensor | None:
     """Rows whose divergence is small or infinite, or whose figures are not finite; None: no row."""
     check, total = terms.values[KD], terms.pull.total
     if isinstance(total, Tensor):
@@ -296,9 +245,9 @@ def _doubtful(terms: _Terms) -> Tensor | None:
     for kind in terms.values.keys() - {KD}:
         check = check + 0 * terms.values[kind]
     least, most = (bound.item() for bound in check.aminmax())
-    if least > NEAR and most < FAR:
+    if least > near and most < FAR:
         return None
-    return ~((check > NEAR) & (check < FAR))
+    return ~((check > near) & (check < FAR))
 
 
 def _most(doubtful: Tensor | None) -> bool:
@@ -310,7 +259,7 @@ def _most(doubtful: Tensor | None) -> bool:
 
 def _gradient(
     problem: Problem,
-    rows: _Rows,
+    rows: Rows,
     terms: _Terms,
     upstream: Coefficients,
     out: Tensor | None,
@@ -335,7 +284,7 @@ def _gradient(
         _write(gradient, out[rows.outer, :, : problem.vocab_size], rows.inner)
 
 
-def _place(problem: Problem, out: Tensor, rows: _Rows, dtype: torch.dtype) -> Tensor | None:
+def _place(problem: Problem, out: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor | None:
     """Where the rows' gradient goes, if it can be computed there: a pass less."""
     suits = out.dtype == dtype and isinstance(rows.inner, slice)
     if not suits or problem.vocab_size < NARROW:
@@ -351,7 +300,7 @@ def _write(gradient: Tensor, block: Tensor, rows: slice | Tensor) -> None:
 
 
 def _tempered_gradient(
-    rows: _Rows, terms: _Terms, upstream: Coefficients, out: Tensor | None
+    rows: Rows, terms: _Terms, upstream: Coefficients, out: Tensor | None
 ) -> Tensor:
     """Of divergence and entropy."""
     pair, pull, q = terms.pair, terms.pull, terms.pair.student
@@ -386,7 +335,7 @@ def _add_pull(gradient: Tensor, heat: Tensor, moments: Tensor, rows: _Rows, term
 
 
 def _add_cross_entropy_gradient(
-    gradient: Tensor, problem: Problem, rows: _Rows, terms: _Terms, upstream: Tensor
+    gradient: Tensor, problem: Problem, rows: Rows, terms: _Terms, upstream: Tensor
 ) -> None:
     assert terms.unit is not None
     assert problem.labels is not None
@@ -397,7 +346,7 @@ def _add_cross_entropy_gradient(
         gradient.sub_(weight * (smoothing / problem.vocab_size))
 
 
-def _factor(factor: Tensor, rows: _Rows, terms: _Terms) -> Tensor:
+def _factor(factor: Tensor, rows: Rows, terms: _Terms) -> Tensor:
     return factor[rows.flat, None].to(terms.pull.terms.dtype)
 
 
@@ -418,7 +367,7 @@ def _blank(problem: Problem, out: Tensor) -> None:
         out[~problem.counted.view(out.shape[:2])] = 0
 
 
-def _store(values: Tensor, rows: _Rows, terms: _Terms) -> None:
+def _store(values: Tensor, rows: Rows, terms: _Terms) -> None:
     for kind, value in terms.values.items():
         if kind < len(values):
             values[kind][rows.flat] = value.to(values.dtype)

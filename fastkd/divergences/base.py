@@ -43,6 +43,8 @@ class Divergence:
     constant: ClassVar[str] = SLOPE_SUM
     # The loss is scaled by (T_s * T_t) ** (temperature_power / 2), which keeps the gradient's size.
     temperature_power: ClassVar[int] = 2
+    # The PyTorch backend computes smaller values in fp64: in fp32 they are good to about 4e-7.
+    near: ClassVar[float] = 1 / 32
     # A fastkd.kernels.divergences.Device, for the Triton backend.
     device: ClassVar[Any] = None
 

@@ -39,6 +39,7 @@ class JSD(Divergence):
     beta: float = 0.5
 
     name = "jsd"
+    near = 1 / 128  # good to 1e-7
 
     def __post_init__(self):
         _check_range(

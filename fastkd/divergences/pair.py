@@ -23,7 +23,6 @@ class Softmax(NamedTuple):
     depth: Tensor  # log2 of the terms, [R, V]: exp2 takes a quarter of the time of exp
     terms: Tensor  # [R, V]
     mass: Tensor  # their sum, [R, 1]
-    log_mass: Tensor  # in fp64, as it is added to what it tends to cancel
 
     @classmethod
     def of(cls, logits: Tensor, scale: float | Tensor, depth: Tensor, terms: Tensor) -> Softmax:
@@ -35,7 +34,12 @@ class Softmax(NamedTuple):
             top, bits = logits[:, :SEARCHED].amax(-1, keepdim=True), scale / LN2
             _affine(logits, bits, top * -bits, depth)
         mass = total(torch.exp2(depth, out=terms))
-        return cls(top, depth, terms, mass, mass.double().log())
+        return cls(top, depth, terms, mass)
+
+    @property
+    def log_mass(self) -> Tensor:
+        """In fp64, as it is added to what it tends to cancel."""
+        return self.mass.double().log()
 
 
 class Pull(NamedTuple):
@@ -78,7 +82,7 @@ class Pair:
     @cached_property
     def gap(self) -> Tensor:
         """d where the depths are equal, in nats, [R, 1], fp64."""
-        return self.student.log_mass - self.teacher.log_mass
+        return (self.student.mass.double() / self.teacher.mass).log()
 
     def d(self) -> Tensor:
         """lp - lq, in a buffer that is the caller's."""
