@@ -325,7 +325,7 @@ def _heat(gradient: Tensor, terms: _Terms) -> Tensor:
     return -(heat if terms.counts is None else torch.where(terms.counts, heat, 0.0))[:, 0]
 
 
-def _add_pull(gradient: Tensor, heat: Tensor, moments: Tensor, rows: _Rows, terms: _Terms) -> None:
+def _add_pull(gradient: Tensor, heat: Tensor, moments: Tensor, rows: Rows, terms: _Terms) -> None:
     """What goes through the width of standardised logits."""
     side, scale = terms.pair.student, terms.pair.student_scale
     mean, _, pull = moments[:, rows.flat, None].to(gradient.dtype)
