@@ -8,6 +8,7 @@ registers, `_sweep` on one row or a piece of it, with one sweep over the columns
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -18,24 +19,18 @@ from fastkd.divergences import LOG_MIXTURE, REVERSE_KL, Divergence
 from fastkd.kernels import phases as P
 from fastkd.kernels import rows as R
 from fastkd.kernels.divergences import device_of
-from fastkd.kernels.tuning import multiprocessors, schedule
+from fastkd.kernels.relay import RING, fields, relay
+from fastkd.kernels.tuning import Schedule, multiprocessors, power_of_two, schedule
 from fastkd.problem import Coefficients, Problem
 
 STATISTICS = tl.constexpr(1)
 SUMS = tl.constexpr(2)
 GRADIENT = tl.constexpr(3)
 
-# Numbers whose every value would otherwise compile anew where it is 1 or a multiple of 16.
-VARYING = (
-    "inner", "rows", "s_temperature_stride", "t_temperature_stride", "kd_stride", "ce_stride",
-    "entropy_stride",
-)  # fmt: skip
-
-
 # --- the schedules ---------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=P.VARYING)
 def _resident(
     student, teacher, student_outer, student_inner, teacher_outer, teacher_inner, inner,
     s_temperature, s_temperature_stride, t_temperature, t_temperature_stride, moments,
@@ -77,7 +72,7 @@ def _resident(
     if FIRST == GRADIENT:
         row = P.restore(state, index, rows, live, WANT)
     else:
-        stats = R.add(R.empty(LANES), z, y, inside, temper, WANT)
+        stats = R.only(z, y, inside, temper, WANT)
         row = R.summarize(stats, temper, CONSTANT, WANT)
         hard = P.cross_entropy(stats, row, label, label_logit, columns, smoothing, WANT)
         lp, lq, p, q, d = R.elements(z, y, row, temper, SAME)
@@ -103,7 +98,7 @@ def _resident(
             P.row_store(temperature, slope, index, live)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=P.VARYING)
 def _sweep(
     student, teacher, student_outer, student_inner, teacher_outer, teacher_inner, inner,
     s_temperature, s_temperature_stride, t_temperature, t_temperature_stride, moments,
@@ -377,7 +372,8 @@ def _run(
     student, teacher, rows = problem.student, problem.teacher, problem.rows
     width, device = student.size(-1), student.device
     kind, (evaluate, outer) = Divergence.of_name(problem.divergence), device_of(problem.divergence)
-    plan = schedule(rows, width, min(student.element_size(), teacher.element_size()), device)
+    itemsize = min(student.element_size(), teacher.element_size())
+    plan = schedule(rows, width, itemsize, device, once=first.value == GRADIENT.value)
     # Zero for the rows that the kernel skips.
     temperature = (
         torch.zeros(rows, plan.splits, dtype=torch.float32, device=device) if heat else None
@@ -393,7 +389,7 @@ def _run(
             gradient_outer = inner * gradient_inner
     align = math.gcd(16, student_outer, student_inner, teacher_outer, teacher_inner)
     align = math.gcd(align, gradient_outer, gradient_inner)
-    if plan.resident:
+    if plan.kind != "sweep":
         align = math.gcd(align, width, problem.vocab_size)
     kd, ce, h = factors or (None, None, None)
     want = R.GAP.value * (kind.constant == REVERSE_KL)
@@ -414,13 +410,17 @@ def _run(
         a=float(problem.a), b=float(problem.b), kd=kd, kd_stride=_stride(kd), ce=ce,
         ce_stride=_stride(ce), entropy=h, entropy_stride=_stride(h), state=state, values=values,
         loss=loss, gradient=gradient, gradient_outer=gradient_outer, gradient_inner=gradient_inner,
-        width=width, temperature=temperature, rows=rows, columns=problem.vocab_size,
+        width=width, rows=rows, columns=problem.vocab_size,
         WANT=want, DIVERGENCE=evaluate, OUTER=outer, CONSTANT=kind.constant, ALIGN=align,
         LANES=plan.lanes, VECTOR=plan.vector, num_warps=plan.warps, enable_fp_fusion=True,
     )  # fmt: skip
     with torch.cuda.device_of(student):
-        if plan.resident:
-            _resident[(triton.cdiv(rows, plan.lanes),)](FIRST=first, **arguments)
+        if plan.kind == "resident":
+            _resident[(triton.cdiv(rows, plan.lanes),)](
+                FIRST=first, temperature=temperature, num_ctas=plan.blocks, **arguments
+            )
+        elif plan.kind == "relay":
+            _run_relay(plan, arguments)
         else:
             scratch, phases = None, [(first, GRADIENT)]
             block = plan.lanes * plan.vector
@@ -438,10 +438,22 @@ def _run(
             for begin, end in phases:
                 _sweep[(rows, plan.splits)](
                     FIRST=begin, LAST=end, SPLITS=plan.splits, SHIFTED=shifted, scratch=scratch,
-                    span=span,
-                    **arguments,
+                    span=span, temperature=temperature, **arguments,
                 )  # fmt: skip
     return None if temperature is None else temperature.sum(1)
+
+
+def _run_relay(plan: Schedule, arguments: dict[str, Any]) -> None:
+    """All programs at once: a group of them to a row, as many groups as there is room for."""
+    splits = triton.cdiv(arguments["columns"], plan.lanes * plan.vector)
+    size, groups = power_of_two(splits), min(arguments["rows"], plan.programs // splits)
+    shape = (groups, RING.value, P.FIELDS.value, size)
+    mailbox = torch.zeros(shape, dtype=torch.int64, device=arguments["student"].device)
+    relay[(groups * splits,)](
+        mailbox=mailbox, SPLITS=splits, SIZE=size, launch_cooperative_grid=True,
+        SENT=fields(arguments["WANT"], arguments["labels"] is not None, arguments["CONSTANT"]),
+        **arguments,
+    )  # fmt: skip
 
 
 def _stride(x: Tensor | None) -> int:

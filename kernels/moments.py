@@ -113,17 +113,18 @@ def fill(
     """Writes the moments [2, 3, N] of `problem.py` to out; 0 is the mean of what does not count."""
     rows, width = student.size(0) * student.size(1), student.size(-1)
     itemsize = min(student.element_size(), teacher.element_size())
-    plan = schedule(rows, width, itemsize, student.device)
+    plan = schedule(rows, width, itemsize, student.device, once=True)
     student_outer, student_inner, inner = strides_of(student)
     teacher_outer, teacher_inner, _ = strides_of(teacher)
     align = math.gcd(16, student_outer, student_inner, teacher_outer, teacher_inner)
-    if plan.resident:
+    resident = plan.kind == "resident"
+    if resident:
         align = math.gcd(align, vocab_size)
     if rows:
         with torch.cuda.device_of(student):
-            _moments[(triton.cdiv(rows, plan.lanes) if plan.resident else rows, 2)](
+            _moments[(triton.cdiv(rows, plan.lanes) if resident else rows, 2)](
                 student, teacher, student_outer, student_inner, teacher_outer, teacher_inner, inner,
                 counted, out, rows, vocab_size,
-                plan.resident, align, plan.lanes, plan.vector, num_warps=plan.warps,
+                resident, align, plan.lanes, plan.vector, num_warps=plan.warps,
             )  # fmt: skip
     return out

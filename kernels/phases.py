@@ -9,7 +9,14 @@ from triton.language.target_info import is_cuda
 from fastkd.kernels import rows as R
 
 THREAD = tl.constexpr(16)  # entries of a tile per thread, as tuning.py has them
-FIELDS = tl.constexpr(17)  # Statistics, Sums and the label's logit
+LABEL = tl.constexpr(11)  # where the label's logit stands among what the pieces of a row hand on
+FIELDS = tl.constexpr(17)  # these, Statistics before and Sums after it
+
+# Numbers whose every value would otherwise compile anew where it is 1 or a multiple of 16.
+VARYING = (
+    "inner", "rows", "s_temperature_stride", "t_temperature_stride", "kd_stride", "ce_stride",
+    "entropy_stride",
+)  # fmt: skip
 
 # --- loads and stores ------------------------------------------------------------------------
 

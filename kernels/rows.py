@@ -186,47 +186,83 @@ def move(stats, s_max, t_max, temper, WANT: tl.constexpr):
 
 
 @triton.jit
-def add(stats, z, y, inside, temper, WANT: tl.constexpr):
-    """Statistics [lanes, 1] with a tile added; masked entries are -inf, inside: their mask."""
-    s_max = tl.maximum(stats.s_max, tl.max(z, 1, keep_dims=True))
-    t_max = tl.maximum(stats.t_max, tl.max(y, 1, keep_dims=True))
-    stats = move(stats, s_max, t_max, temper, WANT)
+def measure(z, y, inside, s_max, t_max, mixture_max, temper, WANT: tl.constexpr):
+    """Statistics [lanes, 1] of a tile, relative to maxima that are as high as its own or higher.
+
+    Masked entries are -inf, inside: their mask. mixture_max: the least that it may come out as.
+    """
     u, v = (z - s_max) * temper.s_scale, (y - t_max) * temper.t_scale
     q, p = tl.exp2(u), tl.exp2(v)
-    mixture_max, mixture, gap, unit = stats.mixture_max, stats.mixture, stats.gap, stats.unit
-    s_entropy, t_entropy, total = stats.s_entropy, stats.t_entropy, stats.total
+    zero = tl.zeros([z.shape[0], 1], tl.float32)
+    mixture, gap, s_entropy, t_entropy, unit, total = zero, zero, zero, zero, zero, zero
     if GAP & WANT:
-        gap += tl.sum(q * tl.where(q > 0, u - v, 0.0), 1, keep_dims=True)
+        gap = tl.sum(q * tl.where(q > 0, u - v, 0.0), 1, keep_dims=True)
     if MIXTURE & WANT:
         # Finite stand-ins for -inf: w is then hugely negative or positive, never NaN.
         low = tl.maximum(u, FLOOR)
         w = low + temper.a * (tl.maximum(v, FLOOR) - low)
         mixture_max = tl.maximum(mixture_max, tl.max(w, 1, keep_dims=True))
-        mixture *= tl.exp2(stats.mixture_max - mixture_max)
-        mixture += tl.sum(tl.exp2(w - mixture_max), 1, keep_dims=True)
+        mixture = tl.sum(tl.exp2(w - mixture_max), 1, keep_dims=True)
     if UNIT & WANT:
-        unit += tl.sum(tl.exp2((z - s_max) * LOG2E), 1, keep_dims=True)
+        unit = tl.sum(tl.exp2((z - s_max) * LOG2E), 1, keep_dims=True)
     if MEAN & WANT:
-        total += tl.sum(z if inside is None else tl.where(inside, z, 0.0), 1, keep_dims=True)
+        total = tl.sum(z if inside is None else tl.where(inside, z, 0.0), 1, keep_dims=True)
     if (ENTROPY + LEVER) & WANT:
-        s_entropy += tl.sum(tl.where(q > 0, q * u, 0.0), 1, keep_dims=True)
+        s_entropy = tl.sum(tl.where(q > 0, q * u, 0.0), 1, keep_dims=True)
     if TEACHER_ENTROPY & WANT:
-        t_entropy += tl.sum(tl.where(p > 0, p * v, 0.0), 1, keep_dims=True)
+        t_entropy = tl.sum(tl.where(p > 0, p * v, 0.0), 1, keep_dims=True)
     return Statistics(
-        s_max, t_max, mixture_max,
-        stats.s_sum + tl.sum(q, 1, keep_dims=True), stats.t_sum + tl.sum(p, 1, keep_dims=True),
+        s_max, t_max, mixture_max, tl.sum(q, 1, keep_dims=True), tl.sum(p, 1, keep_dims=True),
         mixture, gap, s_entropy, t_entropy, unit, total,
     )  # fmt: skip
 
 
 @triton.jit
+def add(stats, z, y, inside, temper, WANT: tl.constexpr):
+    """Statistics [lanes, 1] with a tile added."""
+    s_max = tl.maximum(stats.s_max, tl.max(z, 1, keep_dims=True))
+    t_max = tl.maximum(stats.t_max, tl.max(y, 1, keep_dims=True))
+    old = move(stats, s_max, t_max, temper, WANT)
+    new = measure(z, y, inside, s_max, t_max, old.mixture_max, temper, WANT)
+    mixture = new.mixture
+    if MIXTURE & WANT:
+        mixture += old.mixture * tl.exp2(old.mixture_max - new.mixture_max)
+    return Statistics(
+        s_max, t_max, new.mixture_max, old.s_sum + new.s_sum, old.t_sum + new.t_sum, mixture,
+        old.gap + new.gap, old.s_entropy + new.s_entropy, old.t_entropy + new.t_entropy,
+        old.unit + new.unit, old.total + new.total,
+    )  # fmt: skip
+
+
+@triton.jit
+def only(z, y, inside, temper, WANT: tl.constexpr):
+    """Statistics [lanes, 1] of a tile that is all there is of its rows, one to a lane."""
+    s_max = tl.maximum(tl.max(z, 1, keep_dims=True), FLOOR)
+    t_max = tl.maximum(tl.max(y, 1, keep_dims=True), FLOOR)
+    return measure(z, y, inside, s_max, t_max, FLOOR / 10, temper, WANT)
+
+
+@triton.jit
+def whole(z, y, inside, temper, WANT: tl.constexpr):
+    """The statistics of a tile, all lanes together: scalars."""
+    s_max, t_max = tl.maximum(tl.max(z), FLOOR), tl.maximum(tl.max(y), FLOOR)
+    return gather(measure(z, y, inside, s_max, t_max, FLOOR / 10, temper, WANT), WANT)
+
+
+@triton.jit
 def collapse(stats, temper, WANT: tl.constexpr):
     """The statistics of the whole from those of its lanes: scalars."""
-    stats = move(stats, tl.max(stats.s_max), tl.max(stats.t_max), temper, WANT)
-    mixture_max = tl.max(stats.mixture_max)
+    return gather(move(stats, tl.max(stats.s_max), tl.max(stats.t_max), temper, WANT), WANT)
+
+
+@triton.jit
+def gather(stats, WANT: tl.constexpr):
+    """The same from lanes that have their maxima in common."""
+    mixture_max = FLOOR / 10
     mixture, gap, unit, total = 0.0, 0.0, 0.0, 0.0
     s_entropy, t_entropy = 0.0, 0.0
     if MIXTURE & WANT:
+        mixture_max = tl.max(stats.mixture_max)
         mixture = tl.sum(stats.mixture * tl.exp2(stats.mixture_max - mixture_max))
     if GAP & WANT:
         gap = tl.sum(stats.gap)

@@ -15,14 +15,9 @@ from tests.cases import DIVERGENCES, logits
 from tests.closeness import assert_close, assert_zero
 from tests.conftest import DEVICE
 from tests.running import BACKENDS, FUSED, NO_TRITON, check, run, truth
+from tests.schedules import SCHEDULES
 
 MODES = ["forward", "backward"]
-# As in test_kernels.py: tiles of 32 columns, so that 75 are two tiles and a tail.
-SCHEDULES = {
-    "resident": (True, 4, 128, 1, 1),
-    "sweep": (False, 4, 8, 1, 1),
-    "split": (False, 4, 8, 2, 1),
-}
 # One divergence of each kind of row constant.
 KINDS = [fastkd.ForwardKL(), fastkd.ReverseKL(), fastkd.JSD(0.5), fastkd.AlphaDivergence(2.0)]
 
@@ -37,20 +32,6 @@ def standardized(logits):
     """The definition, in fp64."""
     logits = logits.double()
     return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True) + 1e-7)
-
-
-@pytest.fixture
-def force(monkeypatch):
-    """Makes the launchers use one schedule."""
-    from fastkd.kernels import logits as kernels
-    from fastkd.kernels import moments as kernel
-    from fastkd.kernels import tuning
-
-    def apply(plan):
-        for module in (kernels, kernel):
-            monkeypatch.setattr(module, "schedule", lambda *_: tuning.Schedule(*SCHEDULES[plan]))
-
-    return apply
 
 
 # --- against the truth -----------------------------------------------------------------------
