@@ -40,9 +40,7 @@ class Schedule(NamedTuple):
     blocks: int = 1  # thread blocks, in a cluster, that hold a tile
 
 
-def schedule(
-    rows: int, columns: int, itemsize: int, device: torch.device, once: bool
-) -> Schedule:
+def schedule(rows: int, columns: int, itemsize: int, device: torch.device, once: bool) -> Schedule:
     """For `rows` rows of `columns` entries of `itemsize` bytes, the narrower operand's.
 
     once: for a single sweep over them, which reads each operand once whatever the schedule.
