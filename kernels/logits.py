@@ -204,11 +204,17 @@ def _sweep(
     if FIRST <= SUMS and LAST >= SUMS and not LATE:
         EVICT: tl.constexpr = "evict_last" if gradient is not None else "evict_first"
         sums = P.no_sums(LANES)
-        if tail < end:
+        # Loss alone: one sweep is enough where the value is not small.
+        rounds, last = full, end
+        if R.KL & WANT:
+            known = R.kl_of(stats, row, WANT)
+            clear = known > R.CLEAR
+            rounds, last = tl.where(clear, 0, full), tl.where(clear, tail, end)
+        if tail < last:
             at = tail + offsets
             sums = P.sum_step(sums, student, teacher, at, at < end, row, temper, a, b,
                             WANT, DIVERGENCE, SAME, EVICT)  # fmt: skip
-        for i in range(full):
+        for i in range(rounds):
             at = tail - (i + 1) * BLOCK + offsets
             sums = P.sum_step(sums, student, teacher, at, None, row, temper, a, b,
                             WANT, DIVERGENCE, SAME, EVICT)  # fmt: skip
@@ -219,6 +225,8 @@ def _sweep(
                 sums = P.sum_step(sums, student, teacher, at, inside, row, temper, a, b,
                                 WANT, DIVERGENCE, SAME, EVICT)  # fmt: skip
         sums = P.collapse_sums(sums, WANT)
+        if R.KL & WANT:
+            sums = P.with_value(sums, tl.where(clear, known, sums.value))
         if LAST == SUMS:
             P.write_sums(scratch + split, sums, WANT, SPLITS)
     elif FIRST == GRADIENT and not BACKWARD:
@@ -399,6 +407,9 @@ def _run(
     want |= R.ENTROPY.value * (entropy or metrics)
     want |= R.TEACHER_ENTROPY.value * metrics
     want |= R.LEVER.value * (problem.moments is not None)
+    alone = first.value == STATISTICS.value and gradient is None and not metrics
+    swept = plan.kind == "sweep" and plan.splits == 1 and problem.moments is None
+    want |= R.KL.value * (alone and swept and problem.divergence in ("forward_kl", "reverse_kl"))
     arguments = dict(  # noqa: C408
         student=student, teacher=teacher, student_outer=student_outer, student_inner=student_inner,
         teacher_outer=teacher_outer, teacher_inner=teacher_inner, inner=inner,

@@ -231,6 +231,11 @@ def with_levers(row, lever, entropy_lever):
 
 
 @triton.jit
+def with_value(sums, value):
+    return R.Sums(value, sums.slope, sums.agreement, sums.lever, sums.entropy_lever)
+
+
+@triton.jit
 def with_sums(row, sums, CONSTANT: tl.constexpr, WANT: tl.constexpr):
     """The row with what the sweep of sums gives."""
     if CONSTANT == "slope_sum":

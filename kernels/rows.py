@@ -26,6 +26,9 @@ MEAN = tl.constexpr(8)
 ENTROPY = tl.constexpr(16)
 TEACHER_ENTROPY = tl.constexpr(32)
 LEVER = tl.constexpr(64)  # in the sweep of sums
+KL = tl.constexpr(128)  # the value of a Kullback-Leibler divergence
+# A KL divergence beyond this is right to 1e-5 from the first sweep's sums, which cancel.
+CLEAR = tl.constexpr(0.1)
 
 
 class Temper(NamedTuple):
@@ -55,7 +58,7 @@ class Statistics(NamedTuple):
     s_sum: Any  # sum 2^u
     t_sum: Any  # sum 2^v
     mixture: Any  # sum 2^w
-    gap: Any  # sum 2^u (u - v)
+    gap: Any  # sum 2^u (u - v), or for forward KL's value sum 2^v (v - u)
     s_entropy: Any  # sum 2^u u
     t_entropy: Any  # sum 2^v v
     unit: Any  # sum exp(z - max): the student at T = 1
@@ -170,6 +173,8 @@ def move(stats, s_max, t_max, temper, WANT: tl.constexpr):
     s_entropy, t_entropy = stats.s_entropy, stats.t_entropy
     if GAP & WANT:
         gap = tl.where(fs > 0, fs * (gap + stats.s_sum * (ds - dt)), 0.0)
+    elif KL & WANT:
+        gap = tl.where(ft > 0, ft * (gap + stats.t_sum * (dt - ds)), 0.0)
     if MIXTURE & WANT:
         moved = mixture_max + ds + temper.a * (dt - ds)
         mixture_max = tl.where(stats.mixture > 0, moved, FLOOR / 10)
@@ -197,6 +202,8 @@ def measure(z, y, inside, s_max, t_max, mixture_max, temper, WANT: tl.constexpr)
     mixture, gap, s_entropy, t_entropy, unit, total = zero, zero, zero, zero, zero, zero
     if GAP & WANT:
         gap = tl.sum(q * tl.where(q > 0, u - v, 0.0), 1, keep_dims=True)
+    elif KL & WANT:
+        gap = tl.sum(p * tl.where(p > 0, v - u, 0.0), 1, keep_dims=True)
     if MIXTURE & WANT:
         # Finite stand-ins for -inf: w is then hugely negative or positive, never NaN.
         low = tl.maximum(u, FLOOR)
@@ -264,7 +271,7 @@ def gather(stats, WANT: tl.constexpr):
     if MIXTURE & WANT:
         mixture_max = tl.max(stats.mixture_max)
         mixture = tl.sum(stats.mixture * tl.exp2(stats.mixture_max - mixture_max))
-    if GAP & WANT:
+    if (GAP + KL) & WANT:
         gap = tl.sum(stats.gap)
     if UNIT & WANT:
         unit = tl.sum(stats.unit)
@@ -326,6 +333,15 @@ def summarize(stats, temper, CONSTANT: tl.constexpr, WANT: tl.constexpr):
         row.s_max, row.t_max, row.s_log, row.t_log, row.gap, c, entropy, t_entropy, row.unit_log,
         row.alive, row.lever, row.entropy_lever,
     )  # fmt: skip
+
+
+@triton.jit
+def kl_of(stats, row, WANT: tl.constexpr):
+    """The KL divergence by the sums of the first sweep: reverse with GAP, else forward."""
+    if GAP & WANT:
+        return row.c
+    else:
+        return stats.gap / positive(stats.t_sum) * LN2 - row.gap
 
 
 @triton.jit

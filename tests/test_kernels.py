@@ -429,6 +429,23 @@ def test_scale(device):
     assert torch.equal(view, before)
 
 
+@pytest.mark.parametrize("divergence", [FORWARD_KL, fastkd.ReverseKL()], ids=str)
+def test_loss_alone_sweeps_again_where_it_is_small(divergence, force, device):
+    """By the first sweep's sums where they are right, and not where they would cancel."""
+    force("sweep")
+    noise = torch.tensor([1e-3, 0.03, 0.3, 0.45, 0.6, 2.0, 9.0], device=device)[:, None]
+    y = 2 * torch.randn(7, 1000, device=device)
+    z = y + noise * torch.randn(7, 1000, device=device)
+    problem = problem_of(z, y, divergence)
+    truth = Truth(problem, divergence).values["kd"]
+    assert truth.min() < 1e-6
+    assert (truth > 0.1).sum() > 2
+    values, _ = logits.forward(problem, entropy=False, metrics=False)
+    assert_close(values[KD] / truth, torch.ones(7, device=device), "value")
+    swept, _ = logits.forward(problem, entropy=False, metrics=True)
+    assert_close(swept[KD] / truth, torch.ones(7, device=device), "value")
+
+
 @pytest.mark.parametrize("plan", ["sweep", "split"])
 @pytest.mark.parametrize(
     ("strides", "V"),
