@@ -95,6 +95,22 @@ def test_closed_form(backend):
     assert_close(z.grad, torch.tensor([[-0.4, 0.4]]).double(), "gradient")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_is_the_binary_cross_entropy_of_pytorch_less_the_teachers_entropy(backend):
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    student, teacher, _ = inputs(7, 5, dtype=dtype)
+    leaf = student.clone().requires_grad_()
+    ours = gradients(
+        loss_of(leaf, teacher, temperature=3.0, reduction="sum", backend=backend), [leaf]
+    )
+    leaf = student.double().requires_grad_()
+    p, q = (teacher.double() / 3).sigmoid(), (leaf / 3).sigmoid()
+    truth = F.binary_cross_entropy(q, p, reduction="sum")
+    truth = 9 * (truth - F.binary_cross_entropy(p, p, reduction="sum"))
+    assert_close(ours[0], truth)
+    assert_close(ours[1], 3 * (q - p).detach(), "gradient")
+
+
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -151,6 +167,23 @@ def test_gradients_of_teacher_temperatures_and_weight(weights, shared, backend):
         results.append(gradients(loss, leaves, torch.tensor([1.0, -0.5, 2.0, 0.3, 1.0])))
     for ours, true in zip(*results, strict=True):
         assert_close(ours, true, "gradient")
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_gradcheck(weights, backend):
+    leaves = [*inputs(3, 5, dtype=torch.float64)[:2], torch.tensor(1.5).double(), torch.rand(3)]
+    leaves = [leaf.to(DEVICE, torch.float64).requires_grad_() for leaf in leaves]
+    labels = torch.rand(3, 5, device=DEVICE)
+
+    def loss(z, y, temperature, teacher_temperature):
+        return loss_of(
+            z, y, labels, weights=weights, temperature=temperature,
+            teacher_temperature=teacher_temperature + 0.5, alpha=0.4, entropy_weight=0.3,
+            reduction="none", backend=backend,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(loss, leaves)
 
 
 @NO_TRITON
