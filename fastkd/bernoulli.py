@@ -1,13 +1,14 @@
 """The PyTorch path of multi-label heads: blocks of rows, closed forms, fp64 inside.
 
 It offers what `problem.py` asks for. No entry depends on another: there are no row statistics, and
-`state` is empty. fp64 leaves the plain formulas as many digits as fp32 logits hold; +-1e300 stands
+`state` is empty. fp64 leaves the plain formulas as many digits as fp32 logits hold; +-1e200 stands
 for an infinite logit, and times 0 is 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from .problem import AGREEMENT, CE, ENTROPY, KD, TEACHER_ENTROPY, Coefficients, Problem
 
 BLOCK_ELEMENTS = 1 << 15  # in fp64, with some ten temporaries
-CERTAIN = 1e300
+CERTAIN = 1e200
 FAR = torch.finfo(torch.float32).max  # from here on a value is infinite
 
 
@@ -71,15 +72,30 @@ def weighted(values: Tensor, coefficients: Coefficients) -> Tensor:
 # --- blocks -----------------------------------------------------------------------------------
 
 
-class _Heads(NamedTuple):
-    """Rows of one side in fp64, [R, V]: tempered logits, their sigmoid, log(1 + e^-|logit|)."""
+class _Heads:
+    """Rows of one side in fp64, [R, V]."""
 
-    logit: Tensor
-    yes: Tensor
-    log: Tensor
+    def __init__(self, logit: Tensor) -> None:
+        self.logit = logit
+
+    @cached_property
+    def yes(self) -> Tensor:
+        return self.logit.sigmoid()
+
+    @cached_property
+    def log(self) -> Tensor:
+        """log(1 + e^-|logit|)"""
+        return self.logit.abs().neg_().exp_().log1p_()
+
+    @cached_property
+    def bell(self) -> Tensor:
+        """The derivative of the sigmoid."""
+        return self.yes * (-self.logit).sigmoid_()
 
 
 class _Block(NamedTuple):
+    """The rows [outer, inner] of [O, I, V]."""
+
     outer: int
     inner: slice
     rows: slice  # of [N]
@@ -87,10 +103,6 @@ class _Block(NamedTuple):
     rate: Tensor  # 1 / T of the student, [R, 1]
     student: _Heads
     teacher: _Heads
-
-
-def _heads(logit: Tensor) -> _Heads:
-    return _Heads(logit, logit.sigmoid(), logit.abs().neg_().exp_().log1p_())
 
 
 def _blocks(problem: Problem) -> Iterator[_Block]:
@@ -109,7 +121,7 @@ def _blocks(problem: Problem) -> Iterator[_Block]:
                 for x in (problem.student, problem.teacher)
             )
             rate = student_rate[rows]
-            student, teacher = _heads(z * rate), _heads(y.mul_(teacher_rate[rows]))
+            student, teacher = _Heads(z * rate), _Heads(y.mul_(teacher_rate[rows]))
             yield _Block(outer, inner, rows, z, rate, student, teacher)
 
 
@@ -139,7 +151,7 @@ def _store(values: Tensor, problem: Problem, block: _Block) -> None:
     if len(values) > 1:
         terms[ENTROPY] = _entropy(student)
         if problem.labels is not None:
-            terms[CE] = _cross_entropy(_heads(block.raw), problem.labels[block.rows])
+            terms[CE] = _cross_entropy(_Heads(block.raw), problem.labels[block.rows])
     if len(values) > 3:
         terms[TEACHER_ENTROPY] = _entropy(teacher)
         agree = (student.logit > 0) == (teacher.logit > 0)
@@ -173,10 +185,10 @@ def _gradient(
     gradient = (student.yes - teacher.yes).mul_(problem.a)
     if problem.b:
         apart = student.logit - teacher.logit
-        gradient += problem.b * _bell(student) * apart.masked_fill_(apart.abs() > FAR, 0.0)
+        gradient += problem.b * student.bell * apart.masked_fill_(apart.abs() > FAR, 0.0)
     gradient *= kd
     if entropy is not None:
-        gradient -= entropy * _bell(student) * student.logit
+        gradient -= entropy * student.bell * student.logit
     gradient *= block.rate
     if heat is not None:
         moved = torch.where(block.raw.abs() > FAR, 0.0, block.raw * gradient)
@@ -188,8 +200,3 @@ def _gradient(
     if out is not None:
         gradient = _counted(problem, block, gradient)
         out[block.outer, block.inner, : problem.vocab_size] = gradient.to(out.dtype)
-
-
-def _bell(heads: _Heads) -> Tensor:
-    """sigmoid(logit) sigmoid(-logit), the derivative of the sigmoid."""
-    return heads.yes * (-heads.logit).sigmoid_()
