@@ -60,6 +60,14 @@ MORE = (
     Configuration("odd", "fused", 8192, 50257),
     Configuration("everything resident", "fused", 4096, 1000, everything=True),
 )
+# Those of forward KL on sm_90: what it shares with every other, and heads of sigmoids.
+OTHERS = (
+    Configuration("standardized", "standardized", 4096, 128256),
+    Configuration("standardized resident", "standardized", 4096, 1000),
+    Configuration("multi-label", "multi-label", 4096, 32000),
+    Configuration("multi-label resident", "multi-label", 4096, 1000),
+    Configuration("multi-label everything", "multi-label", 4096, 32000, everything=True),
+)
 # Every width that a resident row can have; on sm_90.
 WIDTHS = tuple(
     Configuration(f"resident {width}", "fused", 65536, width)
@@ -94,6 +102,8 @@ def configurations(target: str, name: str, quick: bool = False) -> Iterator[Conf
     yield from MAIN
     if target == "sm_90":
         yield from MORE
+        if name == "forward_kl":
+            yield from OTHERS
         if name in ALL_WIDTHS and not quick:
             yield from WIDTHS
 
@@ -117,7 +127,7 @@ def measure(target: str, name: str, chosen: Iterable[Configuration]) -> list[Mea
 
 def _call(name: str, one: Configuration) -> Callable[[], object]:
     """The launcher on tensors that have a shape and nothing else."""
-    from fastkd.kernels import elementwise, logits
+    from fastkd.kernels import bernoulli, elementwise, logits, moments
 
     rows, full = one.rows, one.everything
 
@@ -142,6 +152,21 @@ def _call(name: str, one: Configuration) -> Callable[[], object]:
         one.columns,
     )  # fmt: skip
     factors = Coefficients(meta(rows), *((meta(rows),) * 2 if full else (None, None)))
+    if one.launcher == "multi-label":
+        heads = fastkd.Bernoulli(1, 1 if full else 0)
+        problem = problem._replace(
+            labels=meta(rows, one.columns) if full else None, divergence=heads.name,
+            a=heads.forward, b=heads.reverse,
+        )  # fmt: skip
+        return partial(bernoulli.fused, problem, factors, full, None)
+    if one.launcher == "standardized":
+        problem = problem._replace(moments=meta(2, 3, rows))
+
+        def call() -> None:
+            moments.fill(problem.moments, z, y, counted, one.columns)
+            logits.fused(problem, factors, full, None)
+
+        return call
     if one.launcher == "fused":
         return partial(logits.fused, problem, factors, full, None)
     if one.launcher == "forward":

@@ -7,13 +7,15 @@ plain floats they would make it compile again for each value.
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import eager
+from . import bernoulli, eager
+from .divergences import Bernoulli
 from .problem import CE, ENTROPY, KD, Coefficients, Problem
 
 # --- operators -------------------------------------------------------------------------------
@@ -50,12 +52,11 @@ class Arguments(NamedTuple):
 SIZE = len(Arguments._fields)
 
 
-def _backend(name: str) -> ModuleType:
+def _backend(name: str, divergence: str) -> ModuleType:
+    heads = divergence == Bernoulli.name
     if name == "torch":
-        return eager
-    from .kernels import logits
-
-    return logits
+        return bernoulli if heads else eager
+    return import_module(f"fastkd.kernels.{'bernoulli' if heads else 'logits'}")
 
 
 @torch.library.custom_op(
@@ -65,7 +66,8 @@ def _backend(name: str) -> ModuleType:
 )
 def _forward(*arguments):
     entropy, metrics, backend = arguments[SIZE:]
-    return _backend(backend).forward(Arguments(*arguments[:SIZE]).problem(), entropy, metrics)
+    problem = Arguments(*arguments[:SIZE]).problem()
+    return _backend(backend, problem.divergence).forward(problem, entropy, metrics)
 
 
 @_forward.register_fake
@@ -73,7 +75,7 @@ def _(*arguments):
     inputs, (entropy, metrics, backend) = Arguments(*arguments[:SIZE]), arguments[SIZE:]
     kinds = 5 if metrics else 3 if entropy or inputs.labels is not None else 1
     saved = 9 if inputs.moments is not None else 5 if kinds == 1 else 7
-    if backend == "torch":
+    if backend == "torch" or inputs.divergence == Bernoulli.name:
         saved = 0
     rows = inputs.student_temperature
     return rows.new_empty(kinds, rows.size(0)), rows.new_empty(saved, rows.size(0))
@@ -91,7 +93,9 @@ def _backward(*arguments):
     inputs = Arguments(*arguments[:SIZE])
     state, kd, ce, entropy, gradient, temperature, backend = arguments[SIZE:]
     upstream = Coefficients(kd, ce, entropy)
-    out, heat = _backend(backend).backward(inputs.problem(), state, upstream, gradient, temperature)
+    out, heat = _backend(backend, inputs.divergence).backward(
+        inputs.problem(), state, upstream, gradient, temperature
+    )
     return (
         kd.new_empty(0) if out is None else out.view(inputs.student.shape),
         kd.new_empty(0) if heat is None else heat,
@@ -111,7 +115,7 @@ def _(*arguments):
 def _run_fused(arguments, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     inputs = Arguments(*arguments[:SIZE])
     kd, ce, entropy, metrics, backend = arguments[SIZE:]
-    loss, values, gradient = _backend(backend).fused(
+    loss, values, gradient = _backend(backend, inputs.divergence).fused(
         inputs.problem(), Coefficients(kd, ce, entropy), metrics, out
     )
     return loss, kd.new_empty(0) if values is None else values, gradient
@@ -156,7 +160,7 @@ def _(*arguments):
 
 @torch.library.custom_op("fastkd::scale_", mutates_args=("gradient",))
 def _scale_(gradient: Tensor, upstream: Tensor, backend: str) -> None:
-    _backend(backend).scale_(gradient, upstream)
+    _backend(backend, "").scale_(gradient, upstream)
 
 
 # --- autograd --------------------------------------------------------------------------------

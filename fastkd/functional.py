@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, checks, moments, reference
-from .divergences import Divergence
+from .divergences import Bernoulli, Divergence
 from .problem import CE, ENTROPY, KD, Problem
 
 
@@ -82,10 +82,12 @@ def distillation_loss(
         student: logits [..., V], fp16, bf16, fp32 or fp64. -inf masks an entry.
         teacher: logits [..., V], of any of these dtypes. Log-probabilities are logits too.
         labels: class indices [...], int64 or int32. They feed the cross-entropy and say, by
-            `ignore_index`, which rows count. No shift is applied.
+            `ignore_index`, which rows count. No shift is applied. With `Bernoulli()`, multi-hot
+            [..., V] in [0, 1].
         divergence: "forward_kl" (KL(p || q)), "reverse_kl", "jeffreys", "tvd", or an object:
             `JSD(beta)`, `SkewKL(alpha)`, `SkewReverseKL(alpha)`, `AlphaDivergence(alpha)`,
-            `Renyi(alpha)`, `Jeffreys(forward, reverse)`, or one of your own (`Divergence`).
+            `Renyi(alpha)`, `Jeffreys(forward, reverse)`, one of your own (`Divergence`), or, for
+            multi-label heads, `Bernoulli()`: see there what changes.
         temperature: T_s > 0, the student's: a float, a 0-d tensor, or one per row [...]. A tensor
             that requires a gradient gets one.
         teacher_temperature: T_t, likewise. None: the same as the student's.
@@ -150,7 +152,12 @@ def distillation_loss(
     checks.unit("alpha", alpha)
     checks.unit("label_smoothing", label_smoothing)
     checks.finite("entropy_weight", entropy_weight)
-    if labels is not None:
+    heads = isinstance(kind, Bernoulli)
+    if heads:
+        checks.multi_label(standardize, label_smoothing, ignore_index)
+    if labels is not None and heads:
+        checks.multi_hot(labels, student, columns)
+    elif labels is not None:
         checks.labels(labels, student, columns, ignore_index)
     elif alpha < 1:
         raise ValueError(f"alpha={alpha} mixes in a cross-entropy, which needs labels: pass them")
@@ -175,8 +182,10 @@ def distillation_loss(
 
     size = student.shape[:-1]
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    counted, row_weight = _rows_that_count(labels, weight, ignore_index, dtype)
+    counted, row_weight = _rows_that_count(None if heads else labels, weight, ignore_index, dtype)
     factor = _reduction_factor(reduction, num_items, counted, row_weight, student, dtype)
+    if torch.compiler.is_compiling() and not isinstance(factor, Tensor):
+        factor = _scalar(factor, dtype, student.device)
     factors = _factors(
         kind, temperature, teacher_temperature, scale_by_temperature,
         alpha, entropy_weight, row_weight,
@@ -306,6 +315,7 @@ def _problem(
     vocab_size: int,
     dtype: torch.dtype,
 ) -> Problem:
+    row_dims = student.dim() - 1
     student, teacher = _as_rows(student, teacher)
     a, b = kind.parameters
     rows, device = student.size(0) * student.size(1), student.device
@@ -315,7 +325,7 @@ def _problem(
         None
         if teacher_temperature is None
         else _per_row(teacher_temperature, rows, dtype, device),
-        None if labels is None else labels.flatten().contiguous(),
+        None if labels is None else labels.reshape(rows, *labels.shape[row_dims:]).contiguous(),
         counted, label_smoothing, kind.name, a, b, vocab_size,
     )  # fmt: skip
 

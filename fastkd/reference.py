@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .divergences import Divergence, plogr
+from .divergences import Bernoulli, Divergence, plogr
 from .moments import EPS, FLAT
 from .problem import Problem
 
@@ -17,6 +17,8 @@ def losses(
     problem: Problem, entropy: bool, metrics: bool, standardize: bool
 ) -> list[Tensor | None]:
     """The rows of `values` (see problem.py), each [N] or None, differentiable."""
+    if problem.divergence == Bernoulli.name:
+        return _bernoulli(problem, entropy, metrics)
     z = problem.student[..., : problem.vocab_size].flatten(0, 1).to(problem.dtype)
     y = problem.teacher[..., : problem.vocab_size].flatten(0, 1).to(problem.dtype)
 
@@ -69,8 +71,8 @@ def _standardized(logits: Tensor) -> Tensor:
 
 
 def _over(logits: Tensor, values: Tensor, divisor: Tensor) -> Tensor:
-    """values / divisor, and -inf where the logits are, which has no derivative to the divisor."""
-    kept = logits > -math.inf
+    """values / divisor; infinite where the logits are, without a derivative to the divisor."""
+    kept = logits.isfinite()
     quotient = torch.where(kept, values, 0.0) / divisor
     return torch.where(kept, quotient, logits / divisor.detach())
 
@@ -78,3 +80,42 @@ def _over(logits: Tensor, values: Tensor, divisor: Tensor) -> Tensor:
 def _agreement(z: Tensor, y: Tensor) -> Tensor:
     shared = (z == z.amax(-1, keepdim=True)) & (y == y.amax(-1, keepdim=True))
     return shared.any(-1).to(z.dtype)
+
+
+def _bernoulli(problem: Problem, entropy: bool, metrics: bool) -> list[Tensor | None]:
+    """The same for multi-label heads."""
+    z = problem.student[..., : problem.vocab_size].flatten(0, 1).to(problem.dtype)
+    y = problem.teacher[..., : problem.vocab_size].flatten(0, 1).to(problem.dtype)
+    if problem.counted is not None:
+        z, y = (torch.where(problem.counted[:, None], x, 0.0) for x in (z, y))
+    teacher_temperature = problem.teacher_temperature
+    if teacher_temperature is None:
+        teacher_temperature = problem.student_temperature
+    q = _over(z, z, problem.student_temperature[:, None])
+    p = _over(y, y, teacher_temperature[:, None])
+    value, student_entropy, teacher_entropy = (torch.zeros_like(z) for _ in range(3))
+    for sign in (1, -1):  # yes and no
+        lq, lp = F.logsigmoid(sign * q), F.logsigmoid(sign * p)
+        if problem.a:
+            value = value + problem.a * plogr(lp, lp - lq)
+        if problem.b:
+            value = value + problem.b * plogr(lq, lq - lp)
+        student_entropy = student_entropy - plogr(lq, lq)
+        teacher_entropy = teacher_entropy - plogr(lp, lp)
+    hard = None
+    if problem.labels is not None:
+        labels = problem.labels.to(z.dtype)
+        hard = -(_product(labels, F.logsigmoid(z)) + _product(1 - labels, F.logsigmoid(-z)))
+    rows = [
+        value,
+        hard,
+        student_entropy if entropy or metrics else None,
+        teacher_entropy if metrics else None,
+        ((z > 0) == (y > 0)).to(z.dtype) / z.size(-1) if metrics else None,
+    ]
+    counted = torch.ones_like(z[:, 0]) if problem.counted is None else problem.counted
+    return [row if row is None else torch.where(counted != 0, row.sum(-1), 0.0) for row in rows]
+
+
+def _product(weight: Tensor, log: Tensor) -> Tensor:
+    return torch.where(weight == 0, 0.0, weight * torch.where(weight == 0, 0.0, log))

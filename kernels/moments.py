@@ -7,6 +7,7 @@ cancellation: Chan, Golub & LeVeque 1979.
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,73 +23,57 @@ EPS = tl.constexpr(moments.EPS)
 FLAT = tl.constexpr(moments.FLAT)
 
 
-@triton.jit
-def _merge(count, mean, square, n, m, s):
-    """Two pieces as one."""
-    total = count + n
-    share = n / tl.maximum(total, 1.0)
-    delta = m - mean
-    return total, mean + delta * share, square + s + delta * delta * (count * share)
+class Piece(NamedTuple):
+    """Of a piece of a row, without its -inf: count, mean, sum of squares about it, bounds."""
+
+    count: Any
+    mean: Any
+    square: Any
+    least: Any
+    most: Any
 
 
 @triton.jit
-def _add(count, mean, square, least, most, x):
-    """The statistics [lanes, 1] with a tile added, of which -inf is no part."""
+def _empty(LANES: tl.constexpr):
+    zero = tl.zeros([LANES, 1], tl.float32)
+    return Piece(zero, zero, zero, zero + float("inf"), zero - float("inf"))
+
+
+@triton.jit
+def _add(piece, x):
+    """The pieces [lanes, 1] with a tile added."""
     kept = x != -float("inf")
     n = tl.sum(kept.to(tl.float32), 1, keep_dims=True)
     m = tl.sum(tl.where(kept, x, 0.0), 1, keep_dims=True) / tl.maximum(n, 1.0)
     centred = tl.where(kept, x - m, 0.0)
-    s = tl.sum(centred * centred, 1, keep_dims=True)
-    low = tl.min(tl.where(kept, x, float("inf")), 1, keep_dims=True)
-    count, mean, square = _merge(count, mean, square, n, m, s)
-    high = tl.max(x, 1, keep_dims=True)
-    return count, mean, square, tl.minimum(least, low), tl.maximum(most, high)
+    least = tl.min(tl.where(kept, x, float("inf")), 1, keep_dims=True)
+    count = piece.count + n
+    share = n / tl.maximum(count, 1.0)
+    delta = m - piece.mean
+    spread = tl.sum(centred * centred, 1, keep_dims=True) + delta * delta * (piece.count * share)
+    return Piece(
+        count, piece.mean + delta * share, piece.square + spread,
+        tl.minimum(piece.least, least), tl.maximum(piece.most, tl.max(x, 1, keep_dims=True)),
+    )  # fmt: skip
 
 
 @triton.jit
-def _side(
-    logits, outer, inner_stride, inner, counted, out, rows, columns,
-    RESIDENT: tl.constexpr, ALIGN: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    """RESIDENT: a lane is a row, of up to VECTOR columns; else the lanes share a row."""
-    lane, vector = tl.arange(0, LANES)[:, None], tl.arange(0, VECTOR)[None, :]
-    zero = tl.zeros([LANES, 1], tl.float32)
-    count, mean, square = zero, zero, zero
-    least, most = zero + float("inf"), zero - float("inf")
-    if RESIDENT:
-        index = tl.program_id(0).to(tl.int64) * LANES + lane
-        exists = index < rows
-        live = exists
-        if counted is not None:
-            live &= tl.load(counted + index, mask=exists, other=0) != 0
-        logits += P.row_at(index, outer, inner_stride, inner, ALIGN)
-        x = P.load(logits, vector, live & (vector < P.aligned(columns, ALIGN)), "")
-        count, mean, square, least, most = _add(count, mean, square, least, most, x)
-    else:
-        exists = None
-        index = tl.program_id(0).to(tl.int64)
-        if counted is not None:
-            columns = tl.where(tl.load(counted + index) != 0, columns, 0)
-        logits += P.row_at(index, outer, inner_stride, inner, ALIGN)
-        BLOCK: tl.constexpr = LANES * VECTOR
-        offsets, full = lane * VECTOR + vector, columns // BLOCK
-        for i in range(full):
-            x = P.load(logits, i * BLOCK + offsets, None, "evict_last")
-            count, mean, square, least, most = _add(count, mean, square, least, most, x)
-        if full * BLOCK < columns:
-            at = full * BLOCK + offsets
-            x = P.load(logits, at, at < columns, "evict_last")
-            count, mean, square, least, most = _add(count, mean, square, least, most, x)
-        total = tl.sum(count)
-        whole = tl.sum(count * mean) / tl.maximum(total, 1.0)
-        square = tl.sum(square + count * (mean - whole) * (mean - whole))
-        count, mean, least, most = total, whole, tl.min(least), tl.max(most)
+def _collapse(piece):
+    """The whole from its lanes: scalars."""
+    count = tl.sum(piece.count)
+    mean = tl.sum(piece.count * piece.mean) / tl.maximum(count, 1.0)
+    off = piece.mean - mean
+    square = tl.sum(piece.square + piece.count * off * off)
+    return Piece(count, mean, square, tl.min(piece.least), tl.max(piece.most))
 
-    spread, free = most > least, tl.maximum(count - 1.0, 1.0)
-    std = tl.sqrt(square / free)
+
+@triton.jit
+def _write(out, index, rows, piece, exists):
+    spread, free = piece.most > piece.least, tl.maximum(piece.count - 1.0, 1.0)
+    std = tl.sqrt(piece.square / free)
     width = tl.where(spread, std + EPS, FLAT)
     pull = tl.where(spread, 1.0 / tl.where(spread, free * std * width, 1.0), 0.0)
-    tl.store(out + index, mean, mask=exists)
+    tl.store(out + index, piece.mean, mask=exists)
     tl.store(out + rows + index, width, mask=exists)
     tl.store(out + 2 * rows + index, pull, mask=exists)
 
@@ -99,12 +84,39 @@ def _moments(
     out, rows, columns,
     RESIDENT: tl.constexpr, ALIGN: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    if tl.program_id(1) == 0:
-        _side(student, student_outer, student_inner, inner, counted, out, rows, columns,
-              RESIDENT, ALIGN, LANES, VECTOR)  # fmt: skip
+    """RESIDENT: a lane is a row, of up to VECTOR columns; else the lanes share a row."""
+    lane, vector = tl.arange(0, LANES)[:, None], tl.arange(0, VECTOR)[None, :]
+    index = tl.program_id(0).to(tl.int64)
+    exists = None
+    if RESIDENT:
+        index = index * LANES + lane
+        exists = index < rows
+    student += P.row_at(index, student_outer, student_inner, inner, ALIGN)
+    teacher += P.row_at(index, teacher_outer, teacher_inner, inner, ALIGN)
+    s, t = _empty(LANES), _empty(LANES)
+    if RESIDENT:
+        live = exists
+        if counted is not None:
+            live &= tl.load(counted + index, mask=exists, other=0) != 0
+        inside = live & (vector < P.aligned(columns, ALIGN))
+        s = _add(s, P.load(student, vector, inside, ""))
+        t = _add(t, P.load(teacher, vector, inside, ""))
     else:
-        _side(teacher, teacher_outer, teacher_inner, inner, counted, out + 3 * rows, rows, columns,
-              RESIDENT, ALIGN, LANES, VECTOR)  # fmt: skip
+        BLOCK: tl.constexpr = LANES * VECTOR
+        if counted is not None:
+            columns = tl.where(tl.load(counted + index) != 0, columns, 0)
+        offsets, full = lane * VECTOR + vector, columns // BLOCK
+        for i in range(full):
+            at = i * BLOCK + offsets
+            s = _add(s, P.load(student, at, None, "evict_last"))
+            t = _add(t, P.load(teacher, at, None, "evict_last"))
+        if full * BLOCK < columns:
+            at = full * BLOCK + offsets
+            s = _add(s, P.load(student, at, at < columns, "evict_last"))
+            t = _add(t, P.load(teacher, at, at < columns, "evict_last"))
+        s, t = _collapse(s), _collapse(t)
+    _write(out, index, rows, s, exists)
+    _write(out + 3 * rows, index, rows, t, exists)
 
 
 def fill(
@@ -122,9 +134,9 @@ def fill(
         align = math.gcd(align, vocab_size)
     if rows:
         with torch.cuda.device_of(student):
-            _moments[(triton.cdiv(rows, plan.lanes) if resident else rows, 2)](
+            _moments[(triton.cdiv(rows, plan.lanes) if resident else rows,)](
                 student, teacher, student_outer, student_inner, teacher_outer, teacher_inner, inner,
-                counted, out, rows, vocab_size,
-                resident, align, plan.lanes, plan.vector, num_warps=plan.warps,
+                counted, out, rows, vocab_size, RESIDENT=resident, ALIGN=align,
+                LANES=plan.lanes, VECTOR=plan.vector, num_warps=plan.warps,
             )  # fmt: skip
     return out

@@ -74,6 +74,23 @@ def test_standardised_logits_recompile_nothing(mode):
             assert_close(ours, plain.double(), "gradient")
 
 
+@pytest.mark.parametrize("reduction", ["mean", "batchmean"])
+def test_a_mean_over_all_rows_recompiles_nothing(reduction):
+    def step(student, teacher, temperature):
+        return fastkd.distillation_loss(
+            student * 1.5, teacher, temperature=temperature, reduction=reduction
+        )
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=BACKEND)
+    for n, (rows, temperature) in enumerate([(8, 2.0), (9, 3.0), (31, 1.5)]):
+        student, teacher = (x.float().to(DEVICE) for x in logits(rows, 20))
+        leaf = student.requires_grad_()
+        with torch._dynamo.config.patch(error_on_recompile=n > 0):
+            loss = compiled(leaf, teacher, temperature)
+            loss.backward()
+        assert_close(loss, step(leaf.double(), teacher.double(), temperature))
+
+
 @pytest.mark.parametrize("mode", ["forward", "backward"])
 def test_upstream_gradient_and_metrics_under_compile(mode):
     student, teacher = (x.float().to(DEVICE) for x in logits(6, 20))
