@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
@@ -59,6 +60,7 @@ class Distiller(Trainer):
             labels,
             vocab_size=self.vocab_size,
             num_items=num_items_in_batch,
+            inplace=True,  # nobody reads the student's logits again
             **self.loss(self.state.global_step, self.state.max_steps),
         )
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -66,7 +68,7 @@ class Distiller(Trainer):
             loss = loss * self.accelerator.num_processes
         step = self.state.global_step
         self.step_loss = {step: self.step_loss.get(step, 0.0) + loss.detach()}
-        return (loss, {"logits": student}) if return_outputs else loss
+        return (loss, {}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs the loss of this step: a mean since the last row would change where a run stops."""
@@ -76,13 +78,17 @@ class Distiller(Trainer):
         super().log(logs, start_time)
 
     def logits(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Of student and teacher [B, T - 1, V], and the tokens [B, T - 1] that they predict."""
+        """Of student and teacher [B, T, V], and the tokens [B, T] that they predict.
+
+        The last place of a sequence predicts none, -100. To slice it off would cost a copy of the
+        logits' gradient.
+        """
         ids = inputs["input_ids"]
         with torch.no_grad():
             teacher = self.teacher(input_ids=ids, use_cache=False).logits
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.args.bf16):
             student = model(input_ids=ids, use_cache=False).logits
-        return student[:, :-1], teacher[:, :-1], inputs["labels"][:, 1:]
+        return student, teacher, F.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
 
     @torch.no_grad()
     def evaluate(

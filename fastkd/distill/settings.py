@@ -31,7 +31,7 @@ class Common:
     divergence: str = setting("forward_kl", "of teacher and student: a name, or jsd:0.1")
     temperature: str = setting("2", "of both, in the divergence: a number, or cosine:8,1")
     teacher_temperature: str = setting("", "of the teacher, where it is another; likewise")
-    scale_by_temperature: bool = setting(True, "the divergence times both temperatures")
+    scale_by_temperature: bool = setting(True, "multiply the divergence by both, as Hinton by T^2")
     standardize: bool = setting(False, "z-scores instead of logits, on both sides")
     alpha: float = setting(0.9, "share of the divergence; the rest is cross-entropy with the text")
     entropy_weight: float = setting(0.0, "of the student's entropy: above 0 sharpens it")

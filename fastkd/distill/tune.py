@@ -226,6 +226,7 @@ def draw(figure: Any, study: Study, table: Table) -> None:
             alpha=0.7,
         )
     left.set_xscale("log", base=2)
+    left.xaxis.set_major_formatter("{x:g}")
     left.set(xlabel="T (size: alpha)", ylabel="loss on held-out text", title="Trials")
     left.legend()
     bars(right, table)

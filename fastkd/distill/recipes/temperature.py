@@ -299,6 +299,7 @@ def draw(figure: Any, sweeps: list[Table], methods: Table, costs: Table) -> None
         left.plot(TEMPERATURES, [table.expected[n] for n in names], "x", color=color)
     left.axhline(0, color="black", linewidth=0.8)
     left.set_xscale("log", base=2)
+    left.xaxis.set_major_formatter("{x:g}")
     left.set(xlabel="T", ylabel="points above hard labels", title="100 labels (x: expected)")
     left.legend()
     bars(middle, methods)
