@@ -91,6 +91,7 @@ def _expand(selection: Selection) -> Iterator[Group]:
 
 def run(groups: Sequence[Group], settings: Settings, results: Results, path: Path | None) -> None:
     """Measures what `results` does not hold yet, and saves before and after every group."""
+    results.rows = [row for row in results.rows if (row.status, row.note) != LATE]
     done = {row.key for row in results.rows}
     with progress(len(groups)) as advance:
         for group in groups:

@@ -370,4 +370,4 @@ def _blank(problem: Problem, out: Tensor) -> None:
 def _store(values: Tensor, rows: Rows, terms: _Terms) -> None:
     for kind, value in terms.values.items():
         if kind < len(values):
-            values[kind][rows.flat] = value.to(values.dtype)
+            values[kind, rows.flat] = value.to(values.dtype)

@@ -329,10 +329,14 @@ def test_a_process_that_hangs_is_killed(monkeypatch, limits, tmp_path):
     assert str(ending).startswith("table: killed at a limit after")
 
 
-def test_time_may_run_out(tmp_path):
-    assert main([*SMALL, "--limit", "0", "--provider", "eager", "--out", str(tmp_path)]) == 0
+def test_time_may_run_out_and_be_given_again(tmp_path):
+    options = [*SMALL, "--provider", "eager", "--out", str(tmp_path)]
+    assert main([*options, "--limit", "0"]) == 0
     (row,) = Results.load(tmp_path / "results.json").rows
     assert (row.status, row.note) == (ABSENT, "not measured: out of time")
+    assert main([*options, "--resume"]) == 0
+    (row,) = Results.load(tmp_path / "results.json").rows
+    assert (row.status, row.note) == (OK, "")
 
 
 @pytest.mark.slow
