@@ -17,7 +17,7 @@ from fastkd.bernoulli import new_gradient, weighted
 from fastkd.kernels import phases as P
 from fastkd.kernels import rows as R
 from fastkd.kernels.divergences import NEAR, NEAR_RATIO, bend
-from fastkd.kernels.logits import VARYING, strides_of
+from fastkd.kernels.logits import strides_of
 from fastkd.kernels.tuning import schedule
 from fastkd.problem import Coefficients, Problem
 
@@ -126,7 +126,7 @@ def _step(
     return kd_sum, ce_sum, entropy_sum, teacher_sum, agreement_sum, heat
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=P.VARYING)
 def _bernoulli(
     student, teacher, student_outer, student_inner, teacher_outer, teacher_inner, inner,
     s_temperature, s_temperature_stride, t_temperature, t_temperature_stride,
