@@ -34,6 +34,7 @@ class Binary(NamedTuple):
     constants: dict[str, Any]  # its tl.constexpr arguments
     programs: tuple[int, ...]
     warps: int
+    blocks: int  # that share a tile, in a cluster
     registers: int
     shared: int  # bytes
     all: Counts
@@ -78,12 +79,18 @@ GCN = Isa(
 _BRANCH = re.compile(r"\bBRA\b.*0x([0-9a-f]+)")
 
 
-def binaries(target: str, call: Callable[[], object], processors: int) -> list[Binary]:
-    """The kernels that `call` would launch on tensors without storage, on `target`."""
-    return [_read(kernel, *launch) for kernel, *launch in _compiled(target, call, processors)]
+def binaries(
+    target: str, call: Callable[[], object], processors: int, long: str = "sweep"
+) -> list[Binary]:
+    """The kernels that `call` would launch on tensors without storage, on `target`.
+
+    long: what tuning.LONG says.
+    """
+    found = _compiled(target, call, processors, long)
+    return [_read(kernel, *launch) for kernel, *launch in found]
 
 
-def _compiled(target: str, call: Callable[[], object], processors: int) -> list[tuple]:
+def _compiled(target: str, call: Callable[[], object], processors: int, long: str) -> list[tuple]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
@@ -110,13 +117,15 @@ def _compiled(target: str, call: Callable[[], object], processors: int) -> list[
             for p in self.params
             if p.is_constexpr and isinstance(given.get(p.name), int | str)
         }
-        found.append((kernel, self.__name__, constants, tuple(grid), kernel.metadata.num_warps))
+        found.append((kernel, self.__name__, constants, tuple(grid), kernel.metadata))
         return kernel
 
     triton.runtime.driver.set_active(Driver())
     with (
         replaced(JITFunction, "run", compile_only),
         replaced(tuning, "multiprocessors", lambda device: processors),
+        replaced(tuning, "is_nvidia", lambda device, generation: "sm_" in target),
+        replaced(tuning, "LONG", long),
     ):
         call()
     return found
@@ -133,7 +142,7 @@ def replaced(owner: Any, name: str, new: Any) -> Iterator[None]:
 
 
 def _read(
-    kernel: Any, name: str, constants: dict[str, Any], grid: tuple[int, ...], warps: int
+    kernel: Any, name: str, constants: dict[str, Any], grid: tuple[int, ...], metadata: Any
 ) -> Binary:
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
@@ -152,7 +161,8 @@ def _read(
     counted = [_count(body, isa) for body in tiles]
     whole = [line for _, line in lines]
     return Binary(
-        name, constants, grid, warps, registers, kernel.metadata.shared,
+        name, constants, grid, metadata.num_warps, getattr(metadata, "num_ctas", 1), registers,
+        metadata.shared,
         _count(whole, isa), _count(_main(lines) if isa is SASS else whole, isa), counted,
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 import fastkd
+from fastkd.kernels import tuning
 from fastkd.problem import Coefficients, Problem
 
 from . import cases, machine, model
@@ -43,6 +44,7 @@ class Configuration(NamedTuple):
     columns: int
     dtype: torch.dtype = BF16
     everything: bool = False
+    long: str = "sweep"  # tuning.LONG
 
 
 # Those of every target and divergence, and in CI of a few when in haste.
@@ -60,6 +62,13 @@ MORE = (
     Configuration("odd", "fused", 8192, 50257),
     Configuration("everything resident", "fused", 4096, 1000, everything=True),
 )
+# The schedules that read each operand once, for loss and gradient and for the loss alone; of every
+# divergence on sm_90, of a few on NVIDIA's other targets.
+ONCE = (
+    Configuration("relay", "fused", 4096, 128256, long="relay"),
+    Configuration("relay, loss alone", "forward", 4096, 128256, long="relay"),
+)
+CLUSTER = Configuration("cluster", "fused", 4096, 128256, long="cluster")
 # Those of forward KL on sm_90: what it shares with every other, and heads of sigmoids.
 OTHERS = (
     Configuration("standardized", "standardized", 4096, 128256),
@@ -100,12 +109,22 @@ def configurations(target: str, name: str, quick: bool = False) -> Iterator[Conf
         yield from KL_DIV
         return
     yield from MAIN
+    if "sm_" in target and (target == "sm_90" or name in ALL_WIDTHS):
+        yield from ONCE
+        if target != "sm_80" and _clusters():
+            yield CLUSTER
     if target == "sm_90":
         yield from MORE
         if name == "forward_kl":
             yield from OTHERS
         if name in ALL_WIDTHS and not quick:
             yield from WIDTHS
+
+
+def _clusters() -> bool:
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= tuning.CLUSTERS
 
 
 def tasks(quick: bool) -> list[tuple[str, str]]:
@@ -121,7 +140,7 @@ def measure(target: str, name: str, chosen: Iterable[Configuration]) -> list[Mea
     return [
         Measured(target, name, one.name, binary, 2 * one.dtype.itemsize)
         for one in chosen
-        for binary in binaries(target, _call(name, one), processors)
+        for binary in binaries(target, _call(name, one), processors, one.long)
     ]
 
 
@@ -200,13 +219,23 @@ def _tile(binary: Binary) -> tuple[int, ...]:
 
 
 def work(binary: Binary, entry: int, width: int) -> Work:
-    """A resident kernel has no loop: all of it is spread over its tile."""
+    """A resident kernel has no loop: all of it is spread over its tile.
+
+    The loop of a relay holds more than a program does in a round, and counts as if it did all: its
+    accesses once with a mask and once without, and what one of the programs of a row does.
+    """
+    if binary.name == "relay":
+        loop = max(binary.loops, key=lambda counts: counts.instructions)
+        positions = math.prod(_tile(binary)) / (width * binary.warps)
+        writes = 4 * loop.stored > loop.loaded
+        rest = (getattr(loop, name) / positions for name in Work._fields[2:])
+        return Work([entry], entry / 2 if writes else 0.0, *rest)
     if binary.loops:
         loads = [entry] * len(binary.loops)
         parts = [(loop, loop.loaded / entry) for loop in binary.loops]
     else:
         tile = math.prod(_tile(binary))
-        parts = [(binary.main, tile / (width * binary.warps))]
+        parts = [(binary.main, tile / (width * binary.warps * binary.blocks))]
         # What a row needs once is loaded by each of its threads, but moved once.
         whole_rows = "LANES" in binary.constants
         loads = [entry if whole_rows else sum(part.loaded / n for part, n in parts)]
@@ -310,21 +339,32 @@ def predictions(gpu: model.Gpu, target: str, names: Sequence[str]) -> list[list[
     for case, launcher, divergences in CASES:
         for name in divergences:
             if name in names:
-                lines.append(_prediction(gpu, target, case, launcher, name))
+                for long in _choices(target, case, launcher):
+                    lines.append(_prediction(gpu, target, case, launcher, name, long))
     return lines
 
 
-def _prediction(gpu: model.Gpu, target: str, case: str, launcher: str, name: str) -> list[str]:
+def _choices(target: str, case: str, launcher: str) -> list[str]:
+    """What tuning.LONG can say of the case."""
+    vocab = cases.case_of(case).vocab
+    if launcher not in ("fused", "forward") or vocab <= tuning.RESIDENT or "gfx" in target:
+        return ["sweep"]
+    fits = target != "sm_80" and vocab <= tuning.CLUSTER * tuning.SHARE and _clusters()
+    return ["sweep", *(["relay"] if vocab % 8 == 0 else []), *(["cluster"] if fits else [])]
+
+
+def _prediction(
+    gpu: model.Gpu, target: str, case: str, launcher: str, name: str, long: str
+) -> list[str]:
     shape = cases.case_of(case)
-    call = Configuration(case, launcher.split(",")[0], shape.rows, shape.vocab)
+    call = Configuration(case, launcher.split(",")[0], shape.rows, shape.vocab, long=long)
     kernels = measure(target, name, [call])
     if launcher == ONE_SWEEP:
         (one,) = kernels
         kernels = [one._replace(binary=one.binary._replace(loops=one.binary.loops[:1]))]
     done = [work(one.binary, one.entry, gpu.width) for one in kernels]
     first = kernels[0].binary
-    resident = not first.loops and "VECTOR" in first.constants
-    padding = first.constants["VECTOR"] / shape.vocab if resident else 1.0
+    padding = _held(first) / shape.vocab if _held(first) else 1.0
     instructions = padding * sum(part.instructions for part in done)
     special = padding * sum(part.special for part in done)
     bytes_ = _traffic(gpu, kernels, shape.vocab, shape.rows)
@@ -332,20 +372,30 @@ def _prediction(gpu: model.Gpu, target: str, case: str, launcher: str, name: str
     positions = shape.rows * shape.vocab
     found = model.times(gpu, positions, bytes_, instructions, special, programs, len(kernels))
     floor = positions * FLOOR[launcher] / (gpu.copy * 1e12)
-    schedule = (
-        "elementwise"
-        if name == "kl_div"
-        else "resident"
-        if not first.loops
-        else "split"
-        if len(kernels) > 1
-        else "sweep"
-    )
     return [
-        case, name, launcher, schedule, f"{bytes_.shared:.1f}", f"{instructions:.1f}",
+        case, name, launcher, _schedule_of(kernels), f"{bytes_.shared:.1f}", f"{instructions:.1f}",
         f"{special:.1f}", *(f"{1e3 * t:.3f}" for t in found[:4]), f"{1e3 * found.predicted:.3f}",
         found.limit, f"{floor / found.predicted:.0%}",
     ]  # fmt: skip
+
+
+def _held(binary: Binary) -> int:
+    """Columns that the programs of a row hold, with what pads it; 0 where it goes by in tiles."""
+    tile = binary.constants.get("VECTOR", 0)
+    if binary.name == "relay":
+        return math.prod(_tile(binary)) * binary.constants["SPLITS"]
+    return 0 if binary.loops else tile
+
+
+def _schedule_of(kernels: Sequence[Measured]) -> str:
+    first = kernels[0].binary
+    if "VECTOR" not in first.constants:
+        return "elementwise"
+    if first.name == "relay" or first.blocks > 1:
+        return "relay" if first.name == "relay" else "cluster"
+    if not first.loops:
+        return "resident"
+    return "split" if len(kernels) > 1 else "sweep"
 
 
 # --- the command -----------------------------------------------------------------------------

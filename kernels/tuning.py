@@ -22,8 +22,8 @@ ELEMENTWISE = (4096, 8)
 # later with Triton 3.8 or later, "cluster". Sweeps, until a GPU has shown another to be right and
 # faster.
 LONG = "sweep"
-# The thread blocks of a cluster, and the columns that each of them holds.
-CLUSTER, SHARE = 16, 8192
+# The thread blocks of a cluster, the columns that each of them holds, and the Triton that has them.
+CLUSTER, SHARE, CLUSTERS = 16, 8192, (3, 8)
 
 
 class Schedule(NamedTuple):
