@@ -24,9 +24,9 @@ def markdown(results: Results) -> str:
     kept = [row for row in results.rows if row.status != ABSENT]
     for title in dict.fromkeys(f"{row.operator}: {row.divergence}" for row in kept):
         rows = [row for row in kept if f"{row.operator}: {row.divergence}" == title]
-        parts += [f"## {title}", _table((COLUMNS, *_lines(rows, results)))]
+        parts += [f"## {title}", table((COLUMNS, *_lines(rows, results)))]
     if relative := _relative_to_forward_kl(results.rows):
-        parts += ["## Divergences relative to forward KL, fastkd", _table(relative)]
+        parts += ["## Divergences relative to forward KL, fastkd", table(relative)]
     if absent := _absent(results.rows):
         parts += ["Not measured:", "\n".join(f"- {line}" for line in absent)]
     return "\n\n".join(parts) + "\n"
@@ -53,7 +53,7 @@ def _items(texts: Iterable[str]) -> list[str]:
     return [f"- {line}"] if line else []
 
 
-def _table(lines: Table) -> str:
+def table(lines: Table) -> str:
     """A Markdown table that reads well as it is; the last cell of a shorter line runs on."""
     cells = [line if len(line) == len(lines[0]) else line[:-1] for line in lines]
     columns = zip_longest(*cells, fillvalue="")
@@ -160,7 +160,7 @@ def comparison(old: Results, new: Results) -> str:
         parts = [f"Measured under different conditions: {different}.", *parts]
     if lines:
         parts.append(
-            _table((("op", "divergence", *"case", "dtype", "pass", "provider", "change"), *lines))
+            table((("op", "divergence", *"case", "dtype", "pass", "provider", "change"), *lines))
         )
     return "\n\n".join(parts) + "\n"
 

@@ -15,7 +15,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="fastkd", description="Fused knowledge-distillation losses for PyTorch."
     )
     commands = parser.add_subparsers(
-        title="commands", metavar="command", required=True, parser_class=distill.Parser
+        title="commands",
+        dest="command",
+        metavar="command",
+        required=True,
+        parser_class=distill.Parser,
     )
     command = commands.add_parser("doctor", help=doctor.__doc__, description=doctor.__doc__)
     command.set_defaults(run=lambda options: doctor.run())

@@ -7,20 +7,23 @@ plain floats they would make it compile again for each value.
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import eager
+from . import bernoulli, eager
+from .divergences import Bernoulli
 from .problem import CE, ENTROPY, KD, Coefficients, Problem
 
 # --- operators -------------------------------------------------------------------------------
 
 PROBLEM = (
     "Tensor student, Tensor teacher, Tensor student_temperature, Tensor? teacher_temperature, "
-    "Tensor? labels, Tensor? counted, Tensor numbers, str divergence, SymInt vocab_size"
+    "Tensor? labels, Tensor? counted, Tensor? moments, Tensor numbers, str divergence, "
+    "SymInt vocab_size"
 )
 COEFFICIENTS = "Tensor kd, Tensor? ce, Tensor? entropy"
 
@@ -34,24 +37,26 @@ class Arguments(NamedTuple):
     teacher_temperature: Tensor | None
     labels: Tensor | None
     counted: Tensor | None
+    moments: Tensor | None
     numbers: Tensor
     divergence: str
     vocab_size: int
 
     def problem(self) -> Problem:
         label_smoothing, a, b = self.numbers.tolist()
-        return Problem(*self[:6], label_smoothing, self.divergence, a, b, self.vocab_size)
+        return Problem(
+            *self[:6], label_smoothing, self.divergence, a, b, self.vocab_size, self.moments
+        )
 
 
 SIZE = len(Arguments._fields)
 
 
-def _backend(name: str) -> ModuleType:
+def _backend(name: str, divergence: str) -> ModuleType:
+    heads = divergence == Bernoulli.name
     if name == "torch":
-        return eager
-    from .kernels import logits
-
-    return logits
+        return bernoulli if heads else eager
+    return import_module(f"fastkd.kernels.{'bernoulli' if heads else 'logits'}")
 
 
 @torch.library.custom_op(
@@ -61,14 +66,17 @@ def _backend(name: str) -> ModuleType:
 )
 def _forward(*arguments):
     entropy, metrics, backend = arguments[SIZE:]
-    return _backend(backend).forward(Arguments(*arguments[:SIZE]).problem(), entropy, metrics)
+    problem = Arguments(*arguments[:SIZE]).problem()
+    return _backend(backend, problem.divergence).forward(problem, entropy, metrics)
 
 
 @_forward.register_fake
 def _(*arguments):
     inputs, (entropy, metrics, backend) = Arguments(*arguments[:SIZE]), arguments[SIZE:]
     kinds = 5 if metrics else 3 if entropy or inputs.labels is not None else 1
-    saved = 0 if backend == "torch" else 5 if kinds == 1 else 7
+    saved = 9 if inputs.moments is not None else 5 if kinds == 1 else 7
+    if backend == "torch" or inputs.divergence == Bernoulli.name:
+        saved = 0
     rows = inputs.student_temperature
     return rows.new_empty(kinds, rows.size(0)), rows.new_empty(saved, rows.size(0))
 
@@ -85,7 +93,9 @@ def _backward(*arguments):
     inputs = Arguments(*arguments[:SIZE])
     state, kd, ce, entropy, gradient, temperature, backend = arguments[SIZE:]
     upstream = Coefficients(kd, ce, entropy)
-    out, heat = _backend(backend).backward(inputs.problem(), state, upstream, gradient, temperature)
+    out, heat = _backend(backend, inputs.divergence).backward(
+        inputs.problem(), state, upstream, gradient, temperature
+    )
     return (
         kd.new_empty(0) if out is None else out.view(inputs.student.shape),
         kd.new_empty(0) if heat is None else heat,
@@ -105,7 +115,7 @@ def _(*arguments):
 def _run_fused(arguments, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     inputs = Arguments(*arguments[:SIZE])
     kd, ce, entropy, metrics, backend = arguments[SIZE:]
-    loss, values, gradient = _backend(backend).fused(
+    loss, values, gradient = _backend(backend, inputs.divergence).fused(
         inputs.problem(), Coefficients(kd, ce, entropy), metrics, out
     )
     return loss, kd.new_empty(0) if values is None else values, gradient
@@ -150,7 +160,7 @@ def _(*arguments):
 
 @torch.library.custom_op("fastkd::scale_", mutates_args=("gradient",))
 def _scale_(gradient: Tensor, upstream: Tensor, backend: str) -> None:
-    _backend(backend).scale_(gradient, upstream)
+    _backend(backend, "").scale_(gradient, upstream)
 
 
 # --- autograd --------------------------------------------------------------------------------
@@ -178,7 +188,7 @@ class Rows(torch.autograd.Function):
         ctx.divergence, ctx.vocab_size = arguments.divergence, arguments.vocab_size
         ctx.entropy, _, ctx.backend = inputs[SIZE : SIZE + 3]
         ctx.dual, ctx.factor = dual.divergence, dual.factor
-        ctx.save_for_backward(*arguments[:7], output[1], dual.numbers)
+        ctx.save_for_backward(*arguments[:8], output[1], dual.numbers)
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
@@ -192,7 +202,8 @@ class Rows(torch.autograd.Function):
     def gradients(ctx, upstream, *tensors):
         """Of student, teacher and both temperatures; None where none is asked for."""
         *tensors, state, dual_numbers = tensors
-        student, teacher, student_temperature, teacher_temperature, labels, counted, _ = tensors
+        student, teacher, student_temperature, teacher_temperature, labels, *_ = tensors
+        counted, moments = tensors[5:7]
         need_student, need_teacher, need_heat, need_teacher_heat = ctx.needs_input_grad[:4]
         shared = teacher_temperature is None
         grad_student = grad_teacher = heat = teacher_heat = None
@@ -211,7 +222,8 @@ class Rows(torch.autograd.Function):
                 teacher, student,
                 student_temperature if shared else teacher_temperature,
                 None if shared else student_temperature,
-                None, counted, dual_numbers, ctx.dual, ctx.vocab_size,
+                None, counted, None if moments is None else moments.flip(0),
+                dual_numbers, ctx.dual, ctx.vocab_size,
             )  # fmt: skip
             _, state = _forward(*roles, False, False, ctx.backend)
             grad_teacher, teacher_heat = _backward(

@@ -123,6 +123,37 @@ def labels(tensor: Any, student: Tensor, vocab_size: int, ignore_index: int) -> 
             )
 
 
+def multi_hot(tensor: Any, student: Tensor, vocab_size: int) -> None:
+    shape = (*student.shape[:-1], vocab_size)
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(tensor).__name__}")
+    if tensor.shape != shape or tensor.dtype.is_complex:
+        raise ValueError(
+            f"labels of Bernoulli() are multi-hot, {shape}, got {tuple(tensor.shape)} in "
+            f"{tensor.dtype}: F.one_hot makes such of class indices"
+        )
+    if tensor.device != student.device:
+        raise ValueError(f"labels is on {tensor.device}, the logits on {student.device}: move it")
+    if _may_read(tensor) and not ((tensor >= 0) & (tensor <= 1)).all():
+        raise ValueError(
+            f"labels of Bernoulli() must lie in [0, 1], got {tensor.min().item()} to "
+            f"{tensor.max().item()}: leave out rows by `weight`"
+        )
+
+
+def multi_label(standardize: bool, label_smoothing: float, ignore_index: int) -> None:
+    """Refuses what multi-label heads have no use for."""
+    for name, value, default, instead in (
+        ("standardize", standardize, False, "leave it out"),
+        ("label_smoothing", label_smoothing, 0, "smooth the labels themselves"),
+        ("ignore_index", ignore_index, -100, "leave out rows by `weight`"),
+    ):
+        if value != default:
+            raise ValueError(
+                f"{name}={value!r} is for softmax heads, and Bernoulli() for sigmoids: {instead}"
+            )
+
+
 def weight(tensor: Any, student: Tensor) -> None:
     per_row("weight", tensor, student)
     if tensor.dtype != torch.bool and not tensor.dtype.is_floating_point:

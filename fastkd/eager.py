@@ -29,6 +29,7 @@ NARROW = 16
 # From here on a value is infinite: the largest of fp32. What stands for -inf is far beyond.
 FAR = torch.finfo(torch.float32).max
 MASKED = -1e300
+FATHOM = -1e30  # the depth of a masked entry is below it, in fp32 too
 # In fp64, a row of two equal sides is below the first, and what is below the second has no digits.
 SAME, ROUNDING = 1e-12, 1e-15
 
@@ -269,8 +270,12 @@ def _gradient(
     if out is not None and terms.counts is None:
         place = _place(problem, out, rows, terms.pull.terms.dtype)
     gradient = _tempered_gradient(rows, terms, upstream, place)
-    if temperature is not None:
-        temperature[rows.flat] = _heat(gradient, terms).to(temperature.dtype)
+    if temperature is not None or problem.moments is not None:
+        heat = _heat(gradient, terms)
+        if temperature is not None:
+            temperature[rows.flat] = heat.to(temperature.dtype)
+        if problem.moments is not None:
+            _add_pull(gradient, heat, problem.moments[0], rows, terms)
     if upstream.ce is not None:
         _add_cross_entropy_gradient(gradient, problem, rows, terms, upstream.ce)
     if terms.counts is not None:
@@ -313,11 +318,20 @@ def _tempered_gradient(
 
 def _heat(gradient: Tensor, terms: _Terms) -> Tensor:
     """The gradient of each row's temperature."""
-    pair = terms.pair
+    depths, new = terms.pair.student.depth, terms.pair.new
     # The gradient's rows sum to 0: measuring the logits from their maximum changes nothing.
-    depth = torch.mul(pair.student.depth, gradient, out=pair.new())
+    depth = torch.mul(depths, gradient, out=new()).masked_fill_(depths < FATHOM, 0.0)
     heat = LN2 * depth.sum(-1, keepdim=True)
     return -(heat if terms.counts is None else torch.where(terms.counts, heat, 0.0))[:, 0]
+
+
+def _add_pull(gradient: Tensor, heat: Tensor, moments: Tensor, rows: Rows, terms: _Terms) -> None:
+    """What goes through the width of standardised logits."""
+    side, scale = terms.pair.student, terms.pair.student_scale
+    mean, _, pull = moments[:, rows.flat, None].to(gradient.dtype)
+    centred = torch.mul(side.depth, LN2 / scale, out=terms.pair.new()).add_(side.top - mean)
+    centred.masked_fill_(side.depth < FATHOM, 0.0)
+    gradient.addcmul_(centred, pull * heat[:, None] / scale)
 
 
 def _add_cross_entropy_gradient(

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd, checks, reference
-from .divergences import Divergence
+from . import autograd, checks, moments, reference
+from .divergences import Bernoulli, Divergence
 from .problem import CE, ENTROPY, KD, Problem
 
 
@@ -50,6 +50,7 @@ def distillation_loss(
     temperature: float | Tensor = 1.0,
     teacher_temperature: float | Tensor | None = None,
     scale_by_temperature: bool = True,
+    standardize: bool = False,
     alpha: float = 1.0,
     label_smoothing: float = 0.0,
     entropy_weight: float = 0.0,
@@ -81,15 +82,22 @@ def distillation_loss(
         student: logits [..., V], fp16, bf16, fp32 or fp64. -inf masks an entry.
         teacher: logits [..., V], of any of these dtypes. Log-probabilities are logits too.
         labels: class indices [...], int64 or int32. They feed the cross-entropy and say, by
-            `ignore_index`, which rows count. No shift is applied.
+            `ignore_index`, which rows count. No shift is applied. With `Bernoulli()`, multi-hot
+            [..., V] in [0, 1].
         divergence: "forward_kl" (KL(p || q)), "reverse_kl", "jeffreys", "tvd", or an object:
             `JSD(beta)`, `SkewKL(alpha)`, `SkewReverseKL(alpha)`, `AlphaDivergence(alpha)`,
-            `Renyi(alpha)`, `Jeffreys(forward, reverse)`, or one of your own (`Divergence`).
+            `Renyi(alpha)`, `Jeffreys(forward, reverse)`, one of your own (`Divergence`), or, for
+            multi-label heads, `Bernoulli()`: see there what changes.
         temperature: T_s > 0, the student's: a float, a 0-d tensor, or one per row [...]. A tensor
             that requires a gradient gets one.
         teacher_temperature: T_t, likewise. None: the same as the student's.
         scale_by_temperature: multiply the divergence by T_s * T_t, which keeps the size of its
             gradient (TVD: by the square root). False is the convention of TRL, verl, torchtune.
+        standardize: True takes p and q of z-scores, softmax((z - mean) / (std + 1e-7) / T), with
+            mean and std (n - 1 in the variance) over the row's entries that are not -inf. The
+            loss then depends on the scale of neither side; divergence, entropies and metrics are
+            those of the z-scores, the cross-entropy that of the logits. A row of equal logits is
+            uniform and gets no gradient (below 1e-30).
         alpha: share of the divergence, in [0, 1]; below 1 needs labels.
         label_smoothing: of the cross-entropy, in [0, 1], as in F.cross_entropy.
         entropy_weight: factor of the student's entropy: > 0 sharpens, < 0 is a confidence penalty.
@@ -131,6 +139,8 @@ def distillation_loss(
         torch.Size([8, 100])
 
     Source: Hinton, Vinyals & Dean 2015, arXiv 1503.02531; each divergence names its own.
+    Standardised logits: Sun et al. 2024, arXiv 2403.01427, with T = 2 and a weight of 9 on the
+    divergence against 0.1 on the cross-entropy.
     """
     kind = checks.divergence(divergence)
     columns = checks.logits(student, teacher, vocab_size)
@@ -142,7 +152,12 @@ def distillation_loss(
     checks.unit("alpha", alpha)
     checks.unit("label_smoothing", label_smoothing)
     checks.finite("entropy_weight", entropy_weight)
-    if labels is not None:
+    heads = isinstance(kind, Bernoulli)
+    if heads:
+        checks.multi_label(standardize, label_smoothing, ignore_index)
+    if labels is not None and heads:
+        checks.multi_hot(labels, student, columns)
+    elif labels is not None:
         checks.labels(labels, student, columns, ignore_index)
     elif alpha < 1:
         raise ValueError(f"alpha={alpha} mixes in a cross-entropy, which needs labels: pass them")
@@ -167,8 +182,10 @@ def distillation_loss(
 
     size = student.shape[:-1]
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    counted, row_weight = _rows_that_count(labels, weight, ignore_index, dtype)
+    counted, row_weight = _rows_that_count(None if heads else labels, weight, ignore_index, dtype)
     factor = _reduction_factor(reduction, num_items, counted, row_weight, student, dtype)
+    if torch.compiler.is_compiling() and not isinstance(factor, Tensor):
+        factor = _scalar(factor, dtype, student.device)
     factors = _factors(
         kind, temperature, teacher_temperature, scale_by_temperature,
         alpha, entropy_weight, row_weight,
@@ -178,8 +195,11 @@ def distillation_loss(
         temperature, teacher_temperature, label_smoothing, kind, columns, dtype,
     )  # fmt: skip
 
+    if standardize and engine != "reference":
+        problem = moments.standardized(problem, engine)
+
     if engine == "reference":
-        values = reference.losses(problem, entropy_weight != 0, return_metrics)
+        values = reference.losses(problem, entropy_weight != 0, return_metrics, standardize)
         rows = _combine(values, factors)
     elif mode == "forward" and trains:
         rows = problem.student_temperature
@@ -295,6 +315,7 @@ def _problem(
     vocab_size: int,
     dtype: torch.dtype,
 ) -> Problem:
+    row_dims = student.dim() - 1
     student, teacher = _as_rows(student, teacher)
     a, b = kind.parameters
     rows, device = student.size(0) * student.size(1), student.device
@@ -304,7 +325,7 @@ def _problem(
         None
         if teacher_temperature is None
         else _per_row(teacher_temperature, rows, dtype, device),
-        None if labels is None else labels.flatten().contiguous(),
+        None if labels is None else labels.reshape(rows, *labels.shape[row_dims:]).contiguous(),
         counted, label_smoothing, kind.name, a, b, vocab_size,
     )  # fmt: skip
 
@@ -350,7 +371,9 @@ def _numbers(*values: float) -> Tensor:
 
 def _arguments(problem: Problem) -> autograd.Arguments:
     numbers = _numbers(problem.label_smoothing, problem.a, problem.b)
-    return autograd.Arguments(*problem[:6], numbers, problem.divergence, problem.vocab_size)
+    return autograd.Arguments(
+        *problem[:6], problem.moments, numbers, problem.divergence, problem.vocab_size
+    )
 
 
 def _dual(kind: Divergence, others: Mapping[str, Any], engine: str) -> autograd.Dual:

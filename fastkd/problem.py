@@ -19,9 +19,15 @@ from torch import Tensor
 # Rows of `values`, fp32 [1, N], [3, N] where ce or entropy is wanted, [5, N] with metrics.
 KD, CE, ENTROPY, TEACHER_ENTROPY, AGREEMENT = range(5)
 
-# Rows of `state`, fp32 [5, N], or [7, N] where ce or entropy is wanted. max is of the raw logits,
-# sum is of exp((logit - max) / T), constant is c of table 1, unit_sum is the sum at T = 1.
+# Rows of `state`, fp32 [5, N], [7, N] where ce or entropy is wanted, [9, N] where the logits are
+# standardised: the last two are -T times the derivatives of kd and entropy to T. max is of the raw
+# logits, sum is of exp((logit - max) / T), constant is c of table 1, unit_sum the sum at T = 1.
 STUDENT_MAX, STUDENT_SUM, TEACHER_MAX, TEACHER_SUM, CONSTANT, STUDENT_ENTROPY, UNIT_SUM = range(7)
+
+# Rows of `moments`, of the n finite entries of a row: their mean; the width std + eps, by which the
+# temperatures of the Problem are already multiplied; the pull 1 / ((n - 1) std width), by which
+# the gradient that goes through the width is pull * (logit - mean) times dD/dT * -T.
+MEAN, WIDTH, PULL = range(3)
 
 
 class Coefficients(NamedTuple):
@@ -49,6 +55,7 @@ class Problem(NamedTuple):
     a: float
     b: float
     vocab_size: int  # V: columns from here on are padding
+    moments: Tensor | None = None  # [2, 3, N], student's and teacher's; None: not standardised
 
     @property
     def rows(self) -> int:

@@ -8,12 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .divergences import Divergence, plogr
+from .divergences import Bernoulli, Divergence, plogr
+from .moments import EPS, FLAT
 from .problem import Problem
 
 
-def losses(problem: Problem, entropy: bool, metrics: bool) -> list[Tensor | None]:
+def losses(
+    problem: Problem, entropy: bool, metrics: bool, standardize: bool
+) -> list[Tensor | None]:
     """The rows of `values` (see problem.py), each [N] or None, differentiable."""
+    if problem.divergence == Bernoulli.name:
+        return _bernoulli(problem, entropy, metrics)
     z = problem.student[..., : problem.vocab_size].flatten(0, 1).to(problem.dtype)
     y = problem.teacher[..., : problem.vocab_size].flatten(0, 1).to(problem.dtype)
 
@@ -23,11 +28,13 @@ def losses(problem: Problem, entropy: bool, metrics: bool) -> list[Tensor | None
     z = torch.where(counts[:, None], z, 0.0)
     y = torch.where(counts[:, None], y, 0.0)
 
-    temperature = problem.student_temperature[:, None]
-    lq = torch.log_softmax(z / temperature, -1)
-    if problem.teacher_temperature is not None:
-        temperature = problem.teacher_temperature[:, None]
-    lp = torch.log_softmax(y / temperature, -1)
+    student_temperature = problem.student_temperature
+    teacher_temperature = problem.teacher_temperature
+    if teacher_temperature is None:
+        teacher_temperature = student_temperature
+    scores = [_standardized(logits) if standardize else logits for logits in (z, y)]
+    lq = _log_softmax(scores[0], student_temperature)
+    lp = _log_softmax(scores[1], teacher_temperature)
 
     divergence = Divergence.of_name(problem.divergence)
     value = divergence.value(lp, lq, problem.a, problem.b)
@@ -46,6 +53,69 @@ def losses(problem: Problem, entropy: bool, metrics: bool) -> list[Tensor | None
     return [None if row is None else torch.where(counts, row, 0.0) for row in rows]
 
 
+def _log_softmax(logits: Tensor, temperature: Tensor) -> Tensor:
+    return torch.log_softmax(_over(logits, logits, temperature[:, None]), -1)
+
+
+def _standardized(logits: Tensor) -> Tensor:
+    """(logits - mean) / (std + eps) of the finite entries."""
+    kept = logits > -math.inf
+    count = kept.sum(-1, keepdim=True)
+    mean = torch.where(kept, logits, 0.0).sum(-1, keepdim=True) / count.clamp_min(1)
+    centred = torch.where(kept, logits - mean, 0.0)
+    variance = centred.square().sum(-1, keepdim=True) / (count - 1).clamp_min(1)
+    least = torch.where(kept, logits, math.inf).amin(-1, keepdim=True)
+    spread = logits.amax(-1, keepdim=True) > least
+    std = torch.where(spread, variance, 1.0).sqrt()  # sqrt has no derivative at 0
+    return _over(logits, centred, torch.where(spread, std + EPS, FLAT))
+
+
+def _over(logits: Tensor, values: Tensor, divisor: Tensor) -> Tensor:
+    """values / divisor; infinite where the logits are, without a derivative to the divisor."""
+    kept = logits.isfinite()
+    quotient = torch.where(kept, values, 0.0) / divisor
+    return torch.where(kept, quotient, logits / divisor.detach())
+
+
 def _agreement(z: Tensor, y: Tensor) -> Tensor:
     shared = (z == z.amax(-1, keepdim=True)) & (y == y.amax(-1, keepdim=True))
     return shared.any(-1).to(z.dtype)
+
+
+def _bernoulli(problem: Problem, entropy: bool, metrics: bool) -> list[Tensor | None]:
+    """The same for multi-label heads."""
+    z = problem.student[..., : problem.vocab_size].flatten(0, 1).to(problem.dtype)
+    y = problem.teacher[..., : problem.vocab_size].flatten(0, 1).to(problem.dtype)
+    if problem.counted is not None:
+        z, y = (torch.where(problem.counted[:, None], x, 0.0) for x in (z, y))
+    teacher_temperature = problem.teacher_temperature
+    if teacher_temperature is None:
+        teacher_temperature = problem.student_temperature
+    q = _over(z, z, problem.student_temperature[:, None])
+    p = _over(y, y, teacher_temperature[:, None])
+    value, student_entropy, teacher_entropy = (torch.zeros_like(z) for _ in range(3))
+    for sign in (1, -1):  # yes and no
+        lq, lp = F.logsigmoid(sign * q), F.logsigmoid(sign * p)
+        if problem.a:
+            value = value + problem.a * plogr(lp, lp - lq)
+        if problem.b:
+            value = value + problem.b * plogr(lq, lq - lp)
+        student_entropy = student_entropy - plogr(lq, lq)
+        teacher_entropy = teacher_entropy - plogr(lp, lp)
+    hard = None
+    if problem.labels is not None:
+        labels = problem.labels.to(z.dtype)
+        hard = -(_product(labels, F.logsigmoid(z)) + _product(1 - labels, F.logsigmoid(-z)))
+    rows = [
+        value,
+        hard,
+        student_entropy if entropy or metrics else None,
+        teacher_entropy if metrics else None,
+        ((z > 0) == (y > 0)).to(z.dtype) / z.size(-1) if metrics else None,
+    ]
+    counted = torch.ones_like(z[:, 0]) if problem.counted is None else problem.counted
+    return [row if row is None else torch.where(counted != 0, row.sum(-1), 0.0) for row in rows]
+
+
+def _product(weight: Tensor, log: Tensor) -> Tensor:
+    return torch.where(weight == 0, 0.0, weight * torch.where(weight == 0, 0.0, log))

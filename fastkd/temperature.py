@@ -4,7 +4,6 @@
     adaptive             rule(student, teacher) -> a temperature per row for each: dtkd, by_entropy
     LearnableTemperature a module: the temperature, or one per row, is trained
     ttm                  the settings that give the teacher alone a temperature
-    standardize          z-scores of the logits, whose scale is then no temperature
 
 High temperatures show how the teacher ranks the wrong answers, low ones which answer it gives.
 """
@@ -316,7 +315,7 @@ class LearnableTemperature(nn.Module):
         return f"low={self.low}, high={self.high}, ramp={self.ramp}"
 
 
-# --- settings and preparation ----------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------
 
 
 def ttm(temperature: float = 4.0) -> dict[str, Any]:
@@ -341,46 +340,6 @@ def ttm(temperature: float = 4.0) -> dict[str, Any]:
         "teacher_temperature": float(temperature),
         "scale_by_temperature": False,
     }
-
-
-def standardize(logits: Tensor, eps: float = 1e-7) -> Tensor:
-    r"""Logits as z-scores: (logits - mean) / (std + eps), by row, with n - 1 in the variance.
-
-    Standardise both sides, and the loss depends on neither's scale. This is plain PyTorch, with the
-    memory of some [N, V] tensors. A fused form is to come: it needs mean and variance before the
-    log-sum-exp, by one sweep more, and for the gradient the row sum of slope times centred logit.
-
-    Args:
-        logits: [..., V]. Entries of -inf stay so and are left out of mean and std.
-        eps: added to the standard deviation. A row without spread becomes 0, with gradient 0.
-
-    Returns:
-        [..., V] in fp32 (fp64 for fp64 logits), differentiable.
-
-    Source: Sun et al. 2024, arXiv 2403.01427; with temperature 2 and weight 9 on the divergence
-    against 0.1 on the cross-entropy.
-
-    Example:
-        >>> import torch, fastkd
-        >>> student, teacher = torch.randn(4, 10, requires_grad=True), torch.randn(4, 10)
-        >>> loss = fastkd.distillation_loss(
-        ...     standardize(student), standardize(1000 * teacher), temperature=2.0)
-        >>> standardize(torch.tensor([1.0, 2.0, 3.0]))
-        tensor([-1.0000,  0.0000,  1.0000])
-    """
-    if not isinstance(logits, Tensor) or not logits.dtype.is_floating_point or not logits.dim():
-        got = f"{logits.dtype}, {logits.dim()}-d" if isinstance(logits, Tensor) else type(logits)
-        raise TypeError(f"standardize expects floating-point logits [..., V], got {got}")
-    logits = _wide(logits)
-    kept = logits > -math.inf
-    count = kept.sum(-1, keepdim=True)
-    mean = torch.where(kept, logits, 0.0).sum(-1, keepdim=True) / count.clamp_min(1)
-    centred = torch.where(kept, logits - mean, 0.0)
-    variance = centred.square().sum(-1, keepdim=True) / (count - 1).clamp_min(1)
-    spread = variance > 0  # sqrt has no gradient at 0
-    std = torch.where(spread, variance, 1.0).sqrt()
-    scores = torch.where(spread, centred / (std + eps), 0.0)
-    return torch.where(kept, scores, -math.inf)
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -16,11 +16,14 @@ import triton
 import triton.language as tl
 
 from fastkd.divergences import Divergence
-from fastkd.kernels.rows import LN2, LOG2E, fast_log2, log1p
+from fastkd.kernels.rows import INTERPRETED, LN2, LOG2E, fast_log2, log1p, log_bend, reciprocal
 
-# Where the series below replace the direct forms.
-NEAR = tl.constexpr(0.7)
-NEAR_MIXTURE = tl.constexpr(0.5)
+# Where a series replaces the direct form: of e^x, of the logarithm of a mixture, and of the value
+# of a mixture, which needs more digits of that logarithm.
+NEAR = tl.constexpr(0.5)
+NEAR_LOG = tl.constexpr(0.125)
+NEAR_VALUE = tl.constexpr(0.6)
+NEAR_RATIO = tl.constexpr(0.25)
 
 
 @triton.jit
@@ -40,9 +43,23 @@ class Device(NamedTuple):
 
 @triton.jit
 def bend(x):
-    """(e^x - 1 - x) / x^2 for |x| < 0.7, to a relative 3e-7."""
-    y = 0.00833334 + x * (0.00140592 + x * 0.00019961)
-    return 0.5 + x * (0.16666667 + x * (0.04166408 + x * y))
+    """(e^x - 1 - x) / x^2 for |x| < 0.5, to a relative 8e-7."""
+    return 0.49999996 + x * (0.1666628 + x * (0.041667477 + x * (0.008395411 + x * 0.0013914635)))
+
+
+@triton.jit
+def at_most(x, bound):
+    """The smaller; a NaN, which is where p and q are 0, becomes the bound."""
+    if INTERPRETED:
+        return tl.where(x < bound, x, bound)
+    else:
+        return tl.minimum(x, bound)
+
+
+@triton.jit
+def log_ratio(x):
+    """x = log(m / p), but finite where p is 0; 2^-200 is 0 in fp32."""
+    return at_most(x, 200.0)
 
 
 @triton.jit
@@ -51,20 +68,14 @@ def kl_terms(p, m, x):
     near = tl.abs(x) < NEAR
     linear = p * x
     curved = linear * (x * bend(x))
-    rise = tl.where(near, linear + curved, m - p)
-    return tl.where(near, curved, rise - linear), rise
-
-
-@triton.jit
-def log_ratio(p, x):
-    """x where p is positive, else any finite number that is not small."""
-    return tl.where(p > 0, x, 1.0)
+    rise = m - p
+    return tl.where(near, curved, rise - linear), tl.where(near, linear + curved, rise)
 
 
 @triton.jit
 def expm1_times(q, x):
-    """q (e^x - 1), for |x| < 0.7."""
-    return q * (x + x * x * bend(x))
+    """q (e^x - 1), for |x| < 0.5."""
+    return q * (x + x * (x * bend(x)))
 
 
 @triton.jit
@@ -73,27 +84,47 @@ def exp(x):
 
 
 @triton.jit
-def clamp(x):
-    """x within [-80, 80]; a NaN, which is where p and q are 0, becomes a number."""
-    return tl.minimum(tl.where(x > -80.0, x, -80.0), 80.0)
+def log2_mixture_ratio(x, a):
+    """log2(1 - a + a e^x) for x <= 40: the cumulants of a coin near 0, else one logarithm."""
+    k = a * (1.0 - a)
+    y = LOG2E / 6 * k * (1.0 - 2.0 * a) + x * (LOG2E / 24 * k * (1.0 - 6.0 * k))
+    y = LOG2E * a + x * (LOG2E / 2 * k + x * y)
+    return tl.where(tl.abs(x) < NEAR_LOG, x * y, fast_log2(1.0 - a + a * exp(x)))
 
 
 @triton.jit
-def log_mixture_ratio(x, w):
-    """log(w + (1 - w) e^x) for |x| <= 80: the cumulants of a coin near 0, else one logarithm."""
-    k1 = 1.0 - w
-    k2 = k1 * w
-    skew = w - k1
-    k6 = k2 * (1.0 - k2 * (30.0 - 120.0 * k2)) / 720
-    y = k2 * (1.0 - 6.0 * k2) / 24 + x * (k2 * skew * (1.0 - 12.0 * k2) / 120 + x * k6)
-    y = k1 + x * (k2 / 2 + x * (k2 * skew / 6 + x * y))
-    return tl.where(tl.abs(x) < NEAR_MIXTURE, x * y, fast_log2(w + k1 * exp(x)) * LN2)
+def mixture_value(p, q, x, r, a):
+    """a p log(p/m) + (1 - a) q log(q/m), m = a p + (1 - a) q, x = log(p/q), r = log2(m/q).
+
+    Near 0 it is m (x K'(x) - K(x)) by the cumulants, where K(x) = log(m/q).
+    """
+    from_p = a * p
+    m = from_p + (1.0 - a) * q
+    k = a * (1.0 - a)
+    skew = 1.0 - 2.0 * a
+    k5 = k * skew * (1.0 - 12.0 * k) / 30
+    k6 = k * (1.0 - k * (30.0 - 120.0 * k)) / 144
+    k7 = k * skew * (1.0 - k * (60.0 - 360.0 * k)) / 840
+    k8 = k * (1.0 - k * (126.0 - k * (1680.0 - 5040.0 * k))) / 5760
+    y = k * (1.0 - 6.0 * k) / 8 + x * (k5 + x * (k6 + x * (k7 + x * k8)))
+    y = k / 2 + x * (k * skew / 3 + x * y)
+    far = from_p * (x - LN2 * r) - (1.0 - a) * LN2 * (q * r)
+    return tl.where(tl.abs(x) < NEAR_VALUE, (m * x) * (x * y), far)
 
 
 @triton.jit
-def skew_ratio(p, x, w):
-    """log(m / p) for m = w p + (1 - w) q, x = log(q / p); w = 0 is a KL, with its infinities."""
-    return tl.where(w == 0, log_ratio(p, x), log_mixture_ratio(clamp(x), w))
+def powers(x, a):
+    """(e, e - 1, m) with e = e^x and m = a + (1 - a) e, x held within [-80, 80]."""
+    x = tl.maximum(at_most(x, 80.0), -80.0)
+    e = exp(x)
+    rise = tl.where(tl.abs(x) < NEAR, expm1_times(1.0, x), e - 1.0)
+    return e, rise, a + (1.0 - a) * e
+
+
+@triton.jit
+def log_of(m, x, a):
+    """log m, for (_, _, m) = powers(x, a); a = 0 is a KL, with its infinities."""
+    return tl.where(a == 0, x, fast_log2(m) * LN2)
 
 
 # --- the divergences -------------------------------------------------------------------------
@@ -101,57 +132,70 @@ def skew_ratio(p, x, w):
 
 @triton.jit
 def forward_kl(lp, lq, p, q, d, c, a, b):
-    return kl_terms(p, q, log_ratio(p, -d))
+    return kl_terms(p, q, log_ratio(d * -1.0))
 
 
 @triton.jit
 def reverse_kl(lp, lq, p, q, d, c, a, b):
-    x = log_ratio(q, d)
+    x = log_ratio(d)
     value, _ = kl_terms(q, p, x)
-    return value, -q * (x + c)
+    return value, q * (x * -1.0 - c)
 
 
 @triton.jit
 def jeffreys(lp, lq, p, q, d, c, a, b):
-    x = log_ratio(q, d)
-    forward, rise = kl_terms(p, q, log_ratio(p, -d))
-    reverse, _ = kl_terms(q, p, x)
+    x = log_ratio(d)
+    forward, rise = kl_terms(p, q, log_ratio(d * -1.0))
+    linear = q * x
+    # The two add up to rise * log(q / p).
+    near = tl.abs(x) < NEAR
+    reverse = tl.where(near, rise * x, rise + linear) * -1.0 - tl.where(near, forward, 0.0)
     # A weight of exactly 0 also removes an infinite term.
     value = tl.where(a > 0, a * forward, 0.0) + tl.where(b > 0, b * reverse, 0.0)
-    return value, a * rise - tl.where(b > 0, b * (q * (x + c)), 0.0)
+    return value, a * rise - tl.where(b > 0, b * (linear + q * c), 0.0)
 
 
 @triton.jit
 def jsd(lp, lq, p, q, d, c, a, b):
-    x = clamp(d)
-    m = a * p + (1.0 - a) * q
-    from_q = log_mixture_ratio(x, 1.0 - a)
-    of_p, _ = kl_terms(p, m, from_q - x)
-    of_q, _ = kl_terms(q, m, from_q)
-    return a * of_p + (1.0 - a) * of_q, -q * ((1.0 - a) * from_q + c)
+    x = at_most(d, 40.0)
+    r = log2_mixture_ratio(x, a)
+    return mixture_value(p, q, tl.maximum(x, -40.0), r, a), q * ((a - 1.0) * LN2 * r - c)
 
 
 @triton.jit
 def skew_kl(lp, lq, p, q, d, c, a, b):
-    ratio = skew_ratio(p, -d, a)
-    value, _ = kl_terms(p, a * p + (1.0 - a) * q, ratio)
-    far = q - tl.where(a == 0, p, q * exp(-ratio))
-    gain = tl.where(tl.abs(ratio) < NEAR, -expm1_times(q, -ratio), far)  # q - p q / m
-    return value, (1.0 - a) * gain - q * c
+    x = log_ratio(d * -1.0)
+    e, rise, m = powers(x, a)
+    gap = tl.where(tl.abs(x) < NEAR, p * rise, q - p)
+    rise *= 1.0 - a
+    far = (1.0 - a) * gap - p * log_of(m, x, a)
+    value = tl.where(tl.abs(rise) < NEAR_RATIO, (p * rise) * (rise * log_bend(rise)), far)
+    return value, (1.0 - a) * (1.0 - a) * (gap * (e * reciprocal(m))) - q * c
 
 
 @triton.jit
 def skew_reverse_kl(lp, lq, p, q, d, c, a, b):
-    ratio = skew_ratio(q, d, a)
-    value, _ = kl_terms(q, (1.0 - a) * p + a * q, ratio)
-    near = tl.abs(ratio) < NEAR
-    fall = tl.where(near, expm1_times(1.0, -ratio), exp(-ratio) - 1.0)  # q / m - 1
-    return value, -q * (ratio + c + tl.where(a == 0, 0.0, a * fall))
+    x = log_ratio(d)
+    _, rise, m = powers(x, a)
+    rise *= 1.0 - a
+    log_m = log_of(m, x, a)
+    far = (1.0 - a) * (p - q) - q * log_m
+    value = tl.where(tl.abs(rise) < NEAR_RATIO, (q * rise) * (rise * log_bend(rise)), far)
+    # log(m / q) + a (q / m - 1); near 0 by the cumulants of a coin, as K(x) - K'(x) + K'(0).
+    k = a * (1.0 - a)
+    skew = 2.0 * a - 1.0
+    k3 = k * skew
+    k4 = k * (1.0 - 6.0 * k)
+    k5 = k3 * (1.0 - 12.0 * k)
+    y = (k3 - k4) / 6 + x * ((k4 - k5) / 24)
+    y = x * ((1.0 - a) * (1.0 - a) + x * ((k - k3) / 2 + x * y))
+    slope = tl.where(tl.abs(x) < NEAR_LOG, y, log_m + a * (reciprocal(m) - 1.0))
+    return value, q * (slope * -1.0 - c)
 
 
 @triton.jit
 def tvd(lp, lq, p, q, d, c, a, b):
-    _, rise = kl_terms(p, q, log_ratio(p, -d))
+    _, rise = kl_terms(p, q, log_ratio(d * -1.0))
     sign = tl.where(d < 0, 0.5, 0.0) - tl.where(d > 0, 0.5, 0.0)
     return 0.5 * tl.abs(rise), q * (sign - c)
 

@@ -14,13 +14,9 @@ from torch import Tensor
 from triton.language.target_info import is_cuda
 
 from fastkd.kernels.rows import INTERPRETED, LN2
+from fastkd.kernels.tuning import elementwise
 
 __all__ = ["backward", "forward"]
-
-# 16 entries per thread: at least two loads of 128 bits per operand in flight.
-BLOCK = 4096
-WARPS = 8
-INTERPRETER_BLOCK = 256  # small, so that tests meet the seam between tiles
 
 
 @triton.jit
@@ -46,7 +42,8 @@ def _store(pointer, values, column, columns, WHOLE: tl.constexpr):
 
 @triton.jit
 def _log(t, FAST: tl.constexpr):
-    """FAST: to an absolute 2^-22 near 1, at 4 instructions where tl.log takes 25."""
+    """FAST: to an absolute 2^-22 near 1, at 4 instructions where tl.log takes 25; unlike
+    rows.fast_log2 of denormal numbers too, which probabilities may be."""
     if FAST and not INTERPRETED and is_cuda():
         lg2: tl.constexpr = "lg2.approx.f32 $0, $1;"
         return tl.inline_asm_elementwise(lg2, "=f,f", [t], tl.float32, True, 1) * LN2
@@ -154,7 +151,7 @@ def _backward(
 def forward(input: Tensor, target: Tensor, out: Tensor | None, log_target: bool) -> Tensor:
     """Values into `out`, contiguous; where that is None, their sum in fp32."""
     rows, columns = input.shape
-    block = BLOCK if target.is_cuda else INTERPRETER_BLOCK
+    block, warps = elementwise(target.device)
     blocks = triton.cdiv(columns, block)
     # One partial sum per program, added in a fixed order: two runs agree in every bit.
     result = (
@@ -167,7 +164,7 @@ def forward(input: Tensor, target: Tensor, out: Tensor | None, log_target: bool)
                 x, t, result, blocks, columns,
                 x_stride, t_stride, columns if rows > 1 else 0,
                 x_step, t_step, log_target, out is None, block,
-                num_warps=WARPS, enable_fp_fusion=True,
+                num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
     return result.sum() if out is None else out
 
@@ -178,7 +175,7 @@ def backward(
 ) -> None:  # fmt: skip
     """Gradients into `input_grad` and `target_grad`, contiguous or None; `input` for the latter."""
     rows, columns = target.shape
-    block = BLOCK if target.is_cuda else INTERPRETER_BLOCK
+    block, warps = elementwise(target.device)
     blocks = triton.cdiv(columns, block)
     (g, g_stride, g_step), (t, t_stride, t_step) = _operand(upstream), _operand(target)
     x, x_stride, x_step = (None, 0, 0) if input is None else _operand(input)
@@ -188,7 +185,7 @@ def backward(
                 g, x, t, input_grad, target_grad, blocks, columns,
                 g_stride, x_stride, t_stride, columns if rows > 1 else 0,
                 g_step, x_step, t_step, log_target, block,
-                num_warps=WARPS, enable_fp_fusion=True,
+                num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
 
 

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
 
 from fastkd.kernels import rows as R
 
-FIELDS = tl.constexpr(15)  # Statistics, Sums and the label's logit
+THREAD = tl.constexpr(16)  # entries of a tile per thread, as tuning.py has them
+LABEL = tl.constexpr(11)  # where the label's logit stands among what the pieces of a row hand on
+FIELDS = tl.constexpr(17)  # these, Statistics before and Sums after it
+
+# Numbers whose every value would otherwise compile anew where it is 1 or a multiple of 16.
+VARYING = (
+    "inner", "rows", "s_temperature_stride", "t_temperature_stride", "kd_stride", "ce_stride",
+    "entropy_stride",
+)  # fmt: skip
 
 # --- loads and stores ------------------------------------------------------------------------
 
@@ -19,12 +28,23 @@ def singles(a, b, c):
 
 
 @triton.jit
+def widen(x):
+    """In fp32: two instructions for two bf16 in a register, where the compiler makes three."""
+    if not R.INTERPRETED and is_cuda() and x.dtype == tl.bfloat16:
+        pair: tl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+        return tl.inline_asm_elementwise(pair, "=r,=r,r", [x], tl.float32, True, 2)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def load(pointer, at, inside, EVICT: tl.constexpr):
+    """A tile in fp32, -inf outside."""
     if inside is None:
-        return tl.load(pointer + at, eviction_policy=EVICT).to(tl.float32)
+        return widen(tl.load(pointer + at, eviction_policy=EVICT))
     else:
         x = tl.load(pointer + at, mask=inside, other=-float("inf"), eviction_policy=EVICT)
-        return x.to(tl.float32)
+        return widen(x)
 
 
 @triton.jit
@@ -35,8 +55,11 @@ def aligned(x, ALIGN: tl.constexpr):
 
 @triton.jit
 def row_at(index, outer, inner_stride, inner, ALIGN: tl.constexpr):
-    """Where row `index` of [outer, inner, columns] begins, in 64 bits."""
-    return index // inner * aligned(outer, ALIGN) + index % inner * aligned(inner_stride, ALIGN)
+    """Where row `index` of [outer, inner, columns] begins, in 64 bits; divided in 32 bits."""
+    index = index.to(tl.uint32)
+    o = index // inner.to(tl.uint32)
+    i = index - o * inner.to(tl.uint32)
+    return o.to(tl.int64) * aligned(outer, ALIGN) + i.to(tl.int64) * aligned(inner_stride, ALIGN)
 
 
 @triton.jit
@@ -64,25 +87,34 @@ def factor(pointer, stride, index, live):
 
 
 @triton.jit
-def temper_of(s_pointer, s_stride, t_pointer, t_stride, index, live, a):
+def temper_of(s_pointer, s_stride, t_pointer, t_stride, moments, index, rows, live, a):
     s_rate = 1.0 / row_load(s_pointer, index * s_stride, live, 1.0)
     t_rate = s_rate
     if t_pointer is not None:
         t_rate = 1.0 / row_load(t_pointer, index * t_stride, live, 1.0)
-    return R.Temper(s_rate, t_rate, s_rate * R.LOG2E, t_rate * R.LOG2E, a)
+    mean, pull = 0.0, 0.0
+    if moments is not None:
+        mean = row_load(moments, index, live, 0.0)
+        pull = row_load(moments + 2 * rows, index, live, 0.0)
+    return R.Temper(s_rate, t_rate, s_rate * R.LOG2E, t_rate * R.LOG2E, a, mean, pull)
 
 
 @triton.jit
-def restore(state, index, rows, live, LONG: tl.constexpr):
+def restore(state, index, rows, live, WANT: tl.constexpr):
     """R.Row from what `write_row` saved."""
     state += index
     entropy, unit = 0.0, 1.0
-    if LONG:
+    if (R.UNIT + R.ENTROPY) & WANT:
         entropy = row_load(state, 5 * rows, live, 0.0)
         unit = row_load(state, 6 * rows, live, 1.0)
     s_max, s_sum = row_load(state, 0, live, 0.0), row_load(state, rows, live, 1.0)
     t_max, t_sum = row_load(state, 2 * rows, live, 0.0), row_load(state, 3 * rows, live, 1.0)
-    return R.row_of(s_max, t_max, s_sum, t_sum, row_load(state, 4 * rows, live, 0.0), entropy, unit)
+    c = row_load(state, 4 * rows, live, 0.0)
+    row = R.row_of(s_max, t_max, s_sum, t_sum, c, entropy, unit)
+    if R.LEVER & WANT:
+        lever = row_load(state, 7 * rows, live, 0.0)
+        row = with_levers(row, lever, row_load(state, 8 * rows, live, 0.0))
+    return row
 
 
 @triton.jit
@@ -130,6 +162,9 @@ def write_row(
         if (R.UNIT + R.ENTROPY) & WANT:
             row_store(state + 5 * rows, row.entropy, index, live)
             row_store(state + 6 * rows, stats.unit, index, live)
+        if R.LEVER & WANT:
+            row_store(state + 7 * rows, row.lever, index, live)
+            row_store(state + 8 * rows, row.entropy_lever, index, live)
     if loss is not None:
         total = tl.where(kd != 0, kd * kd_value, 0.0) + tl.where(ce != 0, ce * hard, 0.0)
         total += tl.where(entropy != 0, entropy * row.entropy, 0.0)
@@ -148,27 +183,66 @@ def add_sums(sums, z, y, value, slope, row, WANT: tl.constexpr):
     return R.Sums(
         sums.value + tl.sum(value, 1, keep_dims=True),
         sums.slope + tl.sum(slope, 1, keep_dims=True),
-        agreement,
-    )
+        agreement, sums.lever, sums.entropy_lever,
+    )  # fmt: skip
+
+
+@triton.jit
+def add_levers(sums, slope, q, lq, row, WANT: tl.constexpr):
+    """Where the logits are standardised: the slopes' sums times log q + H, whose mean is 0."""
+    lever, entropy_lever = sums.lever, sums.entropy_lever
+    if R.LEVER & WANT:
+        depth = tl.where(lq > -float("inf"), lq + row.entropy, 0.0)
+        lever += tl.sum(slope * depth, 1, keep_dims=True)
+        entropy_lever -= tl.sum(q * depth * depth, 1, keep_dims=True)
+    return R.Sums(sums.value, sums.slope, sums.agreement, lever, entropy_lever)
 
 
 @triton.jit
 def no_sums(LANES: tl.constexpr):
     zero = tl.zeros([LANES, 1], tl.float32)
-    return R.Sums(zero, zero, zero)
+    return R.Sums(zero, zero, zero, zero, zero)
 
 
 @triton.jit
-def collapse_sums(sums):
-    return R.Sums(tl.sum(sums.value), tl.sum(sums.slope), tl.max(sums.agreement))
+def collapse_sums(sums, WANT: tl.constexpr):
+    lever, entropy_lever = 0.0, 0.0
+    if R.LEVER & WANT:
+        lever, entropy_lever = tl.sum(sums.lever), tl.sum(sums.entropy_lever)
+    return R.Sums(
+        tl.sum(sums.value), tl.sum(sums.slope), tl.max(sums.agreement), lever, entropy_lever
+    )
 
 
 @triton.jit
 def with_constant(row, c):
     return R.Row(
         row.s_max, row.t_max, row.s_log, row.t_log, row.gap, c,
-        row.entropy, row.t_entropy, row.unit_log, row.alive,
+        row.entropy, row.t_entropy, row.unit_log, row.alive, row.lever, row.entropy_lever,
     )  # fmt: skip
+
+
+@triton.jit
+def with_levers(row, lever, entropy_lever):
+    return R.Row(
+        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, row.c,
+        row.entropy, row.t_entropy, row.unit_log, row.alive, lever, entropy_lever,
+    )  # fmt: skip
+
+
+@triton.jit
+def with_value(sums, value):
+    return R.Sums(value, sums.slope, sums.agreement, sums.lever, sums.entropy_lever)
+
+
+@triton.jit
+def with_sums(row, sums, CONSTANT: tl.constexpr, WANT: tl.constexpr):
+    """The row with what the sweep of sums gives."""
+    if CONSTANT == "slope_sum":
+        row = with_constant(row, sums.slope)
+    if R.LEVER & WANT:
+        row = with_levers(row, sums.lever, sums.entropy_lever)
+    return row
 
 
 # --- the gradient -----------------------------------------------------------------------------
@@ -177,18 +251,23 @@ def with_constant(row, c):
 @triton.jit
 def gradient_tile(
     z, y, column, row, temper, label, columns, smoothing, kd, ce, entropy, a, b,
-    CE: tl.constexpr, H: tl.constexpr, DIVERGENCE: tl.constexpr, SAME: tl.constexpr,
+    WANT: tl.constexpr, CE: tl.constexpr, H: tl.constexpr, DIVERGENCE: tl.constexpr,
+    SAME: tl.constexpr,
 ):  # fmt: skip
     """The gradient, its part that goes through the temperature, and the divergence's terms."""
     lp, lq, p, q, d = R.elements(z, y, row, temper, SAME)
     defined = row.alive & R.finite(row.c)
     value, slope = DIVERGENCE(lp, lq, p, q, d, tl.where(defined, row.c, 0.0), a, b)
+    lever = tl.where(defined & (kd != 0), kd * row.lever, 0.0)
     kd = tl.where(defined, kd * temper.s_rate, 0.0)
-    gradient = tl.where(kd != 0, kd * slope, 0.0)
+    gradient = kd * tl.where(kd != 0, slope, 0.0)
     if H:
         entropy = tl.where(row.alive, entropy, 0.0)
+        lever += entropy * row.entropy_lever
         gradient -= tl.where(q > 0, (entropy * temper.s_rate) * q * (lq + row.entropy), 0.0)
     tempered = gradient
+    if R.LEVER & WANT:  # through the standard deviation
+        gradient -= tl.where(z > -float("inf"), lever * temper.pull * (z - temper.mean), 0.0)
     if CE:
         unit = tl.exp2((z - row.s_max) * R.LOG2E - row.unit_log)
         target = tl.where(column == label, 1.0 - smoothing, 0.0) + smoothing / columns
@@ -213,9 +292,21 @@ def fill_zero(pointer, begin, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def fold(x):
+    """A tile with all 16 entries of a thread in one lane, which moves nothing: its maxima are then
+    merged once."""
+    LANES: tl.constexpr = x.shape[0]
+    VECTOR: tl.constexpr = x.shape[1]
+    ROUNDS: tl.constexpr = THREAD // VECTOR
+    x = tl.permute(tl.reshape(x, [ROUNDS, LANES // ROUNDS, VECTOR]), [1, 0, 2])
+    return tl.reshape(x, [LANES // ROUNDS, THREAD])
+
+
+@triton.jit
 def statistics_step(stats, student, teacher, at, inside, temper, WANT: tl.constexpr):
-    z, y = load(student, at, inside, "evict_last"), load(teacher, at, inside, "evict_last")
-    return R.add(stats, z, y, inside, temper, WANT)
+    z = fold(load(student, at, inside, "evict_last"))
+    y = fold(load(teacher, at, inside, "evict_last"))
+    return R.add(stats, z, y, inside if inside is None else fold(inside), temper, WANT)
 
 
 @triton.jit
@@ -225,7 +316,8 @@ def sum_step(sums, student, teacher, at, inside, row, temper, a, b,
     z, y = load(student, at, inside, EVICT), load(teacher, at, inside, EVICT)
     lp, lq, p, q, d = R.elements(z, y, row, temper, SAME)
     value, slope = DIVERGENCE(lp, lq, p, q, d, row.c, a, b)
-    return add_sums(sums, z, y, value, slope, row, WANT)
+    sums = add_sums(sums, z, y, value, slope, row, WANT)
+    return add_levers(sums, slope, q, lq, row, WANT)
 
 
 @triton.jit
@@ -237,7 +329,7 @@ def gradient_step(
     z, y = load(student, at, inside, "evict_first"), load(teacher, at, inside, "evict_first")
     g, tempered, value, slope = gradient_tile(
         z, y, at, row, temper, label, columns, smoothing, kd, ce, entropy, a, b,
-        CE, H, DIVERGENCE, SAME,
+        WANT, CE, H, DIVERGENCE, SAME,
     )  # fmt: skip
     if gradient is not None:
         tl.store(gradient + at, g.to(gradient.dtype.element_ty), mask=inside)
@@ -275,13 +367,15 @@ def read_statistics(scratch, temper, WANT: tl.constexpr, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def write_sums(scratch, sums, SPLITS: tl.constexpr):
-    for i in tl.static_range(3):
+def write_sums(scratch, sums, WANT: tl.constexpr, SPLITS: tl.constexpr):
+    for i in tl.static_range(5 if R.LEVER & WANT else 3):
         tl.store(scratch + (12 + i) * SPLITS, sums[i])
 
 
 @triton.jit
-def read_sums(scratch, SPLITS: tl.constexpr):
-    return collapse_sums(
-        R.Sums(field(scratch, 12, SPLITS), field(scratch, 13, SPLITS), field(scratch, 14, SPLITS))
-    )
+def read_sums(scratch, WANT: tl.constexpr, SPLITS: tl.constexpr):
+    sums = R.Sums(
+        field(scratch, 12, SPLITS), field(scratch, 13, SPLITS), field(scratch, 14, SPLITS),
+        field(scratch, 15, SPLITS), field(scratch, 16, SPLITS),
+    )  # fmt: skip
+    return collapse_sums(sums, WANT)

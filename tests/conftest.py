@@ -1,9 +1,12 @@
 """Without a GPU, kernels run in Triton's interpreter, which must be chosen before import."""
 
 import os
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
+
+from tests.schedules import forced
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -13,6 +16,7 @@ if DEVICE == "cpu":
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="leave out the tests marked slow")
     parser.addoption("--full", action="store_true", help="run the tests marked full too")
+    parser.addoption("--schedule", help="force one schedule of the kernels: see schedules.py")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -31,3 +35,17 @@ def _seed():
 @pytest.fixture
 def device():
     return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def _schedule(request):
+    plan = request.config.getoption("--schedule")
+    with forced(plan) if plan else nullcontext():
+        yield
+
+
+@pytest.fixture
+def force():
+    """force(plan) makes the launchers use one schedule, until the test ends."""
+    with ExitStack() as stack:
+        yield lambda plan: stack.enter_context(forced(plan))

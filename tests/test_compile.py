@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastkd
-from fastkd import autograd
+from fastkd import autograd, moments
 from tests.cases import logits
 from tests.closeness import assert_close
 from tests.conftest import DEVICE
@@ -45,6 +45,50 @@ def test_changes_of_numbers_and_rows_recompile_nothing(mode):
                 results.append((loss, leaf.grad))
         assert_close(results[0][0], results[1][0].double())
         assert_close(results[0][1], results[1][1].double(), "gradient")
+
+
+def _standardized(student, teacher, temperature, alpha, labels, mode):
+    return fastkd.distillation_loss(
+        student * 1.5, teacher, labels, temperature=temperature, alpha=alpha, entropy_weight=0.1,
+        standardize=True, gradient=mode,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+def test_standardised_logits_recompile_nothing(mode):
+    compiled = torch.compile(_standardized, fullgraph=True, dynamic=True, backend=BACKEND)
+    for n, (rows, number, alpha) in enumerate([(8, 2.0, 0.5), (9, 3.0, 0.9), (31, 1.5, 0.7)]):
+        student, teacher = (x.float().to(DEVICE) for x in logits(rows, 50))
+        labels = torch.randint(50, (rows,), device=DEVICE)
+        temperature = number
+        if mode == "backward":
+            temperature = torch.tensor(number, device=DEVICE, requires_grad=True)
+        with torch._dynamo.config.patch(error_on_recompile=n > 0):
+            results = []
+            for step in (compiled, _standardized):
+                leaf = student.clone().requires_grad_()
+                loss = step(leaf, teacher, temperature, alpha, labels, mode)
+                leaves = [leaf, temperature] if mode == "backward" else [leaf]
+                results.append([loss, *torch.autograd.grad(loss, leaves)])
+        for ours, plain in zip(*results, strict=True):
+            assert_close(ours, plain.double(), "gradient")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "batchmean"])
+def test_a_mean_over_all_rows_recompiles_nothing(reduction):
+    def step(student, teacher, temperature):
+        return fastkd.distillation_loss(
+            student * 1.5, teacher, temperature=temperature, reduction=reduction
+        )
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=BACKEND)
+    for n, (rows, temperature) in enumerate([(8, 2.0), (9, 3.0), (31, 1.5)]):
+        student, teacher = (x.float().to(DEVICE) for x in logits(rows, 20))
+        leaf = student.requires_grad_()
+        with torch._dynamo.config.patch(error_on_recompile=n > 0):
+            loss = compiled(leaf, teacher, temperature)
+            loss.backward()
+        assert_close(loss, step(leaf.double(), teacher.double(), temperature))
 
 
 @pytest.mark.parametrize("mode", ["forward", "backward"])
@@ -126,7 +170,8 @@ def _arguments(backend):
     labels = torch.arange(4, device=DEVICE)
     numbers = torch.tensor([0.1, 0.3, 0.0], dtype=torch.float64)
     coefficients = [torch.rand(4, device=DEVICE) for _ in range(3)]
-    problem = (student, teacher, temperature, None, labels, labels != 2, numbers, "jsd", 10)
+    counted = labels != 2
+    problem = (student, teacher, temperature, None, labels, counted, None, numbers, "jsd", 10)
     return problem, coefficients
 
 
@@ -143,6 +188,12 @@ def test_operators_pass_opcheck(backend):
         arguments = (*problem, *coefficients, metrics, backend)
         torch.library.opcheck(autograd._fused, arguments, test_utils=UTILITIES)
         torch.library.opcheck(autograd._fused_, arguments, test_utils=UTILITIES)
+    arguments = (problem[0], problem[1], problem[5], 10, backend)
+    torch.library.opcheck(moments._moments, arguments, test_utils=UTILITIES)
+    standardized = [*problem]
+    standardized[6] = moments._moments(*arguments)
+    arguments = (*standardized, False, False, backend)
+    torch.library.opcheck(autograd._forward, arguments, test_utils=UTILITIES)
     _, state = autograd._forward(*problem, True, False, backend)
     for gradient, temperature in ((True, True), (True, False), (False, True)):
         arguments = (*problem, state, *coefficients, gradient, temperature, backend)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from fastkd import __main__
 from fastkd.distill import corpus, measure, settings, small, storage, ways
 from fastkd.distill.train import Training, rate
+from tests.closeness import assert_close
 
 for module in ("matplotlib", "rich", "safetensors", "tokenizers"):
     pytest.importorskip(module)
@@ -39,7 +40,7 @@ def options(text, **others):
     chosen = {
         "data": text, "steps": 12, "teacher_steps": 6, "vocabulary": 280, "teacher_width": 16,
         "student_width": 8, "log_every": 2, "evaluate_every": 5, "sequence_length": 16,
-        "device": "cpu", **others,
+        "device": "cpu", "temperature": "cosine:4,1", **others,
     }  # fmt: skip
     return [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
 
@@ -102,8 +103,46 @@ def test_its_config_makes_the_same_run(finished, tmp_path):
 
 def test_another_divergence_stands_against_its_reference(text, tmp_path, capsys):
     out = tmp_path / "out"
-    assert distil("--out", out, "--divergence=jsd:0.3", *options(text, steps=2)) == 0
+    more = ["--divergence=jsd:0.3", "--entropy-weight=0.1", "--standardize"]
+    assert distil("--out", out, *more, *options(text, steps=2)) == 0
     assert "fastkd and the reference agree" in capsys.readouterr().out
+
+
+def rows_of(folder):
+    return [
+        row for row in csv.DictReader((folder / "metrics.csv").open()) if row["way"] == "fastkd"
+    ]
+
+
+def test_temperatures_change_as_they_are_spelt(text, tmp_path):
+    """With the teacher's apart, in TOML, without their product; F.kl_div's curve is fastkd's."""
+    (tmp_path / "own.toml").write_text("teacher_temperature = 4\nscale_by_temperature = false\n")
+    arguments = options(text, steps=8, log_every=1, temperature="linear:8,2")
+    arguments += ["--config", tmp_path / "own.toml"]
+    assert distil("--out", tmp_path / "out", *arguments) == 0
+    temperatures = [float(row["temperature"]) for row in rows_of(tmp_path / "out")]
+    assert temperatures == pytest.approx([8 - 6 * step / 8 for step in range(8)])
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert found["other"] == "F.kl_div"
+    assert found["difference"] <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "settings_", [{"teacher_temperature": "5"}, {"scale_by_temperature": False}, {}]
+)
+def test_the_way_of_f_kl_div_is_its_formula(settings_):
+    chosen = settings.build(settings.Small, {"temperature": "two-stage:3,2", **settings_})
+    student, teacher = torch.randn(2, 7, 11, dtype=torch.float64)
+    labels = torch.arange(7)
+    for step, T_s in ((0, 3.0), (5, 2.0)):
+        T_t = 5.0 if "teacher_temperature" in settings_ else T_s
+        q, p = (student / T_s).softmax(-1), (teacher / T_t).softmax(-1)
+        kd = (p * (p / q).log()).sum(-1).mean()
+        factor = 1 if "scale_by_temperature" in settings_ else T_s * T_t
+        truth = 0.9 * factor * kd - 0.1 * student.log_softmax(-1)[labels, labels].mean()
+        for name in ("F.kl_div", "fastkd"):
+            loss = ways.ways(chosen.loss(step, steps=10))[name]
+            assert_close(loss(student, teacher, labels), truth)
 
 
 def test_disagreement_fails_after_all_is_saved(text, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """`fastkd distill --teacher --student`: tiny models on disk, one process and two."""
 
+import csv
 import json
 import os
 import shutil
@@ -68,7 +69,7 @@ def options(home, **others):
     chosen = {
         "teacher": home / "teacher", "student": home / "student", "data": home / "text.txt",
         "sequence_length": 16, "steps": 6, "batch_size": 4, "learning_rate": 1e-2,
-        "log_every": 2, "evaluate_every": 4, "device": "cpu", **others,
+        "log_every": 2, "evaluate_every": 4, "device": "cpu", "temperature": "cosine:4,1", **others,
     }  # fmt: skip
     return [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
 
@@ -129,20 +130,34 @@ def test_two_processes_change_nothing(finished, home, tmp_path):
         json.loads((f / "metrics.json").read_text()) for f in (tmp_path / "out", finished)
     )
     assert mine["before"] == pytest.approx(theirs["before"], rel=1e-4)
+    mine, theirs = (losses(folder) for folder in (tmp_path / "out", finished))
+    assert mine == pytest.approx(theirs, rel=1e-4)
 
 
-def test_the_count_of_tokens_is_the_divisor_over_uneven_batches(home, tmp_path):
-    """Two halves whose masked tokens differ in number add up to the whole."""
+def losses(folder):
+    rows = csv.DictReader((folder / "metrics.csv").open())
+    return [float(row["loss"]) for row in rows if row["loss"]]
+
+
+def distiller(home, folder, **options):
     from fastkd.distill.distiller import Distiller
 
     teacher, student = (
         transformers.AutoModelForCausalLM.from_pretrained(home / name)
         for name in ("teacher", "student")
     )
-    trainer = Distiller(
-        teacher=teacher, loss={"temperature": 2.0, "alpha": 0.7, "vocab_size": 400}, model=student,
-        args=transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
+    arguments = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, **options}
+    return Distiller(
+        teacher=teacher, loss=lambda step, steps: {"temperature": 2.0, "alpha": 0.7},
+        vocab_size=400, model=student,
+        args=transformers.TrainingArguments(str(folder), **arguments),
     )  # fmt: skip
+
+
+def test_the_count_of_tokens_is_the_divisor_over_uneven_batches(home, tmp_path):
+    """Two halves whose masked tokens differ in number add up to the whole."""
+    trainer = distiller(home, tmp_path)
+    student = trainer.model
     ids = torch.randint(400, (4, 16))
     labels = torch.where(torch.arange(16) < torch.tensor([[0], [0], [9], [13]]), -100, ids)
     batches = [{"input_ids": ids[part], "labels": labels[part]} for part in (slice(2), slice(2, 4))]
@@ -153,10 +168,43 @@ def test_the_count_of_tokens_is_the_divisor_over_uneven_batches(home, tmp_path):
     torch.testing.assert_close(sum(halves), whole)
 
 
+def test_the_loss_sees_bf16_logits(home, tmp_path, monkeypatch):
+    """No copy of the student's logits, in training and in evaluation; its gradient takes none."""
+    from fastkd.distill import distiller as module
+
+    seen, real = [], module.distillation_loss
+
+    def loss(student, teacher, *arguments, **options):
+        assert student.is_contiguous()
+        seen.append((student.dtype, options.get("inplace", False)))
+        return real(student, teacher, *arguments, **options)
+
+    monkeypatch.setattr(module, "distillation_loss", loss)
+    trainer = distiller(home, tmp_path, bf16=True, max_steps=1, remove_unused_columns=False)
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(400, (8, 16))]
+    trainer.train_dataset = trainer.eval_dataset = rows
+    trainer.train()
+    trainer.evaluate()
+    assert set(seen) == {(torch.bfloat16, False), (torch.bfloat16, True)}
+    assert all(weight.dtype == torch.float32 for weight in trainer.model.parameters())
+
+
 @pytest.mark.parametrize(("file", "more"), [("text.jsonl", ["--text=body"]), ("text.parquet", [])])
 def test_data_in_columns(home, tmp_path, file, more):
     arguments = options(home, data=home / file, steps=1)
     assert distil("--out", tmp_path / "out", *more, *arguments) == 0
+
+
+def test_a_temperature_schedule_ends_with_the_run(home, tmp_path):
+    """Also where the number of steps follows from the passes over the data."""
+    out = tmp_path / "out"
+    arguments = options(home, steps=0, epochs=0.5, log_every=1, temperature="linear:8,2")
+    assert distil("--out", out, *arguments) == 0
+    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    steps = int(rows[-1]["step"])
+    assert steps > 6
+    found = [float(row["temperature"]) for row in rows if row["loss"]]
+    assert found == pytest.approx([8 - 6 * step / steps for step in range(steps)])
 
 
 def test_a_new_student_from_a_config_in_bf16_with_another_divergence(home, tmp_path):
@@ -185,6 +233,7 @@ def test_a_stopped_run_goes_on_to_the_same_student(finished, home, tmp_path, mon
     assert distil("--resume", out) == 0
     mine, theirs = weights(out), weights(finished)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert (out / "metrics.csv").read_bytes() == (finished / "metrics.csv").read_bytes()
     assert not list(out.glob("checkpoint-*"))
 
     (checkpoint,) = copy.glob("checkpoint-*")
@@ -209,7 +258,7 @@ def test_a_stopped_run_goes_on_to_the_same_student(finished, home, tmp_path, mon
         ({"data": "empty.txt"}, 1, "there is no text in"),
         ({"sequence_length": 100_000}, 1, "too little text"),
         ({"vocab_size": 300}, 2, "leaves out tokens: the tokenizer has 400"),
-        ({"temperature": 0}, 2, "temperature must be positive"),
+        ({"temperature": 0}, 2, "value must be a finite temperature > 0, got 0.0"),
         ({"held_out": 1}, 2, "held_out must lie in (0, 1)"),
     ],
 )

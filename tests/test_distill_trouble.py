@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "file").write_text("")
     (tmp_path / "typo.toml").write_text("temprature = 3")
-    (tmp_path / "kind.toml").write_text('temperature = "hot"')
+    (tmp_path / "kind.toml").write_text('alpha = "hot"')
     (tmp_path / "broken.toml").write_text("temperature =")
     return tmp_path
 
@@ -45,9 +46,15 @@ def one_line(capsys):
     ("arguments", "code", "message"),
     [
         (["--temprature=3"], 2, "unknown option --temprature=3; did you mean --temperature?"),
-        (["--temperature=0"], 2, "temperature must be positive and finite, got 0.0"),
-        (["--temperature=nan"], 2, "temperature must be positive"),
-        (["--temperature=hot"], 2, "invalid float value: 'hot'"),
+        (["--temperature=0"], 2, "value must be a finite temperature > 0, got 0.0"),
+        (["--temperature=nan"], 2, "value must be a finite temperature > 0, got nan"),
+        (["--temperature=hot"], 2, "temperature 'hot': could not convert string to float"),
+        (["--temperature=cosin:8,1"], 2, "schedule 'cosin' is unknown: did you mean 'cosine'?"),
+        (["--temperature=cosine:8"], 2, "'cosine:8': expected two temperatures, got 1 numbers"),
+        (["--temperature=cosine:8,0"], 2, "Cosine: end must be a finite temperature > 0, got 0.0"),
+        (["--temperature=linear:8,1,2"], 2, "the share of the run must lie in (0, 1], got 2.0"),
+        (["--teacher-temperature=-1"], 2, "value must be a finite temperature > 0, got -1.0"),
+        (["--entropy-weight=inf"], 2, "entropy_weight must be finite, got inf"),
         (["--alpha=2"], 2, "alpha must lie in [0, 1], got 2.0"),
         (["--steps=0"], 2, "steps must be at least 1, got 0"),
         (["--batch-size=-1"], 2, "batch_size must be at least 1, got -1"),
@@ -61,7 +68,7 @@ def one_line(capsys):
         (["--teacher=x"], 2, "--student is missing"),
         (["--config=nope.toml"], 2, "cannot read nope.toml: No such file"),
         (["--config=typo.toml"], 2, "setting 'temprature' is unknown: did you mean 'temperature'?"),
-        (["--config=kind.toml"], 2, "temperature must be a number, got 'hot'"),
+        (["--config=kind.toml"], 2, "alpha must be a number, got 'hot'"),
         (["--config=broken.toml"], 2, "broken.toml is not TOML"),
         (["--data=nope.txt"], 1, "--data nope.txt: there is no such file"),
         (["--data=empty.txt"], 1, "there is no text in "),
@@ -204,3 +211,18 @@ def test_a_checkpoint_of_another_kind_is_no_checkpoint(tmp_path):
     torch.save([1, 2], tmp_path / "checkpoint.pt")
     with pytest.raises(Problem, match="is no checkpoint of fastkd distill"):
         storage.load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/distilling.md"])
+def test_every_option_in_the_documents_exists(page, capsys):
+    known = set()
+    for command in ("distill", "tune", "recipe"):
+        with pytest.raises(SystemExit):
+            __main__.main([command, "--help"])
+        known |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+    text = (ROOT / page).read_text()
+    used = set(re.findall(r"(?<=`)--[a-z][a-z-]+", text))
+    for line in re.findall(r"fastkd (?:distill|tune|recipe) .*", text):
+        used |= set(re.findall(r" (--[a-z][a-z-]+)", line))
+    assert len(used) > 3
+    assert used - {"--quick", "--full"} <= known  # pytest's

@@ -21,6 +21,7 @@ from fastkd.problem import (
 )  # fmt: skip
 from tests.cases import DIVERGENCES
 from tests.closeness import assert_close, assert_zero
+from tests.schedules import BLOCK, SCHEDULES
 
 pytest.importorskip("triton", reason="the kernels need triton")
 import triton
@@ -30,12 +31,6 @@ from fastkd.kernels import logits, tuning
 from fastkd.kernels.divergences import Device
 
 FORWARD_KL = fastkd.ForwardKL()
-# Tiles of 32 columns: 75 columns are two full tiles and a tail, in two programs when split.
-BLOCK = 32
-RESIDENT = tuning.Schedule(True, 4, 128, 1, 1)
-SWEEP = tuning.Schedule(False, 4, 8, 1, 1)
-SPLIT = tuning.Schedule(False, 4, 8, 2, 1)
-SCHEDULES = {"resident": RESIDENT, "sweep": SWEEP, "split": SPLIT}
 
 
 @triton.jit
@@ -51,12 +46,6 @@ class Hellinger(fastkd.Divergence):
     @staticmethod
     def value(lp, lq, a, b):
         return 0.5 * ((lp / 2).exp() - (lq / 2).exp()) ** 2
-
-
-@pytest.fixture
-def force(monkeypatch):
-    """Makes the launchers use one schedule."""
-    return lambda plan: monkeypatch.setattr(logits, "schedule", lambda *_: plan)
 
 
 @pytest.fixture(autouse=True)
@@ -178,7 +167,7 @@ EVERY = [
 
 @pytest.mark.parametrize(("divergence", "plan"), EVERY)
 def test_values_and_gradients(divergence, plan, force, device):
-    force(SCHEDULES[plan])
+    force(plan)
     z, y, labels, counted = masked_rows(device)
     T = torch.tensor([1.0, 2.0, 0.7, 1.5, 1.0], device=device)
     teacher_T = T.flip(0) * 1.3 if plan == "split" else None
@@ -211,7 +200,7 @@ def test_values_and_gradients(divergence, plan, force, device):
 
 
 @pytest.mark.parametrize("V", [2, 5, BLOCK - 1, BLOCK, BLOCK + 1, 130])
-@pytest.mark.parametrize("plan", [SWEEP, SPLIT, None], ids=["sweep", "split", "own"])
+@pytest.mark.parametrize("plan", ["sweep", "split", "relay", None])
 def test_every_width(V, plan, force, device):
     """None: what tuning.py chooses. Splits beyond the last column hold nothing."""
     if plan is not None:
@@ -228,7 +217,7 @@ def test_every_width(V, plan, force, device):
 
 @pytest.mark.parametrize("plan", SCHEDULES)
 def test_smoothing_and_metrics(plan, force, device):
-    force(SCHEDULES[plan])
+    force(plan)
     y = torch.randn(3, 75, device=device)
     z = y + 0.1 * torch.randn(3, 75, device=device) + 1000.0  # a common offset costs no accuracy
     z[0, 3], y[0, 3], z[1, 4], y[1, 5] = 1010.0, 10.0, 1010.0, 10.0
@@ -261,8 +250,8 @@ def test_smoothing_and_metrics(plan, force, device):
 def test_small_divergences(divergence, plan, case, force, device):
     """A divergence near 5e-7, and T = 1000: the textbook sum would be 2 to 40 percent off."""
     V = 8192
-    force(tuning.Schedule(True, 1, V, 1, 8) if plan == "resident" else
-          tuning.Schedule(False, 256, 8, 1, 4))  # fmt: skip
+    large = {"resident": (1, V, 1, 8), "sweep": (256, 8, 1, 4), "relay": (256, 8, 1, 4, 8)}
+    force((plan, *large[plan]))
     y = torch.randn(1, V, device=device) * 2 + 20
     z = y + (1e-3 if case == "small" else 1.0) * torch.randn(1, V, device=device) - 30
     T = torch.full((1,), 1.0 if case == "small" else 1000.0, device=device)
@@ -279,7 +268,7 @@ def test_small_divergences(divergence, plan, case, force, device):
 
 @pytest.mark.parametrize(("divergence", "plan"), EVERY)
 def test_equal_logits_give_exactly_zero(divergence, plan, force, device):
-    force(SCHEDULES[plan])
+    force(plan)
     z = 5 * torch.randn(2, 75, device=device)
     z[1, ::3] = -math.inf
     one = Coefficients(torch.ones(2, device=device), None, None)
@@ -291,7 +280,7 @@ def test_equal_logits_give_exactly_zero(divergence, plan, force, device):
 @pytest.mark.parametrize(("divergence", "plan"), EVERY)
 def test_masked_throughout(divergence, plan, force, device):
     """Rows that are -inf on both sides, and rows far below every threshold but finite."""
-    force(SCHEDULES[plan])
+    force(plan)
     z = torch.full((2, 40), -math.inf, device=device)
     z[1] = -1e6
     one = Coefficients(torch.ones(2, device=device), None, None)
@@ -303,7 +292,7 @@ def test_masked_throughout(divergence, plan, force, device):
 @pytest.mark.parametrize("plan", SCHEDULES)
 def test_disjoint_supports(plan, force, device):
     """Infinite divergences are +inf with a gradient of 0, bounded ones are at their bound."""
-    force(SCHEDULES[plan])
+    force(plan)
     z, y = torch.randn(2, 1, 64, device=device)
     z[:, ::2], y[:, 1::2] = -math.inf, -math.inf
     one = Coefficients(torch.ones(1, device=device), None, None)
@@ -323,7 +312,7 @@ def test_disjoint_supports(plan, force, device):
 @pytest.mark.parametrize("plan", SCHEDULES)
 def test_absent_terms_touch_nothing(plan, force, device):
     """A factor of 0 removes an infinite term; a row whose factors are all 0 is not read."""
-    force(SCHEDULES[plan])
+    force(plan)
     z, y, labels, counted = masked_rows(device)
     problem = problem_of(z, y, fastkd.ReverseKL(), labels=labels, counted=counted)
     kd = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0], device=device)
@@ -342,7 +331,7 @@ def test_absent_terms_touch_nothing(plan, force, device):
 
 @pytest.mark.parametrize("plan", SCHEDULES)
 def test_label_out_of_range(plan, force, device):
-    force(SCHEDULES[plan])
+    force(plan)
     z, y = torch.randn(2, 3, 75, device=device)
     problem = problem_of(z, y, labels=torch.tensor([-1, 75, 74], device=device))
     values, _ = logits.forward(problem, entropy=False, metrics=False)
@@ -353,7 +342,7 @@ def test_label_out_of_range(plan, force, device):
 @pytest.mark.parametrize("plan", SCHEDULES)
 def test_layouts(plan, force, device):
     """Strided and padded rows of either side, an expanded teacher, output in place."""
-    force(SCHEDULES[plan])
+    force(plan)
     V, divergence = 70, fastkd.JSD(0.5)
     storage = torch.randn(3, 2, 80, device=device)
     z, y = storage.transpose(0, 1), torch.randn(1, 3, 75, device=device).expand(2, 3, 75)
@@ -373,12 +362,14 @@ def test_layouts(plan, force, device):
         assert_zero(g[:, V:])
 
 
+@pytest.mark.parametrize("plan", ["sweep", "relay"])
+@pytest.mark.parametrize("V", [75, 78])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_inputs(dtype, force, device):
+def test_half_precision_inputs(dtype, V, plan, force, device):
     """fp32 from the load on: only the stored gradient is rounded."""
-    force(SWEEP)
-    z, y = torch.randn(2, 2, 75, device=device).to(dtype)
-    problem = problem_of(z, y.float())  # the dtypes may differ
+    force(plan)
+    z, y = torch.randn(2, 2, V, device=device).to(dtype)
+    problem = problem_of(z, y.float() if V % 2 else y)  # the dtypes may differ
     truth = Truth(problem, fastkd.ForwardKL())
     one = Coefficients(torch.ones(2, device=device), None, None)
     loss, _, gradient = logits.fused(problem, one, metrics=False, out=None)
@@ -391,7 +382,7 @@ def test_half_precision_inputs(dtype, force, device):
 
 @pytest.mark.parametrize("plan", SCHEDULES)
 def test_two_runs_are_bit_equal(plan, force, device):
-    force(SCHEDULES[plan])
+    force(plan)
     z, y = torch.randn(2, 2, 75, device=device)
     one = Coefficients(torch.ones(2, device=device), None, None)
     first, second = (
@@ -418,7 +409,7 @@ def test_no_rows(device):
 
 def test_state_constant(force, device):
     """The state is what problem.py says it is: the constant of reverse KL is the value."""
-    force(SWEEP)
+    force("sweep")
     z, y = torch.randn(2, 2, 75, device=device)
     values, state = logits.forward(problem_of(z, y, fastkd.ReverseKL()), False, False)
     assert_close(state[CONSTANT], values[KD].double())
@@ -438,8 +429,63 @@ def test_scale(device):
     assert torch.equal(view, before)
 
 
+@pytest.mark.parametrize("divergence", [FORWARD_KL, fastkd.ReverseKL()], ids=str)
+def test_loss_alone_sweeps_again_where_it_is_small(divergence, force, device):
+    """By the first sweep's sums where they are right, and not where they would cancel."""
+    force("sweep")
+    noise = torch.tensor([1e-3, 0.03, 0.3, 0.45, 0.6, 2.0, 9.0], device=device)[:, None]
+    y = 2 * torch.randn(7, 1000, device=device)
+    z = y + noise * torch.randn(7, 1000, device=device)
+    problem = problem_of(z, y, divergence)
+    truth = Truth(problem, divergence).values["kd"]
+    assert truth.min() < 1e-6
+    assert (truth > 0.1).sum() > 2
+    values, _ = logits.forward(problem, entropy=False, metrics=False)
+    assert_close(values[KD] / truth, torch.ones(7, device=device), "value")
+    swept, _ = logits.forward(problem, entropy=False, metrics=True)
+    assert_close(swept[KD] / truth, torch.ones(7, device=device), "value")
+
+
+@pytest.mark.parametrize("plan", ["sweep", "split"])
+@pytest.mark.parametrize(
+    ("strides", "V"),
+    [
+        ((75, 75, 75), 75),  # contiguous: row r begins 75 r columns on
+        ((83, 91, 75), 71),  # equal modulo the vector of 8; 4 columns of padding
+        ((77, 77, 77), 33),  # the first tile is all but the whole row
+        ((83, 84, 75), 75),  # unlike: no wide loads
+    ],
+)
+@pytest.mark.parametrize("divergence", [FORWARD_KL, fastkd.JSD(0.3)], ids=str)
+def test_rows_that_begin_anywhere(divergence, strides, V, plan, force, device):
+    """Odd strides: head and tail of every row, and nothing written beside it."""
+    force(plan)
+    rows, width = 9, 75  # every remainder modulo 8
+    z, y, out = (
+        torch.randn(rows, stride + 5, device=device).flatten()[: rows * stride].view(rows, stride)
+        for stride in strides
+    )
+    labels = torch.randint(V, (rows,), device=device)
+    problem = problem_of(z[:, :width], y[:, :width], divergence, labels=labels, V=V)
+    truth = Truth(problem, divergence)
+    factors = Coefficients(*torch.rand(2, rows, device=device) + 0.5, None)
+    gradient = torch.zeros(rows, width, device=device, dtype=torch.float64)
+    gradient[:, :V] = truth.gradient(factors)[0]
+
+    values, state = logits.forward(problem, entropy=False, metrics=False)
+    assert_close(values[KD], truth.values["kd"])
+    assert_close(values[CE], truth.values["ce"])
+    ours, _ = logits.backward(problem, state, factors, gradient=True, temperature=False)
+    assert_close(ours, gradient, "gradient")
+    beside = out.clone()
+    loss, _, _ = logits.fused(problem, factors, metrics=False, out=out[:, :width])
+    assert_close(loss, factors.kd * truth.values["kd"] + factors.ce * truth.values["ce"])
+    assert_close(out[:, :width], gradient, "gradient")
+    assert torch.equal(out[:, width:], beside[:, width:])
+
+
 def test_own_divergence(force, device):
-    force(SWEEP)
+    force("sweep")
     divergence = Hellinger()
     z, y = torch.randn(2, 2, 75, device=device)
     problem = problem_of(z, y, divergence)
@@ -464,7 +510,7 @@ def test_schedules_fit_their_rows():
     for rows in (1, 7, 64, 264, 4096, 10**6):
         for columns in (2, 100, 1000, 4096, 4097, 32000, 128256, 262144):
             plan = tuning.table(rows, columns, 2, 132)
-            if plan.resident:
+            if plan.kind == "resident":
                 assert plan.vector >= columns
                 assert plan.splits == 1
             else:

@@ -3,11 +3,6 @@
 import inspect
 import itertools
 import math
-import os
-import re
-import subprocess
-import sys
-import tempfile
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -501,86 +496,3 @@ def test_more_than_2_to_31_elements():
     assert value == 3
     assert input.grad.count_nonzero() == 3
     assert (input.grad[-3:] == -1).all()
-
-
-# --- ahead-of-time compilation -------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_compiles_with_wide_loads_and_without_spills(tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", "import tests.test_kl_div as t; t.compile_kernels()"],
-        cwd=ROOT,
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def compile_kernels():
-    """In a process of its own, where Triton does not interpret."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from fastkd.kernels import elementwise as kernels
-
-    targets = [("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)]
-    cases = [  # each kind of kernel on sm_90, the heaviest everywhere
-        (kernels._forward, "bf16", {"REDUCE": True, "LOG_TARGET": False}),
-        (kernels._forward, "fp32", {"REDUCE": False, "LOG_TARGET": True}),
-        (kernels._backward, "bf16", {"G_STEP": 0, "LOG_TARGET": True, "X": None, "DT": None}),
-        (kernels._backward, "fp32", {"G_STEP": 0, "LOG_TARGET": False}),
-    ]
-    todo = [(t, c) for t in targets for c in (cases if t[1] == 90 else cases[:1] + cases[-1:])]
-    for target, (kernel, dtype, fixed) in todo:
-        target = GPUTarget(*target)
-        driver = type("Driver", (), {"get_current_target": lambda self, target=target: target})
-        triton.runtime.driver.set_active(driver())  # what is_cuda() asks
-
-        fixed = fixed | {"X_STEP": 1, "T_STEP": 1, "BLOCK": kernels.BLOCK}
-        signature, constants, attributes = {}, {}, {}
-        for index, name in enumerate(kernel.arg_names):
-            if name in fixed:
-                signature[name], constants[index,] = "constexpr", fixed[name]
-                continue
-            pointer = name in ("G", "X", "T", "Out", "DX", "DT")
-            signature[name] = ("*fp32" if name == "G" else f"*{dtype}") if pointer else "i32"
-            if pointer or name.endswith("stride"):  # aligned, and a single row
-                attributes[index,] = [["tt.divisibility", 16]]
-        compiled = triton.compile(
-            ASTSource(kernel, signature, constants, attributes),
-            target=target,
-            options={"num_warps": kernels.WARPS, "enable_fp_fusion": True},
-        )
-
-        what = (target, kernel.fn.__name__, fixed)
-        operands = [signature["X"], signature["T"]].count(f"*{dtype}")
-        vector = 8 if dtype == "bf16" else 4
-        loads = operands * kernels.BLOCK // (kernels.WARPS * target.warp_size * vector)
-        if target.backend == "hip":
-            code = compiled.asm["amdgcn"]
-            assert re.search(r"\.vgpr_spill_count:\s+0\b", code), what
-            assert len(re.findall(r"(?:global|buffer)_load_dwordx4", code)) == loads, what
-        else:
-            code, usage = disassemble(compiled.asm["cubin"])
-            assert re.search(r"STACK:0\b.*LOCAL:0\b", usage), (what, usage)
-            assert len(re.findall(r"LDG\.E\.128", code)) == loads, what
-            # One instruction for the logarithm of 16-bit operands only.
-            fast = dtype == "bf16" and not fixed["LOG_TARGET"]
-            assert ("MUFU.LG2" in code) == fast, what
-
-
-def disassemble(cubin):
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return [
-            subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
-            for command in ([tools / "nvdisasm"], [tools / "cuobjdump", "--dump-resource-usage"])
-        ]

@@ -8,9 +8,7 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-import fastkd
 from tests.closeness import assert_close
 
 pytest.importorskip("sklearn")
@@ -18,7 +16,6 @@ pytest.importorskip("matplotlib")
 
 from fastkd.distill import recipes
 from fastkd.distill.recipes import digits, report
-from fastkd.distill.recipes.soft_labels import bernoulli
 
 NEEDS = {"compress": "torchao"}
 
@@ -102,38 +99,3 @@ def test_models_of_a_batch_do_not_know_of_each_other():
         assert not torch.allclose(two[job.seeds :], one)
     again = job.students(loss)
     assert all(map(torch.equal, alone.parameters(), again.parameters()))
-
-
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_bernoulli_is_the_divergence_of_each_sigmoid(temperature):
-    student, teacher = torch.randn(2, 7, 5, dtype=torch.float64)
-    student.requires_grad_()
-    p, q = (teacher / temperature).sigmoid(), (student / temperature).sigmoid()
-    truth = F.binary_cross_entropy(q, p) - F.binary_cross_entropy(p, p)
-    ours = bernoulli(student, teacher, temperature=temperature, scale_by_temperature=False)
-    assert_close(ours, truth)
-    (slope,) = torch.autograd.grad(ours, student)
-    assert_close(slope, (q - p).detach() / (temperature * 35), "gradient")
-    forwards = bernoulli(student, teacher, divergence=fastkd.JSD(0.2))
-    assert_close(forwards, bernoulli(-student, -teacher, divergence=fastkd.JSD(0.2)))
-
-
-def test_bernoulli_takes_labels_as_places_in_the_row():
-    student, answers = torch.randn(7, 5, dtype=torch.float64), torch.rand(7, 5) > 0.5
-    ours = bernoulli(student, student, labels=(~answers).long(), alpha=0.0)
-    assert_close(ours, F.binary_cross_entropy_with_logits(student, answers.double()))
-
-
-@pytest.mark.parametrize("sampler", ["grid", "random", "tpe"])
-def test_tune_saves_its_study_and_names_no_winner_without_its_error(sampler, tmp_path):
-    pytest.importorskip("optuna")
-    from fastkd.distill.recipes.tune import tune
-
-    tune(tmp_path, sampler, trials=2, quick=True)
-    found = tune(tmp_path, sampler, trials=1, quick=True)
-    assert found.title.startswith("Tune: 3 trials")
-    assert re.search(r"found: temperature=.*, divergence=\w+ +\d.* ± .* ± ", str(found))
-    assert "two standard errors" in str(found)
-    assert {p.name for p in tmp_path.iterdir()} == {"study.db", "results.json", "plot.png"}
-    with pytest.raises(ValueError, match="sampler must be one of grid, random, tpe"):
-        tune(tmp_path, "gird")

@@ -1,4 +1,4 @@
-"""Schedules, adaptive and learned temperatures, standardised logits."""
+"""Schedules, adaptive and learned temperatures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from fastkd.temperature import (
     TwoStage,
     by_entropy,
     dtkd,
-    standardize,
     ttm,
 )
 from tests.cases import logits
@@ -77,8 +76,6 @@ def test_schedules_halfway():
         (lambda: LearnableTemperature(initial=30.0), ValueError, "low < initial < high .*30.0"),
         (lambda: LearnableTemperature(ramp=-1), ValueError, "ramp must be at least 0, got -1"),
         (lambda: LearnableTemperature(classes=3)(0), TypeError, r"\(step, student, teacher\)"),
-        (lambda: standardize(torch.arange(3)), TypeError, "floating-point .*int64"),
-        (lambda: standardize([1.0]), TypeError, "floating-point .*list"),
         (
             lambda: dtkd(*logits(4, 5), sharpness="lse"),
             ValueError,
@@ -218,7 +215,7 @@ def test_learnable_temperature_per_row_trains_its_network_and_not_the_student():
     assert torch.equal(again(0, student, teacher), temperature)
 
 
-# --- settings and standardisation ------------------------------------------------------------
+# --- settings ------------------------------------------------------------------------------
 
 
 def test_ttm_is_the_teacher_alone_at_a_temperature():
@@ -227,50 +224,3 @@ def test_ttm_is_the_teacher_alone_at_a_temperature():
     truth = torch.nn.functional.kl_div(log_q, p, reduction="batchmean")
     assert_close(fastkd.distillation_loss(student, teacher, **ttm(4.0)), truth)
     assert_close(fastkd.DistillationLoss(**ttm(4.0))(student, teacher), truth)
-
-
-def test_standardize_is_the_z_score():
-    student, _ = logits(3, 4, 7)
-    ours = standardize(student, eps=0.5)
-    truth = (student - student.mean(-1, keepdim=True)) / (student.std(-1, keepdim=True) + 0.5)
-    assert_close(ours, truth)
-    assert standardize(student.bfloat16()).dtype == torch.float32
-    assert_close(standardize(7 * student + 3), standardize(student))
-
-
-def test_gradient_of_standardize():
-    student, teacher = (x.requires_grad_() for x in logits(3, 7))
-    assert torch.autograd.gradcheck(lambda z: standardize(z, 1e-2), student)
-
-    def loss(z, y):
-        return fastkd.distillation_loss(
-            standardize(z), standardize(y), temperature=2.0, teacher_grad=True
-        )
-
-    assert torch.autograd.gradcheck(loss, (student, teacher))
-    (ours,) = torch.autograd.grad(loss(student, teacher.detach()), student)
-    # The closed form: delta is the gradient at the scores, c the centred logits.
-    scores = standardize(student).detach().requires_grad_()
-    (delta,) = torch.autograd.grad(
-        fastkd.distillation_loss(scores, standardize(teacher.detach()), temperature=2.0), scores
-    )
-    c = (student - student.mean(-1, keepdim=True)).detach()
-    std = student.detach().std(-1, keepdim=True)
-    inner = (delta * c).sum(-1, keepdim=True) / (6 * std * (std + 1e-7))
-    assert_close(ours, (delta - c * inner) / (std + 1e-7), "gradient")
-
-
-def test_standardize_leaves_masks_alone_and_flat_rows_finite():
-    student = torch.tensor(
-        [[1.0, 2.0, 3.0, -math.inf], [5.0, 5.0, 5.0, 5.0], [1.0, *[-math.inf] * 3]],
-        dtype=torch.float64, requires_grad=True,
-    )  # fmt: skip
-    scores = standardize(student)
-    assert_close(scores[0, :3], standardize(student[0, :3].detach()))
-    assert torch.equal(scores[0, 3], torch.tensor(-math.inf, dtype=torch.float64))
-    assert_zero(scores[1])
-    loss = fastkd.distillation_loss(scores, torch.ones_like(scores), divergence="reverse_kl")
-    loss.backward()
-    assert student.grad.isfinite().all()
-    assert student.grad[0, :3].abs().sum() > 0
-    assert_zero(student.grad[1:])

@@ -1,4 +1,4 @@
-"""The options of `fastkd distill`, and how it ends."""
+"""The options of `fastkd distill` and `fastkd tune`, and how they end."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ import dataclasses
 import difflib
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from . import settings, storage
 from .problems import Interrupted, Problem, Usage
 
-HELP = "Distil a teacher into a student, and show what came of it."
-ABOUT = """
+DISTILL = "Distil a teacher into a student, and show what came of it."
+ABOUT_DISTILL = """
 Without arguments: trains a small teacher on text that Python carries, then a student on hard
 labels, with F.kl_div, and with fastkd, on the same batches, and compares them. With --teacher and
 --student: distils Hugging Face causal language models on --data.
+"""
+TUNE = "Search over temperature, alpha and divergence, over several seeds."
+ABOUT_TUNE = """
+Trains a student of `fastkd distill` for each trial and seed, of the default job or, with --teacher
+and --student, of the user's models. What it finds is compared with the settings as given and with
+hard labels only, on seeds that the search has not seen. The default takes about ten minutes.
 """
 
 
@@ -38,12 +46,26 @@ class Parser(argparse.ArgumentParser):
 
 
 def add(commands: Any) -> None:
-    """Adds `distill` to the commands of `fastkd`."""
-    parser = commands.add_parser("distill", help=HELP, description=ABOUT, allow_abbrev=False)
-    parser.set_defaults(run=run)
+    """Adds `distill` and `tune` to the commands of `fastkd`."""
+    distill = commands.add_parser(
+        "distill", help=DISTILL, description=ABOUT_DISTILL, allow_abbrev=False
+    )
+    distill.set_defaults(run=partial(run, _distill))
+    distill.add_argument("--out", metavar="DIR", help="where to save; default: runs/<date>")
+    distill.add_argument("--resume", metavar="DIR", help="go on with the run that stopped there")
+    tune = commands.add_parser("tune", help=TUNE, description=ABOUT_TUNE, allow_abbrev=False)
+    tune.set_defaults(run=partial(run, _tune))
+    tune.add_argument(
+        "--out", metavar="DIR", default="runs/tune", help="where to save; default: runs/tune"
+    )
+    for item in dataclasses.fields(settings.Search):
+        _option(tune, item, get_type_hints(settings.Search)[item.name])
+    for parser in (distill, tune):
+        _settings_options(parser)
+
+
+def _settings_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="settings as TOML; options override it")
-    parser.add_argument("--out", metavar="DIR", help="where to save; default: runs/<date>")
-    parser.add_argument("--resume", metavar="DIR", help="go on with the run that stopped there")
     kinds = (
         (settings.Common, ""),
         (settings.Small, "the default job"),
@@ -59,48 +81,46 @@ def add(commands: Any) -> None:
 
 
 def _option(group: Any, item: dataclasses.Field[Any], kind: Any) -> None:
-    default = "" if item.default in ((), "", False) else f"; default: {item.default}"
+    default = "" if item.default in ((), "") else f"; default: {item.default}"
     of_own = getattr(settings.Own, item.name, item.default)
     if of_own != item.default:
         default += f", with --teacher: {of_own}"
     common = {"help": item.metadata["help"] + default, "default": argparse.SUPPRESS}
     name = "--" + item.name.replace("_", "-")
     if kind is bool:
-        group.add_argument(name, action="store_true", **common)
+        group.add_argument(name, action=argparse.BooleanOptionalAction, **common)
     elif kind == tuple[str, ...]:
         group.add_argument(name, nargs="+", metavar="FILE", **common)
     else:
         group.add_argument(name, type=kind, metavar=kind.__name__.upper(), **common)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Runs what was asked for; 0, or the code of the one line it says about what went wrong."""
+def run(command: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
+    """Runs the command; 0, or the code of the one line it says about what went wrong."""
+    name = f"fastkd {options.command}"
     try:
-        _run(options)
+        command(options)
     except Problem as problem:
         if isinstance(problem, Interrupted) and os.environ.get("RANK", "0") != "0":
             return problem.code  # one of several processes has said it
-        print(f"fastkd distill: {problem}", file=sys.stderr)
+        print(f"{name}: {problem}", file=sys.stderr)
         return problem.code
     except KeyboardInterrupt:
-        print("fastkd distill: stopped", file=sys.stderr)
+        print(f"{name}: stopped", file=sys.stderr)
         return Interrupted.code
     return 0
 
 
-def _run(options: argparse.Namespace) -> None:
-    kinds = (settings.Small, settings.Own)
-    names = {item.name for kind in kinds for item in dataclasses.fields(kind)}
-    given = {name: value for name, value in vars(options).items() if name in names}
+def _distill(options: argparse.Namespace) -> None:
+    given = _given(options)
     if options.resume:
         if given or options.config or options.out:
             raise Usage("--resume takes its settings from the folder: leave the other options out")
         folder = storage.old_folder(options.resume)
         _start(_settings(settings.read(folder / storage.CONFIG), {}), folder, resume=True)
         return
-    values = settings.read(Path(options.config)) if options.config else {}
-    chosen = _settings(values, given)
-    if not options.out and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    chosen = _settings(_from_file(options), given)
+    if not options.out and _processes() > 1:
         raise Usage("several processes need one --out that all of them know")
     folder = storage.new_folder(options.out)
     try:
@@ -108,6 +128,34 @@ def _run(options: argparse.Namespace) -> None:
     finally:
         with contextlib.suppress(OSError):
             folder.rmdir()  # if nothing came of it
+
+
+def _tune(options: argparse.Namespace) -> None:
+    names = {item.name for item in dataclasses.fields(settings.Search)}
+    search = settings.Search(**{name: vars(options)[name] for name in names & set(vars(options))})
+    search.check()
+    chosen = _settings(_from_file(options), _given(options))
+    if _processes() > 1:
+        raise Usage("the search trains in one process")
+    folder = storage.new_folder(options.out)
+    from . import tune
+
+    print(tune.run(chosen, search, folder))
+    print(f"\nSaved: {folder}/")
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    kinds = (settings.Small, settings.Own)
+    names = {item.name for kind in kinds for item in dataclasses.fields(kind)}
+    return {name: value for name, value in vars(options).items() if name in names}
+
+
+def _from_file(options: argparse.Namespace) -> dict[str, Any]:
+    return settings.read(Path(options.config)) if options.config else {}
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _settings(values: dict[str, Any], given: dict[str, Any]) -> settings.Small | settings.Own:

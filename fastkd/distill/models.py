@@ -20,16 +20,31 @@ def load(name: str, dtype: torch.dtype) -> Any:
     return _load(AutoModelForCausalLM, name, "model", dtype=dtype)
 
 
-def new(config: str, seed: int) -> Any:
-    """A model with random weights, from its config.json."""
+def student(name: str, seed: int) -> Any:
+    """A model in fp32; from a config.json, one with random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    shape = _load(AutoConfig, config, "model configuration")
+    if not is_config(name):
+        return load(name, torch.float32)
+    shape = _load(AutoConfig, name, "model configuration")
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(shape)
 
 
-def tokenizer(name: str) -> Any:
+def common_tokenizer(teacher: str, student: str) -> Any:
+    """The one tokenizer of two models, of which either may come without."""
+    _check_path(student)
+    of_teacher = _tokenizer(teacher)
+    of_student = None if is_config(student) else _tokenizer(student)
+    if of_teacher is not None and of_student is not None:
+        check_tokenizers(of_teacher, of_student)
+    tokens = of_teacher or of_student
+    if tokens is None:
+        raise Problem(f"neither {teacher} nor {student} holds a tokenizer")
+    return tokens
+
+
+def _tokenizer(name: str) -> Any:
     """The tokenizer of a model; None where a local folder has none."""
     from transformers import AutoTokenizer
 
@@ -44,12 +59,16 @@ def is_config(name: str) -> bool:
     return name.endswith(".json")
 
 
-def _load(kind: Any, name: str, what: str, **options: Any) -> Any:
-    local = Path(name).exists()
-    # A hub name has one slash at most, and no folder here before it.
+def _check_path(name: str) -> None:
+    """Refuses a path that is not there; a hub name has one slash, and no folder here before it."""
     path = name.startswith((".", "/", "~")) or ("/" in name and Path(name).parent.is_dir())
-    if not local and (path or is_config(name)):
+    if not Path(name).exists() and (path or is_config(name)):
         raise Usage(f"{name}: there is no such folder or file")
+
+
+def _load(kind: Any, name: str, what: str, **options: Any) -> Any:
+    _check_path(name)
+    local = Path(name).exists()
     try:
         return kind.from_pretrained(name, local_files_only=local, **options)
     except Exception as error:  # transformers and safetensors raise many kinds
@@ -79,17 +98,20 @@ def check_tokenizers(teacher: Any, student: Any) -> None:
     )
 
 
-def vocabulary(tokens: Any, wanted: int, teacher: Any, student: Any) -> int:
-    """How many columns of both heads are vocabulary; the rest is padding."""
+def vocabulary(tokens: Any, wanted: int, teacher: Any) -> int:
+    """How many columns of a head are vocabulary; the rest is padding."""
     known = max(tokens.get_vocab().values()) + 1
     size = wanted or known
     if size < known:
         raise Usage(f"vocab_size={size} leaves out tokens: the tokenizer has {known}")
-    for name, model in (("teacher", teacher), ("student", student)):
-        width = model.config.get_text_config().vocab_size
-        if width < size:
-            raise Problem(
-                f"the {name} has {width} outputs, and the vocabulary {size} tokens: "
-                "model and tokenizer do not belong together"
-            )
+    check_width("teacher", teacher, size)
     return size
+
+
+def check_width(name: str, model: Any, size: int) -> None:
+    width = model.config.get_text_config().vocab_size
+    if width < size:
+        raise Problem(
+            f"the {name} has {width} outputs, and the vocabulary {size} tokens: "
+            "model and tokenizer do not belong together"
+        )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import models, report, settings, storage, texts
-from .problems import Interrupted, Problem, needs, one_line
+from .problems import Interrupted, Problem, hush_torchao, needs, one_line
 from .small import Stop, pick
+from .ways import FASTKD
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -28,29 +31,12 @@ def run(chosen: settings.Own, folder: Path, *, resume: bool = False) -> dict[str
 
     Raises Interrupted, with a checkpoint in `folder`, on Ctrl-C.
     """
+    hush_torchao()
     needs("transformers", "datasets", "accelerate", "rich", "matplotlib")
-    import transformers
+    from .distiller import AfterStep
 
-    from .distiller import AfterStep, Distiller, collate
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    device = pick(chosen.device)
-    dtype = precision(chosen.precision, device)
-    teacher, student, tokens, loss = _models(chosen, dtype)
-    training, held_out = texts.sequences(
-        chosen.data, chosen.text, tokens, chosen.sequence_length, chosen.held_out, chosen.seed
-    )
-    trainer = Distiller(
-        teacher=teacher,
-        loss=loss,
-        model=student,
-        args=_arguments(chosen, folder, device, dtype),
-        train_dataset=training,
-        eval_dataset=held_out,
-        data_collator=collate,
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
+    job = Job(chosen)
+    trainer = job.trainer(chosen, folder, save_strategy="steps", eval_strategy="steps")
     if trainer.is_world_process_zero() and not resume:
         storage.write(folder / storage.CONFIG, settings.toml(chosen))
     before = trainer.evaluate()
@@ -61,14 +47,63 @@ def run(chosen: settings.Own, folder: Path, *, resume: bool = False) -> dict[str
     if watch.stopped:
         raise Interrupted(f"stopped; go on with: fastkd distill --resume {folder}")
     figures = {
-        "before": _plain(before),
-        "after": _plain(trainer.evaluate()),
+        "before": plain(before),
+        "after": plain(trainer.evaluate()),
         "settings": asdict(chosen),
-        "vocab_size": loss["vocab_size"],
+        "vocab_size": job.vocab_size,
         "machine": report.machine(trainer.args.device),
     }
-    _save(trainer, tokens, figures, folder)
+    _save(trainer, job.tokens, figures, folder)
     return figures
+
+
+class Job:
+    """Teacher, tokens and text, from which any number of students may learn."""
+
+    def __init__(self, chosen: settings.Own) -> None:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        self.device = pick(chosen.device)
+        self.dtype = precision(chosen.precision, self.device)
+        self.tokens = models.common_tokenizer(chosen.teacher, chosen.student)
+        self.teacher = models.load(chosen.teacher, self.dtype)
+        self.vocab_size = models.vocabulary(self.tokens, chosen.vocab_size, self.teacher)
+        self.training, self.held_out = texts.sequences(
+            chosen.data,
+            chosen.text,
+            self.tokens,
+            chosen.sequence_length,
+            chosen.held_out,
+            chosen.seed,
+        )
+
+    def trainer(self, chosen: settings.Own, folder: Path, **arguments: Any) -> Distiller:
+        """Of a student as it was before any training."""
+        from transformers import PrinterCallback
+
+        from .distiller import Distiller, collate
+
+        student = models.student(chosen.student, chosen.seed)
+        models.check_width("student", student, self.vocab_size)
+        if chosen.checkpointing:
+            student.train()
+            # transformers 5.23 renamed it.
+            old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+            getattr(student, new if hasattr(student, new) else old)()
+        trainer = Distiller(
+            teacher=self.teacher,
+            loss=chosen.loss,
+            vocab_size=self.vocab_size,
+            model=student,
+            args=_arguments(chosen, folder, self.device, self.dtype, **arguments),
+            train_dataset=self.training,
+            eval_dataset=self.held_out,
+            data_collator=collate,
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
 
 
 def precision(wanted: str, device: torch.device) -> torch.dtype:
@@ -78,38 +113,8 @@ def precision(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def _models(chosen: settings.Own, dtype: torch.dtype) -> tuple[Any, Any, Any, dict[str, Any]]:
-    """Teacher, student, their tokenizer, and the settings of the loss."""
-    tokens = models.tokenizer(chosen.teacher)
-    if models.is_config(chosen.student):
-        student = models.new(chosen.student, chosen.seed)
-        of_student = None
-    else:
-        of_student = models.tokenizer(chosen.student)
-        student = models.load(chosen.student, torch.float32)
-    tokens = tokens or of_student
-    if tokens is None:
-        raise Problem(f"neither {chosen.teacher} nor {chosen.student} holds a tokenizer")
-    if of_student is not None:
-        models.check_tokenizers(tokens, of_student)
-    if chosen.checkpointing:
-        student.train()
-        # transformers 5.23 renamed it.
-        old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
-        getattr(student, new if hasattr(student, new) else old)()
-    teacher = models.load(chosen.teacher, dtype)
-    size = models.vocabulary(tokens, chosen.vocab_size, teacher, student)
-    loss = {
-        "divergence": settings.divergence(chosen.divergence),
-        "temperature": chosen.temperature,
-        "alpha": chosen.alpha,
-        "vocab_size": size,
-    }
-    return teacher, student, tokens, loss
-
-
 def _arguments(
-    chosen: settings.Own, folder: Path, device: torch.device, dtype: torch.dtype
+    chosen: settings.Own, folder: Path, device: torch.device, dtype: torch.dtype, **others: Any
 ) -> TrainingArguments:
     from transformers import TrainingArguments
 
@@ -125,9 +130,7 @@ def _arguments(
         warmup_steps=0.05,
         logging_steps=chosen.log_every,
         logging_first_step=True,
-        eval_strategy="steps",
         eval_steps=chosen.evaluate_every,
-        save_strategy="steps",
         save_steps=chosen.evaluate_every,
         save_total_limit=1,
         seed=chosen.seed,
@@ -137,6 +140,7 @@ def _arguments(
         remove_unused_columns=False,
         report_to="none",
         disable_tqdm=True,
+        **others,
     )
     if "WORLD_SIZE" not in os.environ:
         arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for torchrun
@@ -146,12 +150,10 @@ def _arguments(
 def _train(trainer: Distiller, watch: AfterStep, folder: Path, checkpoint: str | None) -> None:
     """Trains; what a machine or a file has wrong becomes one line."""
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except torch.cuda.OutOfMemoryError:
-        raise Problem(
-            "the GPU's memory is full: lower --batch-size and raise --accumulation, or say "
-            "--checkpointing"
-        ) from None
+        with enough_memory():
+            trainer.train(resume_from_checkpoint=checkpoint)
+    except Problem:
+        raise
     except Exception as error:
         if checkpoint and not watch.began:  # each part of it fails in its own way
             raise Problem(
@@ -166,6 +168,18 @@ def _train(trainer: Distiller, watch: AfterStep, folder: Path, checkpoint: str |
             shutil.rmtree(part, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def enough_memory() -> Iterator[None]:
+    """A GPU without memory left is the user's to mend."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise Problem(
+            "the GPU's memory is full: lower --batch-size and raise --accumulation, or say "
+            "--checkpointing"
+        ) from None
+
+
 def whole(folder: Path) -> set[Path]:
     """The checkpoints that were written to the end: the state of the trainer comes last."""
     return {path.parent for path in folder.glob("checkpoint-*/trainer_state.json")}
@@ -176,7 +190,7 @@ def _last_checkpoint(folder: Path) -> str | None:
     return str(found[-1]) if found else None
 
 
-def _plain(values: dict[str, float]) -> dict[str, float]:
+def plain(values: dict[str, float]) -> dict[str, float]:
     return {name.removeprefix("eval_"): value for name, value in values.items()}
 
 
@@ -199,7 +213,7 @@ def _save(trainer: Any, tokens: Any, figures: dict[str, Any], folder: Path) -> N
     finally:
         if trainer.is_world_process_zero():
             shutil.rmtree(temporary, ignore_errors=True)
-    rows = _rows(trainer.state.log_history)
+    rows = _rows(trainer)
     storage.write(folder / "metrics.csv", report.table(rows))
     storage.write(folder / "curves.png", report.curves(rows))
     storage.write(folder / storage.METRICS, json.dumps(figures, indent=2) + "\n")
@@ -208,11 +222,13 @@ def _save(trainer: Any, tokens: Any, figures: dict[str, Any], folder: Path) -> N
     report.show_own(figures, folder / STUDENT)
 
 
-def _rows(history: list[dict[str, float]]) -> list[dict[str, Any]]:
+def _rows(trainer: Distiller) -> list[dict[str, Any]]:
     """One row for each logged step: what was logged there, whether of training or evaluation."""
     rows: dict[int, dict[str, Any]] = {}
-    for entry in history:
-        row = rows.setdefault(int(entry["step"]), {"step": int(entry["step"]), "way": "fastkd"})
-        found = _plain({k: v for k, v in entry.items() if k == "loss" or k.startswith("eval_")})
-        row.update(found)
+    for entry in trainer.state.log_history:
+        step = int(entry["step"])
+        row = rows.setdefault(step, {"step": step, "way": FASTKD})
+        row.update(plain({k: v for k, v in entry.items() if k == "loss" or k.startswith("eval_")}))
+        if "loss" in entry:
+            row["temperature"] = trainer.loss(step - 1, trainer.state.max_steps)["temperature"]
     return [rows[step] for step in sorted(rows)]

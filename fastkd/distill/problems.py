@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,8 +27,8 @@ class Interrupted(Problem):
     code = 130
 
 
-def needs(*modules: str) -> None:
-    """Refuses to go on where an optional package is missing."""
+def needs(*modules: str, extra: str = "distill") -> None:
+    """Refuses to go on where a package of an extra is missing."""
     for module in modules:
         try:
             importlib.import_module(module)
@@ -35,8 +36,14 @@ def needs(*modules: str) -> None:
             if error.name != module:  # it is there, and broken
                 raise Problem(f"{module} does not import: {error}") from error
             raise Problem(
-                f'this needs {module}, which is not installed: pip install "fastkd[distill]"'
+                f'this needs {module}, which is not installed: pip install "fastkd[{extra}]"'
             ) from None
+
+
+def hush_torchao() -> None:
+    """transformers imports it where it is installed, and it warns of kernels for other devices."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def known(what: str, name: Any, names: Iterable[str]) -> None:

@@ -15,7 +15,8 @@ import torch
 from fastkd import __version__
 
 from . import storage
-from .ways import EAGER, FASTKD, HARD
+from .picture import BLUE, GRAY, ORANGE, png
+from .ways import EAGER, FASTKD, HARD, other_name
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from .train import Training
 
 Figures = dict[str, Any]
-COLUMNS = ("step", "way", "loss", "validation_loss", "kl_to_teacher", "agreement")
+COLUMNS = ("step", "way", "temperature", "loss", "validation_loss", "kl_to_teacher", "agreement")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Result:
         return cls(
             students,
             {**found["teacher"], "parameters": training.teacher.size()},
-            EAGER if training.settings.divergence == "forward_kl" else "the reference",
+            other_name(training.settings.loss(step=0, steps=1)),
             training.difference,
             training.drift,
             training.difference <= tolerance,
@@ -60,7 +61,7 @@ def save(result: Result, training: Training, folder: Path) -> None:
     """All files of the run. metrics.json comes last: where it is, the run is whole.
 
     metrics.csv, the student and the tokenizer are the same to the bit in every run of these
-    settings on this machine; times are in metrics.json alone.
+    settings on this machine; times are in metrics.json and curves.png alone.
     """
     from safetensors.torch import save as safetensors
 
@@ -99,60 +100,63 @@ def table(rows: list[Figures]) -> str:
 
 def picture(result: Result, training: Training) -> bytes:
     """Held-out loss, the two curves that must be one, and where the time of a step goes."""
-    from matplotlib.figure import Figure
+    return png(lambda figure: _compare(figure, result, training.rows))
 
-    styles = {HARD: ("tab:gray", "-"), EAGER: ("tab:blue", "-"), FASTKD: ("tab:orange", "--")}
-    figure = Figure(figsize=(13, 4), layout="constrained")
+
+def _compare(figure: Any, result: Result, rows: list[Figures]) -> None:
+    figure.set_size_inches(12, 3.6)
     held_out, losses, times = figure.subplots(1, 3)
-    for way, (color, line) in styles.items():
-        rows = [row for row in training.rows if row["way"] == way]
-        seen = [row for row in rows if "validation_loss" in row]
-        label = result.other if way == EAGER else way
-        held_out.plot(
-            [row["step"] for row in seen],
-            [row["validation_loss"] for row in seen],
-            line, marker="o", color=color, label=label,
-        )  # fmt: skip
+    styles: dict[str, Figures] = {
+        HARD: {"color": GRAY},
+        EAGER: {"color": BLUE, "linewidth": 5, "alpha": 0.45},
+        FASTKD: {"color": ORANGE},
+    }
+    names = {HARD: HARD, EAGER: result.other, FASTKD: FASTKD}
+    for way, style in styles.items():
+        mine = [row for row in rows if row["way"] == way]
+        _line(held_out, mine, "validation_loss", marker="o", label=names[way], **style)
         if way != HARD:
-            losses.plot(
-                [row["step"] for row in rows],
-                [row["loss"] for row in rows],
-                line, color=color, label=label,
-            )  # fmt: skip
+            _line(losses, mine, "loss", label=names[way], **style)
         figures = result.students[way]
         rest = figures["step_ms"] - figures["loss_ms"]
-        times.bar(label, rest, color="lightgray", label=None if way != HARD else "models")
-        times.bar(label, figures["loss_ms"], bottom=rest, color=color)
-    held_out.axhline(result.teacher["validation_loss"], color="black", lw=0.8, label="teacher")
+        times.barh(names[way], rest, color="#dfe2e6", height=0.6)
+        bar = times.barh(
+            names[way], figures["loss_ms"], left=rest, color=style["color"], height=0.6
+        )
+        label = f"{figures['loss_ms']:.1f} of {figures['step_ms']:.0f} ms"
+        times.bar_label(bar, [label], padding=5, color="#555a61")
+    teacher = result.teacher["validation_loss"]
+    held_out.axhline(teacher, color="black", lw=1, ls=":", label="teacher")
     held_out.set(title="Loss on held-out text", xlabel="step", ylabel="nats per token")
-    losses.set(title="Distillation loss, training", xlabel="step")
-    times.set(title="Time of a step (coloured: the loss)", ylabel="ms")
+    losses.set(title="Distillation loss in training", xlabel="step")
+    times.set(title="Time of a step, the loss coloured", xlabel="ms")
+    times.set_xlim(right=1.45 * max(each["step_ms"] for each in result.students.values()))
+    times.grid(axis="y", visible=False)
+    times.invert_yaxis()
     held_out.legend()
     losses.legend()
-    return _png(figure)
 
 
 def curves(rows: list[Figures]) -> bytes:
     """Training loss, and loss and KL on held-out text, of the user's models."""
-    from matplotlib.figure import Figure
+    return png(lambda figure: _follow(figure, rows))
 
-    figure = Figure(figsize=(13, 4), layout="constrained")
+
+def _follow(figure: Any, rows: list[Figures]) -> None:
+    figure.set_size_inches(12, 3.6)
     names = {
-        "loss": "Distillation loss, training",
+        "loss": "Distillation loss in training",
         "validation_loss": "Loss on held-out text, nats per token",
         "kl_to_teacher": "KL to the teacher on held-out text",
     }
     for axes, (name, title) in zip(figure.subplots(1, 3), names.items(), strict=True):
-        seen = [row for row in rows if name in row]
-        axes.plot([row["step"] for row in seen], [row[name] for row in seen], marker=".")
+        _line(axes, rows, name, marker=".", color=ORANGE)
         axes.set(title=title, xlabel="step")
-    return _png(figure)
 
 
-def _png(figure: Any) -> bytes:
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=110)
-    return png.getvalue()
+def _line(axes: Any, rows: list[Figures], name: str, **style: Any) -> None:
+    seen = [row for row in rows if name in row]
+    axes.plot([row["step"] for row in seen], [row[name] for row in seen], **style)
 
 
 # --- the terminal ----------------------------------------------------------------------------

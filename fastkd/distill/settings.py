@@ -11,10 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-import fastkd
-from fastkd import Divergence
-
 from .problems import Problem, Usage, known, needs
+from .spellings import divergence, schedule
 
 S = TypeVar("S", bound="Common")
 
@@ -31,8 +29,12 @@ class Common:
         (), "text files to train on; .jsonl and .parquet with --teacher"
     )
     divergence: str = setting("forward_kl", "of teacher and student: a name, or jsd:0.1")
-    temperature: float = setting(2.0, "of both, in the divergence")
+    temperature: str = setting("2", "of both, in the divergence: a number, or cosine:8,1")
+    teacher_temperature: str = setting("", "of the teacher, where it is another; likewise")
+    scale_by_temperature: bool = setting(True, "multiply the divergence by both, as Hinton by T^2")
+    standardize: bool = setting(False, "z-scores instead of logits, on both sides")
     alpha: float = setting(0.9, "share of the divergence; the rest is cross-entropy with the text")
+    entropy_weight: float = setting(0.0, "of the student's entropy: above 0 sharpens it")
     steps: int = setting(300, "optimizer steps of the student")
     batch_size: int = setting(8, "sequences in a batch, for each device")
     sequence_length: int = setting(64, "tokens in a sequence")
@@ -49,14 +51,27 @@ class Common:
             least = 0 if item.default == 0 else AT_LEAST.get(item.name, 1)
             if type(value) is int and value < least:
                 raise Usage(f"{item.name} must be at least {least}, got {value}")
-        for name in ("temperature", "learning_rate"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise Usage(f"{name} must be positive and finite, got {value}")
+        if not 0 < self.learning_rate < math.inf:
+            raise Usage(f"learning_rate must be positive and finite, got {self.learning_rate}")
         if not 0 <= self.alpha <= 1:
             raise Usage(f"alpha must lie in [0, 1], got {self.alpha}")
+        if not math.isfinite(self.entropy_weight):
+            raise Usage(f"entropy_weight must be finite, got {self.entropy_weight}")
         known("device", self.device, ("auto", "cpu", "cuda"))
-        divergence(self.divergence)
+        self.loss(step=0, steps=1)
+
+    def loss(self, step: int, steps: int) -> dict[str, Any]:
+        """The arguments of `distillation_loss` at a step of a run of so many."""
+        of_teacher = self.teacher_temperature or self.temperature
+        return {
+            "divergence": divergence(self.divergence),
+            "temperature": schedule(self.temperature, steps)(step),
+            "teacher_temperature": schedule(of_teacher, steps)(step),
+            "scale_by_temperature": self.scale_by_temperature,
+            "standardize": self.standardize,
+            "alpha": self.alpha,
+            "entropy_weight": self.entropy_weight,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,24 +125,22 @@ class Own(Common):
         known("precision", self.precision, ("auto", "bf16", "fp32"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """How `fastkd tune` searches."""
+
+    sampler: str = setting("tpe", "grid, random, or tpe")
+    trials: int = setting(12, "settings to try, besides those that --out holds")
+    seeds: int = setting(4, "students for each, and for the comparison at the end")
+
+    def check(self) -> None:
+        known("sampler", self.sampler, ("grid", "random", "tpe"))
+        for name, least in (("trials", 1), ("seeds", 2)):
+            if getattr(self, name) < least:
+                raise Usage(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+
 AT_LEAST = {"vocabulary": 257}  # the bytes, and a token beyond them
-
-
-def divergence(text: str) -> Divergence:
-    """'forward_kl', or a name with its parameters: 'jsd:0.1', 'jeffreys:1,0.5'.
-
-    Example:
-        >>> divergence("jsd:0.1")
-        JSD(beta=0.1)
-    """
-    name, _, rest = text.partition(":")
-    public = (getattr(fastkd, name) for name in fastkd.__all__)
-    classes = {kind.name: kind for kind in public if kind in Divergence.__subclasses__()}
-    known("divergence", name, classes)
-    try:
-        return classes[name](*(float(number) for number in rest.split(",") if number))
-    except (TypeError, ValueError) as error:
-        raise Usage(f"divergence {text!r}: {error}") from None
 
 
 # --- TOML ------------------------------------------------------------------------------------
@@ -167,9 +180,9 @@ def build(kind: type[S], values: Mapping[str, Any]) -> S:
 
 
 def _as(kind: Any, name: str, value: Any) -> Any:
-    """The value where it is of the kind, as TOML means it."""
-    if kind is float and type(value) is int:
-        return float(value)
+    """The value where it is of the kind, as TOML means it; a number is a spelling too."""
+    if kind in (float, str) and type(value) in (int, float):
+        return kind(value)
     if kind == tuple[str, ...]:
         value = [value] if isinstance(value, str) else value
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):

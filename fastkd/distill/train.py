@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from . import measure, settings
 from .corpus import Corpus
 from .model import GPT, Shape, optimizer
 from .problems import Problem
-from .ways import EAGER, FASTKD, Loss, needs_teacher, ways
+from .ways import EAGER, FASTKD, HARD, Loss, needs_teacher, ways
 
 # The teacher sees other batches than the students: both draw from the seed, under these names.
 TEACHER_BATCHES, STUDENT_BATCHES = 1, 2
@@ -35,14 +36,17 @@ def rate(step: int, steps: int, peak: float) -> float:
 class Training:
     """Teacher, students, and all that was measured; each step is a function of what it holds."""
 
-    def __init__(self, chosen: settings.Small, corpus: Corpus, device: torch.device) -> None:
+    def __init__(
+        self,
+        chosen: settings.Small,
+        corpus: Corpus,
+        device: torch.device,
+        names: Sequence[str] = (HARD, EAGER, FASTKD),
+    ) -> None:
         self.settings, self.corpus, self.device = chosen, corpus, device
-        self.losses: dict[str, Loss] = ways(
-            settings.divergence(chosen.divergence), chosen.temperature, chosen.alpha
-        )
         self.teacher = self._model(chosen.teacher_width, chosen.teacher_layers)
         self.students = {
-            way: self._model(chosen.student_width, chosen.student_layers) for way in self.losses
+            way: self._model(chosen.student_width, chosen.student_layers) for way in names
         }
         self._optimizers = {
             name: optimizer(model, chosen.learning_rate) for name, model in self._models().items()
@@ -53,7 +57,7 @@ class Training:
         # on the same logits, and between the two students, which rounding drives apart.
         self.difference = self.drift = 0.0
         # Of every step, in seconds: by way, the whole of it and the loss with its gradient.
-        self.seconds: dict[str, list[list[float]]] = {way: [] for way in self.losses}
+        self.seconds: dict[str, list[list[float]]] = {way: [] for way in self.students}
 
     def _model(self, width: int, layers: int) -> GPT:
         shape = Shape(
@@ -65,6 +69,9 @@ class Training:
         )
         torch.manual_seed(self.settings.seed)  # so all students begin alike
         return GPT(shape).to(self.device)
+
+    def losses(self, step: int) -> dict[str, Loss]:
+        return ways(self.settings.loss(step, self.settings.steps))
 
     def _models(self) -> dict[str, GPT]:
         return {"teacher": self.teacher, **self.students}
@@ -99,39 +106,36 @@ class Training:
         with torch.no_grad():
             teacher = self.teacher(ids).flatten(0, 1)
         of_teacher = measure.now(self.device) - began
-        names = list(self.students)
+        losses, names = self.losses(self.step), list(self.students)
         turn = self.step % len(names)  # so none is always the one that finds the cache warm
         values = {}
         for way in names[turn:] + names[:turn]:
             started = measure.now(self.device)
             logits = self.students[way](ids)
             before = measure.now(self.device)
-            value, gradient = measure.gradient(
-                self.losses[way], logits.flatten(0, 1), teacher, labels
-            )
+            value, gradient = measure.gradient(losses[way], logits.flatten(0, 1), teacher, labels)
             after = measure.now(self.device)
             logits.backward(gradient.view_as(logits))
             self._update(way, self.step, self.settings.steps)
             total = measure.now(self.device) - started + needs_teacher(way) * of_teacher
             self.seconds[way].append([total, after - before])
             values[way] = value.item()
-            if way == FASTKD:
-                with torch.no_grad():
-                    other = self.losses[EAGER](
-                        logits.detach().flatten(0, 1), teacher, labels
-                    ).item()
-        self._compare(values, other)
-        self.step += 1
-        self._log(values)
-        return {way: values[way] for way in names}
-
-    def _compare(self, values: dict[str, float], other: float) -> None:
-        for way, value in values.items():
-            if not math.isfinite(value):
+            if not math.isfinite(values[way]):
                 raise Problem(
-                    f"the loss of {way} is {value} at step {self.step + 1}: lower the learning rate"
+                    f"the loss of {way} is {values[way]} at step {self.step + 1}: "
+                    "lower the learning rate"
                 )
-        value, apart = values[FASTKD], values[EAGER]
+            if way == FASTKD and EAGER in names:
+                with torch.no_grad():
+                    other = losses[EAGER](logits.detach().flatten(0, 1), teacher, labels).item()
+        if EAGER in names:
+            self._compare(values[FASTKD], other, values[EAGER])
+        self.step += 1
+        values = {way: values[way] for way in names}
+        self._log(values)
+        return values
+
+    def _compare(self, value: float, other: float, apart: float) -> None:
         self.difference = max(self.difference, abs(value - other) / abs(other))
         self.drift = max(self.drift, abs(value - apart) / abs(apart))
 
@@ -141,10 +145,12 @@ class Training:
         if not (ends or evaluated or self.step % chosen.log_every == 0):
             return
         found = self.evaluate() if evaluated else {}
-        for way in self.students:
-            self.rows.append(
-                {"step": self.step, "way": way, "loss": values[way], **found.get(way, {})}
-            )
+        temperature = chosen.loss(self.step - 1, chosen.steps)["temperature"]
+        for way, value in values.items():
+            row = {"step": self.step, "way": way, "loss": value}
+            if needs_teacher(way):
+                row["temperature"] = temperature
+            self.rows.append({**row, **found.get(way, {})})
 
     # --- what came of it -----------------------------------------------------------------------
 
@@ -175,7 +181,7 @@ class Training:
             teacher = self.teacher(ids).flatten(0, 1)
             student = self.students[FASTKD](ids).flatten(0, 1)
         found = {}
-        for way, loss in self.losses.items():
+        for way in self.students:
             total, part = (
                 statistics.median(column) for column in zip(*self.seconds[way], strict=True)
             )
@@ -183,7 +189,9 @@ class Training:
                 "step_ms": 1e3 * total,
                 "loss_ms": 1e3 * part,
                 "loss_share": part / total,
-                "loss_peak_bytes": measure.peak_memory(loss, student, teacher, labels),
+                "loss_peak_bytes": measure.peak_memory(
+                    self.losses(step=0)[way], student, teacher, labels
+                ),
             }
         return found
 

@@ -6,6 +6,7 @@ the device.
 """
 
 from .base import LOG_MIXTURE, NONE, REVERSE_KL, SLOPE_SUM, Divergence
+from .bernoulli import Bernoulli
 from .kullback_leibler import ForwardKL, Jeffreys, ReverseKL
 from .mixtures import JSD, TVD, SkewKL, SkewReverseKL
 from .orders import AlphaDivergence, Renyi
@@ -20,6 +21,7 @@ __all__ = [
     "SLOPE_SUM",
     "TVD",
     "AlphaDivergence",
+    "Bernoulli",
     "Divergence",
     "ForwardKL",
     "Jeffreys",

@@ -104,11 +104,12 @@ class Jeffreys(Divergence):
     constant = REVERSE_KL
 
     def __post_init__(self):
+        kind = type(self).__name__
         for name, weight in (("forward", self.forward), ("reverse", self.reverse)):
             if not 0 <= weight < math.inf:
-                raise ValueError(f"Jeffreys: {name} must be a finite weight >= 0, got {weight!r}")
+                raise ValueError(f"{kind}: {name} must be a finite weight >= 0, got {weight!r}")
         if self.forward == 0 and self.reverse == 0:
-            raise ValueError("Jeffreys: forward and reverse are both 0; give one a positive weight")
+            raise ValueError(f"{kind}: forward and reverse are both 0; give one a positive weight")
 
     @property
     def parameters(self):

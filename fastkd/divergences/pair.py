@@ -111,7 +111,8 @@ def _affine(x: Tensor, scale: float | Tensor, shift: Tensor, out: Tensor) -> Ten
 def plogr(lp: Tensor, r: Tensor) -> Tensor:
     """exp(lp) * r, and 0 where exp(lp) is 0, in value and in gradient."""
     p = lp.exp()
-    return torch.where(p > 0, p * torch.where(p > 0, r, 0.0), 0.0)
+    kept = p != 0
+    return torch.where(kept, p * torch.where(kept, r, 0.0), 0.0)
 
 
 def total(terms: Tensor) -> Tensor:

@@ -25,8 +25,6 @@ RECIPES = {
     "compress": "pruning and quantisation, and what distillation brings back",
 }
 
-SAMPLERS = ("grid", "random", "tpe")  # of the search: `tune.py`
-
 
 def run(name: str, out: Path, quick: bool = False) -> Report:
     """Run a recipe, write results.json and plot.png into `out`; print the Report it returns.

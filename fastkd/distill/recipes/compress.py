@@ -21,7 +21,6 @@ steps, and the labels seem the better choice.
 from __future__ import annotations
 
 import copy
-import logging
 import time
 from typing import Any
 
@@ -29,6 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrize import register_parametrization
+
+from fastkd.distill.problems import hush_torchao
 
 from .digits import Digits, Loss, MLPs, adam, cross_entropy, kd
 from .report import Report, Table, bars, need
@@ -160,7 +161,7 @@ def recover(digits: Digits, networks: MLPs, loss: Loss) -> MLPs:
 
 def latencies(quick: bool) -> dict[str, dict[int, float]]:
     """Microseconds by number of rows."""
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of kernels for other devices
+    hush_torchao()
     ao = need("torchao.quantization", "torchao")
     dense = nn.Sequential(
         nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
@@ -189,4 +190,6 @@ def microseconds(network: nn.Module, x: Tensor, quick: bool) -> float:
 
 def draw(figure: Any, table: Table) -> None:
     figure.set_size_inches(8, 4.5)
-    bars(figure.subplots(), table)
+    axes = figure.subplots()
+    bars(axes, table)
+    axes.set_xlim(-15, 2)

@@ -104,6 +104,6 @@ def cross_validate(digits: Digits, images: int) -> Tensor:
 
 
 def draw(figure: Any, tables: list[Table]) -> None:
-    figure.set_size_inches(12, 2.6)
-    for axes, table in zip(figure.subplots(1, 3, sharex=True), tables, strict=True):
+    figure.set_size_inches(11, 2.4)
+    for axes, table in zip(figure.subplots(1, 3, sharex=True, sharey=True), tables, strict=True):
         bars(axes, table)

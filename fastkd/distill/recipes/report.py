@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import fastkd
+from fastkd.distill.picture import BLUE, png
 
 # What an expected difference may be off by besides the standard error of this run: it came from
 # another implementation with other random numbers, whose standard errors were up to this.
@@ -44,12 +45,15 @@ class Table:
         scores: setting to scores [seeds].
         baseline: the setting that the others are compared with.
         expected: setting to the difference that was expected.
+        decimals, unit: of the scores, as they are shown.
     """
 
     title: str
     scores: dict[str, Tensor]
     baseline: str
     expected: dict[str, float] = field(default_factory=dict)
+    decimals: int = 2
+    unit: str = "points"
 
     def difference(self, setting: str) -> tuple[float, float]:
         """Mean and standard error over seeds of the paired differences to the baseline."""
@@ -76,13 +80,17 @@ class Table:
         return rows
 
     def __str__(self) -> str:
-        width = max(len(setting) for setting in self.scores)
-        head = f"{'':{width}}   score           difference      expected"
+        width, places = max(len(setting) for setting in self.scores), self.decimals
+        head = f"{'':{width}}   score           difference"
+        if self.expected:
+            head += "      expected"
         lines = [f"{self.title} (differences to {self.baseline!r}, paired by seed)", head]
         for row in self.rows():
-            line = f"{row['setting']:{width}}  {row['mean']:6.2f} ± {row['error']:4.2f}"
+            line = (
+                f"{row['setting']:{width}}  {row['mean']:6.{places}f} ± {row['error']:.{places}f}"
+            )
             if "difference" in row:
-                line += f"  {row['difference']:+6.2f} ± {row['difference_error']:4.2f}"
+                line += f"  {row['difference']:+6.{places}f} ± {row['difference_error']:.{places}f}"
             if "expected" in row:
                 off = row["difference"] - row["expected"]
                 line += f"  {row['expected']:+6.1f}  "
@@ -140,9 +148,9 @@ class Report:
         }  # fmt: skip
         _replace(out / "results.json", lambda path: path.write_text(json.dumps(content, indent=1)))
         if self.draw is not None:
-            figure = need("matplotlib.figure", "matplotlib").Figure(layout="constrained")
-            self.draw(figure)
-            _replace(out / "plot.png", lambda path: figure.savefig(path, format="png", dpi=110))
+            need("matplotlib", "matplotlib")
+            plot = png(self.draw)
+            _replace(out / "plot.png", lambda path: path.write_bytes(plot))
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
@@ -156,15 +164,18 @@ def bars(axes: Any, table: Table) -> None:
     settings = [setting for setting in table.scores if setting != table.baseline]
     means, errors = zip(*map(table.difference, settings), strict=True)
     places = range(len(settings))
-    axes.barh(places, means, xerr=errors, color="tab:blue", alpha=0.7)
+    axes.barh(places, means, xerr=errors, color=BLUE, alpha=0.75, height=0.65)
+    axes.grid(axis="y", visible=False)
     known = [(table.expected[s], i) for i, s in enumerate(settings) if s in table.expected]
     if known:
-        axes.plot(*zip(*known, strict=True), "kx", label="expected")
-        axes.legend()
+        axes.plot(*zip(*known, strict=True), "kx")
     axes.set_yticks(places, settings)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set(title=table.title, xlabel=f"points above {table.baseline!r}")
+    axes.set(
+        title=table.title,
+        xlabel=f"{table.unit} above {table.baseline!r}{', x: expected' * bool(known)}",
+    )
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:

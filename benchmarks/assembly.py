@@ -1,0 +1,244 @@
+"""Kernels compiled as they would be launched, without a GPU, and what their machine code does."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Line = tuple[int, str]  # where it is, and the instruction
+
+
+class Counts(NamedTuple):
+    """What one thread does in a stretch of code."""
+
+    instructions: int
+    loaded: int  # bytes, through global memory
+    stored: int
+    wide: int  # accesses of 128 bits
+    narrow: int  # accesses of less
+    exp2: int
+    log2: int
+    special: int  # all results of the special-function unit
+    spills: int
+
+
+class Binary(NamedTuple):
+    """A compiled kernel."""
+
+    name: str
+    constants: dict[str, Any]  # its tl.constexpr arguments
+    programs: tuple[int, ...]
+    warps: int
+    blocks: int  # that share a tile, in a cluster
+    registers: int
+    shared: int  # bytes
+    all: Counts
+    main: Counts  # all but the masked twin of a tile that is not masked
+    loops: list[Counts]  # those that work on tiles, in the order of the code
+
+
+class Isa(NamedTuple):
+    """How to read one kind of machine code."""
+
+    load: re.Pattern[str]
+    store: re.Pattern[str]
+    widths: dict[str, int]  # bytes of an access by what its mnemonic holds; else 4
+    exp2: re.Pattern[str]
+    log2: re.Pattern[str]
+    special: re.Pattern[str]
+    spill: re.Pattern[str]
+    arithmetic: re.Pattern[str]
+
+
+SASS = Isa(
+    re.compile(r"\bLDG\S*"),
+    re.compile(r"\bSTG\S*"),
+    {".128": 16, ".64": 8, ".U16": 2, ".S16": 2, ".U8": 1, ".S8": 1},
+    re.compile(r"\bMUFU\.EX2\b"),
+    re.compile(r"\bMUFU\.LG2\b"),
+    re.compile(r"\bMUFU\b"),
+    re.compile(r"\b(LDL|STL)\b"),
+    re.compile(r"\bF(ADD|MUL|FMA)\b"),
+)
+GCN = Isa(
+    re.compile(r"\b(global|buffer)_load_\S+"),
+    re.compile(r"\b(global|buffer)_store_\S+"),
+    {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "short": 2, "byte": 1},
+    re.compile(r"\bv_exp_f32"),
+    re.compile(r"\bv_log_f32"),
+    re.compile(r"\bv_(exp|log|rcp|rsq|sqrt)_f32"),
+    re.compile(r"\bscratch_(load|store)_"),
+    re.compile(r"\bv_(pk_)?(add|mul|fma|fmac)_f32"),
+)
+
+_BRANCH = re.compile(r"\bBRA\b.*0x([0-9a-f]+)")
+
+
+def binaries(
+    target: str, call: Callable[[], object], processors: int, long: str = "sweep"
+) -> list[Binary]:
+    """The kernels that `call` would launch on tensors without storage, on `target`.
+
+    long: what tuning.LONG says.
+    """
+    found = _compiled(target, call, processors, long)
+    return [_read(kernel, *launch) for kernel, *launch in found]
+
+
+def _compiled(target: str, call: Callable[[], object], processors: int, long: str) -> list[tuple]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    from fastkd.kernels import tuning
+
+    gpu = (
+        GPUTarget("hip", target, 64) if "gfx" in target else GPUTarget("cuda", int(target[3:]), 32)
+    )
+
+    class Driver:
+        get_current_device = staticmethod(lambda: target)
+        get_current_stream = staticmethod(lambda device: 0)
+        get_current_target = staticmethod(lambda: gpu)
+
+    found = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        given = dict(zip(self.arg_names, args, strict=False)) | options
+        constants = {
+            p.name: given[p.name]
+            for p in self.params
+            if p.is_constexpr and isinstance(given.get(p.name), int | str)
+        }
+        found.append((kernel, self.__name__, constants, tuple(grid), kernel.metadata))
+        return kernel
+
+    triton.runtime.driver.set_active(Driver())
+    with (
+        replaced(JITFunction, "run", compile_only),
+        replaced(tuning, "multiprocessors", lambda device: processors),
+        replaced(tuning, "is_nvidia", lambda device, generation: "sm_" in target),
+        replaced(tuning, "LONG", long),
+    ):
+        call()
+    return found
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, new: Any) -> Iterator[None]:
+    old = getattr(owner, name)
+    setattr(owner, name, new)
+    try:
+        yield
+    finally:
+        setattr(owner, name, old)
+
+
+def _read(
+    kernel: Any, name: str, constants: dict[str, Any], grid: tuple[int, ...], metadata: Any
+) -> Binary:
+    if "amdgcn" in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        lines, loops = _gcn(text)
+        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
+        isa = GCN
+    else:
+        lines, loops, registers = _sass(kernel.asm["cubin"])
+        isa = SASS
+    tiles = [
+        body
+        for body in loops
+        if any(isa.load.search(line) for line in body)
+        and any(isa.arithmetic.search(line) for line in body)
+    ]
+    counted = [_count(body, isa) for body in tiles]
+    whole = [line for _, line in lines]
+    return Binary(
+        name, constants, grid, metadata.num_warps, getattr(metadata, "num_ctas", 1), registers,
+        metadata.shared,
+        _count(whole, isa), _count(_main(lines) if isa is SASS else whole, isa), counted,
+    )  # fmt: skip
+
+
+def _sass(cubin: bytes) -> tuple[list[Line], list[list[str]], int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "-sass", "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    lines = [
+        (int(at, 16), line) for at, line in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*?);", text)
+    ]
+    targets = [(int(back[1], 16), at) for at, line in lines if (back := _BRANCH.search(line))]
+    return lines, _loops(lines, targets), int(re.search(r"REG:(\d+)", text)[1])
+
+
+def _gcn(text: str) -> tuple[list[Line], list[list[str]]]:
+    lines, labels = [], {}
+    for line in map(str.strip, text.splitlines()):
+        if label := re.match(r"(\.LBB\S+):", line):
+            labels[label[1]] = len(lines)
+        elif re.match(r"[a-z]\w+(\s|$)", line):
+            lines.append((len(lines), line))
+    targets = [
+        (labels[jump[1]], at)
+        for at, line in lines
+        if (jump := re.match(r"s_c?branch\S*\s+(\.LBB\S+)", line)) and jump[1] in labels
+    ]
+    return lines, _loops(lines, targets)
+
+
+def _loops(lines: list[Line], jumps: list[tuple[int, int]]) -> list[list[str]]:
+    """The bodies of the loops: from where a jump goes back to, to that jump."""
+    return [
+        [line for at, line in lines if begin <= at <= end] for begin, end in jumps if begin < end
+    ]
+
+
+def _main(lines: list[Line]) -> list[str]:
+    """Up to the first stretch whose tile is masked, where a stretch before has it unmasked."""
+    landings = {int(jump[1], 16) for _, line in lines if (jump := _BRANCH.search(line))}
+    stretches: list[list[str]] = [[]]
+    for at, line in lines:
+        if at in landings:
+            stretches.append([])
+        stretches[-1].append(line)
+        if re.search(r"\b(BRA|EXIT|RET)\b", line):
+            stretches.append([])
+    main: list[str] = []
+    whole = False
+    for stretch in stretches:
+        loads = [line for line in stretch if re.search(r"LDG\S*\.128", line)]
+        masked = bool(loads) and all(line.startswith("@") for line in loads)
+        if masked and whole:
+            break
+        whole |= bool(loads) and not masked
+        main += stretch
+    return main
+
+
+def _count(body: list[str], isa: Isa) -> Counts:
+    def widths(pattern: re.Pattern[str]) -> list[int]:
+        hits = [hit[0] for line in body if (hit := pattern.search(line))]
+        return [next((n for key, n in isa.widths.items() if key in hit), 4) for hit in hits]
+
+    def times(pattern: re.Pattern[str]) -> int:
+        return sum(bool(pattern.search(line)) for line in body)
+
+    loads, stores = widths(isa.load), widths(isa.store)
+    return Counts(
+        len(body), sum(loads), sum(stores),
+        sum(width == 16 for width in loads + stores), sum(width < 16 for width in loads + stores),
+        times(isa.exp2), times(isa.log2), times(isa.special), times(isa.spill),
+    )  # fmt: skip

@@ -1,0 +1,497 @@
+"""What the compiled kernels promise, without a GPU: `python -m benchmarks.compiled`.
+
+A table per target, read from its machine code, and the time that a model of a GPU makes of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import fastkd
+from fastkd.kernels import tuning
+from fastkd.problem import Coefficients, Problem
+
+from . import cases, machine, model
+from .assembly import Binary, binaries, replaced
+from .report import table
+
+TARGETS = tuple(model.GPUS)
+NAMES = (
+    "forward_kl", "reverse_kl", "jeffreys", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "alpha",
+    "renyi",
+)  # fmt: skip
+EVERYTHING = (*NAMES, "kl_div")
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+class Configuration(NamedTuple):
+    """A call of a launcher; `everything`: all options at once, for kl_div log_target."""
+
+    name: str
+    launcher: str
+    rows: int
+    columns: int
+    dtype: torch.dtype = BF16
+    everything: bool = False
+    long: str = "sweep"  # tuning.LONG
+
+
+# Those of every target and divergence, and in CI of a few when in haste.
+MAIN = (
+    Configuration("sweep", "fused", 4096, 128256),
+    Configuration("resident", "fused", 4096, 1000),
+    Configuration("everything", "fused", 4096, 128256, everything=True),
+)
+# Those of every divergence on sm_90.
+MORE = (
+    Configuration("forward", "forward", 4096, 128256),
+    Configuration("backward", "backward", 4096, 128256),
+    Configuration("split", "fused", 64, 128256),
+    Configuration("fp32", "fused", 4096, 128256, FP32),
+    Configuration("odd", "fused", 8192, 50257),
+    Configuration("everything resident", "fused", 4096, 1000, everything=True),
+)
+# The schedules that read each operand once, for loss and gradient and for the loss alone; of every
+# divergence on sm_90, of a few on NVIDIA's other targets.
+ONCE = (
+    Configuration("relay", "fused", 4096, 128256, long="relay"),
+    Configuration("relay, loss alone", "forward", 4096, 128256, long="relay"),
+)
+CLUSTER = Configuration("cluster", "fused", 4096, 128256, long="cluster")
+# Those of forward KL on sm_90: what it shares with every other, and heads of sigmoids.
+OTHERS = (
+    Configuration("standardized", "standardized", 4096, 128256),
+    Configuration("standardized resident", "standardized", 4096, 1000),
+    Configuration("multi-label", "multi-label", 4096, 32000),
+    Configuration("multi-label resident", "multi-label", 4096, 1000),
+    Configuration("multi-label everything", "multi-label", 4096, 32000, everything=True),
+)
+# Every width that a resident row can have; on sm_90.
+WIDTHS = tuple(
+    Configuration(f"resident {width}", "fused", 65536, width)
+    for width in (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+)
+ALL_WIDTHS = ("forward_kl", "jsd")
+
+
+# kl_div: per entry a value or their sum, and the gradients of one side or of both.
+KL_DIV = tuple(
+    Configuration(f"{launcher}{of} {name}", launcher, 1, 1 << 24, dtype, everything=bool(of))
+    for launcher in ("values", "sum", "input's gradient", "both gradients")
+    for name, dtype in (("bf16", BF16), ("fp32", FP32))
+    for of in ("", " of logs")
+)
+
+
+class Measured(NamedTuple):
+    """A kernel of a configuration."""
+
+    target: str
+    divergence: str
+    configuration: str
+    binary: Binary
+    entry: int  # bytes of a logit of each side together
+
+
+def configurations(target: str, name: str, quick: bool = False) -> Iterator[Configuration]:
+    if name == "kl_div":
+        yield from KL_DIV
+        return
+    yield from MAIN
+    if "sm_" in target and (target == "sm_90" or name in ALL_WIDTHS):
+        yield from ONCE
+        if target != "sm_80" and _clusters():
+            yield CLUSTER
+    if target == "sm_90":
+        yield from MORE
+        if name == "forward_kl":
+            yield from OTHERS
+        if name in ALL_WIDTHS and not quick:
+            yield from WIDTHS
+
+
+def _clusters() -> bool:
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= tuning.CLUSTERS
+
+
+def tasks(quick: bool) -> list[tuple[str, str]]:
+    """(target, divergence); the quick ones stand for the others."""
+    if quick:
+        names = ("forward_kl", "jsd", "kl_div")
+        return [*(("sm_90", name) for name in names), ("gfx942", "forward_kl")]
+    return [(target, name) for target in TARGETS for name in EVERYTHING]
+
+
+def measure(target: str, name: str, chosen: Iterable[Configuration]) -> list[Measured]:
+    processors = model.GPUS[target].processors
+    return [
+        Measured(target, name, one.name, binary, 2 * one.dtype.itemsize)
+        for one in chosen
+        for binary in binaries(target, _call(name, one), processors, one.long)
+    ]
+
+
+def _call(name: str, one: Configuration) -> Callable[[], object]:
+    """The launcher on tensors that have a shape and nothing else."""
+    from fastkd.kernels import bernoulli, elementwise, logits, moments
+
+    rows, full = one.rows, one.everything
+
+    def meta(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    if name == "kl_div":
+        x, t, u, w = (meta(rows, one.columns, dtype=one.dtype) for _ in range(4))
+        if one.launcher in ("values", "sum"):
+            out = u if one.launcher == "values" else None
+            return partial(elementwise.forward, x, t, out, full)
+        upstream = meta(1, 1, dtype=one.dtype).expand_as(x)
+        if one.launcher == "both gradients":
+            return partial(elementwise.backward, upstream, x, t, u, w, full)
+        return partial(elementwise.backward, upstream, None, t, u, None, full)
+    z, y = (meta(1, rows, one.columns, dtype=one.dtype) for _ in range(2))
+    labels = meta(rows, dtype=torch.int64) if full else None
+    counted = meta(rows, dtype=torch.bool) if full else None
+    parameters = fastkd.Divergence.of_name(name)().parameters
+    problem = Problem(
+        z, y, meta(rows), None, labels, counted, 0.1 if full else 0.0, name, *parameters,
+        one.columns,
+    )  # fmt: skip
+    factors = Coefficients(meta(rows), *((meta(rows),) * 2 if full else (None, None)))
+    if one.launcher == "multi-label":
+        heads = fastkd.Bernoulli(1, 1 if full else 0)
+        problem = problem._replace(
+            labels=meta(rows, one.columns) if full else None, divergence=heads.name,
+            a=heads.forward, b=heads.reverse,
+        )  # fmt: skip
+        return partial(bernoulli.fused, problem, factors, full, None)
+    if one.launcher == "standardized":
+        problem = problem._replace(moments=meta(2, 3, rows))
+
+        def call() -> None:
+            moments.fill(problem.moments, z, y, counted, one.columns)
+            logits.fused(problem, factors, full, None)
+
+        return call
+    if one.launcher == "fused":
+        return partial(logits.fused, problem, factors, full, None)
+    if one.launcher == "forward":
+        return partial(logits.forward, problem, False, False)
+    return partial(logits.backward, problem, meta(5, rows), factors, True, False)
+
+
+# --- tables ----------------------------------------------------------------------------------
+
+COLUMNS = (
+    "configuration", "divergence", "kernel", "tile", "warps", "registers", "shared", "spills",
+    "programs per SM", "loaded", "stored", "DRAM, no reuse", "DRAM, L2 reuse", "instructions",
+    "EX2", "LG2", "MUFU",
+)  # fmt: skip
+
+
+class Work(NamedTuple):
+    """Per logit position, over the sweeps of one kernel; positions that pad a row count."""
+
+    loads: list[float]  # bytes, by sweep
+    stored: float
+    instructions: float
+    exp2: float
+    log2: float
+    special: float
+
+
+def _tile(binary: Binary) -> tuple[int, ...]:
+    sizes = [binary.constants.get(name) for name in ("LANES", "VECTOR", "BLOCK")]
+    return tuple(size for size in sizes if size is not None)
+
+
+def work(binary: Binary, entry: int, width: int) -> Work:
+    """A resident kernel has no loop: all of it is spread over its tile.
+
+    The loop of a relay holds more than a program does in a round, and counts as if it did all: its
+    accesses once with a mask and once without, and what one of the programs of a row does.
+    """
+    if binary.name == "relay":
+        loop = max(binary.loops, key=lambda counts: counts.instructions)
+        positions = math.prod(_tile(binary)) / (width * binary.warps)
+        writes = 4 * loop.stored > loop.loaded
+        rest = (getattr(loop, name) / positions for name in Work._fields[2:])
+        return Work([entry], entry / 2 if writes else 0.0, *rest)
+    if binary.loops:
+        loads = [entry] * len(binary.loops)
+        parts = [(loop, loop.loaded / entry) for loop in binary.loops]
+    else:
+        tile = math.prod(_tile(binary))
+        parts = [(binary.main, tile / (width * binary.warps * binary.blocks))]
+        # What a row needs once is loaded by each of its threads, but moved once.
+        whole_rows = "LANES" in binary.constants
+        loads = [entry if whole_rows else sum(part.loaded / n for part, n in parts)]
+
+    def total(name: str) -> float:
+        return sum(getattr(counts, name) / positions for counts, positions in parts)
+
+    return Work(loads, *(total(name) for name in Work._fields[1:]))
+
+
+def _line(one: Measured) -> list[str]:
+    binary, gpu = one.binary, model.GPUS[one.target]
+    done = work(binary, one.entry, gpu.width)
+    held = model.occupancy(gpu, binary.registers, binary.shared, binary.warps)
+    bytes_ = _traffic(gpu, [one], 128256, 8192)
+    return [
+        one.configuration, one.divergence, binary.name.strip("_"),
+        " x ".join(map(str, _tile(binary))), str(binary.warps),
+        str(binary.registers), str(binary.shared), str(binary.all.spills), str(held),
+        *(f"{x:.2f}" for x in (sum(done.loads), done.stored, bytes_.unshared, bytes_.shared)),
+        f"{done.instructions:.1f}",
+        *(f"{x:.2f}" for x in (done.exp2, done.log2, done.special)),
+    ]  # fmt: skip
+
+
+def _traffic(gpu: model.Gpu, kernels: Sequence[Measured], columns: int, rows: int) -> model.Traffic:
+    """Of the kernels that work off the same rows, one after the other."""
+    done = [work(one.binary, one.entry, gpu.width) for one in kernels]
+    binary = kernels[0].binary
+    programs = gpu.processors * min(
+        model.occupancy(gpu, b.registers, b.shared, b.warps) for b in (k.binary for k in kernels)
+    )
+    return model.traffic(
+        gpu, [n for part in done for n in part.loads], sum(part.stored for part in done),
+        kernels[0].entry * columns, rows, programs // binary.constants.get("SPLITS", 1),
+        len(kernels) > 1,
+    )  # fmt: skip
+
+
+# --- what does not cancel -----------------------------------------------------------------------
+
+CANCELLING = (
+    "divergence",
+    "sweeps",
+    "instructions",
+    "textbook",
+    "cost",
+    "registers",
+    "its registers",
+)
+
+
+def _against_textbook(target: str, name: str) -> list[str]:
+    """Instructions per position of the sweep, ours and with the values that cancel."""
+    from fastkd.kernels import logits
+
+    from .textbook import TABLE
+
+    (ours,) = measure(target, name, MAIN[:1])
+    with replaced(logits, "device_of", TABLE.__getitem__):
+        (theirs,) = measure(target, name, MAIN[:1])
+    width = model.GPUS[target].width
+    count, plain = (work(one.binary, one.entry, width).instructions for one in (ours, theirs))
+    loops = ours.binary.loops
+    sweeps = [loop.instructions * ours.entry / loop.loaded for loop in loops]
+    return [
+        name, " + ".join(f"{n:.1f}" for n in sweeps),
+        *(f"{n:.1f}" for n in (count, plain, count - plain)),
+        *(str(one.binary.registers) for one in (ours, theirs)),
+    ]  # fmt: skip
+
+
+# --- predictions -----------------------------------------------------------------------------
+
+PREDICTED = (
+    "case", "divergence", "pass", "schedule", "DRAM bytes", "instructions", "MUFU", "DRAM, ms",
+    "L2, ms", "issue, ms", "MUFU, ms", "predicted, ms", "limit", "of the floor",
+)  # fmt: skip
+EVERY = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd")
+# The loss alone of rows whose KL is not small.
+ONE_SWEEP = "forward, large"
+# (case, pass, divergences)
+CASES = (
+    ("llama3-8192", "fused", NAMES),
+    ("qwen3-4096", "fused", EVERY), ("gemma3-4096", "fused", EVERY),
+    ("llama2-8192", "fused", EVERY), ("gpt2-8192", "fused", EVERY[:1]),
+    ("llama3-8192", "forward", EVERY), ("llama3-8192", "backward", EVERY),
+    ("llama3-8192", ONE_SWEEP, EVERY[:2]),
+    ("imagenet-65536", "fused", EVERY), ("cifar100-65536", "fused", EVERY),
+    ("cifar10-65536", "fused", EVERY), ("llama3-64", "fused", EVERY), ("qwen3-512", "fused", EVERY),
+    ("llama3-8192", "sum", ("kl_div",)), ("llama3-8192", "input's gradient", ("kl_div",)),
+)  # fmt: skip
+
+
+# Bytes of bf16 that must move per position.
+FLOOR = {"fused": 6, "forward": 4, ONE_SWEEP: 4, "backward": 6, "sum": 4, "input's gradient": 4}
+
+
+def predictions(gpu: model.Gpu, target: str, names: Sequence[str]) -> list[list[str]]:
+    lines = []
+    for case, launcher, divergences in CASES:
+        for name in divergences:
+            if name in names:
+                for long in _choices(target, case, launcher):
+                    lines.append(_prediction(gpu, target, case, launcher, name, long))
+    return lines
+
+
+def _choices(target: str, case: str, launcher: str) -> list[str]:
+    """What tuning.LONG can say of the case."""
+    vocab = cases.case_of(case).vocab
+    if launcher not in ("fused", "forward") or vocab <= tuning.RESIDENT or "gfx" in target:
+        return ["sweep"]
+    fits = target != "sm_80" and vocab <= tuning.CLUSTER * tuning.SHARE and _clusters()
+    return ["sweep", *(["relay"] if vocab % 8 == 0 else []), *(["cluster"] if fits else [])]
+
+
+def _prediction(
+    gpu: model.Gpu, target: str, case: str, launcher: str, name: str, long: str
+) -> list[str]:
+    shape = cases.case_of(case)
+    call = Configuration(case, launcher.split(",")[0], shape.rows, shape.vocab, long=long)
+    kernels = measure(target, name, [call])
+    if launcher == ONE_SWEEP:
+        (one,) = kernels
+        kernels = [one._replace(binary=one.binary._replace(loops=one.binary.loops[:1]))]
+    done = [work(one.binary, one.entry, gpu.width) for one in kernels]
+    first = kernels[0].binary
+    padding = _held(first) / shape.vocab if _held(first) else 1.0
+    instructions = padding * sum(part.instructions for part in done)
+    special = padding * sum(part.special for part in done)
+    bytes_ = _traffic(gpu, kernels, shape.vocab, shape.rows)
+    programs = math.prod(first.programs)
+    positions = shape.rows * shape.vocab
+    found = model.times(gpu, positions, bytes_, instructions, special, programs, len(kernels))
+    floor = positions * FLOOR[launcher] / (gpu.copy * 1e12)
+    return [
+        case, name, launcher, _schedule_of(kernels), f"{bytes_.shared:.1f}", f"{instructions:.1f}",
+        f"{special:.1f}", *(f"{1e3 * t:.3f}" for t in found[:4]), f"{1e3 * found.predicted:.3f}",
+        found.limit, f"{floor / found.predicted:.0%}",
+    ]  # fmt: skip
+
+
+def _held(binary: Binary) -> int:
+    """Columns that the programs of a row hold, with what pads it; 0 where it goes by in tiles."""
+    tile = binary.constants.get("VECTOR", 0)
+    if binary.name == "relay":
+        return math.prod(_tile(binary)) * binary.constants["SPLITS"]
+    return 0 if binary.loops else tile
+
+
+def _schedule_of(kernels: Sequence[Measured]) -> str:
+    first = kernels[0].binary
+    if "VECTOR" not in first.constants:
+        return "elementwise"
+    if first.name == "relay" or first.blocks > 1:
+        return "relay" if first.name == "relay" else "cluster"
+    if not first.loops:
+        return "resident"
+    return "split" if len(kernels) > 1 else "sweep"
+
+
+# --- the command -----------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="benchmarks.compiled", description=__doc__)
+    top.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS)
+    top.add_argument("--divergence", nargs="+", choices=EVERYTHING, default=EVERYTHING)
+    top.add_argument("--out", type=Path, metavar="FOLDER", help="a file per target; else printed")
+    top.add_argument("--jobs", type=int, default=2, help="processes that compile")
+    top.add_argument("--json", action="store_true", help="what the tests read: the kernels")
+    top.add_argument("--quick", action="store_true", help="with --json: a few that stand for all")
+    return top
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = _parser().parse_args(arguments)
+    with ProcessPoolExecutor(options.jobs) as pool:
+        if options.json:
+            chosen = tasks(options.quick)
+            found = pool.map(partial(_task, options.quick), chosen)
+            print(json.dumps([kernel for part in found for kernel in part]))
+            return 0
+        for target in options.target:
+            text = _report(target, options.divergence, pool, arguments)
+            if options.out:
+                options.out.mkdir(parents=True, exist_ok=True)
+                (options.out / f"{target}.md").write_text(text)
+            else:
+                print(text)
+    return 0
+
+
+def _task(quick: bool, task: tuple[str, str]) -> list[dict[str, Any]]:
+    """The kernels of a target and a divergence, as plain values."""
+    target, name = task
+    return [
+        {
+            "target": target,
+            "divergence": name,
+            "configuration": one.configuration,
+            "kernel": one.binary.name,
+            "warps": one.binary.warps,
+            "registers": one.binary.registers,
+            "all": one.binary.all._asdict(),
+            "main": one.binary.main._asdict(),
+            "loops": [loop._asdict() for loop in one.binary.loops],
+            "work": work(one.binary, one.entry, model.GPUS[target].width)._asdict(),
+            "occupancy": model.occupancy(
+                model.GPUS[target], one.binary.registers, one.binary.shared, one.binary.warps
+            ),
+        }
+        for one in measure(target, name, configurations(target, name, quick))
+    ]
+
+
+def _report(
+    target: str, names: Sequence[str], pool: ProcessPoolExecutor, arguments: Sequence[str]
+) -> str:
+    found = pool.map(_table, [target] * len(names), names)
+    lines = [line for part in found for line in part]
+    header = machine.header(torch.device("cpu"), (), None)
+    command = shlex.join(["python", "-m", "benchmarks.compiled", *arguments])
+    gpus = [model.GPUS[target], *([model.H100] if target == "sm_90" else [])]
+    parts = [
+        f"# Compiled for {target}",
+        "Read from the machine code, nothing was run. Per logit position, over all sweeps of a "
+        "kernel; bytes of DRAM for 8192 rows of 128256.",
+        f"- {header['date']}, triton {header['versions']['triton']}, fastkd at commit "
+        f"{header['commit'] or 'unknown'}\n- `{command}`",
+        table((COLUMNS, *sorted(lines))),
+    ]
+    known = [name for name in names if name in NAMES]
+    parts += [
+        "## What values that do not cancel cost",
+        "Instructions of the sweep, against the same kernel with the textbook's values.",
+        table((CANCELLING, *pool.map(_against_textbook, [target] * len(known), known))),
+    ]
+    for gpu in gpus:
+        predicted = pool.map(
+            predictions, [gpu] * len(names), [target] * len(names), [[n] for n in names]
+        )
+        parts += [
+            f"## Predicted for {gpu.name}",
+            f"{gpu.processors} processors at {gpu.clock} GHz, copy {gpu.copy} TB/s, L2 "
+            f"{gpu.cached} TB/s: the longest of four limits, and {1e6 * model.LAUNCH:.0f} us a "
+            "launch. The floor is every operand moved once at the copy's rate.",
+            table((PREDICTED, *(line for part in predicted for line in part))),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(target: str, name: str) -> list[list[str]]:
+    return [_line(one) for one in measure(target, name, configurations(target, name))]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

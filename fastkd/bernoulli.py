@@ -1,0 +1,202 @@
+"""The PyTorch path of multi-label heads: blocks of rows, closed forms, fp64 inside.
+
+It offers what `problem.py` asks for. No entry depends on another: there are no row statistics, and
+`state` is empty. fp64 leaves the plain formulas as many digits as fp32 logits hold; +-1e200 stands
+for an infinite logit, and times 0 is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .problem import AGREEMENT, CE, ENTROPY, KD, TEACHER_ENTROPY, Coefficients, Problem
+
+BLOCK_ELEMENTS = 1 << 15  # in fp64, with some ten temporaries
+CERTAIN = 1e200
+FAR = torch.finfo(torch.float32).max  # from here on a value is infinite
+
+
+def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
+    """`values`, and an empty `state`."""
+    kinds = 5 if metrics else 3 if entropy or problem.labels is not None else 1
+    values = problem.student.new_zeros(kinds, problem.rows, dtype=problem.dtype)
+    for block in _blocks(problem):
+        _store(values, problem, block)
+    return values, values.new_empty(0, problem.rows)
+
+
+def backward(
+    problem: Problem, state: Tensor, upstream: Coefficients, gradient: bool, temperature: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradient of the student's logits, in their dtype, and of each row's temperature."""
+    out = new_gradient(problem.student) if gradient else None
+    heat = upstream.kd.new_zeros(problem.rows) if temperature else None
+    for block in _blocks(problem):
+        _gradient(problem, block, upstream, out, heat)
+    return _blank(problem, out), heat
+
+
+def fused(
+    problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Weighted loss rows, `values` with metrics, and the gradient of the sum of those rows."""
+    target = new_gradient(problem.student) if out is None else out.view(problem.student.shape)
+    long = coefficients.ce is not None or coefficients.entropy is not None
+    kinds = 5 if metrics else 3 if long else 1
+    values = problem.student.new_zeros(kinds, problem.rows, dtype=problem.dtype)
+    for block in _blocks(problem):
+        _store(values, problem, block)
+        _gradient(problem, block, coefficients, target, None)
+    _blank(problem, target)
+    return weighted(values, coefficients), values if metrics else None, target
+
+
+def new_gradient(student: Tensor) -> Tensor:
+    return torch.empty_like(student, memory_format=torch.contiguous_format)
+
+
+def weighted(values: Tensor, coefficients: Coefficients) -> Tensor:
+    """The loss rows: a term whose factor is 0 is left out, were it infinite."""
+    loss = torch.zeros_like(coefficients.kd)
+    for factor, term in zip(coefficients, values[:3], strict=False):
+        if factor is not None:
+            loss += torch.where(factor == 0, 0.0, factor * term)
+    return loss
+
+
+# --- blocks -----------------------------------------------------------------------------------
+
+
+class _Heads:
+    """Rows of one side in fp64, [R, V]."""
+
+    def __init__(self, logit: Tensor) -> None:
+        self.logit = logit
+
+    @cached_property
+    def yes(self) -> Tensor:
+        return self.logit.sigmoid()
+
+    @cached_property
+    def log(self) -> Tensor:
+        """log(1 + e^-|logit|)"""
+        return self.logit.abs().neg_().exp_().log1p_()
+
+    @cached_property
+    def bell(self) -> Tensor:
+        """The derivative of the sigmoid."""
+        return self.yes * (-self.logit).sigmoid_()
+
+
+class _Block(NamedTuple):
+    """The rows [outer, inner] of [O, I, V]."""
+
+    outer: int
+    inner: slice
+    rows: slice  # of [N]
+    raw: Tensor  # the student's logits, [R, V]
+    rate: Tensor  # 1 / T of the student, [R, 1]
+    student: _Heads
+    teacher: _Heads
+
+
+def _blocks(problem: Problem) -> Iterator[_Block]:
+    outer_rows, inner_rows = problem.student.shape[:2]
+    step = max(1, BLOCK_ELEMENTS // problem.vocab_size)
+    student_rate = 1 / problem.student_temperature.double()[:, None]
+    teacher_rate = student_rate
+    if problem.teacher_temperature is not None:
+        teacher_rate = 1 / problem.teacher_temperature.double()[:, None]
+    for outer in range(outer_rows):
+        for start in range(0, inner_rows, step):
+            inner = slice(start, min(start + step, inner_rows))
+            rows = slice(outer * inner_rows + inner.start, outer * inner_rows + inner.stop)
+            z, y = (
+                x[outer, inner, : problem.vocab_size].double().clamp(-CERTAIN, CERTAIN)
+                for x in (problem.student, problem.teacher)
+            )
+            rate = student_rate[rows]
+            student, teacher = _Heads(z * rate), _Heads(y.mul_(teacher_rate[rows]))
+            yield _Block(outer, inner, rows, z, rate, student, teacher)
+
+
+def _counted(problem: Problem, block: _Block, x: Tensor) -> Tensor:
+    """0 in the rows that do not count, which may hold NaN."""
+    if problem.counted is None:
+        return x
+    counted = problem.counted[block.rows]
+    return torch.where(counted[:, None] if x.dim() == 2 else counted, x, 0.0)
+
+
+def _blank(problem: Problem, out: Tensor | None) -> Tensor | None:
+    if out is not None:
+        out[..., problem.vocab_size :] = 0
+    return out
+
+
+# --- values and gradients of one --------------------------------------------------------------
+
+
+def _store(values: Tensor, problem: Problem, block: _Block) -> None:
+    student, teacher = block.student, block.teacher
+    terms = {KD: torch.zeros_like(student.logit)}
+    for weight, (p, q) in ((problem.a, (teacher, student)), (problem.b, (student, teacher))):
+        if weight:
+            terms[KD] += (_cross_entropy(q, p.yes) - _entropy(p)).clamp_(min=0).mul_(weight)
+    if len(values) > 1:
+        terms[ENTROPY] = _entropy(student)
+        if problem.labels is not None:
+            terms[CE] = _cross_entropy(_Heads(block.raw), problem.labels[block.rows])
+    if len(values) > 3:
+        terms[TEACHER_ENTROPY] = _entropy(teacher)
+        agree = (student.logit > 0) == (teacher.logit > 0)
+        terms[AGREEMENT] = agree.double() / problem.vocab_size
+    for kind, term in terms.items():
+        total = term.sum(-1)
+        total = _counted(problem, block, torch.where(total > FAR, torch.inf, total))
+        values[kind][block.rows] = total.to(values.dtype)
+
+
+def _cross_entropy(heads: _Heads, yes: Tensor) -> Tensor:
+    """-yes log sigmoid(logit) - (1 - yes) log sigmoid(-logit)."""
+    return heads.logit.clamp(min=0).addcmul_(heads.logit, yes.double(), value=-1).add_(heads.log)
+
+
+def _entropy(heads: _Heads) -> Tensor:
+    return _cross_entropy(heads, heads.yes)
+
+
+def _gradient(
+    problem: Problem,
+    block: _Block,
+    upstream: Coefficients,
+    out: Tensor | None,
+    heat: Tensor | None,
+) -> None:
+    """Writes the block's gradient to the student's logits, and to its temperature."""
+    kd = upstream.kd[block.rows, None].double()
+    ce, entropy = (None if x is None else x[block.rows, None].double() for x in upstream[1:])
+    student, teacher = block.student, block.teacher
+    gradient = (student.yes - teacher.yes).mul_(problem.a)
+    if problem.b:
+        apart = student.logit - teacher.logit
+        gradient += problem.b * student.bell * apart.masked_fill_(apart.abs() > FAR, 0.0)
+    gradient *= kd
+    if entropy is not None:
+        gradient -= entropy * student.bell * student.logit
+    gradient *= block.rate
+    if heat is not None:
+        moved = torch.where(block.raw.abs() > FAR, 0.0, block.raw * gradient)
+        slope = _counted(problem, block, moved.sum(-1) * block.rate[:, 0])
+        heat[block.rows] = -slope.to(heat.dtype)
+    if ce is not None:
+        assert problem.labels is not None
+        gradient += ce * (block.raw.sigmoid() - problem.labels[block.rows])
+    if out is not None:
+        gradient = _counted(problem, block, gradient)
+        out[block.outer, block.inner, : problem.vocab_size] = gradient.to(out.dtype)

@@ -1,0 +1,71 @@
+"""Divergences and temperatures as one writes them on a command line or in TOML."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import fastkd
+from fastkd import Divergence
+from fastkd.temperature import Constant, Cosine, Exponential, Linear, Schedule, TwoStage
+
+from .problems import Usage, known
+
+# By name: the schedule, and the share of the run after which its second temperature is reached.
+SCHEDULES: dict[str, tuple[Callable[[float, float, int], Schedule], float]] = {
+    "linear": (Linear, 1.0),
+    "cosine": (Cosine, 1.0),
+    "exponential": (Exponential, 1.0),
+    "two-stage": (TwoStage, 0.5),
+}
+
+
+def divergence(text: str) -> Divergence:
+    """'forward_kl', or a name with its parameters: 'jsd:0.1', 'jeffreys:1,0.5'.
+
+    Example:
+        >>> divergence("jsd:0.1")
+        JSD(beta=0.1)
+    """
+    name, _, rest = text.partition(":")
+    public = (getattr(fastkd, name) for name in fastkd.__all__)
+    classes = {kind.name: kind for kind in public if kind in Divergence.__subclasses__()}
+    known("divergence", name, classes)
+    try:
+        return classes[name](*_numbers(rest))
+    except (TypeError, ValueError) as error:
+        raise Usage(f"divergence {text!r}: {error}") from None
+
+
+def schedule(text: str, steps: int) -> Schedule:
+    """A temperature for each of `steps` steps: '4', or from one to another, 'cosine:8,1'.
+
+    The second is reached at the end of the run, by `two-stage` in its middle; or after the share of
+    the run that a third number names, as in 'linear:8,1,0.25'.
+
+    Example:
+        >>> schedule("cosine:8,1", steps=300)
+        Cosine(start=8.0, end=1.0, steps=300)
+        >>> schedule("two-stage:8,1,0.25", steps=300)
+        TwoStage(first=8.0, second=1.0, steps=75)
+    """
+    name, changes, rest = text.partition(":")
+    try:
+        if not changes:
+            return Constant(float(text))
+        known("schedule", name, SCHEDULES)
+        kind, share = SCHEDULES[name]
+        numbers = _numbers(rest)
+        if len(numbers) not in (2, 3):
+            raise ValueError(f"expected two temperatures, got {len(numbers)} numbers")
+        start, end, share = [*numbers, share][:3]
+        if not 0 < share <= 1:
+            raise ValueError(f"the share of the run must lie in (0, 1], got {share}")
+        return kind(start, end, max(1, round(share * steps)))
+    except (TypeError, ValueError) as error:
+        raise Usage(
+            f"temperature {text!r}: {error}; say a number, or a schedule such as cosine:8,1"
+        ) from None
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",") if number]

@@ -1,0 +1,285 @@
+"""Loss and gradient of multi-label heads from two rows of logits, in one sweep.
+
+Every entry stands alone: it is read once, its gradient is written at once, and only the values are
+summed up by rows. `README.md` derives the forms.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastkd.bernoulli import new_gradient, weighted
+from fastkd.kernels import phases as P
+from fastkd.kernels import rows as R
+from fastkd.kernels.divergences import NEAR, NEAR_RATIO, bend
+from fastkd.kernels.logits import strides_of
+from fastkd.kernels.tuning import schedule
+from fastkd.problem import Coefficients, Problem
+
+
+@triton.jit
+def _logistic(x, DIGITS: tl.constexpr):
+    """sigmoid(-|x|), sigmoid(|x|), and log(1 + e^-|x|), which is minus the log of the latter.
+
+    DIGITS: the logarithm to a relative 1e-6, where it is summed up; else to an absolute 2e-7.
+    """
+    e = tl.exp2(tl.abs(x) * -R.LOG2E)
+    large = R.reciprocal(1.0 + e)
+    log = R.fast_log2(1.0 + e) * R.LN2
+    if DIGITS:
+        log = tl.where(e < NEAR_RATIO, e - e * (e * R.log_bend(e)), log)
+    return e * large, large, log
+
+
+@triton.jit
+def _divergence(z, y, h, q_log, q_small, q_large, p_log, s, a, b, REVERSE: tl.constexpr):
+    """a KL(p || q) + b KL(q || p), its slope to the tempered logit z, and q (1 - q); h = z - y.
+
+    Both are the same with yes and no exchanged: so that p of the first becomes s <= 1/2.
+    """
+    up = y > 0
+    z, y, h = tl.where(up, -z, z), -tl.abs(y), tl.where(up, -h, h)
+    q, rest = tl.where(z > 0, q_large, q_small), tl.where(z > 0, q_small, q_large)
+    near = tl.abs(h) < NEAR
+    bent = h * (h * bend(h))  # e^h - 1 - h
+    r = tl.where(near, s * (h + bent), (q - s) * R.reciprocal(rest))  # s (e^h - 1)
+    rise = tl.where(near, r * rest, q - s)
+    excess = tl.where(near, s * bent, r - tl.where(s > 0, s * h, 0.0))
+    far = tl.where(z > 0, 1.0 - s, -s) * z + tl.where(s > 0, s * y, 0.0) + q_log - p_log
+    forward = tl.where(tl.abs(r) < NEAR_RATIO, excess - r * (r * R.log_bend(r)), far)
+    # A weight of exactly 0 also removes an infinite term.
+    value, slope, bell = tl.where(a > 0, a * forward, 0.0), a * rise, q * rest
+    if REVERSE:
+        certain = tl.abs(z) == float("inf")
+        both = tl.where(rise != 0, rise * h, 0.0) - forward
+        value += b * tl.where(certain, p_log - tl.where(z > 0, y, 0.0), both)
+        slope += b * tl.where(tl.abs(h) < float("inf"), bell * h, 0.0)
+    return value, tl.where(up, -slope, slope), bell
+
+
+@triton.jit
+def _cross_entropy(z, label, q_small, q_large, q_log):
+    """At T = 1, and sigmoid(z); 0 * inf is 0."""
+    sided = tl.where(z > 0, 1.0 - label, -label)
+    return tl.where(sided == 0, 0.0, sided * z) + q_log, tl.where(z > 0, q_large, q_small)
+
+
+@triton.jit
+def _times(x, logit):
+    """x * logit, and 0 where the logit is infinite: nothing moves there."""
+    return tl.where(tl.abs(logit) == float("inf"), 0.0, x * logit)
+
+
+@triton.jit
+def _row_sum(total, x, inside):
+    return total + tl.sum(x if inside is None else tl.where(inside, x, 0.0), 1, keep_dims=True)
+
+
+@triton.jit
+def _step(
+    sums, student, teacher, labels, gradient, at, inside, s_rate, t_rate, kd, ce, entropy, a, b,
+    VALUES: tl.constexpr, REVERSE: tl.constexpr, CE: tl.constexpr, H: tl.constexpr,
+    HEAT: tl.constexpr, SAME: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile to the sums of kd, ce, entropy, teacher entropy, agreement and heat."""
+    kd_sum, ce_sum, entropy_sum, teacher_sum, agreement_sum, heat = sums
+    z, y = P.load(student, at, inside, "evict_first"), P.load(teacher, at, inside, "evict_first")
+    tempered, tempered_teacher = z * s_rate, y * t_rate
+    h = (z - y) * s_rate if SAME else tempered - tempered_teacher
+    q_small, q_large, q_log = _logistic(tempered, VALUES > 1)
+    p_small, _, p_log = _logistic(tempered_teacher, VALUES > 3)
+    value, slope, bell = _divergence(
+        tempered, tempered_teacher, h, q_log, q_small, q_large, p_log, p_small, a, b,
+        REVERSE,
+    )  # fmt: skip
+    if VALUES > 0:
+        kd_sum = _row_sum(kd_sum, value, inside)
+    if VALUES > 1:
+        # H = log(1 + e^-|z|) + |z| sigmoid(-|z|)
+        entropy_sum = _row_sum(entropy_sum, q_log + _times(q_small, tl.abs(tempered)), inside)
+    if VALUES > 3:
+        teacher_entropy = p_log + _times(p_small, tl.abs(tempered_teacher))
+        teacher_sum = _row_sum(teacher_sum, teacher_entropy, inside)
+        agreement = tl.where((z > 0) == (y > 0), 1.0, 0.0)
+        agreement_sum = _row_sum(agreement_sum, agreement, inside)
+
+    g = kd * slope
+    if H:
+        g -= entropy * _times(bell, tempered)
+    g *= s_rate
+    if HEAT:
+        heat = _row_sum(heat, _times(g, z), inside)
+    if labels is not None:
+        if CE or VALUES > 1:
+            label = tl.load(labels + at, mask=inside).to(tl.float32)
+            unit_small, unit_large, unit_log = _logistic(z, VALUES > 1)
+            hard, sigmoid = _cross_entropy(z, label, unit_small, unit_large, unit_log)
+            ce_sum = _row_sum(ce_sum, hard, inside)
+            g += ce * (sigmoid - label)
+    if gradient is not None:
+        tl.store(gradient + at, g.to(gradient.dtype.element_ty), mask=inside)
+    return kd_sum, ce_sum, entropy_sum, teacher_sum, agreement_sum, heat
+
+
+@triton.jit(do_not_specialize=P.VARYING)
+def _bernoulli(
+    student, teacher, student_outer, student_inner, teacher_outer, teacher_inner, inner,
+    s_temperature, s_temperature_stride, t_temperature, t_temperature_stride,
+    labels, counted, a, b, kd, kd_stride, ce, ce_stride, entropy, entropy_stride,
+    values, gradient, gradient_outer, gradient_inner, width, temperature, rows, columns, span,
+    VALUES: tl.constexpr, REVERSE: tl.constexpr, RESIDENT: tl.constexpr, ALIGN: tl.constexpr,
+    LANES: tl.constexpr, VECTOR: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """RESIDENT: a lane is a row, of up to VECTOR columns; else `span` columns of one row."""
+    SAME: tl.constexpr = t_temperature is None
+    CE: tl.constexpr = ce is not None
+    H: tl.constexpr = entropy is not None
+    HEAT: tl.constexpr = temperature is not None
+    a, b, _ = P.singles(a, b, 0.0)
+    lane, vector = tl.arange(0, LANES)[:, None], tl.arange(0, VECTOR)[None, :]
+    split = tl.program_id(1)
+    if RESIDENT:
+        index = tl.program_id(0).to(tl.int64) * LANES + lane
+        exists = index < rows
+        live = exists
+        if counted is not None:
+            live &= tl.load(counted + index, mask=exists, other=0) != 0
+    else:
+        index = tl.program_id(0).to(tl.int64)
+        exists = None
+        live = None
+    s_rate = 1.0 / P.row_load(s_temperature, index * s_temperature_stride, live, 1.0)
+    t_rate = s_rate
+    if t_temperature is not None:
+        t_rate = 1.0 / P.row_load(t_temperature, index * t_temperature_stride, live, 1.0)
+    k_kd = P.factor(kd, kd_stride, index, live)
+    k_ce = P.factor(ce, ce_stride, index, live)
+    k_entropy = P.factor(entropy, entropy_stride, index, live)
+    student += P.row_at(index, student_outer, student_inner, inner, ALIGN)
+    teacher += P.row_at(index, teacher_outer, teacher_inner, inner, ALIGN)
+    if gradient is not None:
+        gradient += P.row_at(index, gradient_outer, gradient_inner, inner, ALIGN)
+    if labels is not None:
+        labels += index * columns
+
+    zero = tl.zeros([LANES, 1], tl.float32)
+    sums = zero, zero, zero, zero, zero, zero
+    if RESIDENT:
+        columns = P.aligned(columns, ALIGN)
+        sums = _step(
+            sums, student, teacher, labels, gradient, vector, live & (vector < columns),
+            s_rate, t_rate, k_kd, k_ce, k_entropy, a, b, VALUES, REVERSE, CE, H, HEAT, SAME,
+        )  # fmt: skip
+        if gradient is not None:
+            nothing = tl.zeros([LANES, VECTOR], gradient.dtype.element_ty)
+            blank = exists & (vector < P.aligned(width, ALIGN))
+            tl.store(gradient + vector, nothing, mask=blank & ((vector >= columns) | (live == 0)))
+        at = index * SPLITS
+    else:
+        BLOCK: tl.constexpr = LANES * VECTOR
+        offsets = lane * VECTOR + vector
+        begin = tl.minimum(split * span, columns)
+        end = tl.minimum(begin + span, columns)
+        if gradient is not None:
+            if split == 0:
+                P.fill_zero(gradient, columns, width, BLOCK)
+        if counted is not None:
+            if tl.load(counted + index) == 0:
+                if gradient is not None:
+                    P.fill_zero(gradient, begin, end, BLOCK)
+                end = begin
+        full = (end - begin) // BLOCK
+        for i in range(full):
+            sums = _step(
+                sums, student, teacher, labels, gradient, begin + i * BLOCK + offsets, None,
+                s_rate, t_rate, k_kd, k_ce, k_entropy, a, b, VALUES, REVERSE, CE, H, HEAT, SAME,
+            )  # fmt: skip
+        tail = begin + full * BLOCK
+        if tail < end:
+            sums = _step(
+                sums, student, teacher, labels, gradient, tail + offsets, tail + offsets < end,
+                s_rate, t_rate, k_kd, k_ce, k_entropy, a, b, VALUES, REVERSE, CE, H, HEAT, SAME,
+            )  # fmt: skip
+        at = index * SPLITS + split
+    for kind in tl.static_range(VALUES):
+        total = sums[kind] if RESIDENT else tl.sum(sums[kind])
+        if kind == 4:
+            total /= columns
+        tl.store(values + kind * rows * SPLITS + at, total, mask=exists)
+    if HEAT:
+        total = sums[5] if RESIDENT else tl.sum(sums[5])
+        tl.store(temperature + at, -s_rate * total, mask=exists)
+
+
+# --- launchers, as problem.py asks for them ---------------------------------------------------
+
+
+def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
+    kinds = 5 if metrics else 3 if entropy or problem.labels is not None else 1
+    values, _ = _run(problem, kinds)
+    return values, values.new_empty(0, problem.rows)
+
+
+def backward(
+    problem: Problem, state: Tensor, upstream: Coefficients, gradient: bool, temperature: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    out = new_gradient(problem.student) if gradient else None
+    _, heat = _run(problem, 0, upstream, out, temperature)
+    return out, heat if temperature else None
+
+
+def fused(
+    problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    gradient = new_gradient(problem.student) if out is None else out
+    long = coefficients.ce is not None or coefficients.entropy is not None
+    values, _ = _run(problem, 5 if metrics else 3 if long else 1, coefficients, gradient)
+    return weighted(values, coefficients), values if metrics else None, gradient
+
+
+def _run(
+    problem: Problem, kinds: int, factors: Coefficients | None = None,
+    gradient: Tensor | None = None, heat: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The first `kinds` of `values`, the gradient, and the temperatures' where heat is wanted."""
+    student, teacher, rows = problem.student, problem.teacher, problem.rows
+    width, device, columns = student.size(-1), student.device, problem.vocab_size
+    itemsize = min(student.element_size(), teacher.element_size())
+    plan = schedule(rows, width, itemsize, device, once=True)
+    resident = plan.kind == "resident"
+    values = torch.empty((kinds, rows, plan.splits), dtype=torch.float32, device=device)
+    temperature = torch.empty((rows, plan.splits), dtype=torch.float32, device=device)
+    student_outer, student_inner, inner = strides_of(student)
+    teacher_outer, teacher_inner, _ = strides_of(teacher)
+    gradient_outer = gradient_inner = 0
+    if gradient is not None:
+        gradient_outer, gradient_inner, _ = strides_of(gradient)
+    align = math.gcd(16, student_outer, student_inner, teacher_outer, teacher_inner)
+    align = math.gcd(align, gradient_outer, gradient_inner)
+    if resident:
+        align = math.gcd(align, width, columns)
+    block = plan.lanes * plan.vector
+    kd, ce, entropy = factors or (None, None, None)
+    if rows:
+        with torch.cuda.device_of(student):
+            _bernoulli[(triton.cdiv(rows, plan.lanes) if resident else rows, plan.splits)](
+                student, teacher, student_outer, student_inner, teacher_outer, teacher_inner, inner,
+                problem.student_temperature, problem.student_temperature.stride(0),
+                problem.teacher_temperature, _stride(problem.teacher_temperature),
+                problem.labels, problem.counted, float(problem.a), float(problem.b),
+                kd, _stride(kd), ce, _stride(ce), entropy, _stride(entropy), values,
+                gradient, gradient_outer, gradient_inner, width, temperature if heat else None,
+                rows, columns, triton.cdiv(triton.cdiv(columns, plan.splits), block) * block,
+                VALUES=kinds, REVERSE=problem.b != 0, RESIDENT=resident, ALIGN=align,
+                LANES=plan.lanes, VECTOR=plan.vector, SPLITS=plan.splits, num_warps=plan.warps,
+            )  # fmt: skip
+    return values.sum(-1), temperature.sum(-1)
+
+
+def _stride(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)

@@ -1,0 +1,142 @@
+"""The moments of both sides' rows, for standardised logits: one sweep, before those of the loss.
+
+Pieces of a row are summed up as (count, mean, sum of squares about that mean), which merge without
+cancellation: Chan, Golub & LeVeque 1979.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastkd import moments
+from fastkd.kernels import phases as P
+from fastkd.kernels.logits import strides_of
+from fastkd.kernels.tuning import schedule
+
+EPS = tl.constexpr(moments.EPS)
+FLAT = tl.constexpr(moments.FLAT)
+
+
+class Piece(NamedTuple):
+    """Of a piece of a row, without its -inf: count, mean, sum of squares about it, bounds."""
+
+    count: Any
+    mean: Any
+    square: Any
+    least: Any
+    most: Any
+
+
+@triton.jit
+def _empty(LANES: tl.constexpr):
+    zero = tl.zeros([LANES, 1], tl.float32)
+    return Piece(zero, zero, zero, zero + float("inf"), zero - float("inf"))
+
+
+@triton.jit
+def _add(piece, x):
+    """The pieces [lanes, 1] with a tile added."""
+    kept = x != -float("inf")
+    n = tl.sum(kept.to(tl.float32), 1, keep_dims=True)
+    m = tl.sum(tl.where(kept, x, 0.0), 1, keep_dims=True) / tl.maximum(n, 1.0)
+    centred = tl.where(kept, x - m, 0.0)
+    least = tl.min(tl.where(kept, x, float("inf")), 1, keep_dims=True)
+    count = piece.count + n
+    share = n / tl.maximum(count, 1.0)
+    delta = m - piece.mean
+    spread = tl.sum(centred * centred, 1, keep_dims=True) + delta * delta * (piece.count * share)
+    return Piece(
+        count, piece.mean + delta * share, piece.square + spread,
+        tl.minimum(piece.least, least), tl.maximum(piece.most, tl.max(x, 1, keep_dims=True)),
+    )  # fmt: skip
+
+
+@triton.jit
+def _collapse(piece):
+    """The whole from its lanes: scalars."""
+    count = tl.sum(piece.count)
+    mean = tl.sum(piece.count * piece.mean) / tl.maximum(count, 1.0)
+    off = piece.mean - mean
+    square = tl.sum(piece.square + piece.count * off * off)
+    return Piece(count, mean, square, tl.min(piece.least), tl.max(piece.most))
+
+
+@triton.jit
+def _write(out, index, rows, piece, exists):
+    spread, free = piece.most > piece.least, tl.maximum(piece.count - 1.0, 1.0)
+    std = tl.sqrt(piece.square / free)
+    width = tl.where(spread, std + EPS, FLAT)
+    pull = tl.where(spread, 1.0 / tl.where(spread, free * std * width, 1.0), 0.0)
+    tl.store(out + index, piece.mean, mask=exists)
+    tl.store(out + rows + index, width, mask=exists)
+    tl.store(out + 2 * rows + index, pull, mask=exists)
+
+
+@triton.jit(do_not_specialize=("inner", "rows"))
+def _moments(
+    student, teacher, student_outer, student_inner, teacher_outer, teacher_inner, inner, counted,
+    out, rows, columns,
+    RESIDENT: tl.constexpr, ALIGN: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """RESIDENT: a lane is a row, of up to VECTOR columns; else the lanes share a row."""
+    lane, vector = tl.arange(0, LANES)[:, None], tl.arange(0, VECTOR)[None, :]
+    index = tl.program_id(0).to(tl.int64)
+    exists = None
+    if RESIDENT:
+        index = index * LANES + lane
+        exists = index < rows
+    student += P.row_at(index, student_outer, student_inner, inner, ALIGN)
+    teacher += P.row_at(index, teacher_outer, teacher_inner, inner, ALIGN)
+    s, t = _empty(LANES), _empty(LANES)
+    if RESIDENT:
+        live = exists
+        if counted is not None:
+            live &= tl.load(counted + index, mask=exists, other=0) != 0
+        inside = live & (vector < P.aligned(columns, ALIGN))
+        s = _add(s, P.load(student, vector, inside, ""))
+        t = _add(t, P.load(teacher, vector, inside, ""))
+    else:
+        BLOCK: tl.constexpr = LANES * VECTOR
+        if counted is not None:
+            columns = tl.where(tl.load(counted + index) != 0, columns, 0)
+        offsets, full = lane * VECTOR + vector, columns // BLOCK
+        for i in range(full):
+            at = i * BLOCK + offsets
+            s = _add(s, P.load(student, at, None, "evict_last"))
+            t = _add(t, P.load(teacher, at, None, "evict_last"))
+        if full * BLOCK < columns:
+            at = full * BLOCK + offsets
+            s = _add(s, P.load(student, at, at < columns, "evict_last"))
+            t = _add(t, P.load(teacher, at, at < columns, "evict_last"))
+        s, t = _collapse(s), _collapse(t)
+    _write(out, index, rows, s, exists)
+    _write(out + 3 * rows, index, rows, t, exists)
+
+
+def fill(
+    out: Tensor, student: Tensor, teacher: Tensor, counted: Tensor | None, vocab_size: int
+) -> Tensor:
+    """Writes the moments [2, 3, N] of `problem.py` to out; 0 is the mean of what does not count."""
+    rows, width = student.size(0) * student.size(1), student.size(-1)
+    itemsize = min(student.element_size(), teacher.element_size())
+    plan = schedule(rows, width, itemsize, student.device, once=True)
+    student_outer, student_inner, inner = strides_of(student)
+    teacher_outer, teacher_inner, _ = strides_of(teacher)
+    align = math.gcd(16, student_outer, student_inner, teacher_outer, teacher_inner)
+    resident = plan.kind == "resident"
+    if resident:
+        align = math.gcd(align, vocab_size)
+    if rows:
+        with torch.cuda.device_of(student):
+            _moments[(triton.cdiv(rows, plan.lanes) if resident else rows,)](
+                student, teacher, student_outer, student_inner, teacher_outer, teacher_inner, inner,
+                counted, out, rows, vocab_size, RESIDENT=resident, ALIGN=align,
+                LANES=plan.lanes, VECTOR=plan.vector, num_warps=plan.warps,
+            )  # fmt: skip
+    return out
