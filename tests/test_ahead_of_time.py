@@ -43,7 +43,12 @@ OPTIONS = 40
 # Threads that a processor holds, of 2048: enough loads under way. Fewer with all options at once,
 # and for the divergences with a mixture among their statistics.
 THREADS, FEWER = 448, 256
-CROWDED = ("everything", "everything resident", "odd")
+CROWDED = ("everything", "everything resident", "odd", "relay", "relay, loss alone", "cluster")
+# A relay, from the first load of a row to its gradient, with what it writes to its mailbox.
+RELAY = {
+    "forward_kl": 71, "reverse_kl": 79, "jeffreys": 97, "jsd": 118, "skew_kl": 137,
+    "skew_reverse_kl": 136, "tvd": 97, "alpha": 124, "renyi": 127,
+}  # fmt: skip
 # Scalars that ptxas sets aside once per row, outside the loops; which of the kernels that happens
 # to changes with its version. More where a row has a head to be masked.
 SET_ASIDE, ODD = 8, 16
@@ -99,7 +104,8 @@ def test_no_spills(target, name, compiled):
 def test_tiles_move_128_bits_at_a_time(target, name, compiled):
     for kernel in compiled[target, name]:
         assert kernel["all"]["wide"] > 0, kernel
-        assert all(loop["narrow"] == 0 for loop in kernel["loops"]), kernel
+        if kernel["kernel"] != "relay":  # whose loop reads its mailbox too
+            assert all(loop["narrow"] == 0 for loop in kernel["loops"]), kernel
 
 
 @EVERY
@@ -118,6 +124,7 @@ def test_instructions_per_position(target, name, compiled):
     assert 0 < work["fp32"]["instructions"] <= fused
     assert 0 < work["odd"]["instructions"] <= fused + 2
     assert 0 < work["backward"]["instructions"] <= backward
+    assert 0 < work["relay"]["instructions"] <= RELAY[name]
     assert 0 < work["everything"]["instructions"] <= fused + OPTIONS
     assert work["sweep"]["exp2"] == pytest.approx(exp2, abs=0.01)
     assert work["sweep"]["log2"] == pytest.approx(log2, abs=0.01)
@@ -129,7 +136,7 @@ def test_every_operand_is_read_once_per_sweep(target, name, compiled):
     sweeps = 3 if BUDGET[name][2] in (5.125, 7.125, 8.125) else 2
     assert work["sweep"]["loads"] == [4] * sweeps
     assert work["sweep"]["stored"] == 2
-    assert work["backward"]["loads"] == [4]
+    assert work["backward"]["loads"] == work["relay"]["loads"] == [4]
 
 
 @HOPPER
