@@ -43,7 +43,7 @@ OPTIONS = 40
 # Threads that a processor holds, of 2048: enough loads under way. Fewer with all options at once,
 # and for the divergences with a mixture among their statistics.
 THREADS, FEWER = 448, 256
-CROWDED = ("everything", "everything resident", "odd", "relay", "relay, loss alone", "cluster")
+CROWDED = ("everything", "odd", "relay", "cluster")
 # A relay, from the first load of a row to its gradient, with what it writes to its mailbox.
 RELAY = {
     "forward_kl": 71, "reverse_kl": 79, "jeffreys": 97, "jsd": 118, "skew_kl": 137,
@@ -112,7 +112,8 @@ def test_tiles_move_128_bits_at_a_time(target, name, compiled):
 def test_enough_warps_fit_a_processor(target, name, compiled):
     for kernel in compiled[target, name]:
         threads = kernel["occupancy"] * kernel["warps"] * (64 if "gfx" in target else 32)
-        crowded = name in ("alpha", "renyi") or kernel["configuration"] in CROWDED
+        crowded = name in ("alpha", "renyi")
+        crowded |= any(word in kernel["configuration"] for word in CROWDED)
         assert threads >= (FEWER if crowded else THREADS), kernel
 
 
