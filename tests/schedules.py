@@ -20,7 +20,7 @@ SCHEDULES = {
 @contextmanager
 def forced(plan: str | tuple) -> Iterator[None]:
     """The launchers use this schedule, by its name above or its fields, whatever the problem."""
-    from fastkd.kernels import logits, moments, rows, tuning
+    from fastkd.kernels import bernoulli, logits, moments, rows, tuning
     from tests.together import together
 
     chosen = tuning.Schedule(*(SCHEDULES[plan] if isinstance(plan, str) else plan))
@@ -31,6 +31,7 @@ def forced(plan: str | tuple) -> Iterator[None]:
         return chosen._replace(kind="sweep") if once and chosen.kind == "relay" else chosen
 
     with (
+        patch.object(bernoulli, "schedule", schedule),
         patch.object(logits, "schedule", schedule),
         patch.object(moments, "schedule", schedule),
         together({"relay"}) if at_once else nullcontext(),

@@ -13,15 +13,10 @@ from tests.cases import logits
 from tests.closeness import assert_close, assert_zero
 from tests.conftest import DEVICE
 from tests.running import BACKENDS, FUSED, NO_TRITON
+from tests.schedules import SCHEDULES
 
 MODES = ["forward", "backward"]
 WEIGHTS = [(1.0, 0.0), (0.0, 1.0), (0.3, 1.2)]
-# As in test_kernels.py: tiles of 32 columns, so that 75 are two tiles and a tail.
-SCHEDULES = {
-    "resident": (True, 4, 128, 1, 1),
-    "sweep": (False, 4, 8, 1, 1),
-    "split": (False, 4, 8, 2, 1),
-}
 
 
 def entropy_of(p):
@@ -68,16 +63,6 @@ def inputs(*shape, dtype=torch.float32, scale=3.0):
 def loss_of(z, y, labels=None, *, weights=(1.0, 0.0), **settings):
     return fastkd.distillation_loss(
         z, y, labels, divergence=fastkd.Bernoulli(*weights), teacher_grad=True, **settings
-    )
-
-
-@pytest.fixture
-def force(monkeypatch):
-    """Makes the launcher use one schedule."""
-    from fastkd.kernels import bernoulli, tuning
-
-    return lambda plan: monkeypatch.setattr(
-        bernoulli, "schedule", lambda *_: tuning.Schedule(*SCHEDULES[plan])
     )
 
 
