@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .cases import DTYPES
 from .report import share_of_copy
 from .results import Results, Row
 
@@ -29,9 +30,9 @@ def draw(results: Results, folder: Path) -> list[Path]:
     if not rows:
         return []
     return [
-        _figure(folder / "time.png", rows, _time),
-        _figure(folder / "memory.png", rows, _memory),
-        _figure(folder / "roofline.png", rows, lambda a, r: _share(a, r, results)),
+        _figure(folder / "time.png", results, rows, _time),
+        _figure(folder / "memory.png", results, rows, _memory),
+        _figure(folder / "roofline.png", results, rows, lambda a, r: _share(a, r, results)),
     ]
 
 
@@ -40,13 +41,17 @@ def _main_dtype(results: Results) -> str:
     return results.rows[0].dtype if results.rows else ""
 
 
-def _figure(path: Path, rows: Sequence[Row], plot: Callable[[Axes, Sequence[Row]], None]) -> Path:
+def _figure(
+    path: Path, results: Results, rows: Sequence[Row], plot: Callable[[Axes, Sequence[Row]], None]
+) -> Path:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     plot(axes, rows)
-    axes.set_title(f"forward KL, loss and gradient, {rows[0].dtype}")
+    device = results.header["device"]
+    threads = f", {device['threads']} threads" if "threads" in device else ""
+    axes.set_title(f"forward KL, loss and gradient, {rows[0].dtype}, {device['name']}{threads}")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(path, dpi=150)
@@ -75,6 +80,8 @@ def _memory(axes: Axes, rows: Sequence[Row]) -> None:
         points = sorted((r.rows, r.peak_bytes / MIB) for r in its if r.peak_bytes is not None)
         if points:
             axes.loglog(*zip(*points, strict=True), marker="o", linestyle="", label=name)
+    sizes = {(r.rows, r.rows * r.vocab * DTYPES[r.dtype].itemsize / MIB) for r in rows}
+    axes.loglog(*zip(*sizes, strict=True), "k_", markersize=14, label="the gradient alone")
     axes.set_xlabel("N")
     axes.set_ylabel("peak MiB beyond the inputs")
 
