@@ -18,8 +18,8 @@ import triton.language as tl
 from fastkd.divergences import Divergence
 from fastkd.kernels.rows import INTERPRETED, LN2, LOG2E, fast_log2, log1p, log_bend, reciprocal
 
-# Where a series replaces the direct form: of e^x, of the logarithm of a mixture, and of the value
-# of a mixture, which needs more digits of that logarithm.
+# Below these a series replaces the direct form: e^x - 1 - x; the logarithm of a mixture; the value
+# of JSD, which needs more digits of that logarithm; y - log(1 + y) with y = m/p - 1, likewise.
 NEAR = tl.constexpr(0.5)
 NEAR_LOG = tl.constexpr(0.125)
 NEAR_VALUE = tl.constexpr(0.6)
