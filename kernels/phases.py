@@ -1,4 +1,4 @@
-"""What the kernels of `logits.py` do to a tile or a row, whatever the schedule."""
+"""What the schedules do to a tile or a row, whichever it is."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from fastkd.kernels import rows as R
 THREAD = tl.constexpr(16)  # entries of a tile per thread, as tuning.py has them
 LABEL = tl.constexpr(11)  # where the label's logit stands among what the pieces of a row hand on
 FIELDS = tl.constexpr(17)  # these, Statistics before and Sums after it
+
+# The phases of a row, in their order.
+STATISTICS, SUMS, GRADIENT = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 # Numbers whose every value would otherwise compile anew where it is 1 or a multiple of 16.
 VARYING = (

@@ -1,0 +1,195 @@
+"""Loss and gradient of long rows: one sweep over the columns for each phase."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastkd.kernels import phases as P
+from fastkd.kernels import rows as R
+
+
+@triton.jit(do_not_specialize=P.VARYING)
+def sweep(
+    student, teacher, student_outer, student_inner, teacher_outer, teacher_inner, inner,
+    s_temperature, s_temperature_stride, t_temperature, t_temperature_stride, moments,
+    labels, counted, smoothing, a, b, kd, kd_stride, ce, ce_stride, entropy, entropy_stride,
+    state, values, loss, gradient, gradient_outer, gradient_inner, width, temperature,
+    rows, columns, scratch, span,
+    FIRST: tl.constexpr, LAST: tl.constexpr, WANT: tl.constexpr, DIVERGENCE: tl.constexpr,
+    OUTER: tl.constexpr, CONSTANT: tl.constexpr, ALIGN: tl.constexpr, LANES: tl.constexpr,
+    VECTOR: tl.constexpr, SPLITS: tl.constexpr, SHIFTED: tl.constexpr,
+):  # fmt: skip
+    """Phases FIRST to LAST of `span` columns of a row, in tiles of LANES * VECTOR.
+
+    Full tiles are not masked, which keeps their loads 128 bits wide; every sweep runs against the
+    one before it, so that it begins on what the cache still holds. Between launches the phases
+    hand on through `scratch`; FIRST == P.GRADIENT without it takes the row from `state`.
+    SHIFTED: rows may begin anywhere, on all sides alike; positions are then counted from the last
+    multiple of VECTOR before the row's first column, which has position `shift`.
+    """
+    SAME: tl.constexpr = t_temperature is None
+    BLOCK: tl.constexpr = LANES * VECTOR
+    # One sweep fewer where all that the gradient needs is known from the first.
+    LATE: tl.constexpr = (
+        FIRST == P.STATISTICS and CONSTANT != "slope_sum" and R.LEVER & WANT == 0
+        and gradient is not None and scratch is None
+    )  # fmt: skip
+    BACKWARD: tl.constexpr = FIRST == P.GRADIENT and scratch is None
+    a, b, smoothing = P.singles(a, b, smoothing)
+    index, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    student_at = P.row_at(index, student_outer, student_inner, inner, ALIGN)
+    teacher_at = P.row_at(index, teacher_outer, teacher_inner, inner, ALIGN)
+    gradient_at = P.row_at(index, gradient_outer, gradient_inner, inner, ALIGN)
+    shift = 0
+    if SHIFTED:
+        shift = (student_at % VECTOR).to(tl.int32)
+        student_at, teacher_at = P.aligned(student_at, VECTOR), P.aligned(teacher_at, VECTOR)
+        gradient_at = P.aligned(gradient_at, VECTOR)
+    # A masked tile where the row does not begin at position 0, full tiles, and a masked tail.
+    begin = split * span
+    end = tl.minimum(begin + span, shift + columns)
+    head = begin
+    if SHIFTED:
+        headed = (shift > 0) & (split == 0)
+        head += BLOCK * headed.to(tl.int32)
+    full = tl.maximum(end - head, 0) // BLOCK
+    tail = head + full * BLOCK
+    if gradient is not None:
+        gradient += gradient_at
+        if LAST == P.GRADIENT and split == 0:
+            P.fill_zero(gradient, shift + columns, shift + width, BLOCK)
+
+    live = True
+    if BACKWARD:
+        live = P.factor(kd, kd_stride, index, None) != 0
+        live = live | (P.factor(ce, ce_stride, index, None) != 0)
+        live = live | (P.factor(entropy, entropy_stride, index, None) != 0)
+    if counted is not None:
+        live = live & (tl.load(counted + index) != 0)
+    if not live:
+        if gradient is not None:
+            P.fill_zero(gradient, tl.maximum(begin, shift), end, BLOCK)
+        return
+
+    temper = P.temper_of(
+        s_temperature, s_temperature_stride, t_temperature, t_temperature_stride,
+        moments, index, rows, None, a,
+    )  # fmt: skip
+    student += student_at
+    teacher += teacher_at
+    offsets = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    label, label_logit = -1, 0.0
+    if labels is not None:
+        label = P.label_of(tl.load(labels + index), columns)
+        label += tl.where(label >= 0, shift, 0)
+        label_logit = tl.load(student + label, mask=label >= 0, other=0.0).to(tl.float32)
+    if scratch is not None:
+        scratch += index * (P.FIELDS * SPLITS)
+
+    if FIRST == P.STATISTICS:
+        stats = R.empty(BLOCK // P.THREAD)
+        if SHIFTED:
+            if headed:
+                at = begin + offsets
+                inside = (at >= shift) & (at < end)
+                stats = P.statistics_step(stats, student, teacher, at, inside, temper, WANT)
+        for i in range(full):
+            at = head + i * BLOCK + offsets
+            stats = P.statistics_step(stats, student, teacher, at, None, temper, WANT)
+        if tail < end:
+            at = tail + offsets
+            stats = P.statistics_step(stats, student, teacher, at, at < end, temper, WANT)
+        stats = R.collapse(stats, temper, WANT)
+        if LAST == P.STATISTICS:
+            P.write_statistics(scratch + split, stats, label_logit, SPLITS)
+    elif not BACKWARD:
+        stats, label_logit = P.read_statistics(scratch, temper, WANT, SPLITS)
+
+    if BACKWARD:
+        row = P.restore(state, index, rows, None, WANT)
+    else:
+        row = R.summarize(stats, temper, CONSTANT, WANT)
+        hard = P.cross_entropy(stats, row, label, label_logit, columns, smoothing, WANT)
+
+    if FIRST <= P.SUMS and LAST >= P.SUMS and not LATE:
+        EVICT: tl.constexpr = "evict_last" if gradient is not None else "evict_first"
+        sums = P.no_sums(LANES)
+        # Loss alone: one sweep is enough where the value is not small.
+        rounds, last = full, end
+        if R.KL & WANT:
+            known = R.kl_of(stats, row, WANT)
+            clear = known > R.CLEAR
+            rounds, last = tl.where(clear, 0, full), tl.where(clear, tail, end)
+        if tail < last:
+            at = tail + offsets
+            sums = P.sum_step(sums, student, teacher, at, at < end, row, temper, a, b,
+                            WANT, DIVERGENCE, SAME, EVICT)  # fmt: skip
+        for i in range(rounds):
+            at = tail - (i + 1) * BLOCK + offsets
+            sums = P.sum_step(sums, student, teacher, at, None, row, temper, a, b,
+                            WANT, DIVERGENCE, SAME, EVICT)  # fmt: skip
+        if SHIFTED:
+            if headed:
+                at = begin + offsets
+                inside = (at >= shift) & (at < end)
+                sums = P.sum_step(sums, student, teacher, at, inside, row, temper, a, b,
+                                WANT, DIVERGENCE, SAME, EVICT)  # fmt: skip
+        sums = P.collapse_sums(sums, WANT)
+        if R.KL & WANT:
+            sums = P.with_value(sums, tl.where(clear, known, sums.value))
+        if LAST == P.SUMS:
+            P.write_sums(scratch + split, sums, WANT, SPLITS)
+    elif FIRST == P.GRADIENT and not BACKWARD:
+        sums = P.read_sums(scratch, WANT, SPLITS)
+
+    # Only now: scalars that lived through the sweeps above would be spilled.
+    k_kd = P.factor(kd, kd_stride, index, None)
+    k_ce = P.factor(ce, ce_stride, index, None)
+    k_entropy = P.factor(entropy, entropy_stride, index, None)
+    if LAST == P.GRADIENT and not BACKWARD and not LATE:
+        row = P.with_sums(row, sums, CONSTANT, WANT)
+        if split == 0:
+            P.write_row(
+                index, rows, None, stats, row, sums, hard,
+                k_kd, k_ce, k_entropy, a, b, values, state, loss, WANT, OUTER,
+            )  # fmt: skip
+
+    if LAST == P.GRADIENT and (gradient is not None or temperature is not None):
+        HEAT: tl.constexpr = temperature is not None
+        CE: tl.constexpr = ce is not None
+        H: tl.constexpr = entropy is not None
+        sums, heat = P.no_sums(LANES), tl.zeros([LANES, 1], tl.float32)
+        # Against the sweep before this one.
+        if LATE:
+            first, step = tail - BLOCK, -BLOCK
+        else:
+            first, step = head, BLOCK
+        if tail < end:
+            at = tail + offsets
+            sums, heat = P.gradient_step(
+                sums, heat, student, teacher, gradient, at, at < end, row, temper, label, columns,
+                smoothing, k_kd, k_ce, k_entropy, a, b, LATE, HEAT, WANT, CE, H, DIVERGENCE, SAME,
+            )  # fmt: skip
+        for i in range(full):
+            at = first + i * step + offsets
+            sums, heat = P.gradient_step(
+                sums, heat, student, teacher, gradient, at, None, row, temper, label, columns,
+                smoothing, k_kd, k_ce, k_entropy, a, b, LATE, HEAT, WANT, CE, H, DIVERGENCE, SAME,
+            )  # fmt: skip
+        if SHIFTED:
+            if headed:
+                at = begin + offsets
+                inside = (at >= shift) & (at < end)
+                sums, heat = P.gradient_step(
+                    sums, heat, student, teacher, gradient, at, inside, row, temper, label,
+                    columns, smoothing, k_kd, k_ce, k_entropy, a, b, LATE, HEAT, WANT, CE, H,
+                    DIVERGENCE, SAME,
+                )  # fmt: skip
+        if HEAT:
+            tl.store(temperature + index * SPLITS + split, -temper.s_rate * tl.sum(heat))
+        if LATE:
+            P.write_row(
+                index, rows, None, stats, row, P.collapse_sums(sums, WANT), hard,
+                k_kd, k_ce, k_entropy, a, b, values, state, loss, WANT, OUTER,
+            )  # fmt: skip
