@@ -465,6 +465,7 @@ def _report(
         f"# Compiled for {target}",
         "Read from the machine code, nothing was run. Per logit position, over all sweeps of a "
         "kernel; bytes of DRAM for 8192 rows of 128256.",
+        *([GCN_COUNTS] if "gfx" in target else []),
         f"- {header['date']}, triton {header['versions']['triton']}, fastkd at commit "
         f"{header['commit'] or 'unknown'}\n- `{command}`",
         table((COLUMNS, *sorted(lines))),
@@ -487,6 +488,12 @@ def _report(
             table((PREDICTED, *(line for part in predicted for line in part))),
         ]
     return "\n\n".join(parts) + "\n"
+
+
+GCN_COUNTS = (
+    "Registers, spills and widths hold; what a loop does per position is an upper bound, since a "
+    "masked tile is not told from its unmasked twin here, and counts as one more sweep."
+)
 
 
 def _table(target: str, name: str) -> list[list[str]]:
