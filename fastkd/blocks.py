@@ -10,8 +10,10 @@ from torch import Tensor
 
 from .problem import Problem
 
-# Elements of a block: its buffers then fit the last cache, and a call's overhead is small.
-BLOCK_ELEMENTS = 1 << 19
+# Elements of a block: its buffers then fit the last cache, and a call's overhead is small; fewer,
+# but not fewer than the second, where a block would be more than an eighth of the problem, so that
+# its buffers stay small beside the gradient.
+BLOCK_ELEMENTS, LEAST_ELEMENTS = 1 << 19, 1 << 17
 
 
 class Rows(NamedTuple):
@@ -51,7 +53,9 @@ def _some(index: slice | Tensor, some: slice) -> slice | Tensor:
 def blocks(problem: Problem) -> Iterator[Rows]:
     """The rows that count, in blocks."""
     outer_rows, inner_rows = problem.student.shape[:2]
-    step = max(torch.get_num_threads(), BLOCK_ELEMENTS // problem.vocab_size)
+    eighth = problem.rows * problem.vocab_size // 8
+    elements = min(BLOCK_ELEMENTS, max(LEAST_ELEMENTS, eighth))
+    step = max(torch.get_num_threads(), elements // problem.vocab_size)
     for outer in range(outer_rows):
         first = outer * inner_rows
         rows = Rows(outer, slice(0, inner_rows), slice(first, first + inner_rows))
