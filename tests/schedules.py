@@ -26,7 +26,9 @@ def forced(plan: str | tuple) -> Iterator[None]:
     chosen = tuning.Schedule(*(SCHEDULES[plan] if isinstance(plan, str) else plan))
     at_once = chosen.kind == "relay" and rows.INTERPRETED.value
 
-    def schedule(*_: object, once: bool) -> tuning.Schedule:
+    def schedule(_: int, columns: int, *others: object, once: bool) -> tuning.Schedule:
+        if chosen.kind == "resident":  # holds whole rows
+            return chosen._replace(vector=max(chosen.vector, tuning.power_of_two(columns)))
         # As in tuning.py: a single sweep has no use for a relay.
         return chosen._replace(kind="sweep") if once and chosen.kind == "relay" else chosen
 
