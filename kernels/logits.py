@@ -199,7 +199,8 @@ def _run(
 def _run_relay(plan: Schedule, arguments: dict[str, Any]) -> None:
     """All programs at once: a group of them to a row, as many groups as there is room for."""
     splits = triton.cdiv(arguments["columns"], plan.lanes * plan.vector)
-    size, groups = power_of_two(splits), min(arguments["rows"], plan.programs // splits)
+    # One group at least: a launch that does not fit at once is refused, not left to wait.
+    size, groups = power_of_two(splits), max(1, min(arguments["rows"], plan.programs // splits))
     shape = (groups, RING.value, P.FIELDS.value, size)
     mailbox = torch.zeros(shape, dtype=torch.int64, device=arguments["student"].device)
     relay[(groups * splits,)](

@@ -49,14 +49,16 @@ def schedule(rows: int, columns: int, itemsize: int, device: torch.device, once:
         return table(rows, columns, itemsize, 1, resident=128, block=256)
     processors = multiprocessors(device)
     if not once and columns > RESIDENT and columns % (16 // itemsize) == 0:
-        if LONG == "relay" and is_nvidia(device, 8):
-            return relay(columns, itemsize, processors)
+        one = relay(itemsize, processors)
+        fits = columns <= one.programs * one.lanes * one.vector
+        if LONG == "relay" and fits and is_nvidia(device, 8):
+            return one
         if LONG == "cluster" and is_nvidia(device, 9) and columns <= CLUSTER * SHARE:
             return cluster(columns)
     return table(rows, columns, itemsize, processors)
 
 
-def relay(columns: int, itemsize: int, processors: int) -> Schedule:
+def relay(itemsize: int, processors: int) -> Schedule:
     """16 bytes of each of 4 rows of lanes to a thread; two programs fit a processor."""
     return Schedule("relay", 512, 16 // itemsize, 1, 4, 2 * processors)
 
