@@ -1,15 +1,17 @@
 """The autograd Functions and the operators they call: rows saved, launchers called, nothing else.
 
 The operators are opaque to the compiler, which therefore sees neither the row blocks of the eager
-path nor the kernels. Numbers that may change from step to step come in a tensor on the CPU: as
-plain floats they would make it compile again for each value.
+path nor the kernels. Where nothing traces, their functions are called without the dispatcher, whose
+Python is slow after large logits have swept the cache. Numbers that may change from step to step
+come in a tensor on the CPU: as plain floats they would make it compile again for each value.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,10 +61,36 @@ def _backend(name: str, divergence: str) -> ModuleType:
     return import_module(f"fastkd.kernels.{'bernoulli' if heads else 'logits'}")
 
 
-@torch.library.custom_op(
-    "fastkd::forward",
-    mutates_args=(),
-    schema=f"({PROBLEM}, bool entropy, bool metrics, str backend) -> (Tensor, Tensor)",
+class Operator:
+    """A function that a tracer sees as one call."""
+
+    def __init__(
+        self, name: str, function: Callable[..., Any], schema: str, mutates: tuple[str, ...]
+    ) -> None:
+        self.function = function
+        self.traced = torch.library.custom_op(name, function, mutates_args=mutates, schema=schema)
+        self.register_fake = self.traced.register_fake
+
+    def __call__(self, *arguments: Any) -> Any:
+        return (self.traced if _tracing() else self.function)(*arguments)
+
+
+def _tracing() -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def operator(
+    name: str, schema: str, mutates: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Operator]:
+    return lambda function: Operator(name, function, schema, mutates)
+
+
+@operator(
+    "fastkd::forward", f"({PROBLEM}, bool entropy, bool metrics, str backend) -> (Tensor, Tensor)"
 )
 def _forward(*arguments):
     entropy, metrics, backend = arguments[SIZE:]
@@ -81,13 +109,10 @@ def _(*arguments):
     return rows.new_empty(kinds, rows.size(0)), rows.new_empty(saved, rows.size(0))
 
 
-@torch.library.custom_op(
+@operator(
     "fastkd::backward",
-    mutates_args=(),
-    schema=(
-        f"({PROBLEM}, Tensor state, {COEFFICIENTS}, bool gradient, bool temperature, str backend)"
-        " -> (Tensor, Tensor)"
-    ),
+    f"({PROBLEM}, Tensor state, {COEFFICIENTS}, bool gradient, bool temperature, str backend)"
+    " -> (Tensor, Tensor)",
 )
 def _backward(*arguments):
     inputs = Arguments(*arguments[:SIZE])
@@ -126,10 +151,9 @@ def _fake_fused(arguments) -> tuple[Tensor, Tensor]:
     return kd.new_empty(kd.shape), kd.new_empty((5, kd.size(0)) if metrics else 0)
 
 
-@torch.library.custom_op(
+@operator(
     "fastkd::fused",
-    mutates_args=(),
-    schema=f"({PROBLEM}, {COEFFICIENTS}, bool metrics, str backend) -> (Tensor, Tensor, Tensor)",
+    f"({PROBLEM}, {COEFFICIENTS}, bool metrics, str backend) -> (Tensor, Tensor, Tensor)",
 )
 def _fused(*arguments):
     loss, values, gradient = _run_fused(arguments, None)
@@ -141,6 +165,7 @@ def _(*arguments):
     return *_fake_fused(arguments), arguments[0].new_empty(arguments[0].shape)
 
 
+# Always through the dispatcher, which counts a new version of the logits.
 @torch.library.custom_op(
     "fastkd::fused_",
     mutates_args=("student",),
@@ -158,7 +183,9 @@ def _(*arguments):
     return _fake_fused(arguments)
 
 
-@torch.library.custom_op("fastkd::scale_", mutates_args=("gradient",))
+@operator(
+    "fastkd::scale_", "(Tensor(a!) gradient, Tensor upstream, str backend) -> ()", ("gradient",)
+)
 def _scale_(gradient: Tensor, upstream: Tensor, backend: str) -> None:
     _backend(backend, "").scale_(gradient, upstream)
 

@@ -6,13 +6,13 @@ small, or fail, because of a mask, show by their value, and are done again in fp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .blocks import Rows, blocks
+from .blocks import Rows, Store, Waiting, blocks, largest
 from .divergences import LN2, Divergence, Pair, Pull, Softmax
 from .problem import (
     AGREEMENT,
@@ -24,8 +24,6 @@ from .problem import (
     Problem,
 )
 
-# Rows with fewer columns than this are laid out in columns: few long passes, not many short ones.
-NARROW = 16
 # From here on a value is infinite: the largest of fp32. What stands for -inf is far beyond.
 FAR = torch.finfo(torch.float32).max
 MASKED = -1e300
@@ -94,27 +92,6 @@ class _Terms(NamedTuple):
     counts: Tensor | None  # [R, 1], bool: rows with a logit on either side; None: all
 
 
-class _Store:
-    """Buffers that are used again for every block."""
-
-    def __init__(self, problem: Problem, dtype: torch.dtype) -> None:
-        self.columns, self.empty = problem.vocab_size, problem.student.new_empty(0, dtype=dtype)
-        self.buffers: list[Tensor] = []
-        self.rows = self.taken = 0
-
-    def start(self, rows: int) -> None:
-        self.rows, self.taken = rows, 0
-
-    def new(self) -> Tensor:
-        if self.taken == len(self.buffers):
-            self.buffers.append(self.empty.clone())
-        buffer = self.buffers[self.taken]
-        self.taken += 1
-        if self.columns < NARROW:
-            return buffer.resize_(self.columns, self.rows).t()
-        return buffer.resize_(self.rows, self.columns)
-
-
 class _Solver:
     """The terms of all rows that count, block by block; of rows given twice, the second hold.
 
@@ -129,41 +106,56 @@ class _Solver:
         self.scales = [_scale(problem.student_temperature)]  # the last is the teacher's
         if problem.teacher_temperature is not None:
             self.scales.append(_scale(problem.teacher_temperature))
-        self.stores = {dtype: _Store(problem, dtype) for dtype in (problem.dtype, torch.float64)}
+        self.store, self.exact_store = (
+            Store(problem, dtype) for dtype in (problem.dtype, torch.float64)
+        )
+        self.waiting = Waiting(-(-largest(problem) // 2))  # fp64 takes twice the memory
 
     def __iter__(self) -> Iterator[tuple[Rows, _Terms]]:
         double = self.problem.dtype == torch.float64
         exact = double  # where most rows of a block need fp64, the next begins with it
         for rows in blocks(self.problem):
             if not exact:
-                terms = self.terms(rows, self.problem.dtype)
+                self.store.start(rows.size)
+                terms = self.terms(rows, self.logits(rows), self.store)
                 doubtful = _doubtful(terms, self.kind.near)
                 if doubtful is None:
                     yield rows, terms
                     continue
                 if not _most(doubtful):
-                    again = rows.only(doubtful)
-                    # Before any is handed out: the gradient may go to where the logits are.
-                    corrected = self.exact_terms(again)
+                    # Before the terms are handed out: the gradient may go to where the logits are.
+                    yield from self.wait(rows.only(doubtful))
                     yield rows, terms
-                    yield again, corrected
                     continue
             exact = double
-            for half in rows.parts(-(-rows.size // 2)):  # fp64 takes twice the memory
-                terms = self.exact_terms(half)
+            for half in rows.parts(self.waiting.capacity):
+                terms = self.exact_terms(half, self.logits(half))
                 yield half, terms
                 exact = exact or _most(_doubtful(terms, self.kind.near))
+        yield from self.waited()
 
-    def terms(self, rows: Rows, dtype: torch.dtype) -> _Terms:
-        problem, exact = self.problem, dtype == torch.float64
-        store = self.stores[dtype]
-        store.start(rows.size)
-        z, y = (
-            _converted(logits[rows.outer, rows.inner, : problem.vocab_size], store, exact)
+    def wait(self, rows: Rows) -> Iterator[tuple[Rows, _Terms]]:
+        if not self.waiting.takes(rows):
+            yield from self.waited()
+        self.waiting.add(rows, self.logits(rows))
+
+    def waited(self) -> Iterator[tuple[Rows, _Terms]]:
+        if self.waiting.size:
+            rows, logits = self.waiting.take()
+            yield rows, self.exact_terms(rows, logits)
+
+    def logits(self, rows: Rows) -> list[Tensor]:
+        problem = self.problem
+        return [
+            logits[rows.outer, rows.inner, : problem.vocab_size]
             for logits in (problem.student, problem.teacher)
-        )
+        ]
+
+    def terms(self, rows: Rows, logits: Iterable[Tensor], store: Store) -> _Terms:
+        problem = self.problem
+        z, y = (x if x.dtype == store.dtype else store.new().copy_(x) for x in logits)
         scales = [s[rows.flat] if isinstance(s, Tensor) else s for s in self.scales]
-        room = None if self.room is None else _place(problem, self.room, rows, dtype)
+        room = None if self.room is None else _place(problem, self.room, rows, store.dtype)
         pair = Pair(z, y, scales[0], scales[-1], store.new, room)
         value, pull = self.kind.value_and_pull(pair, problem.a, problem.b)
 
@@ -180,9 +172,12 @@ class _Solver:
             values[AGREEMENT] = agree.any(-1).to(z.dtype)
         return _Terms(values, pair, pull, unit, None)
 
-    def exact_terms(self, rows: Rows) -> _Terms:
+    def exact_terms(self, rows: Rows, logits: list[Tensor]) -> _Terms:
         """The terms in fp64, with a number for -inf, which times 0 is 0; its traces are removed."""
-        values, pair, pull, unit, _ = self.terms(rows, torch.float64)
+        store = self.exact_store
+        store.start(rows.size)
+        numbers = [store.new().copy_(side).clamp_min_(MASKED) for side in logits]
+        values, pair, pull, unit, _ = self.terms(rows, numbers, store)
         counts = ((pair.student.top != MASKED) & (pair.teacher.top != MASKED))[:, 0]
         values = {
             kind: torch.where(value > FAR, torch.inf, value).where(counts, 0.0)
@@ -199,14 +194,6 @@ class _Solver:
         if dead.any():
             pull = _without(pull, dead[:, None])
         return _Terms(values, pair, pull, unit, None if counts.all() else counts[:, None])
-
-
-def _converted(block: Tensor, store: _Store, exact: bool) -> Tensor:
-    """In the store's dtype and layout, with finite numbers where `exact`."""
-    if exact:
-        return store.new().copy_(block).clamp_min_(MASKED)
-    converts = block.dtype != store.empty.dtype or store.columns < NARROW
-    return store.new().copy_(block) if converts else block
 
 
 def _without(pull: Pull, dead: Tensor) -> Pull:
@@ -286,8 +273,7 @@ def _gradient(
 
 def _place(problem: Problem, out: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor | None:
     """Where the rows' gradient goes, if it can be computed there: a pass less."""
-    suits = out.dtype == dtype and isinstance(rows.inner, slice)
-    if not suits or problem.vocab_size < NARROW:
+    if out.dtype != dtype or not isinstance(rows.inner, slice):
         return None
     return out[rows.outer, rows.inner, : problem.vocab_size]
 

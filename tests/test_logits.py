@@ -451,6 +451,33 @@ def test_inplace(dtype, backend):
     assert torch.equal(hidden.detach(), gradient)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("columns", [7, 2048])
+def test_near_rows_among_many_blocks(columns, inplace):
+    """Few near rows in some blocks wait for each other; blocks of near rows do not."""
+    shape = 2, 2**19 // columns, columns + 1
+    teacher = 2 * torch.randn(shape)
+    noise = torch.ones(shape[:2])
+    noise[:, ::100] = 1e-2
+    noise[1, : shape[1] // 2] = 1e-3
+    student = teacher + noise[..., None] * torch.randn(shape)
+    student, teacher = student[..., :columns], teacher[..., :columns]
+    rows, true_rows = (
+        f(student, teacher, reduction="none", **more)[0].flatten()
+        for f, more in ((run, {"backend": "torch"}), (truth, {}))
+    )
+    assert rows.tolist() == pytest.approx(true_rows.tolist(), rel=1e-4)
+    true, true_gradient = truth(student, teacher)
+    leaf = student.clone().requires_grad_()
+    hidden = leaf.view_as(leaf)
+    loss = fastkd.distillation_loss(hidden, teacher, inplace=inplace, backend="torch")
+    loss.backward()
+    assert_close(loss, true)
+    assert_close(leaf.grad, true_gradient, "gradient")
+    near = noise < 1
+    assert_close(leaf.grad[near], true_gradient[near], "gradient")
+
+
 # --- by chance -------------------------------------------------------------------------------
 
 
