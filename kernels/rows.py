@@ -38,7 +38,6 @@ class Temper(NamedTuple):
     """
 
     s_rate: Any
-    t_rate: Any
     s_scale: Any
     t_scale: Any
     a: Any
@@ -346,11 +345,16 @@ def kl_of(stats, row, WANT: tl.constexpr):
 
 @triton.jit
 def elements(z, y, row, temper, SAME: tl.constexpr):
-    """(lp, lq, p, q, d) of a tile. SAME: one temperature, so d needs no difference of products."""
+    """(lp, lq, p, q, d, d2) of a tile: see `divergences.py`.
+
+    SAME: one temperature, so that d needs no difference of products.
+    """
     dz, dy = z - row.s_max, y - row.t_max
     u, v = dz * temper.s_scale - row.s_log, dy * temper.t_scale - row.t_log
     if SAME:
         d = (dy - dz) * temper.s_rate - row.gap
+        d2 = (dy - dz) * temper.s_scale - row.gap * LOG2E
     else:
-        d = dy * temper.t_rate - (dz * temper.s_rate + row.gap)
-    return v * LN2, u * LN2, tl.exp2(v), tl.exp2(u), d
+        d2 = dy * temper.t_scale - (dz * temper.s_scale + row.gap * LOG2E)
+        d = d2 * LN2
+    return v, u, tl.exp2(v), tl.exp2(u), d, d2

@@ -34,7 +34,7 @@ FORWARD_KL = fastkd.ForwardKL()
 
 
 @triton.jit
-def hellinger(lp, lq, p, q, d, c, a, b):
+def hellinger(lp, lq, p, q, d, d2, c, a, b):
     root = tl.sqrt(p) - tl.sqrt(q)
     return 0.5 * root * root, -0.5 * root * tl.sqrt(q) - q * c
 
