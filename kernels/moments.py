@@ -1,7 +1,8 @@
 """The moments of both sides' rows, for standardised logits: one sweep, before those of the loss.
 
 Pieces of a row are summed up as (count, mean, sum of squares about that mean), which merge without
-cancellation: Chan, Golub & LeVeque 1979.
+cancellation: Chan, Golub & LeVeque 1979. The mean is relative to an origin near the piece's first
+entries: else the merge would square a difference of two large means, each of them rounded.
 """
 
 from __future__ import annotations
@@ -27,44 +28,57 @@ class Piece(NamedTuple):
     """Of a piece of a row, without its -inf: count, mean, sum of squares about it, bounds."""
 
     count: Any
-    mean: Any
+    origin: Any
+    mean: Any  # less the origin
     square: Any
     least: Any
     most: Any
 
 
 @triton.jit
+def _nearest(least, most):
+    """The number between bounds that is nearest to 0."""
+    return tl.maximum(least, tl.minimum(most, 0.0))
+
+
+@triton.jit
 def _empty(LANES: tl.constexpr):
     zero = tl.zeros([LANES, 1], tl.float32)
-    return Piece(zero, zero, zero, zero + float("inf"), zero - float("inf"))
+    return Piece(zero, zero, zero, zero, zero + float("inf"), zero - float("inf"))
 
 
 @triton.jit
 def _add(piece, x):
     """The pieces [lanes, 1] with a tile added."""
     kept = x != -float("inf")
-    n = tl.sum(kept.to(tl.float32), 1, keep_dims=True)
-    m = tl.sum(tl.where(kept, x, 0.0), 1, keep_dims=True) / tl.maximum(n, 1.0)
-    centred = tl.where(kept, x - m, 0.0)
     least = tl.min(tl.where(kept, x, float("inf")), 1, keep_dims=True)
+    most = tl.max(x, 1, keep_dims=True)
+    first = (piece.count == 0) & (most > -float("inf"))
+    origin = tl.where(first, _nearest(least, most), piece.origin)
+    x = tl.where(kept, x - origin, 0.0)
+    n = tl.sum(kept.to(tl.float32), 1, keep_dims=True)
+    m = tl.sum(x, 1, keep_dims=True) / tl.maximum(n, 1.0)
+    centred = tl.where(kept, x - m, 0.0)
     count = piece.count + n
     share = n / tl.maximum(count, 1.0)
     delta = m - piece.mean
     spread = tl.sum(centred * centred, 1, keep_dims=True) + delta * delta * (piece.count * share)
     return Piece(
-        count, piece.mean + delta * share, piece.square + spread,
-        tl.minimum(piece.least, least), tl.maximum(piece.most, tl.max(x, 1, keep_dims=True)),
+        count, origin, piece.mean + delta * share, piece.square + spread,
+        tl.minimum(piece.least, least), tl.maximum(piece.most, most),
     )  # fmt: skip
 
 
 @triton.jit
 def _collapse(piece):
     """The whole from its lanes: scalars."""
-    count = tl.sum(piece.count)
-    mean = tl.sum(piece.count * piece.mean) / tl.maximum(count, 1.0)
-    off = piece.mean - mean
+    count, least, most = tl.sum(piece.count), tl.min(piece.least), tl.max(piece.most)
+    origin = tl.where(count > 0, _nearest(least, most), 0.0)
+    means = piece.origin - origin + piece.mean
+    mean = tl.sum(piece.count * means) / tl.maximum(count, 1.0)
+    off = means - mean
     square = tl.sum(piece.square + piece.count * off * off)
-    return Piece(count, mean, square, tl.min(piece.least), tl.max(piece.most))
+    return Piece(count, origin, mean, square, least, most)
 
 
 @triton.jit
@@ -73,7 +87,7 @@ def _write(out, index, rows, piece, exists):
     std = tl.sqrt(piece.square / free)
     width = tl.where(spread, std + EPS, FLAT)
     pull = tl.where(spread, 1.0 / tl.where(spread, free * std * width, 1.0), 0.0)
-    tl.store(out + index, piece.mean, mask=exists)
+    tl.store(out + index, piece.origin + piece.mean, mask=exists)
     tl.store(out + rows + index, width, mask=exists)
     tl.store(out + 2 * rows + index, pull, mask=exists)
 
