@@ -244,6 +244,21 @@ def test_smoothing_and_metrics(plan, force, device):
     assert_close(gradient, truth.gradient(factors)[0], "gradient")
 
 
+@pytest.mark.parametrize("plan", SCHEDULES)
+def test_rows_far_from_0(plan, force, device):
+    """Products of their logits, rounded, would put the exponents off by 1e-3."""
+    force(plan)
+    y = torch.randn(3, 75, device=device) - 3e4
+    z = y + torch.randn(3, 75, device=device) + 6e4
+    divergence = fastkd.JSD(0.3)
+    problem = problem_of(z, y, divergence)
+    truth = Truth(problem, divergence)
+    one = Coefficients(torch.ones(3, device=device), None, None)
+    loss, _, gradient = logits.fused(problem, one, metrics=False, out=None)
+    assert_close(loss, truth.values["kd"])
+    assert_close(gradient, truth.gradient(one)[0], "gradient")
+
+
 @pytest.mark.parametrize(
     ("divergence", "plan"), [case for case in EVERY if case.values[1] != "split"]
 )
