@@ -1,8 +1,8 @@
 """The moments of both sides' rows, for standardised logits: one sweep, before those of the loss.
 
 Pieces of a row are summed up as (count, mean, sum of squares about that mean), which merge without
-cancellation: Chan, Golub & LeVeque 1979. The mean is relative to an origin near the piece's first
-entries: else the merge would square a difference of two large means, each of them rounded.
+cancellation: Chan, Golub & LeVeque 1979. The mean is an origin, which a piece keeps, and the rest:
+else the merge would square a difference of two large means, each of them rounded.
 """
 
 from __future__ import annotations
@@ -36,12 +36,6 @@ class Piece(NamedTuple):
 
 
 @triton.jit
-def _nearest(least, most):
-    """The number between bounds that is nearest to 0."""
-    return tl.maximum(least, tl.minimum(most, 0.0))
-
-
-@triton.jit
 def _empty(LANES: tl.constexpr):
     zero = tl.zeros([LANES, 1], tl.float32)
     return Piece(zero, zero, zero, zero, zero + float("inf"), zero - float("inf"))
@@ -51,34 +45,35 @@ def _empty(LANES: tl.constexpr):
 def _add(piece, x):
     """The pieces [lanes, 1] with a tile added."""
     kept = x != -float("inf")
-    least = tl.min(tl.where(kept, x, float("inf")), 1, keep_dims=True)
-    most = tl.max(x, 1, keep_dims=True)
-    first = (piece.count == 0) & (most > -float("inf"))
-    origin = tl.where(first, _nearest(least, most), piece.origin)
-    x = tl.where(kept, x - origin, 0.0)
     n = tl.sum(kept.to(tl.float32), 1, keep_dims=True)
-    m = tl.sum(x, 1, keep_dims=True) / tl.maximum(n, 1.0)
+    each = 1.0 / tl.maximum(n, 1.0)
+    m = tl.sum(tl.where(kept, x, 0.0), 1, keep_dims=True) * each
     centred = tl.where(kept, x - m, 0.0)
+    rest = tl.sum(centred, 1, keep_dims=True) * each  # that m lacks
+    least = tl.min(tl.where(kept, x, float("inf")), 1, keep_dims=True)
+    origin = tl.where(piece.count > 0, piece.origin, m)
     count = piece.count + n
     share = n / tl.maximum(count, 1.0)
-    delta = m - piece.mean
-    spread = tl.sum(centred * centred, 1, keep_dims=True) + delta * delta * (piece.count * share)
+    delta = m - origin + rest - piece.mean
+    spread = tl.sum(centred * centred, 1, keep_dims=True) - n * rest * rest
+    spread += delta * delta * (piece.count * share)
     return Piece(
         count, origin, piece.mean + delta * share, piece.square + spread,
-        tl.minimum(piece.least, least), tl.maximum(piece.most, most),
+        tl.minimum(piece.least, least), tl.maximum(piece.most, tl.max(x, 1, keep_dims=True)),
     )  # fmt: skip
 
 
 @triton.jit
 def _collapse(piece):
     """The whole from its lanes: scalars."""
-    count, least, most = tl.sum(piece.count), tl.min(piece.least), tl.max(piece.most)
-    origin = tl.where(count > 0, _nearest(least, most), 0.0)
-    means = piece.origin - origin + piece.mean
-    mean = tl.sum(piece.count * means) / tl.maximum(count, 1.0)
+    count = tl.sum(piece.count)
+    n = tl.maximum(count, 1.0)
+    origin = tl.sum(piece.count * piece.origin) / n
+    means = tl.where(piece.count > 0, piece.origin - origin, 0.0) + piece.mean
+    mean = tl.sum(piece.count * means) / n
     off = means - mean
     square = tl.sum(piece.square + piece.count * off * off)
-    return Piece(count, origin, mean, square, least, most)
+    return Piece(count, origin, mean, square, tl.min(piece.least), tl.max(piece.most))
 
 
 @triton.jit
