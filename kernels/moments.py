@@ -1,8 +1,8 @@
 """The moments of both sides' rows, for standardised logits: one sweep, before those of the loss.
 
 Pieces of a row are summed up as (count, mean, sum of squares about that mean), which merge without
-cancellation: Chan, Golub & LeVeque 1979. The mean is an origin, which a piece keeps, and the rest:
-else the merge would square a difference of two large means, each of them rounded.
+cancellation: Chan, Golub & LeVeque 1979. The mean is in two parts, an origin that a piece keeps and
+the rest: else the merge would square a difference of two large means, each of them rounded.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def temper_of(s_pointer, s_stride, t_pointer, t_stride, moments, index, rows, li
     if moments is not None:
         mean = row_load(moments, index, live, 0.0)
         pull = row_load(moments + 2 * rows, index, live, 0.0)
-    return R.Temper(s_rate, s_rate * R.LOG2E, t_rate * R.LOG2E, a, mean, pull)
+    return R.Temper(s_rate, t_rate, s_rate * R.LOG2E, t_rate * R.LOG2E, a, mean, pull)
 
 
 @triton.jit

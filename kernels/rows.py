@@ -38,6 +38,7 @@ class Temper(NamedTuple):
     """
 
     s_rate: Any
+    t_rate: Any
     s_scale: Any
     t_scale: Any
     a: Any
@@ -408,6 +409,6 @@ def elements(z, y, row, temper, SAME: tl.constexpr):
         d = (dy - dz) * temper.s_rate - row.gap
         d2 = (dy - dz) * temper.s_scale - row.gap * LOG2E
     else:
+        d = dy * temper.t_rate - (dz * temper.s_rate + row.gap)
         d2 = dy * temper.t_scale - (dz * temper.s_scale + row.gap * LOG2E)
-        d = d2 * LN2
     return v, u, tl.exp2(v), tl.exp2(u), d, d2
