@@ -14,63 +14,64 @@ from fastkd.kernels.rows import LN2, fast_log2, reciprocal
 
 
 @triton.jit
-def forward_kl(lp, lq, p, q, d, c, a, b):
+def forward_kl(lp, lq, p, q, d, d2, c, a, b):
     return p * log_ratio(d * -1.0) * -1.0, q - p
 
 
 @triton.jit
-def reverse_kl(lp, lq, p, q, d, c, a, b):
+def reverse_kl(lp, lq, p, q, d, d2, c, a, b):
     value = q * log_ratio(d) * -1.0
     return value, value - q * c
 
 
 @triton.jit
-def jeffreys(lp, lq, p, q, d, c, a, b):
+def jeffreys(lp, lq, p, q, d, d2, c, a, b):
     forward, reverse = p * log_ratio(d * -1.0) * -1.0, q * log_ratio(d) * -1.0
     value = tl.where(a > 0, a * forward, 0.0) + tl.where(b > 0, b * reverse, 0.0)
     return value, a * (q - p) + tl.where(b > 0, b * (reverse - q * c), 0.0)
 
 
 @triton.jit
-def jsd(lp, lq, p, q, d, c, a, b):
-    x = tl.maximum(at_most(d, 40.0), -40.0)
-    r = fast_log2(1.0 - a + a * exp(x)) * LN2
-    return a * p * (x - r) - (1.0 - a) * (q * r), q * ((a - 1.0) * r - c)
+def jsd(lp, lq, p, q, d, d2, c, a, b):
+    x = at_most(d2, 60.0)
+    r = fast_log2(1.0 - a + a * tl.exp2(x))
+    slope = (a - 1.0) * LN2 * r
+    return (a * LN2) * p * (tl.maximum(x, -60.0) - r) + q * slope, q * (slope - c)
 
 
 @triton.jit
-def skew_kl(lp, lq, p, q, d, c, a, b):
-    x = log_ratio(d * -1.0)
-    e = exp(tl.maximum(at_most(x, 80.0), -80.0))
+def skew_kl(lp, lq, p, q, d, d2, c, a, b):
+    x = log_ratio(d2 * -1.0)
+    e = tl.exp2(tl.maximum(at_most(x, 115.0), -115.0))
     m = a + (1.0 - a) * e
-    value = p * tl.where(a == 0, x, fast_log2(m) * LN2) * -1.0
+    value = p * tl.where(a == 0, x, fast_log2(m)) * -LN2
     return value, (1.0 - a) * (1.0 - a) * ((q - p) * (e * reciprocal(m))) - q * c
 
 
 @triton.jit
-def skew_reverse_kl(lp, lq, p, q, d, c, a, b):
-    x = log_ratio(d)
-    m = a + (1.0 - a) * exp(tl.maximum(at_most(x, 80.0), -80.0))
-    log_m = tl.where(a == 0, x, fast_log2(m) * LN2)
+def skew_reverse_kl(lp, lq, p, q, d, d2, c, a, b):
+    x = log_ratio(d2)
+    m = a + (1.0 - a) * tl.exp2(tl.maximum(at_most(x, 115.0), -115.0))
+    log_m = tl.where(a == 0, x, fast_log2(m)) * LN2
     return q * log_m * -1.0, q * ((log_m + a * (reciprocal(m) - 1.0)) * -1.0 - c)
 
 
 @triton.jit
-def tvd(lp, lq, p, q, d, c, a, b):
+def tvd(lp, lq, p, q, d, d2, c, a, b):
     sign = tl.where(d < 0, 0.5, 0.0) - tl.where(d > 0, 0.5, 0.0)
     return 0.5 * tl.abs(q - p), q * (sign - c)
 
 
 @triton.jit
-def alpha(lp, lq, p, q, d, c, a, b):
-    w = exp(tl.where(d == d, a * lp + (1.0 - a) * lq, -float("inf")))
+def alpha(lp, lq, p, q, d, d2, c, a, b):
+    w = tl.exp2(tl.where(d2 == d2, a * lp + (1.0 - a) * lq, -float("inf")))
     value = (w - a * p - (1.0 - a) * q) / (a * (a - 1.0))
     return value, (q - w * exp(c * -1.0)) * (exp(c) / a)
 
 
 @triton.jit
-def renyi(lp, lq, p, q, d, c, a, b):
-    w = exp(tl.where(d == d, a * lp + (1.0 - a) * lq, -float("inf")))
+def renyi(lp, lq, p, q, d, d2, c, a, b):
+    w = tl.exp2(tl.where(d2 == d2, a * lp + (1.0 - a) * lq, -float("inf")))
     return (w - a * p - (1.0 - a) * q) / (a * (a - 1.0)), q - w * exp(c * -1.0)
 
 

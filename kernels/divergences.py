@@ -1,11 +1,12 @@
 """Table 2: every divergence on the device, the twin of table 1, `fastkd/divergences/`.
 
-`evaluate(lp, lq, p, q, d, c, a, b)` gives, for a tile, a value that sums without cancellation, and
-the gradient of the row's divergence to the tempered logits; `outer(total, c, a, b)` maps the row
-sum of the values. c is the row constant that the class's `constant` names; with "slope_sum" the
-second result is slope - q c, and c the sum of the slopes at c = 0. `README.md` derives the forms.
-d, lp and lq may be infinite, or NaN where both sides are masked: p and q are exactly 0 there, and
-the results are never NaN.
+`evaluate(lp, lq, p, q, d, d2, c, a, b)` gives, for a tile, a value that sums without cancellation,
+and the gradient of the row's divergence to the tempered logits; `outer(total, c, a, b)` maps the
+row sum of the values. d is log(p / q); lp, lq and d2 are log p, log q and d to base 2, as the
+exponential takes them. c is the row constant that the class's `constant` names; with "slope_sum"
+the second result is slope - q c, and c the sum of the slopes at c = 0. `README.md` derives the
+forms. All logarithms may be infinite, or NaN where both sides are masked: p and q are exactly 0
+there, and the results are never NaN.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import triton.language as tl
 from fastkd.divergences import Divergence
 from fastkd.kernels.rows import INTERPRETED, LN2, LOG2E, fast_log2, log1p, log_bend, reciprocal
 
-# Below these a series replaces the direct form: e^x - 1 - x; the logarithm of a mixture; the value
-# of JSD, which needs more digits of that logarithm; y - log(1 + y) with y = m/p - 1, likewise.
-NEAR = tl.constexpr(0.5)
-NEAR_LOG = tl.constexpr(0.125)
-NEAR_VALUE = tl.constexpr(0.6)
+# Below these a series replaces the direct form: e^x - 1 - x, also to base 2; the logarithm of a
+# mixture, and the value of JSD, which needs more digits of that logarithm, by x to base 2;
+# y - log(1 + y) with y = m/p - 1, likewise.
+NEAR, NEAR2 = tl.constexpr(0.5), tl.constexpr(0.72)
+NEAR_LOG = tl.constexpr(0.18)
+NEAR_VALUE = tl.constexpr(0.866)
 NEAR_RATIO = tl.constexpr(0.25)
 
 
@@ -45,6 +47,13 @@ class Device(NamedTuple):
 def bend(x):
     """(e^x - 1 - x) / x^2 for |x| < 0.5, to a relative 8e-7."""
     return 0.49999996 + x * (0.1666628 + x * (0.041667477 + x * (0.008395411 + x * 0.0013914635)))
+
+
+@triton.jit
+def bend2(x):
+    """(2^x - 1 - x log 2) / x^2 for |x| < 0.72, to a relative 8e-7."""
+    y = 0.009618316 + x * (0.0013432884 + x * 0.00015432084)
+    return 0.24022649 + x * (0.05550282 + x * y)
 
 
 @triton.jit
@@ -73,77 +82,86 @@ def kl_terms(p, m, x):
 
 
 @triton.jit
-def expm1_times(q, x):
-    """q (e^x - 1), for |x| < 0.5."""
-    return q * (x + x * (x * bend(x)))
-
-
-@triton.jit
 def exp(x):
     return tl.exp2(x * LOG2E)
 
 
 @triton.jit
-def log2_mixture_ratio(x, a):
-    """log2(1 - a + a e^x) for x <= 40: the cumulants of a coin near 0, else one logarithm."""
-    k = a * (1.0 - a)
-    y = LOG2E / 6 * k * (1.0 - 2.0 * a) + x * (LOG2E / 24 * k * (1.0 - 6.0 * k))
-    y = LOG2E * a + x * (LOG2E / 2 * k + x * y)
-    return tl.where(tl.abs(x) < NEAR_LOG, x * y, fast_log2(1.0 - a + a * exp(x)))
+def exp2m1_times(q, x):
+    """q (2^x - 1), for |x| < 0.72."""
+    return (q * x) * (LN2 + x * bend2(x))
 
 
 @triton.jit
-def mixture_value(p, q, x, r, a):
-    """a p log(p/m) + (1 - a) q log(q/m), m = a p + (1 - a) q, x = log(p/q), r = log2(m/q).
+def log2_mixture_ratio(x, a):
+    """log2(1 - a + a 2^x) for x <= 60: the cumulants of a coin near 0, else one logarithm.
 
-    Near 0 it is m (x K'(x) - K(x)) by the cumulants, where K(x) = log(m/q).
+    The fourth, whose x^3 is left to the best line, costs 1e-5, as much as the logarithm beyond.
     """
-    from_p = a * p
-    m = from_p + (1.0 - a) * q
+    k = a * (1.0 - a)
+    fourth = LN2 * LN2 * LN2 / 24 * k * (1.0 - 6.0 * k)
+    y = LN2 / 2 * k + 0.75 * NEAR_LOG * NEAR_LOG * fourth
+    y = a + x * (y + x * (LN2 * LN2 / 6 * k * (1.0 - 2.0 * a)))
+    return tl.where(tl.abs(x) < NEAR_LOG, x * y, fast_log2(1.0 - a + a * tl.exp2(x)))
+
+
+@triton.jit
+def mixture_value(p, q, x, r, linear, a):
+    """a p log(p/m) + (1 - a) q log(q/m), m = a p + (1 - a) q, x = log2(p/q), r = log2(m/q).
+
+    linear: the second term. Near 0 it is m (x K'(x) - K(x)) by the cumulants, where K = log(m/q);
+    the last one's x^6 is left to the best polynomial of fewer.
+    """
+    from_p = (a * LN2) * p
+    m = from_p + ((1.0 - a) * LN2) * q
     k = a * (1.0 - a)
     skew = 1.0 - 2.0 * a
-    k5 = k * skew * (1.0 - 12.0 * k) / 30
-    k6 = k * (1.0 - k * (30.0 - 120.0 * k)) / 144
-    k7 = k * skew * (1.0 - k * (60.0 - 360.0 * k)) / 840
+    H: tl.constexpr = (NEAR_VALUE * LN2) * (NEAR_VALUE * LN2)
     k8 = k * (1.0 - k * (126.0 - k * (1680.0 - 5040.0 * k))) / 5760
-    y = k * (1.0 - 6.0 * k) / 8 + x * (k5 + x * (k6 + x * (k7 + x * k8)))
-    y = k / 2 + x * (k * skew / 3 + x * y)
-    far = from_p * (x - LN2 * r) - (1.0 - a) * LN2 * (q * r)
-    return tl.where(tl.abs(x) < NEAR_VALUE, (m * x) * (x * y), far)
+    k7 = k * skew * (1.0 - k * (60.0 - 360.0 * k)) / 840
+    k6 = k * (1.0 - k * (30.0 - 120.0 * k)) / 144 + 1.5 * H * k8
+    k5 = k * skew * (1.0 - 12.0 * k) / 30
+    k4 = k * (1.0 - 6.0 * k) / 8 - 0.5625 * H * H * k8
+    k2 = k / 2 + H * H * H / 32 * k8
+    S: tl.constexpr = LN2 * LN2
+    y = S * S * LN2 * k6 + x * (S * S * S * k7)
+    y = S * (k * skew / 3) + x * (S * LN2 * k4 + x * (S * S * k5 + x * y))
+    y = LN2 * k2 + x * y
+    return tl.where(tl.abs(x) < NEAR_VALUE, (m * x) * (x * y), from_p * (x - r) + linear)
 
 
 @triton.jit
 def powers(x, a):
-    """(e, e - 1, m) with e = e^x and m = a + (1 - a) e, x held within [-80, 80]."""
-    x = tl.maximum(at_most(x, 80.0), -80.0)
-    e = exp(x)
-    rise = tl.where(tl.abs(x) < NEAR, expm1_times(1.0, x), e - 1.0)
+    """(e, e - 1, m) with e = 2^x and m = a + (1 - a) e, x held within [-115, 115]."""
+    x = tl.maximum(at_most(x, 115.0), -115.0)
+    e = tl.exp2(x)
+    rise = tl.where(tl.abs(x) < NEAR2, exp2m1_times(1.0, x), e - 1.0)
     return e, rise, a + (1.0 - a) * e
 
 
 @triton.jit
 def log_of(m, x, a):
-    """log m, for (_, _, m) = powers(x, a); a = 0 is a KL, with its infinities."""
-    return tl.where(a == 0, x, fast_log2(m) * LN2)
+    """log2 m, for (_, _, m) = powers(x, a); a = 0 is a KL, with its infinities."""
+    return tl.where(a == 0, x, fast_log2(m))
 
 
 # --- the divergences -------------------------------------------------------------------------
 
 
 @triton.jit
-def forward_kl(lp, lq, p, q, d, c, a, b):
+def forward_kl(lp, lq, p, q, d, d2, c, a, b):
     return kl_terms(p, q, log_ratio(d * -1.0))
 
 
 @triton.jit
-def reverse_kl(lp, lq, p, q, d, c, a, b):
+def reverse_kl(lp, lq, p, q, d, d2, c, a, b):
     x = log_ratio(d)
     value, _ = kl_terms(q, p, x)
     return value, q * (x * -1.0 - c)
 
 
 @triton.jit
-def jeffreys(lp, lq, p, q, d, c, a, b):
+def jeffreys(lp, lq, p, q, d, d2, c, a, b):
     x = log_ratio(d)
     forward, rise = kl_terms(p, q, log_ratio(d * -1.0))
     linear = q * x
@@ -156,30 +174,31 @@ def jeffreys(lp, lq, p, q, d, c, a, b):
 
 
 @triton.jit
-def jsd(lp, lq, p, q, d, c, a, b):
-    x = at_most(d, 40.0)
+def jsd(lp, lq, p, q, d, d2, c, a, b):
+    x = at_most(d2, 60.0)
     r = log2_mixture_ratio(x, a)
-    return mixture_value(p, q, tl.maximum(x, -40.0), r, a), q * ((a - 1.0) * LN2 * r - c)
+    slope = (a - 1.0) * LN2 * r
+    return mixture_value(p, q, tl.maximum(x, -60.0), r, q * slope, a), q * (slope - c)
 
 
 @triton.jit
-def skew_kl(lp, lq, p, q, d, c, a, b):
-    x = log_ratio(d * -1.0)
+def skew_kl(lp, lq, p, q, d, d2, c, a, b):
+    x = log_ratio(d2 * -1.0)
     e, rise, m = powers(x, a)
-    gap = tl.where(tl.abs(x) < NEAR, p * rise, q - p)
+    gap = tl.where(tl.abs(x) < NEAR2, p * rise, q - p)
     rise *= 1.0 - a
-    far = (1.0 - a) * gap - p * log_of(m, x, a)
+    far = (1.0 - a) * gap - LN2 * (p * log_of(m, x, a))
     value = tl.where(tl.abs(rise) < NEAR_RATIO, (p * rise) * (rise * log_bend(rise)), far)
     return value, (1.0 - a) * (1.0 - a) * (gap * (e * reciprocal(m))) - q * c
 
 
 @triton.jit
-def skew_reverse_kl(lp, lq, p, q, d, c, a, b):
-    x = log_ratio(d)
+def skew_reverse_kl(lp, lq, p, q, d, d2, c, a, b):
+    x = log_ratio(d2)
     _, rise, m = powers(x, a)
     rise *= 1.0 - a
     log_m = log_of(m, x, a)
-    far = (1.0 - a) * (p - q) - q * log_m
+    far = (1.0 - a) * (p - q) - LN2 * (q * log_m)
     value = tl.where(tl.abs(rise) < NEAR_RATIO, (q * rise) * (rise * log_bend(rise)), far)
     # log(m / q) + a (q / m - 1); near 0 by the cumulants of a coin, as K(x) - K'(x) + K'(0).
     k = a * (1.0 - a)
@@ -187,41 +206,43 @@ def skew_reverse_kl(lp, lq, p, q, d, c, a, b):
     k3 = k * skew
     k4 = k * (1.0 - 6.0 * k)
     k5 = k3 * (1.0 - 12.0 * k)
-    y = (k3 - k4) / 6 + x * ((k4 - k5) / 24)
-    y = x * ((1.0 - a) * (1.0 - a) + x * ((k - k3) / 2 + x * y))
-    slope = tl.where(tl.abs(x) < NEAR_LOG, y, log_m + a * (reciprocal(m) - 1.0))
+    S: tl.constexpr = LN2 * LN2
+    y = S * LN2 / 6 * (k3 - k4) + x * (S * S / 24 * (k4 - k5))
+    y = x * (LN2 * ((1.0 - a) * (1.0 - a)) + x * (S / 2 * (k - k3) + x * y))
+    slope = tl.where(tl.abs(x) < NEAR_LOG, y, LN2 * log_m + a * (reciprocal(m) - 1.0))
     return value, q * (slope * -1.0 - c)
 
 
 @triton.jit
-def tvd(lp, lq, p, q, d, c, a, b):
+def tvd(lp, lq, p, q, d, d2, c, a, b):
     _, rise = kl_terms(p, q, log_ratio(d * -1.0))
     sign = tl.where(d < 0, 0.5, 0.0) - tl.where(d > 0, 0.5, 0.0)
     return 0.5 * tl.abs(rise), q * (sign - c)
 
 
 @triton.jit
-def alpha_terms(lp, lq, p, q, d, c, a):
+def alpha_terms(lp, lq, p, q, d, d2, c, a):
     """Terms of the alpha divergence, and q - w / sum w with w = p^a q^(1-a), c = log sum w."""
-    x = a * d
-    near = tl.maximum(tl.abs(d), tl.abs(x)) < NEAR
-    log_w = tl.where(d == d, a * lp + (1.0 - a) * lq, -float("inf"))
-    series = q * d * d * (a * bend(x) - bend(d)) / (a - 1.0)
-    value = (exp(log_w) - a * p - (1.0 - a) * q) / (a * (a - 1.0))
+    x = a * d2
+    near = tl.maximum(tl.abs(d2), tl.abs(x)) < NEAR2
+    log_w = tl.where(d2 == d2, a * lp + (1.0 - a) * lq, -float("inf"))
+    series = q * d2 * d2 * (a * bend2(x) - bend2(d2)) / (a - 1.0)
+    value = (tl.exp2(log_w) - a * p - (1.0 - a) * q) / (a * (a - 1.0))
+    c *= LOG2E
     x -= c
-    slope = tl.where(near & (tl.abs(x) < NEAR), -expm1_times(q, x), q - exp(log_w - c))
+    slope = tl.where(near & (tl.abs(x) < NEAR2), -exp2m1_times(q, x), q - tl.exp2(log_w - c))
     return tl.where(near, series, value), slope
 
 
 @triton.jit
-def alpha(lp, lq, p, q, d, c, a, b):
-    value, slope = alpha_terms(lp, lq, p, q, d, c, a)
+def alpha(lp, lq, p, q, d, d2, c, a, b):
+    value, slope = alpha_terms(lp, lq, p, q, d, d2, c, a)
     return value, slope * (exp(c) / a)
 
 
 @triton.jit
-def renyi(lp, lq, p, q, d, c, a, b):
-    return alpha_terms(lp, lq, p, q, d, c, a)
+def renyi(lp, lq, p, q, d, d2, c, a, b):
+    return alpha_terms(lp, lq, p, q, d, d2, c, a)
 
 
 @triton.jit

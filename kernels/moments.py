@@ -1,7 +1,8 @@
 """The moments of both sides' rows, for standardised logits: one sweep, before those of the loss.
 
 Pieces of a row are summed up as (count, mean, sum of squares about that mean), which merge without
-cancellation: Chan, Golub & LeVeque 1979.
+cancellation: Chan, Golub & LeVeque 1979. The mean is in two parts, an origin that a piece keeps and
+the rest: else the merge would square a difference of two large means, each of them rounded.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Piece(NamedTuple):
     """Of a piece of a row, without its -inf: count, mean, sum of squares about it, bounds."""
 
     count: Any
-    mean: Any
+    origin: Any
+    mean: Any  # less the origin
     square: Any
     least: Any
     most: Any
@@ -36,7 +38,7 @@ class Piece(NamedTuple):
 @triton.jit
 def _empty(LANES: tl.constexpr):
     zero = tl.zeros([LANES, 1], tl.float32)
-    return Piece(zero, zero, zero, zero + float("inf"), zero - float("inf"))
+    return Piece(zero, zero, zero, zero, zero + float("inf"), zero - float("inf"))
 
 
 @triton.jit
@@ -44,15 +46,19 @@ def _add(piece, x):
     """The pieces [lanes, 1] with a tile added."""
     kept = x != -float("inf")
     n = tl.sum(kept.to(tl.float32), 1, keep_dims=True)
-    m = tl.sum(tl.where(kept, x, 0.0), 1, keep_dims=True) / tl.maximum(n, 1.0)
+    each = 1.0 / tl.maximum(n, 1.0)
+    m = tl.sum(tl.where(kept, x, 0.0), 1, keep_dims=True) * each
     centred = tl.where(kept, x - m, 0.0)
+    rest = tl.sum(centred, 1, keep_dims=True) * each  # that m lacks
     least = tl.min(tl.where(kept, x, float("inf")), 1, keep_dims=True)
+    origin = tl.where(piece.count > 0, piece.origin, m)
     count = piece.count + n
     share = n / tl.maximum(count, 1.0)
-    delta = m - piece.mean
-    spread = tl.sum(centred * centred, 1, keep_dims=True) + delta * delta * (piece.count * share)
+    delta = m - origin + rest - piece.mean
+    spread = tl.sum(centred * centred, 1, keep_dims=True) - n * rest * rest
+    spread += delta * delta * (piece.count * share)
     return Piece(
-        count, piece.mean + delta * share, piece.square + spread,
+        count, origin, piece.mean + delta * share, piece.square + spread,
         tl.minimum(piece.least, least), tl.maximum(piece.most, tl.max(x, 1, keep_dims=True)),
     )  # fmt: skip
 
@@ -61,10 +67,13 @@ def _add(piece, x):
 def _collapse(piece):
     """The whole from its lanes: scalars."""
     count = tl.sum(piece.count)
-    mean = tl.sum(piece.count * piece.mean) / tl.maximum(count, 1.0)
-    off = piece.mean - mean
+    n = tl.maximum(count, 1.0)
+    origin = tl.sum(piece.count * piece.origin) / n
+    means = tl.where(piece.count > 0, piece.origin - origin, 0.0) + piece.mean
+    mean = tl.sum(piece.count * means) / n
+    off = means - mean
     square = tl.sum(piece.square + piece.count * off * off)
-    return Piece(count, mean, square, tl.min(piece.least), tl.max(piece.most))
+    return Piece(count, origin, mean, square, tl.min(piece.least), tl.max(piece.most))
 
 
 @triton.jit
@@ -73,7 +82,7 @@ def _write(out, index, rows, piece, exists):
     std = tl.sqrt(piece.square / free)
     width = tl.where(spread, std + EPS, FLAT)
     pull = tl.where(spread, 1.0 / tl.where(spread, free * std * width, 1.0), 0.0)
-    tl.store(out + index, piece.mean, mask=exists)
+    tl.store(out + index, piece.origin + piece.mean, mask=exists)
     tl.store(out + rows + index, width, mask=exists)
     tl.store(out + 2 * rows + index, pull, mask=exists)
 

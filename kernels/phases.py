@@ -195,7 +195,7 @@ def add_levers(sums, slope, q, lq, row, WANT: tl.constexpr):
     """Where the logits are standardised: the slopes' sums times log q + H, whose mean is 0."""
     lever, entropy_lever = sums.lever, sums.entropy_lever
     if R.LEVER & WANT:
-        depth = tl.where(lq > -float("inf"), lq + row.entropy, 0.0)
+        depth = tl.where(lq > -float("inf"), lq * R.LN2 + row.entropy, 0.0)
         lever += tl.sum(slope * depth, 1, keep_dims=True)
         entropy_lever -= tl.sum(q * depth * depth, 1, keep_dims=True)
     return R.Sums(sums.value, sums.slope, sums.agreement, lever, entropy_lever)
@@ -258,16 +258,17 @@ def gradient_tile(
     SAME: tl.constexpr,
 ):  # fmt: skip
     """The gradient, its part that goes through the temperature, and the divergence's terms."""
-    lp, lq, p, q, d = R.elements(z, y, row, temper, SAME)
+    lp, lq, p, q, d, d2 = R.elements(z, y, row, temper, SAME)
     defined = row.alive & R.finite(row.c)
-    value, slope = DIVERGENCE(lp, lq, p, q, d, tl.where(defined, row.c, 0.0), a, b)
+    value, slope = DIVERGENCE(lp, lq, p, q, d, d2, tl.where(defined, row.c, 0.0), a, b)
     lever = tl.where(defined & (kd != 0), kd * row.lever, 0.0)
     kd = tl.where(defined, kd * temper.s_rate, 0.0)
     gradient = kd * tl.where(kd != 0, slope, 0.0)
     if H:
         entropy = tl.where(row.alive, entropy, 0.0)
         lever += entropy * row.entropy_lever
-        gradient -= tl.where(q > 0, (entropy * temper.s_rate) * q * (lq + row.entropy), 0.0)
+        depth = lq * R.LN2 + row.entropy
+        gradient -= tl.where(q > 0, (entropy * temper.s_rate) * q * depth, 0.0)
     tempered = gradient
     if R.LEVER & WANT:  # through the standard deviation
         gradient -= tl.where(z > -float("inf"), lever * temper.pull * (z - temper.mean), 0.0)
@@ -317,8 +318,8 @@ def sum_step(sums, student, teacher, at, inside, row, temper, a, b,
              WANT: tl.constexpr, DIVERGENCE: tl.constexpr, SAME: tl.constexpr,
              EVICT: tl.constexpr):  # fmt: skip
     z, y = load(student, at, inside, EVICT), load(teacher, at, inside, EVICT)
-    lp, lq, p, q, d = R.elements(z, y, row, temper, SAME)
-    value, slope = DIVERGENCE(lp, lq, p, q, d, row.c, a, b)
+    lp, lq, p, q, d, d2 = R.elements(z, y, row, temper, SAME)
+    value, slope = DIVERGENCE(lp, lq, p, q, d, d2, row.c, a, b)
     sums = add_sums(sums, z, y, value, slope, row, WANT)
     return add_levers(sums, slope, q, lq, row, WANT)
 

@@ -318,8 +318,8 @@ def relay(
             z = entries(z2, student, LANES, VECTOR, S_PAIR)
             y = entries(y2, teacher, LANES, VECTOR, T_PAIR)
             if SUMS_FIRST or gradient is None:
-                lp, lq, p, q, d = R.elements(z, y, now, temper, SAME)
-                value, slope = DIVERGENCE(lp, lq, p, q, d, now.c, a, b)
+                lp, lq, p, q, d, d2 = R.elements(z, y, now, temper, SAME)
+                value, slope = DIVERGENCE(lp, lq, p, q, d, d2, now.c, a, b)
                 sums = P.add_levers(P.no_sums(LANES), slope, q, lq, now, WANT)
             else:
                 value, slope = write_gradient(

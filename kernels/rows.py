@@ -153,6 +153,21 @@ def finite(x):
     return tl.abs(x) < float("inf")
 
 
+@triton.jit
+def product(x, y):
+    """x y, rounded: the maximum keeps a compiler from carrying its digits into a sum."""
+    return tl.maximum(x * y, FLOOR)
+
+
+@triton.jit
+def product_sum(x, y, z):
+    """x y + z, rounded once."""
+    if INTERPRETED:
+        return (x.to(tl.float64) * y + z).to(tl.float32)
+    else:
+        return tl.fma(x, y, z)
+
+
 # --- row statistics --------------------------------------------------------------------------
 
 
@@ -168,6 +183,12 @@ def empty(LANES: tl.constexpr):
 def move(stats, s_max, t_max, temper, WANT: tl.constexpr):
     """The same sums relative to maxima that are as high or higher."""
     ds, dt = (stats.s_max - s_max) * temper.s_scale, (stats.t_max - t_max) * temper.t_scale
+    return shift(stats, s_max, t_max, ds, dt, temper, WANT)
+
+
+@triton.jit
+def shift(stats, s_max, t_max, ds, dt, temper, WANT: tl.constexpr):
+    """The same sums of u + ds and v + dt."""
     fs, ft = tl.exp2(ds), tl.exp2(dt)
     mixture_max, gap, unit = stats.mixture_max, stats.gap, stats.unit
     s_entropy, t_entropy = stats.s_entropy, stats.t_entropy
@@ -191,12 +212,11 @@ def move(stats, s_max, t_max, temper, WANT: tl.constexpr):
 
 
 @triton.jit
-def measure(z, y, inside, s_max, t_max, mixture_max, temper, WANT: tl.constexpr):
+def measure(z, u, v, inside, s_max, t_max, mixture_max, temper, WANT: tl.constexpr):
     """Statistics [lanes, 1] of a tile, relative to maxima that are as high as its own or higher.
 
     Masked entries are -inf, inside: their mask. mixture_max: the least that it may come out as.
     """
-    u, v = (z - s_max) * temper.s_scale, (y - t_max) * temper.t_scale
     q, p = tl.exp2(u), tl.exp2(v)
     zero = tl.zeros([z.shape[0], 1], tl.float32)
     mixture, gap, s_entropy, t_entropy, unit, total = zero, zero, zero, zero, zero, zero
@@ -208,7 +228,8 @@ def measure(z, y, inside, s_max, t_max, mixture_max, temper, WANT: tl.constexpr)
         # Finite stand-ins for -inf: w is then hugely negative or positive, never NaN.
         low = tl.maximum(u, FLOOR)
         w = low + temper.a * (tl.maximum(v, FLOOR) - low)
-        mixture_max = tl.maximum(mixture_max, tl.max(w, 1, keep_dims=True))
+        # To a whole number, so that a mixture of equals has the same sums as they.
+        mixture_max = tl.maximum(mixture_max, tl.floor(tl.max(w, 1, keep_dims=True) + 0.5))
         mixture = tl.sum(tl.exp2(w - mixture_max), 1, keep_dims=True)
     if UNIT & WANT:
         unit = tl.sum(tl.exp2((z - s_max) * LOG2E), 1, keep_dims=True)
@@ -226,11 +247,19 @@ def measure(z, y, inside, s_max, t_max, mixture_max, temper, WANT: tl.constexpr)
 
 @triton.jit
 def add(stats, z, y, inside, temper, WANT: tl.constexpr):
-    """Statistics [lanes, 1] with a tile added."""
+    """Statistics [lanes, 1] with a tile added; `settle` them at the end.
+
+    They are relative to the rounded products of maxima and scales: so that an exponent is a single
+    operation, with a single rounding.
+    """
     s_max = tl.maximum(stats.s_max, tl.max(z, 1, keep_dims=True))
     t_max = tl.maximum(stats.t_max, tl.max(y, 1, keep_dims=True))
-    old = move(stats, s_max, t_max, temper, WANT)
-    new = measure(z, y, inside, s_max, t_max, old.mixture_max, temper, WANT)
+    s_top, t_top = product(s_max, temper.s_scale), product(t_max, temper.t_scale)
+    ds = product(stats.s_max, temper.s_scale) - s_top
+    dt = product(stats.t_max, temper.t_scale) - t_top
+    old = shift(stats, s_max, t_max, ds, dt, temper, WANT)
+    u, v = product_sum(z, temper.s_scale, -s_top), product_sum(y, temper.t_scale, -t_top)
+    new = measure(z, u, v, inside, s_max, t_max, old.mixture_max, temper, WANT)
     mixture = new.mixture
     if MIXTURE & WANT:
         mixture += old.mixture * tl.exp2(old.mixture_max - new.mixture_max)
@@ -242,18 +271,42 @@ def add(stats, z, y, inside, temper, WANT: tl.constexpr):
 
 
 @triton.jit
+def settle(stats, temper, WANT: tl.constexpr):
+    """Statistics from `add`, relative to the maxima themselves."""
+    ds = -product_sum(stats.s_max, temper.s_scale, -product(stats.s_max, temper.s_scale))
+    dt = -product_sum(stats.t_max, temper.t_scale, -product(stats.t_max, temper.t_scale))
+    ds, dt = tl.where(stats.s_sum > 0, ds, 0.0), tl.where(stats.t_sum > 0, dt, 0.0)
+    moved = shift(stats, stats.s_max, stats.t_max, ds, dt, temper, WANT)
+    mixture = stats.mixture
+    if MIXTURE & WANT:  # whose maximum stays a whole number
+        mixture *= tl.exp2(ds + temper.a * (dt - ds))
+    return Statistics(
+        stats.s_max, stats.t_max, stats.mixture_max, moved.s_sum, moved.t_sum, mixture,
+        moved.gap, moved.s_entropy, moved.t_entropy, stats.unit, stats.total,
+    )  # fmt: skip
+
+
+@triton.jit
+def depths(z, y, s_max, t_max, temper):
+    """u and v, of a tile that is needed again: the differences from its maxima stay."""
+    return (z - s_max) * temper.s_scale, (y - t_max) * temper.t_scale
+
+
+@triton.jit
 def only(z, y, inside, temper, WANT: tl.constexpr):
     """Statistics [lanes, 1] of a tile that is all there is of its rows, one to a lane."""
     s_max = tl.maximum(tl.max(z, 1, keep_dims=True), FLOOR)
     t_max = tl.maximum(tl.max(y, 1, keep_dims=True), FLOOR)
-    return measure(z, y, inside, s_max, t_max, FLOOR / 10, temper, WANT)
+    u, v = depths(z, y, s_max, t_max, temper)
+    return measure(z, u, v, inside, s_max, t_max, FLOOR / 10, temper, WANT)
 
 
 @triton.jit
 def whole(z, y, inside, temper, WANT: tl.constexpr):
     """The statistics of a tile, all lanes together: scalars."""
     s_max, t_max = tl.maximum(tl.max(z), FLOOR), tl.maximum(tl.max(y), FLOOR)
-    return gather(measure(z, y, inside, s_max, t_max, FLOOR / 10, temper, WANT), WANT)
+    u, v = depths(z, y, s_max, t_max, temper)
+    return gather(measure(z, u, v, inside, s_max, t_max, FLOOR / 10, temper, WANT), WANT)
 
 
 @triton.jit
@@ -346,11 +399,16 @@ def kl_of(stats, row, WANT: tl.constexpr):
 
 @triton.jit
 def elements(z, y, row, temper, SAME: tl.constexpr):
-    """(lp, lq, p, q, d) of a tile. SAME: one temperature, so d needs no difference of products."""
+    """(lp, lq, p, q, d, d2) of a tile: see `divergences.py`.
+
+    SAME: one temperature, so that d needs no difference of products.
+    """
     dz, dy = z - row.s_max, y - row.t_max
     u, v = dz * temper.s_scale - row.s_log, dy * temper.t_scale - row.t_log
     if SAME:
         d = (dy - dz) * temper.s_rate - row.gap
+        d2 = (dy - dz) * temper.s_scale - row.gap * LOG2E
     else:
         d = dy * temper.t_rate - (dz * temper.s_rate + row.gap)
-    return v * LN2, u * LN2, tl.exp2(v), tl.exp2(u), d
+        d2 = dy * temper.t_scale - (dz * temper.s_scale + row.gap * LOG2E)
+    return v, u, tl.exp2(v), tl.exp2(u), d, d2

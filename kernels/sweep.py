@@ -100,7 +100,7 @@ def sweep(
         if tail < end:
             at = tail + offsets
             stats = P.statistics_step(stats, student, teacher, at, at < end, temper, WANT)
-        stats = R.collapse(stats, temper, WANT)
+        stats = R.collapse(R.settle(stats, temper, WANT), temper, WANT)
         if LAST == P.STATISTICS:
             P.write_statistics(scratch + split, stats, label_logit, SPLITS)
     elif not BACKWARD:

@@ -34,7 +34,7 @@ FORWARD_KL = fastkd.ForwardKL()
 
 
 @triton.jit
-def hellinger(lp, lq, p, q, d, c, a, b):
+def hellinger(lp, lq, p, q, d, d2, c, a, b):
     root = tl.sqrt(p) - tl.sqrt(q)
     return 0.5 * root * root, -0.5 * root * tl.sqrt(q) - q * c
 
@@ -242,6 +242,21 @@ def test_smoothing_and_metrics(plan, force, device):
         assert these[AGREEMENT].tolist() == [1.0, 0.0, 1.0]
     assert_close(loss, truth.values["kd"] + 2 * truth.values["ce"])
     assert_close(gradient, truth.gradient(factors)[0], "gradient")
+
+
+@pytest.mark.parametrize("plan", SCHEDULES)
+def test_rows_far_from_0(plan, force, device):
+    """Products of their logits, rounded, would put the exponents off by 1e-3."""
+    force(plan)
+    y = torch.randn(3, 75, device=device) - 3e4
+    z = y + torch.randn(3, 75, device=device) + 6e4
+    divergence = fastkd.JSD(0.3)
+    problem = problem_of(z, y, divergence)
+    truth = Truth(problem, divergence)
+    one = Coefficients(torch.ones(3, device=device), None, None)
+    loss, _, gradient = logits.fused(problem, one, metrics=False, out=None)
+    assert_close(loss, truth.values["kd"])
+    assert_close(gradient, truth.gradient(one)[0], "gradient")
 
 
 @pytest.mark.parametrize(
