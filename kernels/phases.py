@@ -18,7 +18,7 @@ STATISTICS, SUMS, GRADIENT = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 # Numbers whose every value would otherwise compile anew where it is 1 or a multiple of 16.
 VARYING = (
     "inner", "rows", "s_temperature_stride", "t_temperature_stride", "kd_stride", "ce_stride",
-    "entropy_stride",
+    "entropy_stride", "student_first", "teacher_first", "gradient_first",
 )  # fmt: skip
 
 # --- loads and stores ------------------------------------------------------------------------
