@@ -224,7 +224,8 @@ def _run_relay(plan: Schedule, arguments: dict[str, Any]) -> None:
     shape = (groups, RING.value, P.FIELDS.value, size)
     mailbox = torch.zeros(shape, dtype=torch.int64, device=arguments["student"].device)
     relay[(groups * splits,)](
-        mailbox=mailbox, SPLITS=splits, SIZE=size, launch_cooperative_grid=True, maxnreg=255,
+        mailbox=mailbox, SPLITS=splits, SIZE=size, launch_cooperative_grid=True,
+        maxnreg=plan.registers,
         SENT=fields(arguments["WANT"], arguments["labels"] is not None, arguments["CONSTANT"]),
         **arguments,
     )  # fmt: skip

@@ -9,8 +9,10 @@ from triton.language.target_info import is_cuda
 from fastkd.kernels import rows as R
 
 THREAD = tl.constexpr(16)  # entries of a tile per thread, as tuning.py has them
-LABEL = tl.constexpr(11)  # where the label's logit stands among what the pieces of a row hand on
-FIELDS = tl.constexpr(17)  # these, Statistics before and Sums after it
+# What the pieces of a row hand on, in its order, and the places in it.
+HANDED_ON = (*R.Statistics._fields, "label_logit", *R.Sums._fields)
+LABEL = tl.constexpr(HANDED_ON.index("label_logit"))
+FIRST_SUM, FIELDS = tl.constexpr(LABEL.value + 1), tl.constexpr(len(HANDED_ON))
 
 # The phases of a row, in their order.
 STATISTICS, SUMS, GRADIENT = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -348,9 +350,9 @@ def gradient_step(
 
 @triton.jit
 def write_statistics(scratch, stats, label_logit, SPLITS: tl.constexpr):
-    for i in tl.static_range(11):
+    for i in tl.static_range(LABEL):
         tl.store(scratch + i * SPLITS, stats[i])
-    tl.store(scratch + 11 * SPLITS, label_logit)
+    tl.store(scratch + LABEL * SPLITS, label_logit)
 
 
 @triton.jit
@@ -359,26 +361,27 @@ def field(scratch, i, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def read_statistics(scratch, temper, WANT: tl.constexpr, SPLITS: tl.constexpr):
-    stats = R.Statistics(
-        field(scratch, 0, SPLITS), field(scratch, 1, SPLITS), field(scratch, 2, SPLITS),
-        field(scratch, 3, SPLITS), field(scratch, 4, SPLITS), field(scratch, 5, SPLITS),
-        field(scratch, 6, SPLITS), field(scratch, 7, SPLITS), field(scratch, 8, SPLITS),
-        field(scratch, 9, SPLITS), field(scratch, 10, SPLITS),
-    )  # fmt: skip
-    return R.collapse(stats, temper, WANT), tl.load(scratch + 11 * SPLITS)
+def read_fields(scratch, FROM: tl.constexpr, TO: tl.constexpr, SPLITS: tl.constexpr):
+    """Those of all pieces, [SPLITS, 1] each."""
+    found = ()
+    found = ()
+    for i in tl.static_range(FROM, TO):
+        found = found + (field(scratch, i, SPLITS),)
+    return found
 
 
 @triton.jit
-def write_sums(scratch, sums, WANT: tl.constexpr, SPLITS: tl.constexpr):
-    for i in tl.static_range(5 if R.LEVER & WANT else 3):
-        tl.store(scratch + (12 + i) * SPLITS, sums[i])
+def read_statistics(scratch, temper, WANT: tl.constexpr, SPLITS: tl.constexpr):
+    stats = R.Statistics(*read_fields(scratch, 0, LABEL, SPLITS))
+    return R.collapse(stats, temper, WANT), tl.load(scratch + LABEL * SPLITS)
+
+
+@triton.jit
+def write_sums(scratch, sums, SPLITS: tl.constexpr):
+    for i in tl.static_range(FIRST_SUM, FIELDS):
+        tl.store(scratch + i * SPLITS, sums[i - FIRST_SUM])
 
 
 @triton.jit
 def read_sums(scratch, WANT: tl.constexpr, SPLITS: tl.constexpr):
-    sums = R.Sums(
-        field(scratch, 12, SPLITS), field(scratch, 13, SPLITS), field(scratch, 14, SPLITS),
-        field(scratch, 15, SPLITS), field(scratch, 16, SPLITS),
-    )  # fmt: skip
-    return collapse_sums(sums, WANT)
+    return collapse_sums(R.Sums(*read_fields(scratch, FIRST_SUM, FIELDS, SPLITS)), WANT)

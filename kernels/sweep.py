@@ -143,7 +143,7 @@ def sweep(
         if R.KL & WANT:
             sums = P.with_value(sums, tl.where(clear, known, sums.value))
         if LAST == P.SUMS:
-            P.write_sums(scratch + split, sums, WANT, SPLITS)
+            P.write_sums(scratch + split, sums, SPLITS)
     elif FIRST == P.GRADIENT and not BACKWARD:
         sums = P.read_sums(scratch, WANT, SPLITS)
 
