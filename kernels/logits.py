@@ -141,6 +141,9 @@ def _run(
     places = [x.data_ptr() // x.element_size() for x in sides]
     align = math.gcd(16, *places, student_outer, student_inner, teacher_outer, teacher_inner)
     align = math.gcd(align, gradient_outer, gradient_inner)
+    outers = (student_outer, teacher_outer, gradient_outer)
+    inners = (student_inner, teacher_inner, gradient_inner)
+    one_stride = student.size(0) == 1 or outers == tuple(inner * stride for stride in inners)
     if plan.kind != "sweep":
         align = math.gcd(align, width, problem.vocab_size)
     kd, ce, h = factors or (None, None, None)
@@ -156,7 +159,8 @@ def _run(
     want |= R.KL.value * (alone and swept and problem.divergence in ("forward_kl", "reverse_kl"))
     arguments = dict(  # noqa: C408
         student=student, teacher=teacher, student_outer=student_outer, student_inner=student_inner,
-        teacher_outer=teacher_outer, teacher_inner=teacher_inner, inner=inner,
+        teacher_outer=teacher_outer, teacher_inner=teacher_inner,
+        inner=None if one_stride else inner,
         s_temperature=problem.student_temperature,
         s_temperature_stride=problem.student_temperature.stride(0),
         t_temperature=problem.teacher_temperature,

@@ -60,11 +60,17 @@ def aligned(x, ALIGN: tl.constexpr):
 
 @triton.jit
 def row_at(index, outer, inner_stride, inner, ALIGN: tl.constexpr):
-    """Where row `index` of [outer, inner, columns] begins, in 64 bits; divided in 32 bits."""
-    index = index.to(tl.uint32)
-    o = index // inner.to(tl.uint32)
-    i = index - o * inner.to(tl.uint32)
-    return o.to(tl.int64) * aligned(outer, ALIGN) + i.to(tl.int64) * aligned(inner_stride, ALIGN)
+    """Where row `index` of [outer, inner, columns] begins, in 64 bits; divided in 32 bits.
+
+    inner None: the rows lie at one stride, and nothing is divided.
+    """
+    if inner is None:
+        return index.to(tl.int64) * aligned(inner_stride, ALIGN)
+    else:
+        index = index.to(tl.uint32)
+        o = index // inner.to(tl.uint32)
+        i = (index - o * inner.to(tl.uint32)).to(tl.int64)
+        return o.to(tl.int64) * aligned(outer, ALIGN) + i * aligned(inner_stride, ALIGN)
 
 
 @triton.jit
@@ -93,10 +99,10 @@ def factor(pointer, stride, index, live):
 
 @triton.jit
 def temper_of(s_pointer, s_stride, t_pointer, t_stride, moments, index, rows, live, a):
-    s_rate = 1.0 / row_load(s_pointer, index * s_stride, live, 1.0)
+    s_rate = R.reciprocal(row_load(s_pointer, index * s_stride, live, 1.0))
     t_rate = s_rate
     if t_pointer is not None:
-        t_rate = 1.0 / row_load(t_pointer, index * t_stride, live, 1.0)
+        t_rate = R.reciprocal(row_load(t_pointer, index * t_stride, live, 1.0))
     mean, pull = 0.0, 0.0
     if moments is not None:
         mean = row_load(moments, index, live, 0.0)

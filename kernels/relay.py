@@ -62,15 +62,6 @@ def peek(box, SPLITS: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def settle(words, box, ordinal, other, SPLITS: tl.constexpr, SIZE: tl.constexpr):
-    """Their numbers, once all have arrived; `other` beyond the last member."""
-    here = tl.arange(0, SIZE) < SPLITS
-    while tl.max((here & ((words >> 32) != ordinal)).to(tl.int32)) != 0:
-        words = peek(box, SPLITS, SIZE)
-    return tl.where(here, words.to(tl.int32).to(tl.float32, bitcast=True), other)
-
-
-@triton.jit
 def post_statistics(box, stats, label_logit, ordinal, SENT: tl.constexpr, SIZE: tl.constexpr):
     for i in tl.static_range(P.LABEL):
         if SENT & (1 << i):
@@ -99,30 +90,59 @@ def peek_fields(box, FROM: tl.constexpr, TO: tl.constexpr, SENT: tl.constexpr,
 
 
 @triton.jit
+def late(words, ordinal, FROM: tl.constexpr, TO: tl.constexpr, SENT: tl.constexpr,
+         SPLITS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
+    """Whether a word has not arrived."""
+    differ = tl.zeros([SIZE], tl.int32)
+    for i in tl.static_range(FROM, TO):
+        if SENT & (1 << i):
+            differ |= (words[i - FROM] >> 32).to(tl.int32) ^ ordinal
+    here = tl.arange(0, SIZE) < SPLITS
+    return tl.max((here & (differ != 0)).to(tl.int32)) != 0
+
+
+@triton.jit
+def settle(words, box, ordinal, FROM: tl.constexpr, TO: tl.constexpr, SENT: tl.constexpr,
+           SPLITS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
+    """The words, once all have arrived."""
+    while late(words, ordinal, FROM, TO, SENT, SPLITS, SIZE):
+        words = peek_fields(box, FROM, TO, SENT, SPLITS, SIZE)
+    return words
+
+
+@triton.jit
+def number(word, other, SPLITS: tl.constexpr, SIZE: tl.constexpr):
+    """Of each member, and `other` beyond the last one."""
+    here = tl.arange(0, SIZE) < SPLITS
+    return tl.where(here, word.to(tl.int32).to(tl.float32, bitcast=True), other)
+
+
+@triton.jit
 def settle_statistics(words, box, ordinal, temper, WANT: tl.constexpr, SENT: tl.constexpr,
                       SPLITS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
     """The statistics of the row and its label's logit: scalars."""
+    words = settle(words, box, ordinal, 0, P.FIRST_SUM, SENT, SPLITS, SIZE)
     neutral, stats, label_logit = R.empty(SIZE), (), 0.0
     for i in tl.static_range(P.LABEL):
         numbers = tl.reshape(neutral[i], [SIZE])
         if SENT & (1 << i):
-            numbers = settle(words[i], box + i * SIZE, ordinal, numbers, SPLITS, SIZE)
+            numbers = number(words[i], numbers, SPLITS, SIZE)
         stats = stats + (numbers,)
     if LABELLED & SENT:
-        box += P.LABEL * SIZE
-        words = settle(words[P.LABEL], box, ordinal, -float("inf"), SPLITS, SIZE)
-        label_logit = tl.max(words)
+        label_logit = tl.max(number(words[P.LABEL], -float("inf"), SPLITS, SIZE))
     return R.collapse(R.Statistics(*stats), temper, WANT), label_logit
 
 
 @triton.jit
 def settle_sums(box, ordinal, WANT: tl.constexpr, SENT: tl.constexpr, SPLITS: tl.constexpr,
                 SIZE: tl.constexpr):  # fmt: skip
-    words, sums = peek_fields(box, P.FIRST_SUM, P.FIELDS, SENT, SPLITS, SIZE), ()
+    words = peek_fields(box, P.FIRST_SUM, P.FIELDS, SENT, SPLITS, SIZE)
+    words = settle(words, box, ordinal, P.FIRST_SUM, P.FIELDS, SENT, SPLITS, SIZE)
+    sums = ()
     for i in tl.static_range(P.FIRST_SUM, P.FIELDS):
         numbers = tl.zeros([SIZE], tl.float32)
         if SENT & (1 << i):
-            numbers = settle(words[i - P.FIRST_SUM], box + i * SIZE, ordinal, 0.0, SPLITS, SIZE)
+            numbers = number(words[i - P.FIRST_SUM], 0.0, SPLITS, SIZE)
         sums = sums + (numbers,)
     return P.collapse_sums(R.Sums(*sums), WANT)
 
