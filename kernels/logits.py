@@ -137,12 +137,11 @@ def _run(
         gradient_outer, gradient_inner, _ = strides_of(gradient)
         if gradient.dim() == 2 and student.size(0) > 1:
             gradient_outer = inner * gradient_inner
-    sides = [x for x in (student, teacher, gradient) if x is not None]
-    places = [x.data_ptr() // x.element_size() for x in sides]
-    align = math.gcd(16, *places, student_outer, student_inner, teacher_outer, teacher_inner)
-    align = math.gcd(align, gradient_outer, gradient_inner)
     outers = (student_outer, teacher_outer, gradient_outer)
     inners = (student_inner, teacher_inner, gradient_inner)
+    sides = [x for x in (student, teacher, gradient) if x is not None]
+    places = [x.data_ptr() // x.element_size() for x in sides]
+    align = math.gcd(16, *places, *outers, *inners)
     one_stride = student.size(0) == 1 or outers == tuple(inner * stride for stride in inners)
     if plan.kind != "sweep":
         align = math.gcd(align, width, problem.vocab_size)
@@ -229,9 +228,8 @@ def _run_relay(plan: Schedule, arguments: dict[str, Any]) -> None:
     mailbox = torch.zeros(shape, dtype=torch.int64, device=arguments["student"].device)
     relay[(groups * splits,)](
         mailbox=mailbox, SPLITS=splits, SIZE=size, launch_cooperative_grid=True,
-        maxnreg=plan.registers,
         SENT=fields(arguments["WANT"], arguments["labels"] is not None, arguments["CONSTANT"]),
-        **arguments,
+        maxnreg=plan.registers, **arguments,
     )  # fmt: skip
 
 
