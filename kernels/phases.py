@@ -368,8 +368,7 @@ def field(scratch, i, SPLITS: tl.constexpr):
 
 @triton.jit
 def read_fields(scratch, FROM: tl.constexpr, TO: tl.constexpr, SPLITS: tl.constexpr):
-    """Those of all pieces, [SPLITS, 1] each."""
-    found = ()
+    """These fields, of every piece: [SPLITS, 1] each."""
     found = ()
     for i in tl.static_range(FROM, TO):
         found = found + (field(scratch, i, SPLITS),)
