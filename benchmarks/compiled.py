@@ -45,6 +45,7 @@ class Configuration(NamedTuple):
     dtype: torch.dtype = BF16
     everything: bool = False
     long: str = "sweep"  # tuning.LONG
+    first: int = 0  # columns of a wider tensor before these
 
 
 # Those of every target and divergence, and in CI of a few when in haste.
@@ -71,6 +72,10 @@ ONCE = (
 CLUSTER = Configuration("cluster", "fused", 4096, 128256, long="cluster")
 # Those of forward KL on sm_90: what it shares with every other, and heads of sigmoids.
 OTHERS = (
+    Configuration("slices", "in place", 8192, 50257, first=3),
+    Configuration("slices split", "in place", 64, 128253, first=3),
+    Configuration("slices fp32", "in place", 8192, 50257, FP32, first=3),
+    Configuration("slices, own gradient", "fused", 8192, 50257, first=3),
     Configuration("standardized", "standardized", 4096, 128256),
     Configuration("standardized resident", "standardized", 4096, 1000),
     Configuration("multi-label", "multi-label", 4096, 32000),
@@ -162,7 +167,8 @@ def _call(name: str, one: Configuration) -> Callable[[], object]:
         if one.launcher == "both gradients":
             return partial(elementwise.backward, upstream, x, t, u, w, full)
         return partial(elementwise.backward, upstream, None, t, u, None, full)
-    z, y = (meta(1, rows, one.columns, dtype=one.dtype) for _ in range(2))
+    wide = one.first + one.columns
+    z, y = (meta(1, rows, wide, dtype=one.dtype)[..., one.first :] for _ in range(2))
     labels = meta(rows, dtype=torch.int64) if full else None
     counted = meta(rows, dtype=torch.bool) if full else None
     parameters = fastkd.Divergence.of_name(name)().parameters
@@ -186,8 +192,9 @@ def _call(name: str, one: Configuration) -> Callable[[], object]:
             logits.fused(problem, factors, full, None)
 
         return call
-    if one.launcher == "fused":
-        return partial(logits.fused, problem, factors, full, None)
+    if one.launcher in ("fused", "in place"):
+        out = z if one.launcher == "in place" else None
+        return partial(logits.fused, problem, factors, full, out)
     if one.launcher == "forward":
         return partial(logits.forward, problem, False, False)
     return partial(logits.backward, problem, meta(5, rows), factors, True, False)

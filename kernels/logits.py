@@ -137,8 +137,12 @@ def _run(
         gradient_outer, gradient_inner, _ = strides_of(gradient)
         if gradient.dim() == 2 and student.size(0) > 1:
             gradient_outer = inner * gradient_inner
-    align = math.gcd(16, student_outer, student_inner, teacher_outer, teacher_inner)
-    align = math.gcd(align, gradient_outer, gradient_inner)
+    outers = (student_outer, teacher_outer, gradient_outer)
+    inners = (student_inner, teacher_inner, gradient_inner)
+    sides = [x for x in (student, teacher, gradient) if x is not None]
+    places = [x.data_ptr() // x.element_size() for x in sides]
+    align = math.gcd(16, *places, *outers, *inners)
+    one_stride = student.size(0) == 1 or outers == tuple(inner * stride for stride in inners)
     if plan.kind != "sweep":
         align = math.gcd(align, width, problem.vocab_size)
     kd, ce, h = factors or (None, None, None)
@@ -154,7 +158,8 @@ def _run(
     want |= R.KL.value * (alone and swept and problem.divergence in ("forward_kl", "reverse_kl"))
     arguments = dict(  # noqa: C408
         student=student, teacher=teacher, student_outer=student_outer, student_inner=student_inner,
-        teacher_outer=teacher_outer, teacher_inner=teacher_inner, inner=inner,
+        teacher_outer=teacher_outer, teacher_inner=teacher_inner,
+        inner=None if one_stride else inner,
         s_temperature=problem.student_temperature,
         s_temperature_stride=problem.student_temperature.stride(0),
         t_temperature=problem.teacher_temperature,
@@ -177,12 +182,8 @@ def _run(
         else:
             scratch, phases = None, [(first, P.GRADIENT)]
             block = plan.lanes * plan.vector
-            # Rows that begin anywhere, but on all sides alike.
-            sides = [(student_outer, student_inner), (teacher_outer, teacher_inner)]
-            sides += [] if gradient is None else [(gradient_outer, gradient_inner)]
-            begins = {(outer % plan.vector, inner % plan.vector) for outer, inner in sides}
-            shifted = align % plan.vector != 0 and len(begins) == 1
-            reach = problem.vocab_size + (plan.vector - 1) * shifted
+            begins = _begins(arguments, plan.vector)
+            reach = problem.vocab_size + (plan.vector - 1 if begins["SHIFTED"] else 0)
             span = triton.cdiv(triton.cdiv(reach, plan.splits), block) * block
             if plan.splits > 1 and first.value == P.STATISTICS.value:
                 shape = (rows, P.FIELDS.value, plan.splits)
@@ -190,10 +191,32 @@ def _run(
                 phases = [(phase, phase) for phase in (P.STATISTICS, P.SUMS, P.GRADIENT)]
             for begin, end in phases:
                 sweep[(rows, plan.splits)](
-                    FIRST=begin, LAST=end, SPLITS=plan.splits, SHIFTED=shifted, scratch=scratch,
-                    span=span, temperature=temperature, **arguments,
+                    FIRST=begin, LAST=end, SPLITS=plan.splits, scratch=scratch, span=span,
+                    temperature=temperature, **arguments | begins,
                 )  # fmt: skip
     return None if temperature is None else temperature.sum(1)
+
+
+def _begins(arguments: dict[str, Any], vector: int) -> dict[str, Any]:
+    """Where the operands of `sweep` begin: each from the multiple of `vector` before it on.
+
+    Unless its storage begins later, which one that PyTorch allocated does not.
+    """
+    found, places = {"SHIFTED": 0}, []
+    for side in ("student", "teacher", "gradient"):
+        x, first = arguments[side], 0
+        if x is not None:
+            first = x.data_ptr() // x.element_size() % vector
+            first *= first <= x.storage_offset()
+            strides = arguments[f"{side}_outer"], arguments[f"{side}_inner"]
+            places.append((first, *(stride % vector for stride in strides)))
+        if first:
+            x = x.as_strided(x.size(), x.stride(), x.storage_offset() - first)
+        found |= {side: x, f"{side}_first": first}
+    if arguments["ALIGN"] % vector:
+        lead = max(places[:2], key=places.count)
+        found["SHIFTED"] = sum(1 << i for i, place in enumerate(places) if place == lead)
+    return found
 
 
 def _run_relay(plan: Schedule, arguments: dict[str, Any]) -> None:
@@ -204,9 +227,9 @@ def _run_relay(plan: Schedule, arguments: dict[str, Any]) -> None:
     shape = (groups, RING.value, P.FIELDS.value, size)
     mailbox = torch.zeros(shape, dtype=torch.int64, device=arguments["student"].device)
     relay[(groups * splits,)](
-        mailbox=mailbox, SPLITS=splits, SIZE=size, launch_cooperative_grid=True, maxnreg=255,
+        mailbox=mailbox, SPLITS=splits, SIZE=size, launch_cooperative_grid=True,
         SENT=fields(arguments["WANT"], arguments["labels"] is not None, arguments["CONSTANT"]),
-        **arguments,
+        maxnreg=plan.registers, **arguments,
     )  # fmt: skip
 
 

@@ -9,8 +9,10 @@ from triton.language.target_info import is_cuda
 from fastkd.kernels import rows as R
 
 THREAD = tl.constexpr(16)  # entries of a tile per thread, as tuning.py has them
-LABEL = tl.constexpr(11)  # where the label's logit stands among what the pieces of a row hand on
-FIELDS = tl.constexpr(17)  # these, Statistics before and Sums after it
+# What the pieces of a row hand on, in its order, and the places in it.
+HANDED_ON = (*R.Statistics._fields, "label_logit", *R.Sums._fields)
+LABEL = tl.constexpr(HANDED_ON.index("label_logit"))
+FIRST_SUM, FIELDS = tl.constexpr(LABEL.value + 1), tl.constexpr(len(HANDED_ON))
 
 # The phases of a row, in their order.
 STATISTICS, SUMS, GRADIENT = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -18,7 +20,7 @@ STATISTICS, SUMS, GRADIENT = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 # Numbers whose every value would otherwise compile anew where it is 1 or a multiple of 16.
 VARYING = (
     "inner", "rows", "s_temperature_stride", "t_temperature_stride", "kd_stride", "ce_stride",
-    "entropy_stride",
+    "entropy_stride", "student_first", "teacher_first", "gradient_first",
 )  # fmt: skip
 
 # --- loads and stores ------------------------------------------------------------------------
@@ -58,11 +60,17 @@ def aligned(x, ALIGN: tl.constexpr):
 
 @triton.jit
 def row_at(index, outer, inner_stride, inner, ALIGN: tl.constexpr):
-    """Where row `index` of [outer, inner, columns] begins, in 64 bits; divided in 32 bits."""
-    index = index.to(tl.uint32)
-    o = index // inner.to(tl.uint32)
-    i = index - o * inner.to(tl.uint32)
-    return o.to(tl.int64) * aligned(outer, ALIGN) + i.to(tl.int64) * aligned(inner_stride, ALIGN)
+    """Where row `index` of [outer, inner, columns] begins, in 64 bits; divided in 32 bits.
+
+    inner None: the rows lie at one stride, and nothing is divided.
+    """
+    if inner is None:
+        return index.to(tl.int64) * aligned(inner_stride, ALIGN)
+    else:
+        index = index.to(tl.uint32)
+        o = index // inner.to(tl.uint32)
+        i = (index - o * inner.to(tl.uint32)).to(tl.int64)
+        return o.to(tl.int64) * aligned(outer, ALIGN) + i * aligned(inner_stride, ALIGN)
 
 
 @triton.jit
@@ -91,10 +99,10 @@ def factor(pointer, stride, index, live):
 
 @triton.jit
 def temper_of(s_pointer, s_stride, t_pointer, t_stride, moments, index, rows, live, a):
-    s_rate = 1.0 / row_load(s_pointer, index * s_stride, live, 1.0)
+    s_rate = R.reciprocal(row_load(s_pointer, index * s_stride, live, 1.0))
     t_rate = s_rate
     if t_pointer is not None:
-        t_rate = 1.0 / row_load(t_pointer, index * t_stride, live, 1.0)
+        t_rate = R.reciprocal(row_load(t_pointer, index * t_stride, live, 1.0))
     mean, pull = 0.0, 0.0
     if moments is not None:
         mean = row_load(moments, index, live, 0.0)
@@ -349,9 +357,9 @@ def gradient_step(
 
 @triton.jit
 def write_statistics(scratch, stats, label_logit, SPLITS: tl.constexpr):
-    for i in tl.static_range(11):
+    for i in tl.static_range(LABEL):
         tl.store(scratch + i * SPLITS, stats[i])
-    tl.store(scratch + 11 * SPLITS, label_logit)
+    tl.store(scratch + LABEL * SPLITS, label_logit)
 
 
 @triton.jit
@@ -360,26 +368,26 @@ def field(scratch, i, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def read_statistics(scratch, temper, WANT: tl.constexpr, SPLITS: tl.constexpr):
-    stats = R.Statistics(
-        field(scratch, 0, SPLITS), field(scratch, 1, SPLITS), field(scratch, 2, SPLITS),
-        field(scratch, 3, SPLITS), field(scratch, 4, SPLITS), field(scratch, 5, SPLITS),
-        field(scratch, 6, SPLITS), field(scratch, 7, SPLITS), field(scratch, 8, SPLITS),
-        field(scratch, 9, SPLITS), field(scratch, 10, SPLITS),
-    )  # fmt: skip
-    return R.collapse(stats, temper, WANT), tl.load(scratch + 11 * SPLITS)
+def read_fields(scratch, FROM: tl.constexpr, TO: tl.constexpr, SPLITS: tl.constexpr):
+    """These fields, of every piece: [SPLITS, 1] each."""
+    found = ()
+    for i in tl.static_range(FROM, TO):
+        found = found + (field(scratch, i, SPLITS),)
+    return found
 
 
 @triton.jit
-def write_sums(scratch, sums, WANT: tl.constexpr, SPLITS: tl.constexpr):
-    for i in tl.static_range(5 if R.LEVER & WANT else 3):
-        tl.store(scratch + (12 + i) * SPLITS, sums[i])
+def read_statistics(scratch, temper, WANT: tl.constexpr, SPLITS: tl.constexpr):
+    stats = R.Statistics(*read_fields(scratch, 0, LABEL, SPLITS))
+    return R.collapse(stats, temper, WANT), tl.load(scratch + LABEL * SPLITS)
+
+
+@triton.jit
+def write_sums(scratch, sums, SPLITS: tl.constexpr):
+    for i in tl.static_range(FIRST_SUM, FIELDS):
+        tl.store(scratch + i * SPLITS, sums[i - FIRST_SUM])
 
 
 @triton.jit
 def read_sums(scratch, WANT: tl.constexpr, SPLITS: tl.constexpr):
-    sums = R.Sums(
-        field(scratch, 12, SPLITS), field(scratch, 13, SPLITS), field(scratch, 14, SPLITS),
-        field(scratch, 15, SPLITS), field(scratch, 16, SPLITS),
-    )  # fmt: skip
-    return collapse_sums(sums, WANT)
+    return collapse_sums(R.Sums(*read_fields(scratch, FIRST_SUM, FIELDS, SPLITS)), WANT)

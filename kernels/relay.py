@@ -20,22 +20,22 @@ RING = tl.constexpr(8)
 # Two entries of -inf in one word.
 MASKED_BF16, MASKED_FP16 = tl.constexpr(-0x7F0080), tl.constexpr(-0x3FF0400)
 
-# Which of the fields that the pieces of a row hand on travel, a bit each: those of Statistics, the
-# label's logit, those of Sums. Both maxima, both sums and the value do whatever is wanted.
-LABELLED = tl.constexpr(1 << P.LABEL.value)
-ALWAYS = 0b1_0_000_0001_1011
-SLOPE = 1 << 13
+# Which of the fields that the pieces of a row hand on travel: always, and by what is wanted.
+ALWAYS = ("s_max", "t_max", "s_sum", "t_sum", "value")
 NEEDED = {
-    R.MIXTURE: 0b100100, R.GAP: 1 << 6, R.ENTROPY: 1 << 7, R.TEACHER_ENTROPY: 1 << 14 | 1 << 8,
-    R.UNIT: 1 << 9, R.MEAN: 1 << 10, R.LEVER: 0b11 << 15 | 1 << 7,
+    R.MIXTURE: ("mixture_max", "mixture"), R.GAP: ("gap",), R.ENTROPY: ("s_entropy",),
+    R.TEACHER_ENTROPY: ("t_entropy", "agreement"), R.UNIT: ("unit",), R.MEAN: ("total",),
+    R.LEVER: ("s_entropy", "lever", "entropy_lever"),
 }  # fmt: skip
+LABELLED = tl.constexpr(1 << P.LABEL.value)
 
 
 def fields(want: int, labels: bool, constant: str) -> int:
-    sent = ALWAYS | LABELLED.value * labels | SLOPE * (constant == SLOPE_SUM)
-    for flag, bits in NEEDED.items():
-        sent |= bits if want & flag.value else 0
-    return sent
+    """A bit for each that travels, by its place in phases.HANDED_ON."""
+    sent = {*ALWAYS, *["label_logit"] * labels, *["slope"] * (constant == SLOPE_SUM)}
+    for flag, names in NEEDED.items():
+        sent |= set(names) if want & flag.value else set()
+    return sum(1 << P.HANDED_ON.index(name) for name in sent)
 
 
 # --- the mailbox -----------------------------------------------------------------------------
@@ -62,15 +62,6 @@ def peek(box, SPLITS: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def settle(words, box, ordinal, other, SPLITS: tl.constexpr, SIZE: tl.constexpr):
-    """Their numbers, once all have arrived; `other` beyond the last member."""
-    here = tl.arange(0, SIZE) < SPLITS
-    while tl.max((here & ((words >> 32) != ordinal)).to(tl.int32)) != 0:
-        words = peek(box, SPLITS, SIZE)
-    return tl.where(here, words.to(tl.int32).to(tl.float32, bitcast=True), other)
-
-
-@triton.jit
 def post_statistics(box, stats, label_logit, ordinal, SENT: tl.constexpr, SIZE: tl.constexpr):
     for i in tl.static_range(P.LABEL):
         if SENT & (1 << i):
@@ -81,9 +72,9 @@ def post_statistics(box, stats, label_logit, ordinal, SENT: tl.constexpr, SIZE: 
 
 @triton.jit
 def post_sums(box, sums, ordinal, SENT: tl.constexpr, SIZE: tl.constexpr):
-    for i in tl.static_range(P.LABEL + 1, P.FIELDS):
+    for i in tl.static_range(P.FIRST_SUM, P.FIELDS):
         if SENT & (1 << i):
-            post(box + i * SIZE, sums[i - 12], ordinal)
+            post(box + i * SIZE, sums[i - P.FIRST_SUM], ordinal)
 
 
 @triton.jit
@@ -99,29 +90,59 @@ def peek_fields(box, FROM: tl.constexpr, TO: tl.constexpr, SENT: tl.constexpr,
 
 
 @triton.jit
+def late(words, ordinal, FROM: tl.constexpr, TO: tl.constexpr, SENT: tl.constexpr,
+         SPLITS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
+    """Whether a word has not arrived."""
+    differ = tl.zeros([SIZE], tl.int32)
+    for i in tl.static_range(FROM, TO):
+        if SENT & (1 << i):
+            differ |= (words[i - FROM] >> 32).to(tl.int32) ^ ordinal
+    here = tl.arange(0, SIZE) < SPLITS
+    return tl.max((here & (differ != 0)).to(tl.int32)) != 0
+
+
+@triton.jit
+def settle(words, box, ordinal, FROM: tl.constexpr, TO: tl.constexpr, SENT: tl.constexpr,
+           SPLITS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
+    """The words, once all have arrived."""
+    while late(words, ordinal, FROM, TO, SENT, SPLITS, SIZE):
+        words = peek_fields(box, FROM, TO, SENT, SPLITS, SIZE)
+    return words
+
+
+@triton.jit
+def number(word, other, SPLITS: tl.constexpr, SIZE: tl.constexpr):
+    """Of each member, and `other` beyond the last one."""
+    here = tl.arange(0, SIZE) < SPLITS
+    return tl.where(here, word.to(tl.int32).to(tl.float32, bitcast=True), other)
+
+
+@triton.jit
 def settle_statistics(words, box, ordinal, temper, WANT: tl.constexpr, SENT: tl.constexpr,
                       SPLITS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
     """The statistics of the row and its label's logit: scalars."""
+    words = settle(words, box, ordinal, 0, P.FIRST_SUM, SENT, SPLITS, SIZE)
     neutral, stats, label_logit = R.empty(SIZE), (), 0.0
     for i in tl.static_range(P.LABEL):
         numbers = tl.reshape(neutral[i], [SIZE])
         if SENT & (1 << i):
-            numbers = settle(words[i], box + i * SIZE, ordinal, numbers, SPLITS, SIZE)
+            numbers = number(words[i], numbers, SPLITS, SIZE)
         stats = stats + (numbers,)
     if LABELLED & SENT:
-        words = settle(words[11], box + 11 * SIZE, ordinal, -float("inf"), SPLITS, SIZE)
-        label_logit = tl.max(words)
+        label_logit = tl.max(number(words[P.LABEL], -float("inf"), SPLITS, SIZE))
     return R.collapse(R.Statistics(*stats), temper, WANT), label_logit
 
 
 @triton.jit
 def settle_sums(box, ordinal, WANT: tl.constexpr, SENT: tl.constexpr, SPLITS: tl.constexpr,
                 SIZE: tl.constexpr):  # fmt: skip
-    words, sums = peek_fields(box, 12, 17, SENT, SPLITS, SIZE), ()
-    for i in tl.static_range(12, 17):
+    words = peek_fields(box, P.FIRST_SUM, P.FIELDS, SENT, SPLITS, SIZE)
+    words = settle(words, box, ordinal, P.FIRST_SUM, P.FIELDS, SENT, SPLITS, SIZE)
+    sums = ()
+    for i in tl.static_range(P.FIRST_SUM, P.FIELDS):
         numbers = tl.zeros([SIZE], tl.float32)
         if SENT & (1 << i):
-            numbers = settle(words[i - 12], box + i * SIZE, ordinal, 0.0, SPLITS, SIZE)
+            numbers = number(words[i - P.FIRST_SUM], 0.0, SPLITS, SIZE)
         sums = sums + (numbers,)
     return P.collapse_sums(R.Sums(*sums), WANT)
 
@@ -283,7 +304,7 @@ def relay(
     while left > 0:
         tick += 1
         box = box_of(mailbox, group, tick - 1, SIZE)
-        words = peek_fields(box, 0, 12, SENT, SPLITS, SIZE)
+        words = peek_fields(box, 0, P.FIRST_SUM, SENT, SPLITS, SIZE)
 
         if count < rows:
             temper = P.temper_of(*heat, count, rows, None, a)
@@ -337,7 +358,7 @@ def relay(
             box = box_of(mailbox, group, tick - LAG, SIZE)
             temper = P.temper_of(*heat, close, rows, None, a)
             stats, label_logit = settle_statistics(
-                peek_fields(box, 0, 12, SENT, SPLITS, SIZE), box, tick - LAG, temper,
+                peek_fields(box, 0, P.FIRST_SUM, SENT, SPLITS, SIZE), box, tick - LAG, temper,
                 WANT, SENT, SPLITS, SIZE,
             )  # fmt: skip
             final = R.summarize(stats, temper, CONSTANT, WANT)

@@ -12,6 +12,7 @@ from fastkd.kernels import rows as R
 @triton.jit(do_not_specialize=P.VARYING)
 def sweep(
     student, teacher, student_outer, student_inner, teacher_outer, teacher_inner, inner,
+    student_first, teacher_first, gradient_first,
     s_temperature, s_temperature_stride, t_temperature, t_temperature_stride, moments,
     labels, counted, smoothing, a, b, kd, kd_stride, ce, ce_stride, entropy, entropy_stride,
     state, values, loss, gradient, gradient_outer, gradient_inner, width, temperature,
@@ -25,8 +26,10 @@ def sweep(
     Full tiles are not masked, which keeps their loads 128 bits wide; every sweep runs against the
     one before it, so that it begins on what the cache still holds. Between launches the phases
     hand on through `scratch`; FIRST == P.GRADIENT without it takes the row from `state`.
-    SHIFTED: rows may begin anywhere, on all sides alike; positions are then counted from the last
-    multiple of VECTOR before the row's first column, which has position `shift`.
+    An operand's first entry lies `first` entries beyond its pointer. SHIFTED: 0, or rows may begin
+    anywhere, alike on those of student (1), teacher (2) and gradient (4) that it is the sum of.
+    Positions are then counted from the multiple of VECTOR before these rows' first column, which
+    has position `shift`; what is not alike moves in smaller pieces.
     """
     SAME: tl.constexpr = t_temperature is None
     BLOCK: tl.constexpr = LANES * VECTOR
@@ -38,14 +41,15 @@ def sweep(
     BACKWARD: tl.constexpr = FIRST == P.GRADIENT and scratch is None
     a, b, smoothing = P.singles(a, b, smoothing)
     index, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    student_at = P.row_at(index, student_outer, student_inner, inner, ALIGN)
-    teacher_at = P.row_at(index, teacher_outer, teacher_inner, inner, ALIGN)
-    gradient_at = P.row_at(index, gradient_outer, gradient_inner, inner, ALIGN)
+    student_at = P.row_at(index, student_outer, student_inner, inner, ALIGN) + student_first
+    teacher_at = P.row_at(index, teacher_outer, teacher_inner, inner, ALIGN) + teacher_first
+    gradient_at = P.row_at(index, gradient_outer, gradient_inner, inner, ALIGN) + gradient_first
     shift = 0
     if SHIFTED:
-        shift = (student_at % VECTOR).to(tl.int32)
-        student_at, teacher_at = P.aligned(student_at, VECTOR), P.aligned(teacher_at, VECTOR)
-        gradient_at = P.aligned(gradient_at, VECTOR)
+        shift = ((student_at if SHIFTED & 1 else teacher_at) % VECTOR).to(tl.int32)
+    student_at = P.aligned(student_at - shift, VECTOR if SHIFTED & 1 else ALIGN)
+    teacher_at = P.aligned(teacher_at - shift, VECTOR if SHIFTED & 2 else ALIGN)
+    gradient_at = P.aligned(gradient_at - shift, VECTOR if SHIFTED & 4 else ALIGN)
     # A masked tile where the row does not begin at position 0, full tiles, and a masked tail.
     begin = split * span
     end = tl.minimum(begin + span, shift + columns)
@@ -139,7 +143,7 @@ def sweep(
         if R.KL & WANT:
             sums = P.with_value(sums, tl.where(clear, known, sums.value))
         if LAST == P.SUMS:
-            P.write_sums(scratch + split, sums, WANT, SPLITS)
+            P.write_sums(scratch + split, sums, SPLITS)
     elif FIRST == P.GRADIENT and not BACKWARD:
         sums = P.read_sums(scratch, WANT, SPLITS)
 

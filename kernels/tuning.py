@@ -38,6 +38,7 @@ class Schedule(NamedTuple):
     warps: int
     programs: int = 0  # of a relay: as many as run at once
     blocks: int = 1  # thread blocks, in a cluster, that hold a tile
+    registers: int | None = None  # that a thread has at most, so that `programs` do fit
 
 
 def schedule(rows: int, columns: int, itemsize: int, device: torch.device, once: bool) -> Schedule:
@@ -59,8 +60,8 @@ def schedule(rows: int, columns: int, itemsize: int, device: torch.device, once:
 
 
 def relay(itemsize: int, processors: int) -> Schedule:
-    """16 bytes of each of 4 rows of lanes to a thread; two programs fit a processor."""
-    return Schedule("relay", 512, 16 // itemsize, 1, 4, 2 * processors)
+    """16 bytes of each of 4 rows of lanes to a thread; two programs fit a processor's registers."""
+    return Schedule("relay", 512, 16 // itemsize, 1, 4, 2 * processors, registers=255)
 
 
 def cluster(columns: int) -> Schedule:

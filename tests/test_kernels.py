@@ -462,44 +462,6 @@ def test_loss_alone_sweeps_again_where_it_is_small(divergence, force, device):
     assert_close(swept[KD] / truth, torch.ones(7, device=device), "value")
 
 
-@pytest.mark.parametrize("plan", ["sweep", "split"])
-@pytest.mark.parametrize(
-    ("strides", "V"),
-    [
-        ((75, 75, 75), 75),  # contiguous: row r begins 75 r columns on
-        ((83, 91, 75), 71),  # equal modulo the vector of 8; 4 columns of padding
-        ((77, 77, 77), 33),  # the first tile is all but the whole row
-        ((83, 84, 75), 75),  # unlike: no wide loads
-    ],
-)
-@pytest.mark.parametrize("divergence", [FORWARD_KL, fastkd.JSD(0.3)], ids=str)
-def test_rows_that_begin_anywhere(divergence, strides, V, plan, force, device):
-    """Odd strides: head and tail of every row, and nothing written beside it."""
-    force(plan)
-    rows, width = 9, 75  # every remainder modulo 8
-    z, y, out = (
-        torch.randn(rows, stride + 5, device=device).flatten()[: rows * stride].view(rows, stride)
-        for stride in strides
-    )
-    labels = torch.randint(V, (rows,), device=device)
-    problem = problem_of(z[:, :width], y[:, :width], divergence, labels=labels, V=V)
-    truth = Truth(problem, divergence)
-    factors = Coefficients(*torch.rand(2, rows, device=device) + 0.5, None)
-    gradient = torch.zeros(rows, width, device=device, dtype=torch.float64)
-    gradient[:, :V] = truth.gradient(factors)[0]
-
-    values, state = logits.forward(problem, entropy=False, metrics=False)
-    assert_close(values[KD], truth.values["kd"])
-    assert_close(values[CE], truth.values["ce"])
-    ours, _ = logits.backward(problem, state, factors, gradient=True, temperature=False)
-    assert_close(ours, gradient, "gradient")
-    beside = out.clone()
-    loss, _, _ = logits.fused(problem, factors, metrics=False, out=out[:, :width])
-    assert_close(loss, factors.kd * truth.values["kd"] + factors.ce * truth.values["ce"])
-    assert_close(out[:, :width], gradient, "gradient")
-    assert torch.equal(out[:, width:], beside[:, width:])
-
-
 def test_own_divergence(force, device):
     force("sweep")
     divergence = Hellinger()
