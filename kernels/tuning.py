@@ -7,6 +7,7 @@ ahead-of-time tests check. Nothing here has been timed on a GPU yet.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -111,6 +112,7 @@ def table(
     return Schedule("sweep", block // vector, vector, splits, 8)
 
 
+@functools.cache
 def layout(plan: Schedule, columns: int, vector: int, itemsize: int) -> Layout:
     """Of resident rows of `columns` entries, of which one load may hold `vector`."""
     if not plan.threads:
