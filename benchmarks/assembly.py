@@ -115,7 +115,7 @@ def _compiled(target: str, call: Callable[[], object], processors: int, long: st
         constants = {
             p.name: given[p.name]
             for p in self.params
-            if p.is_constexpr and isinstance(given.get(p.name), int | str)
+            if p.is_constexpr and isinstance(given.get(p.name), int | str | tuple)
         }
         found.append((kernel, self.__name__, constants, tuple(grid), kernel.metadata))
         return kernel

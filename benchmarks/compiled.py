@@ -52,6 +52,8 @@ class Configuration(NamedTuple):
 MAIN = (
     Configuration("sweep", "fused", 4096, 128256),
     Configuration("resident", "fused", 4096, 1000),
+    Configuration("ten columns", "fused", 65536, 10),
+    Configuration("hundred columns", "fused", 65536, 100),
     Configuration("everything", "fused", 4096, 128256, everything=True),
 )
 # Those of every divergence on sm_90.
@@ -62,6 +64,8 @@ MORE = (
     Configuration("fp32", "fused", 4096, 128256, FP32),
     Configuration("odd", "fused", 8192, 50257),
     Configuration("everything resident", "fused", 4096, 1000, everything=True),
+    Configuration("everything, ten columns", "fused", 65536, 10, everything=True),
+    Configuration("everything, hundred columns", "fused", 65536, 100, everything=True),
 )
 # The schedules that read each operand once, for loss and gradient and for the loss alone; of every
 # divergence on sm_90, of a few on NVIDIA's other targets.
@@ -85,7 +89,7 @@ OTHERS = (
 # Every width that a resident row can have; on sm_90.
 WIDTHS = tuple(
     Configuration(f"resident {width}", "fused", 65536, width)
-    for width in (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+    for width in (5, 16, 32, 37, 64, 128, 256, 512, 1024, 2048, 4096)
 )
 ALL_WIDTHS = ("forward_kl", "jsd")
 
@@ -221,8 +225,10 @@ class Work(NamedTuple):
 
 
 def _tile(binary: Binary) -> tuple[int, ...]:
+    """Of a resident row what its parts hold together."""
+    held = sum(columns for _, columns in binary.constants.get("PARTS", ())) or None
     sizes = [binary.constants.get(name) for name in ("LANES", "VECTOR", "BLOCK")]
-    return tuple(size for size in sizes if size is not None)
+    return tuple(size for size in (sizes[0], held, *sizes[1:]) if size is not None)
 
 
 def work(binary: Binary, entry: int, width: int) -> Work:
@@ -319,7 +325,7 @@ def _against_textbook(target: str, name: str) -> list[str]:
 
 PREDICTED = (
     "case", "divergence", "pass", "schedule", "DRAM bytes", "instructions", "MUFU", "DRAM, ms",
-    "L2, ms", "issue, ms", "MUFU, ms", "predicted, ms", "limit", "of the floor",
+    "L2, ms", "issue, ms", "MUFU, ms", "predicted, ms", "limit", "of the floor", "of a copy",
 )  # fmt: skip
 EVERY = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd")
 # The loss alone of rows whose KL is not small.
@@ -375,6 +381,9 @@ def _prediction(
     instructions = padding * sum(part.instructions for part in done)
     special = padding * sum(part.special for part in done)
     bytes_ = _traffic(gpu, kernels, shape.vocab, shape.rows)
+    if "PARTS" in first.constants and launcher == "fused":
+        torn = _written(first, kernels[0].entry / 2, shape.vocab) - kernels[0].entry / 2
+        bytes_ = bytes_._replace(moved=bytes_.moved + torn)
     programs = math.prod(first.programs)
     positions = shape.rows * shape.vocab
     found = model.times(gpu, positions, bytes_, instructions, special, programs, len(kernels))
@@ -383,25 +392,37 @@ def _prediction(
         case, name, launcher, _schedule_of(kernels), f"{bytes_.shared:.1f}", f"{instructions:.1f}",
         f"{special:.1f}", *(f"{1e3 * t:.3f}" for t in found[:4]), f"{1e3 * found.predicted:.3f}",
         found.limit, f"{floor / found.predicted:.0%}",
+        f"{(floor + model.LAUNCH) / found.predicted:.0%}",
     ]  # fmt: skip
+
+
+def _written(binary: Binary, size: float, columns: int) -> float:
+    """Bytes per position that a resident row's gradient takes in whole sectors, at most."""
+    piece, align = binary.constants["STORED"], binary.constants["ALIGN"]
+    pieces = [
+        min(begin + at + min(piece, held), columns) - begin - at
+        for begin, held in binary.constants["PARTS"]
+        for at in range(0, held, piece)
+        if begin + at < columns
+    ]
+    return sum(model.sectors(n * size, align * size) for n in pieces) / columns
 
 
 def _held(binary: Binary) -> int:
     """Columns that the programs of a row hold, with what pads it; 0 where it goes by in tiles."""
-    tile = binary.constants.get("VECTOR", 0)
     if binary.name == "relay":
         return math.prod(_tile(binary)) * binary.constants["SPLITS"]
-    return 0 if binary.loops else tile
+    return 0 if binary.loops else _tile(binary)[-1]
 
 
 def _schedule_of(kernels: Sequence[Measured]) -> str:
     first = kernels[0].binary
+    if first.blocks > 1:
+        return "cluster"
+    if first.name in ("relay", "resident"):
+        return first.name
     if "VECTOR" not in first.constants:
         return "elementwise"
-    if first.name == "relay" or first.blocks > 1:
-        return "relay" if first.name == "relay" else "cluster"
-    if not first.loops:
-        return "resident"
     return "split" if len(kernels) > 1 else "sweep"
 
 
@@ -491,7 +512,8 @@ def _report(
             f"## Predicted for {gpu.name}",
             f"{gpu.processors} processors at {gpu.clock} GHz, copy {gpu.copy} TB/s, L2 "
             f"{gpu.cached} TB/s: the longest of four limits, and {1e6 * model.LAUNCH:.0f} us a "
-            "launch. The floor is every operand moved once at the copy's rate.",
+            "launch. The floor is every operand moved once at the copy's rate, a copy the same "
+            "with its launch.",
             table((PREDICTED, *(line for part in predicted for line in part))),
         ]
     return "\n\n".join(parts) + "\n"

@@ -32,6 +32,7 @@ GPUS = {
 }
 H100 = GPUS["sm_90"]._replace(name="H100", clock=1.755, copy=3.0, cache=50 << 20)
 LAUNCH = 4e-6  # seconds from one kernel's end to the next one's first load
+SECTOR = 32  # bytes: what L2 takes at a time, however few of them are written
 CACHED = 0.75  # the share of L2 that holds what was read last
 
 
@@ -41,6 +42,11 @@ def occupancy(gpu: Gpu, registers: int, shared: int, warps: int) -> int:
     by_registers = gpu.registers // (of_warp * warps)
     by_shared = gpu.shared // (shared + 1024) if shared else 32
     return min(by_registers, by_shared, gpu.warps // warps, 32)
+
+
+def sectors(count: float, align: float) -> float:
+    """Bytes of the sectors that `count` bytes lie in, where these begin at multiples of `align`."""
+    return count + max(SECTOR - align, 0)
 
 
 class Traffic(NamedTuple):

@@ -22,7 +22,7 @@ from fastkd.kernels.divergences import device_of
 from fastkd.kernels.relay import RING, fields, relay
 from fastkd.kernels.resident import resident
 from fastkd.kernels.sweep import sweep
-from fastkd.kernels.tuning import Schedule, multiprocessors, power_of_two, schedule
+from fastkd.kernels.tuning import Schedule, layout, multiprocessors, power_of_two, schedule
 from fastkd.problem import Coefficients, Problem
 
 
@@ -123,7 +123,9 @@ def _run(
     width, device = student.size(-1), student.device
     kind, (evaluate, outer) = Divergence.of_name(problem.divergence), device_of(problem.divergence)
     itemsize = min(student.element_size(), teacher.element_size())
-    plan = schedule(rows, width, itemsize, device, once=first.value == P.GRADIENT.value)
+    once = first.value == P.GRADIENT.value
+    lean = problem.labels is None and problem.moments is None and not (entropy or metrics)
+    plan = schedule(rows, width, itemsize, device, once=once, lean=lean)
     # Zero for the rows that the kernel skips.
     temperature = (
         torch.zeros(rows, plan.splits, dtype=torch.float32, device=device) if heat else None
@@ -170,13 +172,15 @@ def _run(
         loss=loss, gradient=gradient, gradient_outer=gradient_outer, gradient_inner=gradient_inner,
         width=width, rows=rows, columns=problem.vocab_size,
         WANT=want, DIVERGENCE=evaluate, OUTER=outer, CONSTANT=kind.constant, ALIGN=align,
-        LANES=plan.lanes, VECTOR=plan.vector, num_warps=plan.warps, enable_fp_fusion=True,
+        LANES=plan.lanes, num_warps=plan.warps, enable_fp_fusion=True,
     )  # fmt: skip
     with torch.cuda.device_of(student):
         if plan.kind == "resident":
+            parts, piece, stored = layout(plan, width, min(align, 16 // itemsize), itemsize)
             resident[(triton.cdiv(rows, plan.lanes),)](
-                FIRST=first, temperature=temperature, num_ctas=plan.blocks, **arguments
-            )
+                FIRST=first, temperature=temperature, PARTS=parts, PIECE=piece, STORED=stored,
+                num_ctas=plan.blocks, **arguments,
+            )  # fmt: skip
         elif plan.kind == "relay":
             _run_relay(plan, arguments)
         else:
@@ -191,8 +195,8 @@ def _run(
                 phases = [(phase, phase) for phase in (P.STATISTICS, P.SUMS, P.GRADIENT)]
             for begin, end in phases:
                 sweep[(rows, plan.splits)](
-                    FIRST=begin, LAST=end, SPLITS=plan.splits, scratch=scratch, span=span,
-                    temperature=temperature, **arguments | begins,
+                    FIRST=begin, LAST=end, SPLITS=plan.splits, VECTOR=plan.vector,
+                    scratch=scratch, span=span, temperature=temperature, **arguments | begins,
                 )  # fmt: skip
     return None if temperature is None else temperature.sum(1)
 
@@ -227,7 +231,8 @@ def _run_relay(plan: Schedule, arguments: dict[str, Any]) -> None:
     shape = (groups, RING.value, P.FIELDS.value, size)
     mailbox = torch.zeros(shape, dtype=torch.int64, device=arguments["student"].device)
     relay[(groups * splits,)](
-        mailbox=mailbox, SPLITS=splits, SIZE=size, launch_cooperative_grid=True,
+        mailbox=mailbox, VECTOR=plan.vector, SPLITS=splits, SIZE=size,
+        launch_cooperative_grid=True,
         SENT=fields(arguments["WANT"], arguments["labels"] is not None, arguments["CONSTANT"]),
         maxnreg=plan.registers, **arguments,
     )  # fmt: skip

@@ -1,4 +1,9 @@
-"""Loss and gradient of rows that fit the registers of a program: every operand is read once."""
+"""Loss and gradient of rows that fit the registers of a program: every operand is read once.
+
+A row is held in parts, [lanes, columns] each, whose statistics and sums merge as those of tiles do.
+A part is loaded as [pieces, lanes, piece]: the threads of a row load a piece between them, then the
+next one, hence the length of a piece says how many threads hold a row.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,42 @@ from fastkd.kernels import phases as P
 from fastkd.kernels import rows as R
 
 
+@triton.jit
+def columns_of(PARTS: tl.constexpr, PART: tl.constexpr):
+    """The columns [1, columns] of a part."""
+    return PARTS[PART][0] + tl.arange(0, PARTS[PART][1])[None, :]
+
+
+@triton.jit
+def pieces_of(PARTS: tl.constexpr, PART: tl.constexpr, PIECE: tl.constexpr):
+    """The same as [pieces, 1, piece]."""
+    begin = PARTS[PART][0] + tl.arange(0, PARTS[PART][1] // PIECE)[:, None, None] * PIECE
+    return begin + tl.arange(0, PIECE)[None, None, :]
+
+
+@triton.jit
+def load_parts(pointer, live, columns, PARTS: tl.constexpr, PIECE: tl.constexpr):
+    """Of the rows that begin at pointer [lanes, 1]; from pieces to rows nothing moves."""
+    parts = ()
+    for i in tl.static_range(len(PARTS)):
+        column = pieces_of(PARTS, i, PIECE)
+        x = P.load(pointer[None], column, live[None] & (column < columns), "")
+        x = tl.reshape(tl.permute(x, [1, 0, 2]), [pointer.shape[0], PARTS[i][1]])
+        parts = parts + (x,)  # type: ignore[assignment]  # each of another shape
+    return parts
+
+
+@triton.jit
+def store_part(
+    pointer, x, exists, columns, PARTS: tl.constexpr, PART: tl.constexpr, MOST: tl.constexpr
+):
+    """x [lanes, columns] to such rows, in pieces of at most MOST columns."""
+    PIECE: tl.constexpr = MOST if MOST < x.shape[1] else x.shape[1]
+    column = pieces_of(PARTS, PART, PIECE)
+    x = tl.permute(tl.reshape(x, [x.shape[0], x.shape[1] // PIECE, PIECE]), [1, 0, 2])
+    tl.store(pointer[None] + column, x, mask=exists[None] & (column < columns))
+
+
 @triton.jit(do_not_specialize=P.VARYING)
 def resident(
     student, teacher, student_outer, student_inner, teacher_outer, teacher_inner, inner,
@@ -17,13 +58,16 @@ def resident(
     state, values, loss, gradient, gradient_outer, gradient_inner, width, temperature,
     rows, columns,
     FIRST: tl.constexpr, WANT: tl.constexpr, DIVERGENCE: tl.constexpr, OUTER: tl.constexpr,
-    CONSTANT: tl.constexpr, ALIGN: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    CONSTANT: tl.constexpr, ALIGN: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr,
+    PIECE: tl.constexpr, STORED: tl.constexpr,
 ):  # fmt: skip
-    """LANES whole rows of up to VECTOR columns: every operand is read once."""
+    """LANES whole rows, in PARTS of (first column, columns), by pieces of PIECE columns.
+
+    STORED: columns of a piece of the gradient.
+    """
     SAME: tl.constexpr = t_temperature is None
     a, b, smoothing = P.singles(a, b, smoothing)
     index = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)[:, None]
-    column = tl.arange(0, VECTOR)[None, :]
     exists = index < rows
     live = exists
     if counted is not None:
@@ -38,40 +82,53 @@ def resident(
         moments, index, rows, live, a,
     )  # fmt: skip
     columns, width = P.aligned(columns, ALIGN), P.aligned(width, ALIGN)
-    inside = live & (column < columns)
-    at = P.row_at(index, student_outer, student_inner, inner, ALIGN)
-    z = P.load(student + at, column, inside, "")
+    student += P.row_at(index, student_outer, student_inner, inner, ALIGN)
+    teacher += P.row_at(index, teacher_outer, teacher_inner, inner, ALIGN)
+    zs = load_parts(student, live, columns, PARTS, PIECE)
+    ys = load_parts(teacher, live, columns, PARTS, PIECE)
     label, label_logit = tl.zeros([LANES, 1], tl.int32), tl.zeros([LANES, 1], tl.float32)
     if labels is not None:
         label = P.label_of(tl.load(labels + index, mask=live, other=0), columns)
-        label_logit = tl.sum(tl.where(column == label, z, 0.0), 1, keep_dims=True)
-    at = P.row_at(index, teacher_outer, teacher_inner, inner, ALIGN)
-    y = P.load(teacher + at, column, inside, "")
+        for i in tl.static_range(len(PARTS)):
+            hit = tl.where(columns_of(PARTS, i) == label, zs[i], 0.0)
+            label_logit += tl.sum(hit, 1, keep_dims=True)
 
     if FIRST == P.GRADIENT:
         row = P.restore(state, index, rows, live, WANT)
     else:
-        stats = R.only(z, y, inside, temper, WANT)
+        for i in tl.static_range(len(PARTS)):
+            inside = live & (columns_of(PARTS, i) < columns)
+            if i == 0:
+                stats = R.only(zs[i], ys[i], inside, temper, WANT)
+            else:
+                stats = R.add(stats, zs[i], ys[i], inside, temper, WANT)
         row = R.summarize(stats, temper, CONSTANT, WANT)
         hard = P.cross_entropy(stats, row, label, label_logit, columns, smoothing, WANT)
-        lp, lq, p, q, d, d2 = R.elements(z, y, row, temper, SAME)
-        value, slope = DIVERGENCE(lp, lq, p, q, d, d2, row.c, a, b)
-        sums = P.add_sums(P.no_sums(LANES), z, y, value, slope, row, WANT)
-        sums = P.add_levers(sums, slope, q, lq, row, WANT)
+        sums = P.no_sums(LANES)
+        for i in tl.static_range(len(PARTS)):
+            lp, lq, p, q, d, d2 = R.elements(zs[i], ys[i], row, temper, SAME)
+            value, slope = DIVERGENCE(lp, lq, p, q, d, d2, row.c, a, b)
+            sums = P.add_sums(sums, zs[i], ys[i], value, slope, row, WANT)
+            sums = P.add_levers(sums, slope, q, lq, row, WANT)
         row = P.with_sums(row, sums, CONSTANT, WANT)
         P.write_row(
             index, rows, live, stats, row, sums, hard, kd, k_ce, k_entropy, a, b,
             values, state, loss, WANT, OUTER,
         )  # fmt: skip
     if gradient is not None or temperature is not None:
-        g, tempered, _, _ = P.gradient_tile(
-            z, y, column, row, temper, label, columns, smoothing, kd, k_ce, k_entropy, a, b,
-            WANT, ce is not None, entropy is not None, DIVERGENCE, SAME,
-        )  # fmt: skip
         if gradient is not None:
-            at = P.row_at(index, gradient_outer, gradient_inner, inner, ALIGN)
-            g = tl.where(inside, g, 0.0).to(gradient.dtype.element_ty)
-            tl.store(gradient + at + column, g, mask=exists & (column < width))
+            gradient += P.row_at(index, gradient_outer, gradient_inner, inner, ALIGN)
+        heat = tl.zeros([LANES, 1], tl.float32)
+        for i in tl.static_range(len(PARTS)):
+            column = columns_of(PARTS, i)
+            g, tempered, _, _ = P.gradient_tile(
+                zs[i], ys[i], column, row, temper, label, columns, smoothing, kd, k_ce, k_entropy,
+                a, b, WANT, ce is not None, entropy is not None, DIVERGENCE, SAME,
+            )  # fmt: skip
+            if gradient is not None:
+                g = tl.where(live & (column < columns), g, 0.0).to(gradient.dtype.element_ty)
+                store_part(gradient, g, exists, width, PARTS, i, STORED)
+            if temperature is not None:
+                heat += P.temperature_term(tempered, zs[i], row)
         if temperature is not None:
-            slope = -temper.s_rate * P.temperature_term(tempered, z, row)
-            P.row_store(temperature, slope, index, live)
+            P.row_store(temperature, -temper.s_rate * heat, index, live)

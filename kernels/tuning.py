@@ -7,12 +7,19 @@ ahead-of-time tests check. Nothing here has been timed on a GPU yet.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 
 # A row of up to this many columns is loaded once and kept in registers.
 RESIDENT = 4096
+# Its entries to a thread: what is computed once per row is computed by each of its threads. LEAN,
+# where nothing but the divergence is wanted. They are worked off in parts of at most PART, as the
+# compiler keeps what it computes of all entries of a part.
+HELD, LEAN, PART = 16, 32, 16
+# Bytes of a row that one access writes at least: the cache takes as long for less.
+WRITTEN = 16
 # Entries of a longer row's tile: 16 per thread with 8 warps.
 BLOCK = 4096
 # Entries of a program of the elementwise kernels, 16 per thread: at least two loads of 128 bits
@@ -38,16 +45,29 @@ class Schedule(NamedTuple):
     warps: int
     programs: int = 0  # of a relay: as many as run at once
     blocks: int = 1  # thread blocks, in a cluster, that hold a tile
+    threads: int = 0  # that hold a resident row, by pieces; 0: in one piece
     registers: int | None = None  # that a thread has at most, so that `programs` do fit
 
 
-def schedule(rows: int, columns: int, itemsize: int, device: torch.device, once: bool) -> Schedule:
+class Layout(NamedTuple):
+    """How a resident row lies in the registers of its threads."""
+
+    parts: tuple[tuple[int, int], ...]  # (first column, columns), these powers of two
+    piece: int  # columns that the threads load together
+    stored: int  # and write together
+
+
+def schedule(
+    rows: int, columns: int, itemsize: int, device: torch.device, once: bool, lean: bool = False
+) -> Schedule:
     """For `rows` rows of `columns` entries of `itemsize` bytes, the narrower operand's.
 
     once: for a single sweep over them, which reads each operand once whatever the schedule.
+    lean: nothing but the divergence is wanted, which leaves registers free.
     """
+    held = LEAN if lean else HELD
     if device.type == "cpu":  # the interpreter: small, so that tests meet every seam
-        return table(rows, columns, itemsize, 1, resident=128, block=256)
+        return table(rows, columns, itemsize, 1, resident=128, block=256, held=held)
     processors = multiprocessors(device)
     if not once and columns > RESIDENT and columns % (16 // itemsize) == 0:
         one = relay(itemsize, processors)
@@ -56,7 +76,8 @@ def schedule(rows: int, columns: int, itemsize: int, device: torch.device, once:
             return one
         if LONG == "cluster" and is_nvidia(device, 9) and columns <= CLUSTER * SHARE:
             return cluster(columns)
-    return table(rows, columns, itemsize, processors)
+    wave = 32 if is_nvidia(device, 0) else 64
+    return table(rows, columns, itemsize, processors, wave=wave, held=held)
 
 
 def relay(itemsize: int, processors: int) -> Schedule:
@@ -71,21 +92,43 @@ def cluster(columns: int) -> Schedule:
 
 def table(
     rows: int, columns: int, itemsize: int, processors: int,
-    resident: int = RESIDENT, block: int = BLOCK,
+    resident: int = RESIDENT, block: int = BLOCK, wave: int = 32,
+    held: int = HELD,
 ) -> Schedule:  # fmt: skip
+    """wave: threads of a warp; held: entries of a resident row to a thread."""
     if columns <= resident:
         width = power_of_two(max(columns, 16))
-        # A thread holds 16 entries, of one row where it is long: what is computed once per row is
-        # computed by every thread of it. Short rows are packed, 2048 entries to 4 warps, as far as
-        # every processor keeps some.
-        most = 1 if width >= 512 else 2048 // width
-        packed = min(most, power_of_two(-(-rows // processors)))
-        return Schedule("resident", packed, width, 1, max(packed * width // 512, 1))
+        threads = max(width // held, 1)
+        # Rows that leave some of a warp's threads free are packed into 128 threads, as far as every
+        # processor keeps some and no warp is left with idle threads.
+        full = max(wave // threads, 1)
+        packed = min(128 // threads, power_of_two(-(-rows // processors))) if full > 1 else 1
+        packed = max(packed, full)
+        warps = max(packed * threads // wave, 1)
+        return Schedule("resident", packed, width, 1, warps, threads=threads)
     splits = 1
     while splits < 64 and rows * splits < 2 * processors and columns >= 4 * block * splits:
         splits *= 2
     vector = 16 // itemsize
     return Schedule("sweep", block // vector, vector, splits, 8)
+
+
+@functools.cache
+def layout(plan: Schedule, columns: int, vector: int, itemsize: int) -> Layout:
+    """Of resident rows of `columns` entries, of which one load may hold `vector`."""
+    if not plan.threads:
+        return Layout(((0, plan.vector),), plan.vector, plan.vector)
+    # One column alone: the compiler would lay threads along the pieces, not along the rows.
+    piece = max(plan.threads * vector, 2)
+    # The least part: many of a few columns would cost more than some padding.
+    least = max(piece, plan.vector // 16)
+    parts, begin = [], 0
+    while begin < columns:
+        left = -(-(columns - begin) // least) * least
+        size = min(plan.threads * PART, power_of_two(left + 1) // 2)
+        parts.append((begin, size))
+        begin += size
+    return Layout(tuple(parts), piece, max(piece, WRITTEN // itemsize))
 
 
 def elementwise(device: torch.device) -> tuple[int, int]:

@@ -7,10 +7,11 @@ from contextlib import contextmanager, nullcontext
 from unittest.mock import patch
 
 # Tiles of 32 columns: 75 columns are two full tiles and a tail, in two programs when split, in
-# three in a relay.
+# three in a relay. A resident row is three parts of two threads, or one piece, as in a cluster.
 BLOCK = 32
 SCHEDULES = {
-    "resident": ("resident", 4, 128, 1, 1),
+    "resident": ("resident", 4, 128, 1, 1, 0, 1, 2),
+    "piece": ("resident", 4, 128, 1, 1),
     "sweep": ("sweep", 4, 8, 1, 1),
     "split": ("sweep", 4, 8, 2, 1),
     "relay": ("relay", 4, 8, 1, 1, 10),
@@ -26,9 +27,13 @@ def forced(plan: str | tuple) -> Iterator[None]:
     chosen = tuning.Schedule(*(SCHEDULES[plan] if isinstance(plan, str) else plan))
     at_once = chosen.kind == "relay" and rows.INTERPRETED.value
 
-    def schedule(_: int, columns: int, *others: object, once: bool) -> tuning.Schedule:
+    def schedule(
+        _: int, columns: int, *others: object, once: bool, **more: bool
+    ) -> tuning.Schedule:
         if chosen.kind == "resident":  # holds whole rows
-            return chosen._replace(vector=max(chosen.vector, tuning.power_of_two(columns)))
+            width = max(chosen.vector, tuning.power_of_two(columns))
+            threads = max(chosen.threads, width // 64) if chosen.threads else 0
+            return chosen._replace(vector=width, threads=threads)
         # As in tuning.py: a single sweep has no use for a relay.
         return chosen._replace(kind="sweep") if once and chosen.kind == "relay" else chosen
 

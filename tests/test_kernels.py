@@ -200,7 +200,7 @@ def test_values_and_gradients(divergence, plan, force, device):
     close_where_finite(gradient, dz, "gradient")
 
 
-@pytest.mark.parametrize("V", [2, 5, BLOCK - 1, BLOCK, BLOCK + 1, 130])
+@pytest.mark.parametrize("V", [2, 5, 10, BLOCK - 1, BLOCK, BLOCK + 1, 100, 130])
 @pytest.mark.parametrize("plan", ["sweep", "split", "relay", None])
 def test_every_width(V, plan, force, device):
     """None: what tuning.py chooses. Splits beyond the last column hold nothing."""
@@ -260,13 +260,15 @@ def test_rows_far_from_0(plan, force, device):
 
 
 @pytest.mark.parametrize(
-    ("divergence", "plan"), [case for case in EVERY if case.values[1] != "split"]
+    ("divergence", "plan"), [case for case in EVERY if case.values[1] not in ("split", "piece")]
 )
 @pytest.mark.parametrize("case", ["small", "hot"])
 def test_small_divergences(divergence, plan, case, force, device):
     """A divergence near 5e-7, and T = 1000: the textbook sum would be 2 to 40 percent off."""
     V = 8192
-    large = {"resident": (1, V, 1, 8), "sweep": (256, 8, 1, 4), "relay": (256, 8, 1, 4, 8)}
+    large = {
+        "resident": (1, V, 1, 8, 0, 1, 256), "sweep": (256, 8, 1, 4), "relay": (256, 8, 1, 4, 8),
+    }  # fmt: skip
     force((plan, *large[plan]))
     y = torch.randn(1, V, device=device) * 2 + 20
     z = y + (1e-3 if case == "small" else 1.0) * torch.randn(1, V, device=device) - 30
@@ -378,7 +380,7 @@ def test_layouts(plan, force, device):
         assert_zero(g[:, V:])
 
 
-@pytest.mark.parametrize("plan", ["sweep", "relay"])
+@pytest.mark.parametrize("plan", ["resident", "sweep", "relay"])
 @pytest.mark.parametrize("V", [75, 78])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs(dtype, V, plan, force, device):
@@ -481,6 +483,25 @@ def test_no_device_function(device):
     z, y = torch.randn(2, 2, 75, device=device)
     with pytest.raises(NotImplementedError, match="give its class a `device`"):
         logits.forward(problem_of(z, y, Plain()), entropy=False, metrics=False)
+
+
+@pytest.mark.parametrize("wave", [32, 64])
+@pytest.mark.parametrize("held", [tuning.HELD, tuning.LEAN])
+def test_parts_hold_a_row_with_little_padding(held, wave):
+    """Every column once, in powers of two that pieces divide, by as many threads as there are."""
+    for rows in (1, 100, 65536):
+        for columns in (*range(2, 140), 1000, 4095, 4096):
+            plan = tuning.table(rows, columns, 2, 132, held=held, wave=wave)
+            assert plan.lanes * plan.threads == plan.warps * wave
+            for vector in (1, 2, 4, 8):
+                if columns % vector == 0:
+                    parts, piece, _ = tuning.layout(plan, columns, vector, 2)
+                    assert [begin for begin, _ in parts] == [
+                        sum(size for _, size in parts[:i]) for i in range(len(parts))
+                    ]
+                    assert all(size & (size - 1) == 0 and size % piece == 0 for _, size in parts)
+                    padding = sum(size for _, size in parts) - columns
+                    assert 0 <= padding < max(piece, plan.vector / 16)
 
 
 def test_schedules_fit_their_rows():

@@ -16,7 +16,7 @@ from tests.closeness import assert_close
 from tests.test_kernels import FORWARD_KL, Truth, problem_of
 
 
-@pytest.mark.parametrize("plan", ["sweep", "split"])
+@pytest.mark.parametrize("plan", ["resident", "sweep", "split"])
 @pytest.mark.parametrize(
     ("strides", "V"),
     [
