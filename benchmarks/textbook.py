@@ -15,18 +15,18 @@ from fastkd.kernels.rows import LN2, fast_log2, reciprocal
 
 @triton.jit
 def forward_kl(lp, lq, p, q, d, d2, c, a, b):
-    return p * log_ratio(d * -1.0) * -1.0, q - p
+    return p * log_ratio(p, d * -1.0) * -1.0, q - p
 
 
 @triton.jit
 def reverse_kl(lp, lq, p, q, d, d2, c, a, b):
-    value = q * log_ratio(d) * -1.0
+    value = q * log_ratio(q, d) * -1.0
     return value, value - q * c
 
 
 @triton.jit
 def jeffreys(lp, lq, p, q, d, d2, c, a, b):
-    forward, reverse = p * log_ratio(d * -1.0) * -1.0, q * log_ratio(d) * -1.0
+    forward, reverse = p * log_ratio(p, d * -1.0) * -1.0, q * log_ratio(q, d) * -1.0
     value = tl.where(a > 0, a * forward, 0.0) + tl.where(b > 0, b * reverse, 0.0)
     return value, a * (q - p) + tl.where(b > 0, b * (reverse - q * c), 0.0)
 
@@ -41,7 +41,7 @@ def jsd(lp, lq, p, q, d, d2, c, a, b):
 
 @triton.jit
 def skew_kl(lp, lq, p, q, d, d2, c, a, b):
-    x = log_ratio(d2 * -1.0)
+    x = log_ratio(p, d2 * -1.0)
     e = tl.exp2(tl.maximum(at_most(x, 115.0), -115.0))
     m = a + (1.0 - a) * e
     value = p * tl.where(a == 0, x, fast_log2(m)) * -LN2
@@ -50,7 +50,7 @@ def skew_kl(lp, lq, p, q, d, d2, c, a, b):
 
 @triton.jit
 def skew_reverse_kl(lp, lq, p, q, d, d2, c, a, b):
-    x = log_ratio(d2)
+    x = log_ratio(q, d2)
     m = a + (1.0 - a) * tl.exp2(tl.maximum(at_most(x, 115.0), -115.0))
     log_m = tl.where(a == 0, x, fast_log2(m)) * LN2
     return q * log_m * -1.0, q * ((log_m + a * (reciprocal(m) - 1.0)) * -1.0 - c)

@@ -66,9 +66,9 @@ def at_most(x, bound):
 
 
 @triton.jit
-def log_ratio(x):
-    """x = log(m / p), but finite where p is 0; 2^-200 is 0 in fp32."""
-    return at_most(x, 200.0)
+def log_ratio(p, x):
+    """x = log(m / p), but finite where p is 0, be it masked or too small for fp32."""
+    return tl.where(p > 0, x, 200.0)
 
 
 @triton.jit
@@ -150,20 +150,20 @@ def log_of(m, x, a):
 
 @triton.jit
 def forward_kl(lp, lq, p, q, d, d2, c, a, b):
-    return kl_terms(p, q, log_ratio(d * -1.0))
+    return kl_terms(p, q, log_ratio(p, d * -1.0))
 
 
 @triton.jit
 def reverse_kl(lp, lq, p, q, d, d2, c, a, b):
-    x = log_ratio(d)
+    x = log_ratio(q, d)
     value, _ = kl_terms(q, p, x)
     return value, q * (x * -1.0 - c)
 
 
 @triton.jit
 def jeffreys(lp, lq, p, q, d, d2, c, a, b):
-    x = log_ratio(d)
-    forward, rise = kl_terms(p, q, log_ratio(d * -1.0))
+    x = log_ratio(q, d)
+    forward, rise = kl_terms(p, q, log_ratio(p, d * -1.0))
     linear = q * x
     # The two add up to rise * log(q / p).
     near = tl.abs(x) < NEAR
@@ -183,7 +183,7 @@ def jsd(lp, lq, p, q, d, d2, c, a, b):
 
 @triton.jit
 def skew_kl(lp, lq, p, q, d, d2, c, a, b):
-    x = log_ratio(d2 * -1.0)
+    x = log_ratio(p, d2 * -1.0)
     e, rise, m = powers(x, a)
     gap = tl.where(tl.abs(x) < NEAR2, p * rise, q - p)
     rise *= 1.0 - a
@@ -194,7 +194,7 @@ def skew_kl(lp, lq, p, q, d, d2, c, a, b):
 
 @triton.jit
 def skew_reverse_kl(lp, lq, p, q, d, d2, c, a, b):
-    x = log_ratio(d2)
+    x = log_ratio(q, d2)
     _, rise, m = powers(x, a)
     rise *= 1.0 - a
     log_m = log_of(m, x, a)
@@ -215,7 +215,7 @@ def skew_reverse_kl(lp, lq, p, q, d, d2, c, a, b):
 
 @triton.jit
 def tvd(lp, lq, p, q, d, d2, c, a, b):
-    _, rise = kl_terms(p, q, log_ratio(d * -1.0))
+    _, rise = kl_terms(p, q, log_ratio(p, d * -1.0))
     sign = tl.where(d < 0, 0.5, 0.0) - tl.where(d > 0, 0.5, 0.0)
     return 0.5 * tl.abs(rise), q * (sign - c)
 
@@ -225,7 +225,7 @@ def alpha_terms(lp, lq, p, q, d, d2, c, a):
     """Terms of the alpha divergence, and q - w / sum w with w = p^a q^(1-a), c = log sum w."""
     x = a * d2
     near = tl.maximum(tl.abs(d2), tl.abs(x)) < NEAR2
-    log_w = tl.where(d2 == d2, a * lp + (1.0 - a) * lq, -float("inf"))
+    log_w = tl.where(tl.maximum(lp, lq) > -float("inf"), a * lp + (1.0 - a) * lq, -float("inf"))
     series = q * d2 * d2 * (a * bend2(x) - bend2(d2)) / (a - 1.0)
     value = (tl.exp2(log_w) - a * p - (1.0 - a) * q) / (a * (a - 1.0))
     c *= LOG2E

@@ -269,6 +269,32 @@ def test_masked_entries(divergence, mode, backend):
             assert_zero(gradient)
 
 
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("depth", [-1e4, torch.finfo(torch.float32).min])
+def test_one_side_masked_by_a_number_the_other_by_infinity(depth, divergence, backend):
+    """As where both sides say -inf: 0 times an infinite logarithm is 0.
+
+    But a negative power of a probability of 0 may be infinite.
+    """
+    student, teacher = (x.float() for x in logits(4, 9))
+    for rows, z, y in ((0, depth, -math.inf), (1, -math.inf, depth), (2, depth, depth)):
+        student[rows, 3:5], teacher[rows, 3:5] = z, y
+    both = student.clone(), teacher.clone()
+    for side in both:
+        side[:3, 3:5] = -math.inf
+    settings = {"divergence": divergence, "backend": backend}
+    true, true_gradient = truth(*both, divergence=divergence)
+    for mode in MODES:
+        loss, gradient = run(student, teacher, **settings, gradient=mode)
+        if math.isinf(loss):
+            assert not 0 <= divergence.alpha <= 1
+            assert gradient.isfinite().all()
+        else:
+            assert_close(loss, true)
+            assert_close(gradient, true_gradient, "gradient")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_student_mask_alone_gives_infinite_loss_and_finite_gradient(backend):
     z, y = torch.tensor([[0.0, 1.0, -math.inf]]), torch.tensor([[1.0, 0.0, 0.5]])
