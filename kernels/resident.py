@@ -1,6 +1,6 @@
 """Loss and gradient of rows that fit the registers of a program: every operand is read once.
 
-A row is held in parts, [lanes, columns] each, whose statistics and sums merge as those of tiles do.
+A row is held in parts, [lanes, columns] each, which share its maxima; their sums add up.
 A part is loaded as [pieces, lanes, piece]: the threads of a row load a piece between them, then the
 next one, hence the length of a piece says how many threads hold a row.
 """
@@ -96,12 +96,17 @@ def resident(
     if FIRST == P.GRADIENT:
         row = P.restore(state, index, rows, live, WANT)
     else:
+        s_max, t_max, mixture_max = R.FLOOR, R.FLOOR, R.FLOOR / 10
+        for i in tl.static_range(len(PARTS)):
+            s_max, t_max = R.highest(zs[i], s_max), R.highest(ys[i], t_max)
         for i in tl.static_range(len(PARTS)):
             inside = live & (columns_of(PARTS, i) < columns)
+            new = R.piece(zs[i], ys[i], inside, s_max, t_max, mixture_max, temper, WANT)
             if i == 0:
-                stats = R.only(zs[i], ys[i], inside, temper, WANT)
+                stats = new
             else:
-                stats = R.add(stats, zs[i], ys[i], inside, temper, WANT)
+                stats = R.both(stats, new, WANT)
+            mixture_max = stats.mixture_max
         row = R.summarize(stats, temper, CONSTANT, WANT)
         hard = P.cross_entropy(stats, row, label, label_logit, columns, smoothing, WANT)
         sums = P.no_sums(LANES)

@@ -260,12 +260,18 @@ def add(stats, z, y, inside, temper, WANT: tl.constexpr):
     old = shift(stats, s_max, t_max, ds, dt, temper, WANT)
     u, v = product_sum(z, temper.s_scale, -s_top), product_sum(y, temper.t_scale, -t_top)
     new = measure(z, u, v, inside, s_max, t_max, old.mixture_max, temper, WANT)
+    return both(old, new, WANT)
+
+
+@triton.jit
+def both(old, new, WANT: tl.constexpr):
+    """The statistics of two pieces that have their maxima in common, mixture_max aside."""
     mixture = new.mixture
     if MIXTURE & WANT:
         mixture += old.mixture * tl.exp2(old.mixture_max - new.mixture_max)
     return Statistics(
-        s_max, t_max, new.mixture_max, old.s_sum + new.s_sum, old.t_sum + new.t_sum, mixture,
-        old.gap + new.gap, old.s_entropy + new.s_entropy, old.t_entropy + new.t_entropy,
+        new.s_max, new.t_max, new.mixture_max, old.s_sum + new.s_sum, old.t_sum + new.t_sum,
+        mixture, old.gap + new.gap, old.s_entropy + new.s_entropy, old.t_entropy + new.t_entropy,
         old.unit + new.unit, old.total + new.total,
     )  # fmt: skip
 
@@ -293,20 +299,23 @@ def depths(z, y, s_max, t_max, temper):
 
 
 @triton.jit
-def only(z, y, inside, temper, WANT: tl.constexpr):
-    """Statistics [lanes, 1] of a tile that is all there is of its rows, one to a lane."""
-    s_max = tl.maximum(tl.max(z, 1, keep_dims=True), FLOOR)
-    t_max = tl.maximum(tl.max(y, 1, keep_dims=True), FLOOR)
+def highest(x, other):
+    """Of the rows of a tile, and other."""
+    return tl.maximum(tl.max(x, 1, keep_dims=True), other)
+
+
+@triton.jit
+def piece(z, y, inside, s_max, t_max, mixture_max, temper, WANT: tl.constexpr):
+    """`measure` of a tile that is needed again."""
     u, v = depths(z, y, s_max, t_max, temper)
-    return measure(z, u, v, inside, s_max, t_max, FLOOR / 10, temper, WANT)
+    return measure(z, u, v, inside, s_max, t_max, mixture_max, temper, WANT)
 
 
 @triton.jit
 def whole(z, y, inside, temper, WANT: tl.constexpr):
     """The statistics of a tile, all lanes together: scalars."""
     s_max, t_max = tl.maximum(tl.max(z), FLOOR), tl.maximum(tl.max(y), FLOOR)
-    u, v = depths(z, y, s_max, t_max, temper)
-    return gather(measure(z, u, v, inside, s_max, t_max, FLOOR / 10, temper, WANT), WANT)
+    return gather(piece(z, y, inside, s_max, t_max, FLOOR / 10, temper, WANT), WANT)
 
 
 @triton.jit
