@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastkd.kernels.arithmetic import LN2, fast_log2, reciprocal
 from fastkd.kernels.divergences import Device, at_most, exp, log_ratio
-from fastkd.kernels.rows import LN2, fast_log2, reciprocal
 
 
 @triton.jit

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastkd.bernoulli import new_gradient, weighted
+from fastkd.kernels import arithmetic as A
 from fastkd.kernels import phases as P
-from fastkd.kernels import rows as R
 from fastkd.kernels.divergences import NEAR, NEAR_RATIO, bend
 from fastkd.kernels.logits import strides_of
 from fastkd.kernels.tuning import schedule
@@ -28,11 +28,11 @@ def _logistic(x, DIGITS: tl.constexpr):
 
     DIGITS: the logarithm to a relative 1e-6, where it is summed up; else to an absolute 2e-7.
     """
-    e = tl.exp2(tl.abs(x) * -R.LOG2E)
-    large = R.reciprocal(1.0 + e)
-    log = R.fast_log2(1.0 + e) * R.LN2
+    e = tl.exp2(tl.abs(x) * -A.LOG2E)
+    large = A.reciprocal(1.0 + e)
+    log = A.fast_log2(1.0 + e) * A.LN2
     if DIGITS:
-        log = tl.where(e < NEAR_RATIO, e - e * (e * R.log_bend(e)), log)
+        log = tl.where(e < NEAR_RATIO, e - e * (e * A.log_bend(e)), log)
     return e * large, large, log
 
 
@@ -47,11 +47,11 @@ def _divergence(z, y, h, q_log, q_small, q_large, p_log, s, a, b, REVERSE: tl.co
     q, rest = tl.where(z > 0, q_large, q_small), tl.where(z > 0, q_small, q_large)
     near = tl.abs(h) < NEAR
     bent = h * (h * bend(h))  # e^h - 1 - h
-    r = tl.where(near, s * (h + bent), (q - s) * R.reciprocal(rest))  # s (e^h - 1)
+    r = tl.where(near, s * (h + bent), (q - s) * A.reciprocal(rest))  # s (e^h - 1)
     rise = tl.where(near, r * rest, q - s)
     excess = tl.where(near, s * bent, r - tl.where(s > 0, s * h, 0.0))
     far = tl.where(z > 0, 1.0 - s, -s) * z + tl.where(s > 0, s * y, 0.0) + q_log - p_log
-    forward = tl.where(tl.abs(r) < NEAR_RATIO, excess - r * (r * R.log_bend(r)), far)
+    forward = tl.where(tl.abs(r) < NEAR_RATIO, excess - r * (r * A.log_bend(r)), far)
     # A weight of exactly 0 also removes an infinite term.
     value, slope, bell = tl.where(a > 0, a * forward, 0.0), a * rise, q * rest
     if REVERSE:

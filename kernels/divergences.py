@@ -17,7 +17,15 @@ import triton
 import triton.language as tl
 
 from fastkd.divergences import Divergence
-from fastkd.kernels.rows import INTERPRETED, LN2, LOG2E, fast_log2, log1p, log_bend, reciprocal
+from fastkd.kernels.arithmetic import (
+    INTERPRETED,
+    LN2,
+    LOG2E,
+    fast_log2,
+    log1p,
+    log_bend,
+    reciprocal,
+)
 
 # Below these a series replaces the direct form: e^x - 1 - x, also to base 2; the logarithm of a
 # mixture, and the value of JSD, which needs more digits of that logarithm, by x to base 2;

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import is_cuda
 
-from fastkd.kernels.rows import INTERPRETED, LN2
+from fastkd.kernels.arithmetic import INTERPRETED, LN2
 from fastkd.kernels.tuning import elementwise
 
 __all__ = ["backward", "forward"]

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.target_info import is_cuda
 
+from fastkd.kernels import arithmetic as A
 from fastkd.kernels import rows as R
 
 THREAD = tl.constexpr(16)  # entries of a tile per thread, as tuning.py has them
@@ -35,7 +36,7 @@ def singles(a, b, c):
 @triton.jit
 def widen(x):
     """In fp32: two instructions for two bf16 in a register, where the compiler makes three."""
-    if not R.INTERPRETED and is_cuda() and x.dtype == tl.bfloat16:
+    if not A.INTERPRETED and is_cuda() and x.dtype == tl.bfloat16:
         pair: tl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
         return tl.inline_asm_elementwise(pair, "=r,=r,r", [x], tl.float32, True, 2)
     else:
@@ -99,15 +100,15 @@ def factor(pointer, stride, index, live):
 
 @triton.jit
 def temper_of(s_pointer, s_stride, t_pointer, t_stride, moments, index, rows, live, a):
-    s_rate = R.reciprocal(row_load(s_pointer, index * s_stride, live, 1.0))
+    s_rate = A.reciprocal(row_load(s_pointer, index * s_stride, live, 1.0))
     t_rate = s_rate
     if t_pointer is not None:
-        t_rate = R.reciprocal(row_load(t_pointer, index * t_stride, live, 1.0))
+        t_rate = A.reciprocal(row_load(t_pointer, index * t_stride, live, 1.0))
     mean, pull = 0.0, 0.0
     if moments is not None:
         mean = row_load(moments, index, live, 0.0)
         pull = row_load(moments + 2 * rows, index, live, 0.0)
-    return R.Temper(s_rate, t_rate, s_rate * R.LOG2E, t_rate * R.LOG2E, a, mean, pull)
+    return R.Temper(s_rate, t_rate, s_rate * A.LOG2E, t_rate * A.LOG2E, a, mean, pull)
 
 
 @triton.jit
@@ -138,7 +139,7 @@ def cross_entropy(stats, row, label, label_logit, columns, smoothing, WANT: tl.c
     """At T = 1; NaN where the label is out of range, 0 where no row has labels."""
     value = tl.zeros_like(row.s_max)
     if R.UNIT & WANT:
-        value = (1.0 - smoothing) * (row.s_max - label_logit) + row.unit_log * R.LN2
+        value = (1.0 - smoothing) * (row.s_max - label_logit) + row.unit_log * A.LN2
         if R.MEAN & WANT:
             value += smoothing * (row.s_max - stats.total / columns)
         value = tl.where(label >= 0, value, float("nan"))
@@ -203,7 +204,7 @@ def add_levers(sums, slope, q, lq, row, WANT: tl.constexpr):
     """Where the logits are standardised: the slopes' sums times log q + H, whose mean is 0."""
     lever, entropy_lever = sums.lever, sums.entropy_lever
     if R.LEVER & WANT:
-        depth = tl.where(lq > -float("inf"), lq * R.LN2 + row.entropy, 0.0)
+        depth = tl.where(lq > -float("inf"), lq * A.LN2 + row.entropy, 0.0)
         lever += tl.sum(slope * depth, 1, keep_dims=True)
         entropy_lever -= tl.sum(q * depth * depth, 1, keep_dims=True)
     return R.Sums(sums.value, sums.slope, sums.agreement, lever, entropy_lever)
@@ -267,7 +268,7 @@ def gradient_tile(
 ):  # fmt: skip
     """The gradient, its part that goes through the temperature, and the divergence's terms."""
     lp, lq, p, q, d, d2 = R.elements(z, y, row, temper, SAME)
-    defined = row.alive & R.finite(row.c)
+    defined = row.alive & A.finite(row.c)
     value, slope = DIVERGENCE(lp, lq, p, q, d, d2, tl.where(defined, row.c, 0.0), a, b)
     lever = tl.where(defined & (kd != 0), kd * row.lever, 0.0)
     kd = tl.where(defined, kd * temper.s_rate, 0.0)
@@ -275,13 +276,13 @@ def gradient_tile(
     if H:
         entropy = tl.where(row.alive, entropy, 0.0)
         lever += entropy * row.entropy_lever
-        depth = lq * R.LN2 + row.entropy
+        depth = lq * A.LN2 + row.entropy
         gradient -= tl.where(q > 0, (entropy * temper.s_rate) * q * depth, 0.0)
     tempered = gradient
     if R.LEVER & WANT:  # through the standard deviation
         gradient -= tl.where(z > -float("inf"), lever * temper.pull * (z - temper.mean), 0.0)
     if CE:
-        unit = tl.exp2((z - row.s_max) * R.LOG2E - row.unit_log)
+        unit = tl.exp2((z - row.s_max) * A.LOG2E - row.unit_log)
         target = tl.where(column == label, 1.0 - smoothing, 0.0) + smoothing / columns
         gradient += tl.where(row.alive, ce, 0.0) * (unit - target)
     return gradient, tempered, value, slope

@@ -21,11 +21,11 @@ SCHEDULES = {
 @contextmanager
 def forced(plan: str | tuple) -> Iterator[None]:
     """The launchers use this schedule, by its name above or its fields, whatever the problem."""
-    from fastkd.kernels import bernoulli, logits, moments, rows, tuning
+    from fastkd.kernels import arithmetic, bernoulli, logits, moments, tuning
     from tests.together import together
 
     chosen = tuning.Schedule(*(SCHEDULES[plan] if isinstance(plan, str) else plan))
-    at_once = chosen.kind == "relay" and rows.INTERPRETED.value
+    at_once = chosen.kind == "relay" and arithmetic.INTERPRETED.value
 
     def schedule(
         _: int, columns: int, *others: object, once: bool, **more: bool

@@ -10,7 +10,7 @@ import triton.language as tl
 
 import fastkd
 from fastkd.kernels import logits, relay
-from fastkd.kernels.rows import INTERPRETED
+from fastkd.kernels.arithmetic import INTERPRETED
 from fastkd.problem import Coefficients
 from tests.test_kernels import masked_rows, problem_of
 from tests.together import Deadlock, together
