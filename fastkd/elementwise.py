@@ -164,23 +164,38 @@ def _value(input: Tensor, target: Tensor, log_target: bool, dtype: torch.dtype) 
     return p * log_ratio
 
 
+def _total(input: Tensor, target: Tensor, log_target: bool, dtype: torch.dtype) -> Tensor:
+    """The sum of the values: by the plain formula, again where that fails, as at p = 0."""
+    x, t = input.to(dtype), target.to(dtype)
+    if not t.is_cuda:
+        p, values = (t.exp(), t - x) if log_target else (t, t.log().sub_(x))
+        total = values.mul_(p).sum()
+        if total.isfinite():
+            return total
+    return _value(x, t, log_target, dtype).sum()
+
+
 def _gradients(
-    upstream: Tensor,
+    minus: Tensor,
     input: Tensor | None,
     target: Tensor,
     log_target: bool,
     input_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """That of the input, if `input_dtype` is given, and that of the target, if `input` is."""
-    dtype = _at_least_fp32(upstream.dtype)
-    g, t = upstream.to(dtype), target.to(dtype)
+    """That of the input, if `input_dtype` is given, and that of the target, if `input` is.
+
+    minus: the negative of the upstream gradient, which may be one value for all.
+    """
+    dtype = _at_least_fp32(minus.dtype)
+    minus, t = minus.to(dtype), target.to(dtype)
     to_input = to_target = None
     if input_dtype is not None:
-        to_input = ((t.exp() if log_target else t) * -g).to(input_dtype)
+        to_input = ((t.exp() if log_target else t) * minus).to(input_dtype)
     if input is not None:
         p, log_ratio = _log_ratio(input.to(dtype), t, log_target)
-        slope = p * (log_ratio + 1) if log_target else torch.where(p == 0, 0.0, log_ratio + 1)
-        to_target = (slope * g).to(target.dtype)
+        slope = -1 - log_ratio
+        slope = p * slope if log_target else torch.where(p == 0, 0.0, slope)
+        to_target = (slope * minus).to(target.dtype)
     return to_input, to_target
 
 
@@ -205,7 +220,7 @@ def _forward(
         return total if out is None else out
     compute = _at_least_fp32(dtype)
     if out is None:
-        sums = [_value(xs, ts, log_target, compute).sum() for xs, ts in _pieces(x, t)]
+        sums = [_total(xs, ts, log_target, compute) for xs, ts in _pieces(x, t)]
         return torch.stack(sums).sum()
     for xs, ts, os in _pieces(x, t, o):
         os.copy_(_value(xs, ts, log_target, compute))
@@ -227,11 +242,12 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """`_gradients`, with an empty tensor for None."""
     to_input, to_target = _empty_gradients(upstream, input, target, log_target, input_dtype)
+    triton = _on_triton(upstream, target)
     g, x, t, dx, dt = _as_matrices(
-        upstream.expand(target.shape), input, target,
+        (upstream if triton else -upstream).expand(target.shape), input, target,
         None if input_dtype is None else to_input, None if input is None else to_target,
     )  # fmt: skip
-    if _on_triton(g, t):
+    if triton:
         from .kernels import elementwise
 
         elementwise.backward(g, x, t, dx, dt, log_target)
@@ -297,8 +313,11 @@ class _KLDiv(torch.autograd.Function):
     def backward(ctx, upstream):
         input, target = ctx.saved_tensors
         # A gradient that will be differentiated is made of differentiable operations.
-        gradients = _gradients if torch.is_grad_enabled() else _backward
-        to_input, to_target = gradients(upstream, input, target, ctx.log_target, ctx.input_dtype)
+        settings = input, target, ctx.log_target, ctx.input_dtype
+        if torch.is_grad_enabled():
+            to_input, to_target = _gradients(-upstream, *settings)
+        else:
+            to_input, to_target = _backward(upstream, *settings)
         return (
             None if ctx.input_dtype is None else to_input,
             None if input is None else to_target,
