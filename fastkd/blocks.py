@@ -14,8 +14,8 @@ from .problem import Problem
 # but not fewer than the second, where a block would be more than an eighth of the problem, so that
 # its buffers stay small beside the gradient.
 BLOCK_ELEMENTS, LEAST_ELEMENTS = 1 << 19, 1 << 17
-# Buffers allocated together. Memory freed in a large piece stays with the process, in small ones it
-# may not, and the next call has to wait for each of its pages.
+# The first buffers, allocated together. Memory freed in a large piece stays with the process, in
+# small ones it may not, and the next call has to wait for each of its pages.
 AT_ONCE = 4
 
 
@@ -90,7 +90,8 @@ class Store:
 
     def new(self) -> Tensor:
         if self.taken == len(self.buffers):
-            more = self.empty.new_empty(AT_ONCE, self.capacity, self.columns).unbind()
+            count = 1 if self.buffers else AT_ONCE
+            more = self.empty.new_empty(count, self.capacity, self.columns).unbind()
             self.buffers += more
             self.views += [buffer[: self.rows] for buffer in more]
         self.taken += 1
