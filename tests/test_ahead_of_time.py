@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="the kernels need triton")
+triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 from benchmarks.compiled import configurations, tasks
 
@@ -23,28 +23,28 @@ ROOT = Path(__file__).parents[1]
 # and the backward pass alone; 5 % are for ptxas. Then the exponentials and logarithms of the
 # former. kernels/README.md says what the value costs that does not cancel.
 BUDGET = {
-    "forward_kl": (41.5, 25.5, 4.125, 0),
-    "reverse_kl": (47, 16, 4.125, 0),
-    "jeffreys": (65, 33.5, 4.125, 0),
+    "forward_kl": (43.5, 26.5, 4.125, 0),
+    "reverse_kl": (48, 17, 4.125, 0),
+    "jeffreys": (65.5, 34, 4.125, 0),
     "jsd": (76, 23.5, 7.125, 2),
-    "skew_kl": (100.5, 37, 8.125, 1),
-    "skew_reverse_kl": (98.5, 32, 7.125, 2),
-    "tvd": (63.5, 20, 5.125, 0),
-    "alpha": (84, 36, 7.1875, 0),
-    "renyi": (83.5, 35, 7.1875, 0),
+    "skew_kl": (102.5, 38, 8.125, 1),
+    "skew_reverse_kl": (100.5, 32.5, 7.125, 2),
+    "tvd": (64, 20, 5.125, 0),
+    "alpha": (85, 37, 7.1875, 0),
+    "renyi": (85, 36, 7.1875, 0),
 }
 # A row in registers, by its width, per column that its parts hold: what is computed once per row
 # weighs more where it is short.
 RESIDENT = {
-    5: 140, 16: 53, 32: 47.5, 37: 80, 64: 50, 128: 50.5, 256: 51, 512: 51.5, 1024: 51.5,
-    2048: 56, 4096: 56.5,
+    5: 119, 16: 49.5, 32: 46, 37: 70, 64: 47, 128: 47.5, 256: 48.5, 512: 48.5, 1024: 49.5,
+    2048: 54, 4096: 55,
 }  # fmt: skip
 RESIDENT_JSD = 24  # more than forward KL
-# Of 10 and of 100 columns.
+# Of 10 and of 100 columns; of Triton 3.6 and later, where there is a difference.
 NARROW = {
-    "forward_kl": (76.5, 55.5), "reverse_kl": (83.5, 61), "jeffreys": (100, 79), "jsd": (101, 77),
-    "skew_kl": (105, 83), "skew_reverse_kl": (108.5, 89.5), "tvd": (83.5, 61.5),
-    "alpha": (127, 102.5), "renyi": (128.5, 102),
+    "forward_kl": (71.5, 60), "reverse_kl": (71.5, 57), "jeffreys": (88.5, 76.5), "jsd": (91, 77),
+    "skew_kl": (92, 78), "skew_reverse_kl": (97, 85), "tvd": (71.5, 57.5), "alpha": (111, 94.5),
+    "renyi": (111, 94),
 }  # fmt: skip
 # kl_div, per entry: at most two gradients from one upstream value, in fp32 by an exact logarithm.
 ENTRIES = {"bf16": 24, "fp32": 42}
@@ -60,8 +60,10 @@ RELAY = {
     "skew_reverse_kl": 131, "tvd": 90, "alpha": 118, "renyi": 120,
 }  # fmt: skip
 # Scalars that ptxas sets aside once per row, outside the loops; which of the kernels that happens
-# to changes with its version. More where a row has a head to be masked.
-SET_ASIDE, ODD = 12, 16
+# to changes with its version.
+SET_ASIDE = 16
+# Triton 3.6 sends short rows through shared memory: with all options, JSD runs out of registers.
+SHORT = 80 if triton.__version__.startswith("3.6.") else SET_ASIDE
 
 
 def _params():
@@ -106,8 +108,8 @@ def test_every_configuration_is_compiled(target, name, compiled, request):
 def test_no_spills(target, name, compiled):
     for kernel in compiled[target, name]:
         assert all(loop["spills"] == 0 for loop in kernel["loops"]), kernel
-        odd = kernel["configuration"].startswith(("odd", "slices"))
-        assert kernel["all"]["spills"] <= (ODD if odd else SET_ASIDE), kernel
+        short = kernel["configuration"] == "everything, hundred columns"
+        assert kernel["all"]["spills"] <= (SHORT if short else SET_ASIDE), kernel
 
 
 @EVERY
