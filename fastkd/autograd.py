@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import bernoulli, eager
+from . import bernoulli, checks, eager
 from .divergences import Bernoulli
 from .problem import CE, ENTROPY, KD, Coefficients, Problem
 
@@ -72,15 +72,8 @@ class Operator:
         self.register_fake = self.traced.register_fake
 
     def __call__(self, *arguments: Any) -> Any:
-        return (self.traced if _tracing() else self.function)(*arguments)
-
-
-def _tracing() -> bool:
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+        watched = checks.traced() or torch._C._len_torch_dispatch_stack() > 0
+        return (self.traced if watched else self.function)(*arguments)
 
 
 def operator(

@@ -271,8 +271,11 @@ def trains(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled()
 
 
+def traced() -> bool:
+    """Whether the compiler or a functorch transform looks on, for which values are not there."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _may_read(tensor: Tensor) -> bool:
     """Whether looking at values costs no synchronisation, or was asked for."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    return tensor.device.type == "cpu" or DEBUG
+    return not traced() and (tensor.device.type == "cpu" or DEBUG)

@@ -229,7 +229,7 @@ def tvd(lp, lq, p, q, d, d2, c, a, b):
 
 
 @triton.jit
-def alpha_terms(lp, lq, p, q, d, d2, c, a):
+def alpha_terms(lp, lq, p, q, d2, c, a):
     """Terms of the alpha divergence, and q - w / sum w with w = p^a q^(1-a), c = log sum w."""
     x = a * d2
     near = tl.maximum(tl.abs(d2), tl.abs(x)) < NEAR2
@@ -244,13 +244,13 @@ def alpha_terms(lp, lq, p, q, d, d2, c, a):
 
 @triton.jit
 def alpha(lp, lq, p, q, d, d2, c, a, b):
-    value, slope = alpha_terms(lp, lq, p, q, d, d2, c, a)
+    value, slope = alpha_terms(lp, lq, p, q, d2, c, a)
     return value, slope * (exp(c) / a)
 
 
 @triton.jit
 def renyi(lp, lq, p, q, d, d2, c, a, b):
-    return alpha_terms(lp, lq, p, q, d, d2, c, a)
+    return alpha_terms(lp, lq, p, q, d2, c, a)
 
 
 @triton.jit

@@ -92,8 +92,7 @@ def cluster(columns: int) -> Schedule:
 
 def table(
     rows: int, columns: int, itemsize: int, processors: int,
-    resident: int = RESIDENT, block: int = BLOCK, wave: int = 32,
-    held: int = HELD,
+    resident: int = RESIDENT, block: int = BLOCK, wave: int = 32, held: int = HELD,
 ) -> Schedule:  # fmt: skip
     """wave: threads of a warp; held: entries of a resident row to a thread."""
     if columns <= resident:

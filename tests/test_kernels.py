@@ -128,6 +128,15 @@ class Truth:
         return dz, dT
 
 
+def assert_fused_is_right(problem, divergence):
+    """Loss and gradient of whole rows, in one call."""
+    truth = Truth(problem, divergence)
+    one = Coefficients(torch.ones(problem.rows, device=problem.student.device), None, None)
+    loss, _, gradient = logits.fused(problem, one, metrics=False, out=None)
+    assert_close(loss, truth.values["kd"])
+    assert_close(gradient, truth.gradient(one)[0], "gradient")
+
+
 def masked_rows(device, V=75, smoothing=0.0):
     """Rows: dense; -inf on both sides; on the student's; on the teacher's; ignored, all NaN."""
     teacher = 2 * torch.randn(5, V, device=device)
@@ -251,12 +260,7 @@ def test_rows_far_from_0(plan, force, device):
     y = torch.randn(3, 75, device=device) - 3e4
     z = y + torch.randn(3, 75, device=device) + 6e4
     divergence = fastkd.JSD(0.3)
-    problem = problem_of(z, y, divergence)
-    truth = Truth(problem, divergence)
-    one = Coefficients(torch.ones(3, device=device), None, None)
-    loss, _, gradient = logits.fused(problem, one, metrics=False, out=None)
-    assert_close(loss, truth.values["kd"])
-    assert_close(gradient, truth.gradient(one)[0], "gradient")
+    assert_fused_is_right(problem_of(z, y, divergence), divergence)
 
 
 @pytest.mark.parametrize(
@@ -468,12 +472,7 @@ def test_own_divergence(force, device):
     force("sweep")
     divergence = Hellinger()
     z, y = torch.randn(2, 2, 75, device=device)
-    problem = problem_of(z, y, divergence)
-    truth = Truth(problem, divergence)
-    one = Coefficients(torch.ones(2, device=device), None, None)
-    loss, _, gradient = logits.fused(problem, one, metrics=False, out=None)
-    assert_close(loss, truth.values["kd"])
-    assert_close(gradient, truth.gradient(one)[0], "gradient")
+    assert_fused_is_right(problem_of(z, y, divergence), divergence)
 
 
 def test_no_device_function(device):
