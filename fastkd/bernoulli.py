@@ -46,27 +46,17 @@ def fused(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Weighted loss rows, `values` with metrics, and the gradient of the sum of those rows."""
     target = new_gradient(problem.student) if out is None else out.view(problem.student.shape)
-    long = coefficients.ce is not None or coefficients.entropy is not None
-    kinds = 5 if metrics else 3 if long else 1
+    kinds = 5 if metrics else coefficients.kinds
     values = problem.student.new_zeros(kinds, problem.rows, dtype=problem.dtype)
     for block in _blocks(problem):
         _store(values, problem, block)
         _gradient(problem, block, coefficients, target, None)
     _blank(problem, target)
-    return weighted(values, coefficients), values if metrics else None, target
+    return coefficients.weigh(values), values if metrics else None, target
 
 
 def new_gradient(student: Tensor) -> Tensor:
     return torch.empty_like(student, memory_format=torch.contiguous_format)
-
-
-def weighted(values: Tensor, coefficients: Coefficients) -> Tensor:
-    """The loss rows: a term whose factor is 0 is left out, were it infinite."""
-    loss = torch.zeros_like(coefficients.kd)
-    for factor, term in zip(coefficients, values[:3], strict=False):
-        if factor is not None:
-            loss += torch.where(factor == 0, 0.0, factor * term)
-    return loss
 
 
 # --- blocks -----------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,16 +13,16 @@ from .problem import Problem
 # Elements of a block: its buffers then fit the last cache, and a call's overhead is small; fewer,
 # but not fewer than the second, where a block would be more than an eighth of the problem, so that
 # its buffers stay small beside the gradient.
-BLOCK_ELEMENTS, LEAST_ELEMENTS = 1 << 19, 1 << 17
+BLOCK_ELEMENTS, LEAST_ELEMENTS = 5 << 17, 1 << 18
 # The first buffers, allocated together. Memory freed in a large piece stays with the process, in
 # small ones it may not, and the next call has to wait for each of its pages.
-AT_ONCE = 4
+AT_ONCE = 3
 
 
 class Rows(NamedTuple):
-    """Some rows of outer index `outer`: their inner indices, and their indices in [N]."""
+    """Some rows: their outer and inner indices, and their indices in [N]."""
 
-    outer: int
+    outer: int | Tensor
     inner: slice | Tensor
     flat: slice | Tensor
 
@@ -32,6 +32,7 @@ class Rows(NamedTuple):
         return some.stop - some.start if isinstance(some, slice) else len(some)
 
     def only(self, mask: Tensor) -> Rows:
+        """Those of one outer index that the mask, bool, has."""
         some = mask.nonzero()[:, 0]
         inner, flat = (i.start + some if isinstance(i, slice) else i[some] for i in self[1:])
         return Rows(self.outer, inner, flat)
@@ -43,13 +44,13 @@ class Rows(NamedTuple):
         size = -(-count // max(number, 1))
         for i in range(number):
             some = slice(size * i, min(size * (i + 1), count))
-            yield Rows(self.outer, _some(self.inner, some), _some(self.flat, some))
+            yield Rows(*(_some(index, some) for index in self))
 
 
-def _some(index: slice | Tensor, some: slice) -> slice | Tensor:
+def _some(index: int | slice | Tensor, some: slice) -> Any:
     if isinstance(index, slice):
         return slice(index.start + some.start, index.start + some.stop)
-    return index[some]
+    return index if isinstance(index, int) else index[some]
 
 
 def largest(problem: Problem) -> int:
@@ -59,16 +60,22 @@ def largest(problem: Problem) -> int:
     return max(torch.get_num_threads(), elements // problem.vocab_size)
 
 
-def blocks(problem: Problem) -> Iterator[Rows]:
-    """The rows that count, in blocks."""
+def blocks(problem: Problem, step: int) -> Iterator[Rows]:
+    """The rows that count, in blocks of at most `step`."""
     outer_rows, inner_rows = problem.student.shape[:2]
-    step = largest(problem)
     for outer in range(outer_rows):
         first = outer * inner_rows
         rows = Rows(outer, slice(0, inner_rows), slice(first, first + inner_rows))
         if problem.counted is not None and not (counted := problem.counted[rows.flat]).all():
             rows = rows.only(counted)
         yield from rows.parts(step)
+
+
+def marked(problem: Problem, mask: Tensor, step: int) -> Iterator[Rows]:
+    """The rows that a mask [N] has, in blocks of at most `step`."""
+    flat = mask.nonzero()[:, 0]
+    inner_rows = problem.student.size(1)
+    return Rows(flat // inner_rows, flat % inner_rows, flat).parts(step)
 
 
 class Store:
@@ -96,28 +103,3 @@ class Store:
             self.views += [buffer[: self.rows] for buffer in more]
         self.taken += 1
         return self.views[self.taken - 1]
-
-
-class Waiting:
-    """Rows to be done again in fp64, with copies of their logits, which may be overwritten."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity, self.size = capacity, 0
-        self.rows: list[Rows] = []  # of one outer index
-        self.logits: list[list[Tensor]] = []  # student's and teacher's
-
-    def takes(self, rows: Rows) -> bool:
-        fits = self.size + rows.size <= self.capacity
-        return not self.rows or (fits and self.rows[0].outer == rows.outer)
-
-    def add(self, rows: Rows, logits: list[Tensor]) -> None:
-        self.size += rows.size
-        self.rows.append(rows)
-        self.logits.append(logits)
-
-    def take(self) -> tuple[Rows, list[Tensor]]:
-        """All of them; they wait no longer."""
-        (outer, *_), inner, flat = zip(*self.rows, strict=True)
-        logits = [torch.cat(side) for side in zip(*self.logits, strict=True)]
-        self.size, self.rows, self.logits = 0, [], []
-        return Rows(outer, torch.cat(inner), torch.cat(flat)), logits

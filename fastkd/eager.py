@@ -6,13 +6,13 @@ small, or fail, because of a mask, show by their value, and are done again in fp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .blocks import Rows, Store, Waiting, blocks, largest
+from .blocks import Rows, Store, blocks, largest, marked
 from .divergences import LN2, Divergence, Pair, Pull, Softmax
 from .problem import (
     AGREEMENT,
@@ -36,8 +36,9 @@ def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Ten
     """`values`, and an empty `state`: the backward recomputes from the logits."""
     kinds = 5 if metrics else 3 if entropy or problem.labels is not None else 1
     values = _new_values(problem, kinds)
+    kept = values.unbind()
     for rows, terms in _Solver(problem, entropy, metrics):
-        _store(values, rows, terms)
+        _store(kept, rows, terms)
     return values, values.new_empty(0, problem.rows)
 
 
@@ -46,9 +47,12 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradient of the student's logits, in their dtype, and of each row's temperature."""
     out = _new_gradient(problem) if gradient else None
+    target = None if out is None else out[..., : problem.vocab_size]
     heat = upstream.kd.new_zeros(problem.rows) if temperature else None
-    for rows, terms in _Solver(problem, upstream.entropy is not None, False):
-        _gradient(problem, rows, terms, upstream, out, heat)
+    solver = _Solver(problem, upstream.entropy is not None, False)
+    weights = _weights(upstream, solver.scales[0])
+    for rows, terms in solver:
+        _gradient(problem, rows, terms, weights, target, heat)
     return out, heat
 
 
@@ -56,26 +60,25 @@ def fused(
     problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Weighted loss rows, `values` with metrics, and the gradient of the sum of those rows."""
-    target = _new_gradient(problem) if out is None else out.view(problem.student.shape)
-    alone = out is None and coefficients.ce is None and coefficients.entropy is None
-    values = _new_values(problem, 5 if metrics else 3)
-    for rows, terms in _Solver(
-        problem, coefficients.entropy is not None, metrics, target if alone else None
-    ):
-        _store(values, rows, terms)
-        _gradient(problem, rows, terms, coefficients, target, None)
-    if out is not None:
-        _blank(problem, target)
-    loss = torch.zeros_like(coefficients.kd)
-    for factor, term in zip(coefficients, values[:3], strict=True):
-        if factor is not None:  # where it is 0, the term is left out, were it infinite
-            loss += torch.where(factor == 0, 0.0, factor * term)
-    return loss, values if metrics else None, target
+    inplace = out is not None
+    out = _new_gradient(problem) if out is None else out.view(problem.student.shape)
+    target = out[..., : problem.vocab_size]
+    room = target if not inplace and coefficients.kinds == 1 else None
+    values = _new_values(problem, 5 if metrics else coefficients.kinds)
+    kept = values.unbind()
+    solver = _Solver(problem, coefficients.entropy is not None, metrics, room, inplace)
+    weights = _weights(coefficients, solver.scales[0])
+    for rows, terms in solver:
+        _store(kept, rows, terms)
+        _gradient(problem, rows, terms, weights, target, None)
+    if inplace:
+        _blank(problem, out)
+    return coefficients.weigh(values), values if metrics else None, out
 
 
 def scale_(gradient: Tensor, upstream: Tensor) -> None:
     """Multiplies in place, and touches nothing where the factor is seen to be 1."""
-    if not upstream.is_cpu or upstream != 1:
+    if not upstream.is_cpu or upstream.item() != 1:
         gradient.mul_(upstream)
 
 
@@ -95,13 +98,22 @@ class _Terms(NamedTuple):
 class _Solver:
     """The terms of all rows that count, block by block; of rows given twice, the second hold.
 
-    `room` [O, I, V] is where the student's terms may be written: the place of the gradient.
+    room: [O, I, V], where the student's terms may be written: the place of the gradient.
+    inplace: whether the gradient overwrites the logits.
     """
 
     def __init__(
-        self, problem: Problem, entropy: bool, metrics: bool, room: Tensor | None = None
+        self,
+        problem: Problem,
+        entropy: bool,
+        metrics: bool,
+        room: Tensor | None = None,
+        inplace: bool = False,
     ) -> None:
-        self.problem, self.entropy, self.metrics, self.room = problem, entropy, metrics, room
+        self.problem, self.entropy, self.metrics = problem, entropy, metrics
+        self.room, self.inplace = room, inplace
+        self.again: Tensor | None = None  # [N], bool: rows to come in fp64 when all others are done
+        self.sides = [x[..., : problem.vocab_size] for x in (problem.student, problem.teacher)]
         self.kind = Divergence.of_name(problem.divergence)
         self.scales = [_scale(problem.student_temperature)]  # the last is the teacher's
         if problem.teacher_temperature is not None:
@@ -109,75 +121,90 @@ class _Solver:
         self.store, self.exact_store = (
             Store(problem, dtype) for dtype in (problem.dtype, torch.float64)
         )
-        self.waiting = Waiting(-(-largest(problem) // 2))  # fp64 takes twice the memory
 
     def __iter__(self) -> Iterator[tuple[Rows, _Terms]]:
+        size = largest(self.problem)
+        half = -(-size // 2)  # fp64 takes twice the memory
         double = self.problem.dtype == torch.float64
         exact = double  # where most rows of a block need fp64, the next begins with it
-        for rows in blocks(self.problem):
+        for rows in blocks(self.problem, size):
             if not exact:
-                self.store.start(rows.size)
-                terms = self.terms(rows, self.logits(rows), self.store)
+                terms = self.plain_terms(rows)
                 doubtful = _doubtful(terms, self.kind.near)
-                if doubtful is None:
-                    yield rows, terms
-                    continue
                 if not _most(doubtful):
-                    # Before the terms are handed out: the gradient may go to where the logits are.
-                    yield from self.wait(rows.only(doubtful))
-                    yield rows, terms
+                    yield from self.settled(rows, terms, doubtful)
                     continue
             exact = double
-            for half in rows.parts(self.waiting.capacity):
-                terms = self.exact_terms(half, self.logits(half))
-                yield half, terms
+            for part in rows.parts(half):
+                terms = self.exact_terms(part)
+                yield part, terms
                 exact = exact or _most(_doubtful(terms, self.kind.near))
-        yield from self.waited()
+        if self.again is not None:
+            for rows in marked(self.problem, self.again, half):
+                yield rows, self.exact_terms(rows)
 
-    def wait(self, rows: Rows) -> Iterator[tuple[Rows, _Terms]]:
-        if not self.waiting.takes(rows):
-            yield from self.waited()
-        self.waiting.add(rows, self.logits(rows))
-
-    def waited(self) -> Iterator[tuple[Rows, _Terms]]:
-        if self.waiting.size:
-            rows, logits = self.waiting.take()
-            yield rows, self.exact_terms(rows, logits)
+    def settled(
+        self, rows: Rows, terms: _Terms, doubtful: Tensor | None
+    ) -> Iterator[tuple[Rows, _Terms]]:
+        """The terms of a block, and those of its doubtful rows, which may come later."""
+        if doubtful is None:
+            yield rows, terms
+        elif self.inplace:  # before the gradient goes to where the logits are
+            some = rows.only(doubtful)
+            exact = self.exact_terms(some)
+            yield rows, terms
+            yield some, exact
+        else:
+            if self.again is None:
+                self.again = doubtful.new_zeros(self.problem.rows)
+            self.again[rows.flat] = doubtful
+            yield rows, terms
 
     def logits(self, rows: Rows) -> list[Tensor]:
-        problem = self.problem
-        return [
-            logits[rows.outer, rows.inner, : problem.vocab_size]
-            for logits in (problem.student, problem.teacher)
-        ]
+        return [side[rows.outer, rows.inner] for side in self.sides]
 
-    def terms(self, rows: Rows, logits: Iterable[Tensor], store: Store) -> _Terms:
-        problem = self.problem
-        z, y = (x if x.dtype == store.dtype else store.new().copy_(x) for x in logits)
+    def plain_terms(self, rows: Rows) -> _Terms:
+        """In the dtype of the problem."""
+        self.store.start(rows.size)
+        logits, buffers = self.logits(rows), [self.store.new(), self.store.new()]
+        for side, buffer in enumerate(buffers):
+            if logits[side].dtype != buffer.dtype:
+                logits[side] = buffer.copy_(logits[side])
+        return self.terms(rows, logits, buffers, self.store)
+
+    def terms(self, rows: Rows, logits: list[Tensor], depths: list[Tensor], store: Store) -> _Terms:
+        """With the buffers of the depths, which may be the logits themselves."""
+        problem, (z, y) = self.problem, logits
         scales = [s[rows.flat] if isinstance(s, Tensor) else s for s in self.scales]
-        room = None if self.room is None else _place(problem, self.room, rows, store.dtype)
-        pair = Pair(z, y, scales[0], scales[-1], store.new, room)
-        value, pull = self.kind.value_and_pull(pair, problem.a, problem.b)
-
-        values, unit = {KD: value[:, 0]}, None
-        if problem.labels is not None:
-            at_one = isinstance(scales[0], float) and scales[0] == 1
-            unit = pair.student if at_one else Softmax.of(z, 1.0, store.new(), store.new())
-            values[CE] = _cross_entropy(unit, problem.labels[rows.flat], problem.label_smoothing)
-        if self.entropy or self.metrics:
-            values[ENTROPY] = _entropy(pair.student, store.new())
+        values, unit = {}, None
         if self.metrics:
-            values[TEACHER_ENTROPY] = _entropy(pair.teacher, store.new())
             agree = (z == z.amax(-1, keepdim=True)) & (y == y.amax(-1, keepdim=True))
             values[AGREEMENT] = agree.any(-1).to(z.dtype)
+        at_one = isinstance(scales[0], float) and scales[0] == 1
+        if problem.labels is not None and not at_one:
+            unit = Softmax.of(z, 1.0, store.new(), store.new())
+
+        room = None if self.room is None else _place(self.room, rows, store.dtype)
+        q = Softmax.of(z, scales[0], depths[0], store.new() if room is None else room)
+        p = Softmax.of(y, scales[-1], depths[1], store.new())
+        if problem.labels is not None:
+            unit = q if unit is None else unit
+            values[CE] = _cross_entropy(unit, problem.labels[rows.flat], problem.label_smoothing)
+        if self.entropy or self.metrics:
+            values[ENTROPY] = _entropy(q, store.new())
+        if self.metrics:
+            values[TEACHER_ENTROPY] = _entropy(p, store.new())
+        pair = Pair(q, p, scales[0], store.new)
+        value, pull = self.kind.value_and_pull(pair, problem.a, problem.b)
+        values[KD] = value[:, 0]
         return _Terms(values, pair, pull, unit, None)
 
-    def exact_terms(self, rows: Rows, logits: list[Tensor]) -> _Terms:
+    def exact_terms(self, rows: Rows) -> _Terms:
         """The terms in fp64, with a number for -inf, which times 0 is 0; its traces are removed."""
         store = self.exact_store
         store.start(rows.size)
-        numbers = [store.new().copy_(side).clamp_min_(MASKED) for side in logits]
-        values, pair, pull, unit, _ = self.terms(rows, numbers, store)
+        numbers = [store.new().copy_(side).clamp_min_(MASKED) for side in self.logits(rows)]
+        values, pair, pull, unit, _ = self.terms(rows, numbers, numbers, store)
         counts = ((pair.student.top != MASKED) & (pair.teacher.top != MASKED))[:, 0]
         values = {
             kind: torch.where(value > FAR, torch.inf, value).where(counts, 0.0)
@@ -189,7 +216,7 @@ class _Solver:
             size = pull.terms.abs().amax(-1, keepdim=True) * pull.factor
             dead |= infinite & ~(size.abs() < FAR)[:, 0]
         if (values[KD] < SAME).any():
-            dead |= (values[KD] < SAME) & (pair.climb().abs_().amax(-1) == 0)
+            dead |= (values[KD] < SAME) & (pair.student.terms == pair.teacher.terms).all(-1)
             values[KD] = torch.where(values[KD] < ROUNDING, 0.0, values[KD])
         if dead.any():
             pull = _without(pull, dead[:, None])
@@ -205,8 +232,12 @@ def _without(pull: Pull, dead: Tensor) -> Pull:
 
 def _scale(temperature: Tensor) -> float | Tensor:
     """1 / T: a number where all rows share it, which saves passes, else [N, 1]."""
-    shared = temperature.stride(0) == 0 and len(temperature) > 0
-    return 1 / temperature[0].item() if shared else 1 / temperature[:, None]
+    return 1 / temperature[0].item() if _shared(temperature) else 1 / temperature[:, None]
+
+
+def _shared(rows: Tensor) -> bool:
+    """Whether [N] is one number, expanded."""
+    return rows.stride(0) == 0 and len(rows) > 0
 
 
 def _cross_entropy(unit: Softmax, labels: Tensor, smoothing: float) -> Tensor:
@@ -228,77 +259,82 @@ def _doubtful(terms: _Terms, near: float) -> Tensor | None:
     """Rows whose divergence is small or infinite, or whose figures are not finite; None: no row."""
     check, total = terms.values[KD], terms.pull.total
     if isinstance(total, Tensor):
-        check = check + 0 * total[:, 0]
+        check = torch.add(check, total[:, 0], alpha=0)
     for kind in terms.values.keys() - {KD}:
-        check = check + 0 * terms.values[kind]
+        check = torch.add(check, terms.values[kind], alpha=0)
     least, most = (bound.item() for bound in check.aminmax())
-    if least > near and most < FAR:
-        return None
-    return ~((check > near) & (check < FAR))
+    if not most < FAR:
+        return ~((check > near) & (check < FAR))
+    return check <= near if least <= near else None
 
 
 def _most(doubtful: Tensor | None) -> bool:
-    return doubtful is not None and bool(2 * doubtful.sum() > len(doubtful))
+    return doubtful is not None and 2 * doubtful.count_nonzero().item() > len(doubtful)
 
 
 # --- its gradient -----------------------------------------------------------------------------
+
+
+def _weights(upstream: Coefficients, scale: float | Tensor) -> Coefficients:
+    """For the gradient by logits: [N, 1], or 0-d where all rows share it; scale: the student's."""
+    kd, ce, entropy = (
+        rows if rows is None else rows[0] if _shared(rows) else rows[:, None] for rows in upstream
+    )
+    assert kd is not None
+    return Coefficients(kd * scale, ce, None if entropy is None else entropy * scale)
+
+
+def _of_rows(weight: Tensor, rows: Rows) -> Tensor:
+    return weight[rows.flat] if weight.dim() else weight
 
 
 def _gradient(
     problem: Problem,
     rows: Rows,
     terms: _Terms,
-    upstream: Coefficients,
+    weights: Coefficients,
     out: Tensor | None,
     temperature: Tensor | None,
 ) -> None:
-    """Writes the block's gradient to the student's logits, and to its temperature."""
+    """Writes the block's gradient to the student's logits [O, I, V], and to its temperature."""
     place = None
     if out is not None and terms.counts is None:
-        place = _place(problem, out, rows, terms.pull.terms.dtype)
-    gradient = _tempered_gradient(rows, terms, upstream, place)
+        place = _place(out, rows, terms.pull.terms.dtype)
+    gradient = _tempered_gradient(rows, terms, weights, place)
     if temperature is not None or problem.moments is not None:
         heat = _heat(gradient, terms)
         if temperature is not None:
             temperature[rows.flat] = heat.to(temperature.dtype)
         if problem.moments is not None:
             _add_pull(gradient, heat, problem.moments[0], rows, terms)
-    if upstream.ce is not None:
-        _add_cross_entropy_gradient(gradient, problem, rows, terms, upstream.ce)
+    if weights.ce is not None:
+        _add_cross_entropy_gradient(gradient, problem, rows, terms, weights.ce)
     if terms.counts is not None:
         gradient = torch.where(terms.counts, gradient, 0.0)
     if out is not None and place is None:
-        _write(gradient, out[rows.outer, :, : problem.vocab_size], rows.inner)
+        out[rows.outer, rows.inner] = gradient.to(out.dtype)
 
 
-def _place(problem: Problem, out: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor | None:
+def _place(out: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor | None:
     """Where the rows' gradient goes, if it can be computed there: a pass less."""
     if out.dtype != dtype or not isinstance(rows.inner, slice):
         return None
-    return out[rows.outer, rows.inner, : problem.vocab_size]
-
-
-def _write(gradient: Tensor, block: Tensor, rows: slice | Tensor) -> None:
-    if isinstance(rows, slice):
-        block[rows].copy_(gradient)
-    else:
-        block[rows] = gradient.to(block.dtype)
+    return out[rows.outer, rows.inner]
 
 
 def _tempered_gradient(
-    rows: Rows, terms: _Terms, upstream: Coefficients, out: Tensor | None
+    rows: Rows, terms: _Terms, weights: Coefficients, out: Tensor | None
 ) -> Tensor:
     """Of divergence and entropy."""
     pair, pull, q = terms.pair, terms.pull, terms.pair.student
-    weight = _factor(upstream.kd, rows, terms) * pair.student_scale
-    gradient = torch.mul(
-        q.terms, weight * pull.total / q.mass, out=pair.new() if out is None else out
-    )
+    weight = _of_rows(weights.kd, rows)
+    factor = weight * pull.total / q.mass
+    gradient = torch.mul(q.terms, factor, out=pair.new() if out is None else out)
     gradient.addcmul_(pull.terms, weight * pull.factor, value=-1)
-    if upstream.entropy is not None:
-        weight = _factor(upstream.entropy, rows, terms) * pair.student_scale
+    if weights.entropy is not None:
         lq_plus_entropy = LN2 * (q.depth - _mean_depth(q, pair.new()))
-        gradient.addcmul_(lq_plus_entropy.mul_(q.terms), weight / q.mass, value=-1)
+        weight = _of_rows(weights.entropy, rows) / q.mass
+        gradient.addcmul_(lq_plus_entropy.mul_(q.terms), weight, value=-1)
     return gradient
 
 
@@ -321,19 +357,16 @@ def _add_pull(gradient: Tensor, heat: Tensor, moments: Tensor, rows: Rows, terms
 
 
 def _add_cross_entropy_gradient(
-    gradient: Tensor, problem: Problem, rows: Rows, terms: _Terms, upstream: Tensor
+    gradient: Tensor, problem: Problem, rows: Rows, terms: _Terms, weights: Tensor
 ) -> None:
     assert terms.unit is not None
     assert problem.labels is not None
-    weight, smoothing = _factor(upstream, rows, terms), problem.label_smoothing
+    weight, smoothing = _of_rows(weights, rows).to(gradient.dtype), problem.label_smoothing
     gradient.addcmul_(terms.unit.terms, weight / terms.unit.mass)
-    gradient.scatter_add_(-1, problem.labels[rows.flat, None], (smoothing - 1) * weight)
+    labels = problem.labels[rows.flat, None]
+    gradient.scatter_add_(-1, labels, ((smoothing - 1) * weight).expand(labels.shape))
     if smoothing:
         gradient.sub_(weight * (smoothing / problem.vocab_size))
-
-
-def _factor(factor: Tensor, rows: Rows, terms: _Terms) -> Tensor:
-    return factor[rows.flat, None].to(terms.pull.terms.dtype)
 
 
 def _new_values(problem: Problem, kinds: int) -> Tensor:
@@ -353,7 +386,7 @@ def _blank(problem: Problem, out: Tensor) -> None:
         out[~problem.counted.view(out.shape[:2])] = 0
 
 
-def _store(values: Tensor, rows: Rows, terms: _Terms) -> None:
+def _store(values: Sequence[Tensor], rows: Rows, terms: _Terms) -> None:
     for kind, value in terms.values.items():
         if kind < len(values):
-            values[kind, rows.flat] = value.to(values.dtype)
+            values[kind][rows.flat] = value.to(values[kind].dtype)

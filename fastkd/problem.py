@@ -40,6 +40,19 @@ class Coefficients(NamedTuple):
     ce: Tensor | None
     entropy: Tensor | None
 
+    @property
+    def kinds(self) -> int:
+        """The rows of `values` that the terms need."""
+        return 1 if self.ce is None and self.entropy is None else 3
+
+    def weigh(self, values: Tensor) -> Tensor:
+        """The weighted loss rows: a term whose factor is 0 is left out, were it infinite."""
+        loss = torch.zeros_like(values[KD])
+        for kind, factor in enumerate(self):
+            if factor is not None:
+                loss += torch.where(factor == 0, 0.0, factor * values[kind])
+        return loss
+
 
 class Problem(NamedTuple):
     """A batch of N = O * I rows; logits keep their strides, [O, I, V] with last stride 1."""

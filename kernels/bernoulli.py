@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.bernoulli import new_gradient, weighted
+from fastkd.bernoulli import new_gradient
 from fastkd.kernels import arithmetic as A
 from fastkd.kernels import phases as P
 from fastkd.kernels.divergences import NEAR, NEAR_RATIO, bend
@@ -237,9 +237,8 @@ def fused(
     problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     gradient = new_gradient(problem.student) if out is None else out
-    long = coefficients.ce is not None or coefficients.entropy is not None
-    values, _ = _run(problem, 5 if metrics else 3 if long else 1, coefficients, gradient)
-    return weighted(values, coefficients), values if metrics else None, gradient
+    values, _ = _run(problem, 5 if metrics else coefficients.kinds, coefficients, gradient)
+    return coefficients.weigh(values), values if metrics else None, gradient
 
 
 def _run(

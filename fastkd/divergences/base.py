@@ -79,7 +79,8 @@ class Divergence:
         """The divergence of each row, [R, 1], and the pull.
 
         Plain formulas serve: a row where they lose digits, or meet -inf, comes again in fp64, with
-        -1e300 for -inf. What belongs to the pair must not be changed.
+        -1e300 for -inf. What belongs to the pair must not be
+        changed, but the teacher's depth.
         """
         lp, leaf = (rows.detach() for rows in pair.logs())
         with _autograd():

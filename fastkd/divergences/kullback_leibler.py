@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from .base import NONE, REVERSE_KL, Divergence
-from .pair import LN2, Pull, plogr, total
+from .pair import LN2, Pair, Pull, plogr, total
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,7 @@ class ForwardKL(Divergence):
 
     @classmethod
     def value_and_pull(cls, pair, a, b):
-        p = pair.teacher
-        value = LN2 * total(pair.climb().mul_(p.terms)) / p.mass + pair.gap
-        return value, Pull(p.terms, 1 / p.mass, 1.0)
+        return _forward(pair, pair.climb(pair.teacher.depth).mul_(pair.teacher.terms))
 
     def dual(self):
         return ReverseKL.name, self.parameters, 1.0
@@ -69,11 +70,7 @@ class ReverseKL(Divergence):
 
     @classmethod
     def value_and_pull(cls, pair, a, b):
-        q = pair.student
-        terms = pair.climb().mul_(q.terms)
-        factor = LN2 / q.mass
-        sums = total(terms) * factor
-        return -(sums + pair.gap), Pull(terms, factor, sums)
+        return _reverse(pair, pair.climb(pair.teacher.depth).mul_(pair.student.terms))
 
     def dual(self):
         return ForwardKL.name, self.parameters, 1.0
@@ -121,10 +118,28 @@ class Jeffreys(Divergence):
 
     @classmethod
     def value_and_pull(cls, pair, a, b):
-        forward, one = ForwardKL.value_and_pull(pair, a, b)
-        reverse, other = ReverseKL.value_and_pull(pair, a, b)
+        climb = pair.climb(pair.teacher.depth)
+        forward, one = _forward(pair, torch.mul(climb, pair.teacher.terms, out=pair.new()))
+        reverse, other = _reverse(pair, climb.mul_(pair.student.terms))
         terms = other.terms.mul_(other.factor / one.factor * b).add_(one.terms, alpha=a)
         return a * forward + b * reverse, Pull(terms, one.factor, a * one.total + b * other.total)
 
     def dual(self):
         return self.name, (self.reverse, self.forward), 1.0
+
+
+# --- from the terms times `climb` -------------------------------------------------------------
+
+
+def _forward(pair: Pair, products: Tensor) -> tuple[Tensor, Pull]:
+    """Forward KL; with the products of the teacher's terms."""
+    p = pair.teacher
+    factor = p.mass.reciprocal()
+    return torch.addcmul(pair.gap, total(products), factor, value=LN2), Pull(p.terms, factor, 1.0)
+
+
+def _reverse(pair: Pair, products: Tensor) -> tuple[Tensor, Pull]:
+    """Reverse KL; with the products of the student's terms."""
+    factor = LN2 / pair.student.mass
+    sums = total(products) * factor
+    return -(sums + pair.gap), Pull(products, factor, sums)

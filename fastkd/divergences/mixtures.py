@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +59,7 @@ class JSD(Divergence):
     def value_and_pull(cls, pair, a, b):
         p, q = pair.teacher, pair.student
         # Clamping changes nothing beyond rounding, but keeps infinities out.
-        p_to_m, q_to_m = _log_shares(pair.d().clamp_(-80, 80), a, pair.new())
+        p_to_m, q_to_m = _log_shares(pair.d(p.depth).clamp_(-80, 80), a, pair.new())
         terms, factor = q_to_m.mul_(q.terms), (a - 1) / q.mass
         sums = total(terms) * factor
         return a * total(p_to_m.mul_(p.terms)) / p.mass - sums, Pull(terms, factor, sums)
@@ -108,7 +107,7 @@ class SkewKL(Divergence):
         if a == 0:
             return ForwardKL.value_and_pull(pair, a, b)
         p = pair.teacher
-        share, log_share = _shares(p, pair.student, a, pair.new)
+        share, log_share = _shares(p, pair.student, a, p.depth, pair.new())
         value = total(log_share.mul_(p.terms)) / p.mass
         return value, _pull(torch.addcmul(p.terms, share, p.terms, value=-a, out=share), 1 / p.mass)
 
@@ -156,7 +155,7 @@ class SkewReverseKL(Divergence):
         if a == 0:
             return ReverseKL.value_and_pull(pair, a, b)
         q = pair.student
-        share, log_share = _shares(q, pair.teacher, a, pair.new)
+        share, log_share = _shares(q, pair.teacher, a, pair.teacher.depth, pair.new())
         pull = _pull(share.mul_(a).sub_(log_share).mul_(q.terms), 1 / q.mass)
         return total(log_share.mul_(q.terms)) / q.mass, pull
 
@@ -190,7 +189,7 @@ class TVD(Divergence):
     @classmethod
     def value_and_pull(cls, pair, a, b):
         p, q = pair.teacher, pair.student
-        excess = torch.mul(q.terms, p.mass / q.mass, out=pair.new()).sub_(p.terms)  # of q over p
+        excess = torch.mul(q.terms, p.mass / q.mass, out=p.depth).sub_(p.terms)  # of q over p
         terms = torch.sign(excess, out=pair.new()).mul_(q.terms)
         return 0.5 * total(excess.abs_()) / p.mass, _pull(terms, -0.5 / q.mass)
 
@@ -223,13 +222,13 @@ def log_mixture(lp: Tensor, lq: Tensor, w: float) -> Tensor:
     return torch.where(empty, -math.inf, mixed)
 
 
-def _shares(p: Softmax, q: Softmax, a: float, new: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
-    """p / m and its log for m = a p + (1 - a) q; finite where p, or both, are 0."""
+def _shares(p: Softmax, q: Softmax, a: float, m: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
+    """p / m and its log for m = a p + (1 - a) q, in the buffers; finite where p, or both, are 0."""
     least = torch.finfo(p.terms.dtype).tiny
-    m = torch.mul(q.terms, (1 - a) * p.mass / q.mass, out=new())
+    torch.mul(q.terms, (1 - a) * p.mass / q.mass, out=m)
     m.add_(p.terms, alpha=a).clamp_min_(least)
     share = torch.div(p.terms, m, out=m)
-    return share, torch.clamp(share, min=least, out=new()).log_()
+    return share, torch.clamp(share, min=least, out=spare).log_()
 
 
 def _pull(terms: Tensor, factor: Tensor) -> Pull:

@@ -130,7 +130,7 @@ def _escort(lp: Tensor, lq: Tensor, a: float) -> Tensor:
 def _escorts(pair: Pair, a: float) -> tuple[Tensor, Tensor]:
     """p^a q^(1-a) / exp(top) and top, of each row the log of the largest, in fp64."""
     p, q = pair.teacher, pair.student
-    depth = torch.mul(q.depth, 1 - a, out=pair.new()).add_(p.depth, alpha=a)
+    depth = p.depth.mul_(a).add_(q.depth, alpha=1 - a)
     top = depth.amax(-1, keepdim=True)
     w = depth.sub_(top).exp2_()
     return w, LN2 * top.double() - a * p.log_mass - (1 - a) * q.log_mass

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 LN2 = math.log(2)
-# The columns whose largest logit is `top`, but in fp64: to search all takes a tenth of the time. A
-# row that overflows for that, with a logit larger by 88 T elsewhere, comes again in fp64.
-SEARCHED = 256
+# The first columns, whose largest logit is `top`, but in fp64: to search all takes a tenth of the
+# time, and any logit of the row would do. A row that overflows for that, with a logit larger by
+# 88 T elsewhere, comes again in fp64. PyTorch finds the largest of 64 as fast as that of 8.
+SEARCHED, FEW = 64, 4
 
 
 class Softmax(NamedTuple):
@@ -26,12 +27,13 @@ class Softmax(NamedTuple):
 
     @classmethod
     def of(cls, logits: Tensor, scale: float | Tensor, depth: Tensor, terms: Tensor) -> Softmax:
-        """In the buffers given, [R, V]."""
+        """In the buffers given, [R, V]; that of the depth may be the logits."""
         if logits.dtype == torch.float64:
             top = logits.amax(-1, keepdim=True)
             torch.sub(logits, top, out=depth).mul_(scale / LN2)
         else:
-            top, bits = logits[:, :SEARCHED].amax(-1, keepdim=True), scale / LN2
+            some = logits[:, : SEARCHED if logits.size(1) >= SEARCHED else FEW]
+            top, bits = some.amax(-1, keepdim=True), scale / LN2
             _affine(logits, bits, top * -bits, depth)
         mass = total(torch.exp2(depth, out=terms))
         return cls(top, depth, terms, mass)
@@ -54,40 +56,35 @@ class Pull(NamedTuple):
 
 
 class Pair:
-    """Rows of student and teacher logits, [R, V], and what divergences are made of, when needed.
+    """Rows of student and teacher, [R, V], and what divergences are made of, when needed.
 
-    A scale is 1 / T: a number where all rows share it, else [R, 1]. `new()` is a buffer [R, V],
-    for `out=`, from a store that outlasts the rows: fresh memory costs more than arithmetic. `room`
-    is a buffer for the student's terms.
+    `student_scale` is 1 / T: a number where all rows share it, else [R, 1]. `new()` is a buffer
+    [R, V], for `out=`, from a store that outlasts the rows: fresh memory costs more than
+    arithmetic. Nothing reads the teacher's depth after the divergence: it may be overwritten.
     """
 
     def __init__(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Softmax,
+        teacher: Softmax,
         student_scale: float | Tensor,
-        teacher_scale: float | Tensor,
         new: Callable[[], Tensor],
-        room: Tensor | None = None,
     ) -> None:
+        self.student, self.teacher = student, teacher
         self.student_scale, self.new = student_scale, new
-        room = new() if room is None else room
-        self.student = Softmax.of(student, student_scale, new(), room)
-        self.teacher = Softmax.of(teacher, teacher_scale, new(), new())
 
-    def climb(self) -> Tensor:
-        """d = lp - lq in bits and less `gap`, in a buffer that is the caller's."""
-        return torch.sub(self.teacher.depth, self.student.depth, out=self.new())
+    def climb(self, out: Tensor) -> Tensor:
+        """d = lp - lq in bits and less `gap`; `out` may be the teacher's depth."""
+        return torch.sub(self.teacher.depth, self.student.depth, out=out)
 
     @cached_property
     def gap(self) -> Tensor:
-        """d where the depths are equal, in nats, [R, 1], fp64."""
-        return (self.student.mass.double() / self.teacher.mass).log()
+        """d where the depths are equal, in nats, [R, 1]."""
+        return (self.student.mass / self.teacher.mass).log_()
 
-    def d(self) -> Tensor:
-        """lp - lq, in a buffer that is the caller's."""
-        climb = self.climb()
-        return _affine(climb, LN2, self.gap.to(climb.dtype), climb)
+    def d(self, out: Tensor) -> Tensor:
+        """lp - lq; `out` may be the teacher's depth."""
+        return _affine(self.climb(out), LN2, self.gap, out)
 
     def logs(self) -> tuple[Tensor, Tensor]:
         """lp and lq, in buffers that are the caller's."""
