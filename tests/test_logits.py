@@ -481,14 +481,17 @@ def test_inplace(dtype, backend):
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("columns", [7, 2048])
 def test_near_rows_among_many_blocks(columns, inplace):
-    """Few near rows in some blocks wait for each other; blocks of near rows do not."""
-    shape = 2, 2**19 // columns, columns + 1
+    """Few near or masked rows in some blocks come again; blocks of near rows do not wait."""
+    shape = 2, 2**20 // columns, columns + 1
     teacher = 2 * torch.randn(shape)
     noise = torch.ones(shape[:2])
     noise[:, ::100] = 1e-2
     noise[1, : shape[1] // 2] = 1e-3
     student = teacher + noise[..., None] * torch.randn(shape)
-    student, teacher = student[..., :columns], teacher[..., :columns]
+    student[:, 50::100, 3] = teacher[:, 50::100, 3] = -torch.inf
+    # Rows whose two leading dimensions do not merge.
+    student, teacher = student[:, 1:, :columns], teacher[:, 1:, :columns]
+    noise = noise[:, 1:]
     rows, true_rows = (
         f(student, teacher, reduction="none", **more)[0].flatten()
         for f, more in ((run, {"backend": "torch"}), (truth, {}))

@@ -43,7 +43,7 @@ class Divergence:
     constant: ClassVar[str] = SLOPE_SUM
     # The loss is scaled by (T_s * T_t) ** (temperature_power / 2), which keeps the gradient's size.
     temperature_power: ClassVar[int] = 2
-    # The PyTorch backend computes smaller values in fp64: in fp32 one may be off by 3e-6.
+    # The PyTorch backend computes smaller values in fp64: in fp32 one may be off by 1e-4 of itself.
     near: ClassVar[float] = 1 / 32
     # A fastkd.kernels.divergences.Device, for the Triton backend.
     device: ClassVar[Any] = None
@@ -79,8 +79,7 @@ class Divergence:
         """The divergence of each row, [R, 1], and the pull.
 
         Plain formulas serve: a row where they lose digits, or meet -inf, comes again in fp64, with
-        -1e300 for -inf. What belongs to the pair must not be
-        changed, but the teacher's depth.
+        -1e300 for -inf. Nothing that belongs to the pair may be changed, but the teacher's depth.
         """
         lp, leaf = (rows.detach() for rows in pair.logs())
         with _autograd():
