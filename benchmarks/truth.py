@@ -18,9 +18,11 @@ ROUNDINGS, AT_MOST = 4, 0.45
 # fp16 gradients of a mean underflow without a scaler.
 UPSTREAM = {torch.float16: 1024.0}
 
-# Entries of rows whose gradient is checked whole, entries of a block of the fp64 loss, and how many
-# of a row's largest gradient entries every timed call must have got right.
-CHECKED, BLOCK, SAMPLED = 1 << 22, 1 << 23, 4
+# Entries of rows whose gradient is checked whole, and entries of a block of the fp64 loss.
+CHECKED, BLOCK = 1 << 22, 1 << 23
+# Of how many rows each timed call must have got right how many of the largest gradient entries.
+# They are read while the clock runs: more would be seen in the time of small vocabularies.
+SAMPLED_ROWS, SAMPLED = 1 << 10, 4
 
 
 class Errors(NamedTuple):
@@ -34,7 +36,7 @@ class Truth(NamedTuple):
     loss: float
     rows: Tensor  # those whose gradient is known
     gradients: tuple[Tensor, ...]  # fp64, those rows of each leaf
-    positions: tuple[Tensor, ...]  # flat, of their largest entries in each leaf
+    positions: tuple[Tensor, ...]  # flat, of some rows' largest entries in each leaf
     sample: tuple[Tensor, ...]  # fp64, the entries there
     allowed: Errors
 
@@ -79,13 +81,15 @@ def truth_of(operator: Operator, operands: Operands, options: Mapping[str, Any])
     allowed = _allowed(operator, some, options, loss.item(), gradients)
     gradients = tuple(gradient / divisor for gradient in gradients)
 
-    largest = [gradient.abs().topk(min(SAMPLED, width)).indices for gradient in gradients]
+    sampled = slice(None, None, -(-checked // SAMPLED_ROWS))
+    sample = [gradient[sampled] for gradient in gradients]
+    largest = [part.abs().topk(min(SAMPLED, width)).indices for part in sample]
     return Truth(
         total / divisor,
         rows,
         gradients,
-        tuple((rows[:, None] * width + columns).flatten() for columns in largest),
-        tuple(g.gather(-1, c).flatten() for g, c in zip(gradients, largest, strict=True)),
+        tuple((rows[sampled, None] * width + columns).flatten() for columns in largest),
+        tuple(part.gather(-1, c).flatten() for part, c in zip(sample, largest, strict=True)),
         allowed,
     )
 

@@ -38,12 +38,9 @@ class Rows(NamedTuple):
         return Rows(self.outer, inner, flat)
 
     def parts(self, step: int) -> Iterator[Rows]:
-        """At most `step` rows each, and much the same number; the first are the largest."""
-        count = self.size
-        number = -(-count // step)
-        size = -(-count // max(number, 1))
-        for i in range(number):
-            some = slice(size * i, min(size * (i + 1), count))
+        """At most `step` rows each; the first are the largest."""
+        for start in range(0, self.size, step):
+            some = slice(start, min(start + step, self.size))
             yield Rows(*(_some(index, some) for index in self))
 
 
@@ -54,10 +51,11 @@ def _some(index: int | slice | Tensor, some: slice) -> Any:
 
 
 def largest(problem: Problem) -> int:
-    """Rows of a block, at most."""
+    """Rows of a block, at most: as many for every thread."""
     eighth = problem.rows * problem.vocab_size // 8
     elements = min(BLOCK_ELEMENTS, max(LEAST_ELEMENTS, eighth))
-    return max(torch.get_num_threads(), elements // problem.vocab_size)
+    threads = torch.get_num_threads()
+    return threads * max(1, round(elements / problem.vocab_size / threads))
 
 
 def blocks(problem: Problem, step: int) -> Iterator[Rows]:
