@@ -1,15 +1,13 @@
 """The autograd Functions and the operators they call: rows saved, launchers called, nothing else.
 
 The operators are opaque to the compiler, which therefore sees neither the row blocks of the eager
-path nor the kernels. Where nothing traces, their functions are called without the dispatcher, whose
-Python is slow after large logits have swept the cache. Numbers that may change from step to step
-come in a tensor on the CPU: as plain floats they would make it compile again for each value.
+path nor the kernels. Numbers that may change from step to step come in a tensor on the CPU: as
+plain floats they would make it compile again for each value.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -17,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import bernoulli, checks, eager
+from . import bernoulli, eager
 from .divergences import Bernoulli
+from .operators import operator
 from .problem import CE, ENTROPY, KD, Coefficients, Problem
 
 # --- operators -------------------------------------------------------------------------------
@@ -60,27 +59,6 @@ def _backend(name: str, divergence: str) -> ModuleType:
     if name == "torch":
         return bernoulli if heads else eager
     return import_module(f"fastkd.kernels.{'bernoulli' if heads else 'logits'}")
-
-
-class Operator:
-    """A function that a tracer sees as one call."""
-
-    def __init__(
-        self, name: str, function: Callable[..., Any], schema: str, mutates: tuple[str, ...]
-    ) -> None:
-        self.function = function
-        self.traced = torch.library.custom_op(name, function, mutates_args=mutates, schema=schema)
-        self.register_fake = self.traced.register_fake
-
-    def __call__(self, *arguments: Any) -> Any:
-        watched = checks.traced() or torch._C._len_torch_dispatch_stack() > 0
-        return (self.traced if watched else self.function)(*arguments)
-
-
-def operator(
-    name: str, schema: str, mutates: tuple[str, ...] = ()
-) -> Callable[[Callable[..., Any]], Operator]:
-    return lambda function: Operator(name, function, schema, mutates)
 
 
 @operator(

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from . import checks
+from .operators import operator
 
 __all__ = ["kl_div"]
 
@@ -30,6 +31,7 @@ MEAN_WARNING = (
     "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
 )
 
+LOG2E = 1 / math.log(2)
 # Elements per piece on the CPU: temporaries that the cache holds, enough work for every thread.
 PIECE = 2**19
 
@@ -153,7 +155,7 @@ def _check(input: Tensor, target: Tensor) -> torch.Size:
 
 def _log_ratio(input: Tensor, target: Tensor, log_target: bool) -> tuple[Tensor, Tensor]:
     """p and log p - input, which is 0 where p is 0; differentiable there too."""
-    p = target.exp() if log_target else target
+    p = _exp(target) if log_target else target
     empty = p == 0
     log_p = target if log_target else torch.where(empty, 1.0, target).log()
     return p, torch.where(empty, 0.0, log_p - input)
@@ -168,35 +170,31 @@ def _total(input: Tensor, target: Tensor, log_target: bool, dtype: torch.dtype) 
     """The sum of the values: by the plain formula, again where that fails, as at p = 0."""
     x, t = input.to(dtype), target.to(dtype)
     if not t.is_cuda:
-        p, values = (t.exp(), t - x) if log_target else (t, t.log().sub_(x))
+        p, values = (_exp(t), t - x) if log_target else (t, t.log().sub_(x))
         total = values.mul_(p).sum()
         if total.isfinite():
             return total
     return _value(x, t, log_target, dtype).sum()
 
 
-def _gradients(
-    minus: Tensor,
-    input: Tensor | None,
-    target: Tensor,
-    log_target: bool,
-    input_dtype: torch.dtype | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """That of the input, if `input_dtype` is given, and that of the target, if `input` is.
-
-    minus: the negative of the upstream gradient, which may be one value for all.
-    """
+def _to_input(minus: Tensor, target: Tensor, log_target: bool, out: Tensor | None = None) -> Tensor:
+    """The gradient of the input; minus: the negative of the upstream gradient, or one for all."""
     dtype = _at_least_fp32(minus.dtype)
-    minus, t = minus.to(dtype), target.to(dtype)
-    to_input = to_target = None
-    if input_dtype is not None:
-        to_input = ((t.exp() if log_target else t) * minus).to(input_dtype)
-    if input is not None:
-        p, log_ratio = _log_ratio(input.to(dtype), t, log_target)
-        slope = -1 - log_ratio
-        slope = p * slope if log_target else torch.where(p == 0, 0.0, slope)
-        to_target = (slope * minus).to(target.dtype)
-    return to_input, to_target
+    t = target.to(dtype)
+    return torch.mul(_exp(t) if log_target else t, minus.to(dtype), out=out)
+
+
+def _to_target(minus: Tensor, input: Tensor, target: Tensor, log_target: bool) -> Tensor:
+    dtype = _at_least_fp32(minus.dtype)
+    p, log_ratio = _log_ratio(input.to(dtype), target.to(dtype), log_target)
+    slope = -1 - log_ratio
+    slope = p * slope if log_target else torch.where(p == 0, 0.0, slope)
+    return (slope * minus.to(dtype)).to(target.dtype)
+
+
+def _exp(x: Tensor) -> Tensor:
+    """On a CPU exp2 takes a quarter of the time of exp. Off by 6e-8 * abs(x) in fp32, relative."""
+    return (x * LOG2E).exp2_()
 
 
 def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
@@ -206,7 +204,10 @@ def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
 # --- the operators: opaque to the compiler, one body per backend -----------------------------
 
 
-@torch.library.custom_op("fastkd::kl_div", mutates_args=())
+@operator(
+    "fastkd::kl_div",
+    "(Tensor input, Tensor target, bool log_target, bool reduce, ScalarType dtype) -> Tensor",
+)
 def _forward(
     input: Tensor, target: Tensor, log_target: bool, reduce: bool, dtype: torch.dtype
 ) -> Tensor:
@@ -232,7 +233,11 @@ def _(input, target, log_target, reduce, dtype):
     return input.new_empty(() if reduce else input.shape, dtype=dtype)
 
 
-@torch.library.custom_op("fastkd::kl_div_backward", mutates_args=())
+@operator(
+    "fastkd::kl_div_backward",
+    "(Tensor upstream, Tensor? input, Tensor target, bool log_target, ScalarType? input_dtype)"
+    " -> (Tensor, Tensor)",
+)
 def _backward(
     upstream: Tensor,
     input: Tensor | None,
@@ -240,7 +245,7 @@ def _backward(
     log_target: bool,
     input_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """`_gradients`, with an empty tensor for None."""
+    """Of the input, if `input_dtype` is given, and of the target, if `input` is, else empty."""
     to_input, to_target = _empty_gradients(upstream, input, target, log_target, input_dtype)
     triton = _on_triton(upstream, target)
     g, x, t, dx, dt = _as_matrices(
@@ -252,10 +257,11 @@ def _backward(
 
         elementwise.backward(g, x, t, dx, dt, log_target)
         return to_input, to_target
-    for gs, xs, ts, *outs in _pieces(g, x, t, dx, dt):
-        for out, grad in zip(outs, _gradients(gs, xs, ts, log_target, input_dtype), strict=True):
-            if out is not None:
-                out.copy_(grad)
+    for gs, xs, ts, dxs, dts in _pieces(g, x, t, dx, dt):
+        if dxs is not None:
+            _to_input(gs, ts, log_target, dxs)
+        if dts is not None:
+            dts.copy_(_to_target(gs, xs, ts, log_target))
     return to_input, to_target
 
 
@@ -312,12 +318,16 @@ class _KLDiv(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         input, target = ctx.saved_tensors
-        # A gradient that will be differentiated is made of differentiable operations.
-        settings = input, target, ctx.log_target, ctx.input_dtype
-        if torch.is_grad_enabled():
-            to_input, to_target = _gradients(-upstream, *settings)
+        to_input = to_target = None
+        if torch.is_grad_enabled():  # of differentiable operations, as it will be differentiated
+            if ctx.input_dtype is not None:
+                to_input = _to_input(-upstream, target, ctx.log_target).to(ctx.input_dtype)
+            if input is not None:
+                to_target = _to_target(-upstream, input, target, ctx.log_target)
         else:
-            to_input, to_target = _backward(upstream, *settings)
+            to_input, to_target = _backward(
+                upstream, input, target, ctx.log_target, ctx.input_dtype
+            )
         return (
             None if ctx.input_dtype is None else to_input,
             None if input is None else to_target,

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from .operators import operator
 from .problem import WIDTH, Problem
 
 EPS = 1e-7  # added to the standard deviation
@@ -39,7 +40,10 @@ def standardized(problem: Problem, backend: str) -> Problem:
     )
 
 
-@torch.library.custom_op("fastkd::moments", mutates_args=())
+@operator(
+    "fastkd::moments",
+    "(Tensor student, Tensor teacher, Tensor? counted, SymInt vocab_size, str backend) -> Tensor",
+)
 def _moments(
     student: Tensor, teacher: Tensor, counted: Tensor | None, vocab_size: int, backend: str
 ) -> Tensor:

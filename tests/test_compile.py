@@ -189,7 +189,7 @@ def test_operators_pass_opcheck(backend):
         torch.library.opcheck(autograd._fused.traced, arguments, test_utils=UTILITIES)
         torch.library.opcheck(autograd._fused_, arguments, test_utils=UTILITIES)
     arguments = (problem[0], problem[1], problem[5], 10, backend)
-    torch.library.opcheck(moments._moments, arguments, test_utils=UTILITIES)
+    torch.library.opcheck(moments._moments.traced, arguments, test_utils=UTILITIES)
     standardized = [*problem]
     standardized[6] = moments._moments(*arguments)
     arguments = (*standardized, False, False, backend)
