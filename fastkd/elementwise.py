@@ -32,6 +32,8 @@ MEAN_WARNING = (
 )
 
 LOG2E = 1 / math.log(2)
+# Asked once, since the compiler of PyTorch 2.11 cannot trace the question.
+AUTOCASTS = [d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(d)]
 # Elements per piece on the CPU: temporaries that the cache holds, enough work for every thread.
 PIECE = 2**19
 
@@ -119,7 +121,7 @@ def _result_type(input: Tensor, target: Tensor) -> torch.dtype:
         dtype = torch.promote_types(input.dtype, target.dtype)
     else:  # a 0-d tensor does not promote the other
         dtype = input.dtype if input.dim() > 0 else target.dtype
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = device in AUTOCASTS and torch.is_autocast_enabled(device)
     return _at_least_fp32(dtype) if autocast else dtype
 
 
