@@ -46,7 +46,7 @@ def fused(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Weighted loss rows, `values` with metrics, and the gradient of the sum of those rows."""
     target = new_gradient(problem.student) if out is None else out.view(problem.student.shape)
-    kinds = 5 if metrics else coefficients.kinds
+    kinds = coefficients.kinds(metrics)
     values = problem.student.new_zeros(kinds, problem.rows, dtype=problem.dtype)
     for block in _blocks(problem):
         _store(values, problem, block)

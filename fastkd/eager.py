@@ -14,20 +14,15 @@ from torch import Tensor
 
 from .blocks import Rows, Store, blocks, largest, marked
 from .divergences import LN2, Divergence, Pair, Pull, Softmax
-from .problem import (
-    AGREEMENT,
-    CE,
-    ENTROPY,
-    KD,
-    TEACHER_ENTROPY,
-    Coefficients,
-    Problem,
-)
+from .problem import AGREEMENT, CE, ENTROPY, KD, TEACHER_ENTROPY, Coefficients, Problem
 
 # From here on a value is infinite: the largest of fp32. What stands for -inf is far beyond.
 FAR = torch.finfo(torch.float32).max
 MASKED = -1e300
 FATHOM = -1e30  # the depth of a masked entry is below it, in fp32 too
+# A mass from here on, of a row far above its `top`, is divided by in fp64: in fp32 a weight over it
+# is no normal number.
+HEAVY = 2.0**64
 # In fp64, a row of two equal sides is below the first, and what is below the second has no digits.
 SAME, ROUNDING = 1e-12, 1e-15
 
@@ -63,8 +58,9 @@ def fused(
     inplace = out is not None
     out = _new_gradient(problem) if out is None else out.view(problem.student.shape)
     target = out[..., : problem.vocab_size]
-    room = target if not inplace and coefficients.kinds == 1 else None
-    values = _new_values(problem, 5 if metrics else coefficients.kinds)
+    alone = coefficients.ce is None and coefficients.entropy is None
+    room = target if alone and not inplace else None
+    values = _new_values(problem, coefficients.kinds(metrics))
     kept = values.unbind()
     solver = _Solver(problem, coefficients.entropy is not None, metrics, room, inplace)
     weights = _weights(coefficients, solver.scales[0])
@@ -256,8 +252,15 @@ def _mean_depth(side: Softmax, spare: Tensor) -> Tensor:
 
 
 def _doubtful(terms: _Terms, near: float) -> Tensor | None:
-    """Rows whose divergence is small or infinite, or whose figures are not finite; None: no row."""
-    check, total = terms.values[KD], terms.pull.total
+    """Rows whose divergence is small or infinite, whose terms are too large, or whose figures are
+    not finite; None: no row.
+    """
+    check, pair, total = terms.values[KD], terms.pair, terms.pull.total
+    mass = torch.maximum(pair.student.mass, pair.teacher.mass)
+    if terms.unit is not None:
+        mass = torch.maximum(mass, terms.unit.mass)
+    if not mass.max().item() < HEAVY:
+        check = torch.where(mass[:, 0] < HEAVY, check, torch.inf)
     if isinstance(total, Tensor):
         check = torch.add(check, total[:, 0], alpha=0)
     for kind in terms.values.keys() - {KD}:

@@ -40,10 +40,9 @@ class Coefficients(NamedTuple):
     ce: Tensor | None
     entropy: Tensor | None
 
-    @property
-    def kinds(self) -> int:
-        """The rows of `values` that the terms need."""
-        return 1 if self.ce is None and self.entropy is None else 3
+    def kinds(self, metrics: bool) -> int:
+        """The rows of `values` that are needed."""
+        return 5 if metrics else 1 if self.ce is None and self.entropy is None else 3
 
     def weigh(self, values: Tensor) -> Tensor:
         """The weighted loss rows: a term whose factor is 0 is left out, were it infinite."""

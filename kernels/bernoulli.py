@@ -237,7 +237,7 @@ def fused(
     problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     gradient = new_gradient(problem.student) if out is None else out
-    values, _ = _run(problem, 5 if metrics else coefficients.kinds, coefficients, gradient)
+    values, _ = _run(problem, coefficients.kinds(metrics), coefficients, gradient)
     return coefficients.weigh(values), values if metrics else None, gradient
 
 

@@ -117,6 +117,25 @@ def test_common_offsets_and_far_apart_logits(divergence, backend):
 
 
 @pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("lift", [60.0, 86.0])
+@pytest.mark.parametrize("vocab", [10, 1000])
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_first_columns_far_below_the_others(divergence, vocab, lift, backend):
+    """Where the shift of a row is found, and by how much its terms may exceed 1."""
+    rows = 8
+    student, teacher = (x.float() for x in logits(rows, vocab))
+    for side in (student, teacher):
+        side[:, vocab // 2 :] += lift
+    labels = torch.full((rows,), vocab - 1)
+    upstream = torch.tensor(1e-6)
+    settings = {"divergence": divergence, "alpha": 0.5, "gradient": "backward"}
+    loss, gradient = run(student, teacher, labels, upstream=upstream, backend=backend, **settings)
+    true, true_gradient = truth(student, teacher, labels, upstream=upstream, **settings)
+    assert_close(loss, true)
+    assert_close(gradient, true_gradient, "gradient")
+
+
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("per_row", [True, False])
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 LN2 = math.log(2)
 # The first columns, whose largest logit is `top`, but in fp64: to search all takes a tenth of the
-# time, and any logit of the row would do. A row that overflows for that, with a logit larger by
-# 88 T elsewhere, comes again in fp64. PyTorch finds the largest of 64 as fast as that of 8.
+# time, and any logit of the row would do. A row too large for that, with a logit larger by 44 T
+# elsewhere, comes again in fp64. PyTorch finds the largest of 64 as fast as that of 8.
 SEARCHED, FEW = 64, 4
 
 
