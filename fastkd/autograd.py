@@ -7,17 +7,16 @@ plain floats they would make it compile again for each value.
 
 from __future__ import annotations
 
-import inspect
 from importlib import import_module
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import bernoulli, eager
 from .divergences import Bernoulli
-from .operators import operator
+from .operators import operator, signed
 from .problem import CE, ENTROPY, KD, Coefficients, Problem
 
 # --- operators -------------------------------------------------------------------------------
@@ -173,6 +172,7 @@ class Dual(NamedTuple):
     factor: float
 
 
+@signed
 class Rows(torch.autograd.Function):
     """gradient="backward": per-row values, recomputed in the backward from the saved logits."""
 
@@ -240,6 +240,7 @@ class Rows(torch.autograd.Function):
         )
 
 
+@signed
 class Fused(torch.autograd.Function):
     """gradient="forward": the weighted loss and its gradient at once; the backward only scales."""
 
@@ -293,9 +294,3 @@ class _Once(torch.autograd.Function):
 def _once(gradient: Tensor | None, source: Tensor) -> Tensor | None:
     second = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     return _Once.apply(gradient, source) if second and gradient is not None else gradient
-
-
-# Function.apply looks for them in each call, which takes 30 us, and 100 when the cache is cold.
-for _function in (Rows, Fused):
-    _forward_of: Any = _function.forward
-    _forward_of.__signature__ = inspect.signature(_forward_of)

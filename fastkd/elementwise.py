@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from . import checks
-from .operators import operator
+from .operators import operator, signed
 
 __all__ = ["kl_div"]
 
@@ -33,7 +33,8 @@ MEAN_WARNING = (
 
 LOG2E = 1 / math.log(2)
 # Asked once, since the compiler of PyTorch 2.11 cannot trace the question.
-AUTOCASTS = [d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(d)]
+DEVICES = ("cpu", "cuda", "hpu", "ipu", "maia", "mps", "mtia", "privateuseone", "xla", "xpu")
+AUTOCASTS = [device for device in DEVICES if torch.amp.is_autocast_available(device)]
 # Elements per piece on the CPU: temporaries that the cache holds, enough work for every thread.
 PIECE = 2**19
 
@@ -305,6 +306,7 @@ def _pieces(*matrices: Any) -> Iterable[tuple[Any, ...]]:
 # --- autograd --------------------------------------------------------------------------------
 
 
+@signed
 class _KLDiv(torch.autograd.Function):
     @staticmethod
     def forward(input, target, log_target, reduce, dtype):
