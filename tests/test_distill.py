@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from fastkd import __main__
-from fastkd.distill import corpus, measure, settings, small, storage, ways
+from fastkd.distill import corpus, default_job, measure, methods, settings, storage
 from fastkd.distill.train import Training, rate
 from tests.closeness import assert_close
 
@@ -81,7 +81,9 @@ def test_the_figures_are_measured_and_agree(finished):
         assert 0 < figures["loss_ms"] < figures["step_ms"]
         assert figures["loss_peak_bytes"] > 0
         assert figures["kl_to_teacher"] > 0
-    hard, fastkd = (found["students"][way]["validation_loss"] for way in ("hard labels", "fastkd"))
+    hard, fastkd = (
+        found["students"][method]["validation_loss"] for method in ("hard labels", "fastkd")
+    )
     assert found["margin"] == hard - fastkd
 
 
@@ -116,9 +118,9 @@ def rows_of(folder):
 
 def test_temperatures_change_as_they_are_spelt(text, tmp_path):
     """With the teacher's apart, in TOML, without their product; F.kl_div's curve is fastkd's."""
-    (tmp_path / "own.toml").write_text("teacher_temperature = 4\nscale_by_temperature = false\n")
+    (tmp_path / "mine.toml").write_text("teacher_temperature = 4\nscale_by_temperature = false\n")
     arguments = options(text, steps=8, log_every=1, temperature="linear:8,2")
-    arguments += ["--config", tmp_path / "own.toml"]
+    arguments += ["--config", tmp_path / "mine.toml"]
     assert distil("--out", tmp_path / "out", *arguments) == 0
     temperatures = [float(row["temperature"]) for row in rows_of(tmp_path / "out")]
     assert temperatures == pytest.approx([8 - 6 * step / 8 for step in range(8)])
@@ -131,7 +133,7 @@ def test_temperatures_change_as_they_are_spelt(text, tmp_path):
     "settings_", [{"teacher_temperature": "5"}, {"scale_by_temperature": False}, {}]
 )
 def test_the_way_of_f_kl_div_is_its_formula(settings_):
-    chosen = settings.build(settings.Small, {"temperature": "two-stage:3,2", **settings_})
+    chosen = settings.build(settings.DefaultJob, {"temperature": "two-stage:3,2", **settings_})
     student, teacher = torch.randn(2, 7, 11, dtype=torch.float64)
     labels = torch.arange(7)
     for step, T_s in ((0, 3.0), (5, 2.0)):
@@ -141,13 +143,13 @@ def test_the_way_of_f_kl_div_is_its_formula(settings_):
         factor = 1 if "scale_by_temperature" in settings_ else T_s * T_t
         truth = 0.9 * factor * kd - 0.1 * student.log_softmax(-1)[labels, labels].mean()
         for name in ("F.kl_div", "fastkd"):
-            loss = ways.ways(chosen.loss(step, steps=10))[name]
+            loss = methods.methods(chosen.loss(step, steps=10))[name]
             assert_close(loss(student, teacher, labels), truth)
 
 
 def test_disagreement_fails_after_all_is_saved(text, tmp_path, monkeypatch, capsys):
-    real = ways.distillation_loss
-    monkeypatch.setattr(ways, "distillation_loss", lambda *a, **k: 1.001 * real(*a, **k))
+    real = methods.distillation_loss
+    monkeypatch.setattr(methods, "distillation_loss", lambda *a, **k: 1.001 * real(*a, **k))
     assert distil("--out", tmp_path / "out", *options(text, steps=2)) == 1
     printed = capsys.readouterr()
     assert "DO NOT AGREE" in printed.out
@@ -170,12 +172,12 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(
         stop.asked = len(seen) == steps
         real(training, folder, stop, due)
 
-    real = small._keep
-    monkeypatch.setattr(small, "_keep", keep)
+    real = default_job._keep
+    monkeypatch.setattr(default_job, "_keep", keep)
     assert distil("--out", folder, *options(text)) == 130
     assert f"fastkd distill --resume {folder}" in capsys.readouterr().err
     assert {path.name for path in folder.iterdir()} == {"config.toml", "checkpoint.pt"}
-    monkeypatch.setattr(small, "_keep", real)
+    monkeypatch.setattr(default_job, "_keep", real)
     assert distil("--resume", folder) == 0
     for name in ("metrics.csv", "student.safetensors"):
         assert (finished / name).read_bytes() == (folder / name).read_bytes(), name
@@ -239,7 +241,9 @@ def test_peak_memory_counts_every_byte_held():
 
 
 def test_students_begin_alike_and_evaluation_is_that_of_pytorch(text):
-    chosen = settings.build(settings.Small, {"sequence_length": 16, "heads": 2, "vocabulary": 280})
+    chosen = settings.build(
+        settings.DefaultJob, {"sequence_length": 16, "heads": 2, "vocabulary": 280}
+    )
     data = corpus.prepare([str(text)], 280, 16)
     training = Training(chosen, data, torch.device("cpu"))
     first, *others = (model.state_dict() for model in training.students.values())

@@ -13,7 +13,7 @@ import torch
 
 from fastkd import __main__
 from fastkd.distill import settings, storage
-from fastkd.distill.problems import Problem
+from fastkd.distill.errors import RunError
 
 for module in ("matplotlib", "rich", "safetensors", "tokenizers"):
     pytest.importorskip(module)
@@ -115,7 +115,7 @@ def test_a_stopped_run_is_not_overwritten(here, capsys):
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut short", None])
 def test_a_broken_checkpoint(here, capsys, content):
-    chosen = settings.build(settings.Small, {"vocabulary": 300})
+    chosen = settings.build(settings.DefaultJob, {"vocabulary": 300})
     (here / "config.toml").write_text(settings.toml(chosen))
     if content is None:  # it reads, and is of another run
         storage.save_checkpoint(here, {"fingerprint": "of another text"})
@@ -133,14 +133,14 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
     code = """if True:
         import resource, sys
         from pathlib import Path
-        from fastkd.distill import problems, storage
+        from fastkd.distill import errors, storage
         target = Path(sys.argv[1])
         storage.write(target, "old")
         resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
         try:
             storage.write(target, b"new" * 1024)
-        except problems.Problem as problem:
-            print(problem)
+        except errors.RunError as error:
+            print(error)
     """
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "file"],
@@ -186,7 +186,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(here, capsys):
 
 def test_settings_survive_the_file():
     chosen = settings.build(
-        settings.Own,
+        settings.UserModels,
         {"teacher": 'a "b" \\ ü', "student": "s", "data": ["x", "y"], "checkpointing": True},
     )
     text = settings.toml(chosen)
@@ -195,7 +195,7 @@ def test_settings_survive_the_file():
         import tomllib
 
         values = tomllib.loads(text)
-        assert settings.build(settings.Own, values) == chosen
+        assert settings.build(settings.UserModels, values) == chosen
 
 
 def test_importing_the_command_line_imports_no_extra():
@@ -209,7 +209,7 @@ def test_importing_the_command_line_imports_no_extra():
 
 def test_a_checkpoint_of_another_kind_is_no_checkpoint(tmp_path):
     torch.save([1, 2], tmp_path / "checkpoint.pt")
-    with pytest.raises(Problem, match="is no checkpoint of fastkd distill"):
+    with pytest.raises(RunError, match="is no checkpoint of fastkd distill"):
         storage.load_checkpoint(tmp_path)
 
 

@@ -13,8 +13,8 @@ import torch
 from fastkd import __main__
 from fastkd.distill.settings import Search
 from fastkd.distill.tune import KL, LOSS, _result
-from tests.test_distill_own import home as home
-from tests.test_distill_own import options as of_models
+from tests.test_distill_user_models import home as home
+from tests.test_distill_user_models import options as of_models
 
 optuna = pytest.importorskip("optuna")
 for module in ("matplotlib", "rich", "tokenizers"):
@@ -134,9 +134,9 @@ def test_a_missing_extra_says_what_to_install(tmp_path, capsys, monkeypatch):
 def test_ctrl_c_keeps_the_trials(text, tmp_path, capsys, monkeypatch):
     from fastkd.distill import tune as module
 
-    real, trained = module._small, []
+    real, trained = module._default_job, []
 
-    def small(chosen):
+    def stub(chosen):
         train = real(chosen)
 
         def stopped(changed):
@@ -149,7 +149,7 @@ def test_ctrl_c_keeps_the_trials(text, tmp_path, capsys, monkeypatch):
 
     search = ["--seeds=2", "--trials=2", "--out", tmp_path, "--data", text, *TINY]
     with monkeypatch.context() as patched:
-        patched.setattr(module, "_small", small)
+        patched.setattr(module, "_default_job", stub)
         assert tune(*search) == 130
     assert f"the same command adds to the trials in {tmp_path}" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"study.db"}

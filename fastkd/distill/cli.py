@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from . import settings, storage
-from .problems import Interrupted, Problem, Usage
+from .errors import Interrupted, RunError, Usage
 
 DISTILL = "Distil a teacher into a student, and show what came of it."
 ABOUT_DISTILL = """
@@ -68,8 +68,8 @@ def _settings_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="settings as TOML; options override it")
     kinds = (
         (settings.Common, ""),
-        (settings.Small, "the default job"),
-        (settings.Own, "--teacher"),
+        (settings.DefaultJob, "the default job"),
+        (settings.UserModels, "--teacher"),
     )
     seen: set[str] = set()
     for kind, of in kinds:
@@ -82,9 +82,9 @@ def _settings_options(parser: argparse.ArgumentParser) -> None:
 
 def _option(group: Any, item: dataclasses.Field[Any], kind: Any) -> None:
     default = "" if item.default in ((), "") else f"; default: {item.default}"
-    of_own = getattr(settings.Own, item.name, item.default)
-    if of_own != item.default:
-        default += f", with --teacher: {of_own}"
+    of_users = getattr(settings.UserModels, item.name, item.default)
+    if of_users != item.default:
+        default += f", with --teacher: {of_users}"
     common = {"help": item.metadata["help"] + default, "default": argparse.SUPPRESS}
     name = "--" + item.name.replace("_", "-")
     if kind is bool:
@@ -100,11 +100,11 @@ def run(command: Callable[[argparse.Namespace], None], options: argparse.Namespa
     name = f"fastkd {options.command}"
     try:
         command(options)
-    except Problem as problem:
-        if isinstance(problem, Interrupted) and os.environ.get("RANK", "0") != "0":
-            return problem.code  # one of several processes has said it
-        print(f"{name}: {problem}", file=sys.stderr)
-        return problem.code
+    except RunError as error:
+        if isinstance(error, Interrupted) and os.environ.get("RANK", "0") != "0":
+            return error.code  # one of several processes has said it
+        print(f"{name}: {error}", file=sys.stderr)
+        return error.code
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=sys.stderr)
         return Interrupted.code
@@ -145,7 +145,7 @@ def _tune(options: argparse.Namespace) -> None:
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
-    kinds = (settings.Small, settings.Own)
+    kinds = (settings.DefaultJob, settings.UserModels)
     names = {item.name for kind in kinds for item in dataclasses.fields(kind)}
     return {name: value for name, value in vars(options).items() if name in names}
 
@@ -158,23 +158,27 @@ def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def _settings(values: dict[str, Any], given: dict[str, Any]) -> settings.Small | settings.Own:
+def _settings(
+    values: dict[str, Any], given: dict[str, Any]
+) -> settings.DefaultJob | settings.UserModels:
     """The settings of the job that is meant: options win over the file, and that over defaults."""
     both = {**values, **given}
     for name in ("data", "teacher", "student"):
         if name in both:
             both[name] = settings.absolute(name, both[name])
     if "teacher" in both or "student" in both:
-        return settings.build(settings.Own, both)
-    return settings.build(settings.Small, both)
+        return settings.build(settings.UserModels, both)
+    return settings.build(settings.DefaultJob, both)
 
 
-def _start(chosen: settings.Small | settings.Own, folder: Path, *, resume: bool) -> None:
-    if isinstance(chosen, settings.Own):
-        from . import own
+def _start(
+    chosen: settings.DefaultJob | settings.UserModels, folder: Path, *, resume: bool
+) -> None:
+    if isinstance(chosen, settings.UserModels):
+        from . import user_models
 
-        own.run(chosen, folder, resume=resume)
+        user_models.run(chosen, folder, resume=resume)
     else:
-        from . import small
+        from . import default_job
 
-        small.run(chosen, folder, resume=resume)
+        default_job.run(chosen, folder, resume=resume)

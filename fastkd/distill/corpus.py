@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .problems import Problem
+from .errors import RunError
 
 # Of so many blocks of paragraphs, the last is held out.
 HELD_OUT, PARAGRAPHS = 10, 32
@@ -61,7 +61,7 @@ def prepare(files: Sequence[str], vocabulary: int, length: int) -> Corpus:
         tokenizer.to_str(),
     )
     if min(len(corpus.training), len(corpus.validation)) <= length:
-        raise Problem(
+        raise RunError(
             f"the text is too short: {len(corpus.training)} tokens to train on and "
             f"{len(corpus.validation)} held out, where more than sequence_length={length} of each "
             "are needed"
@@ -82,11 +82,11 @@ def read(files: Iterable[str]) -> list[str]:
         try:
             texts.append(Path(name).read_text(encoding="utf-8"))
         except OSError as error:
-            raise Problem(f"cannot read {name}: {error.strerror}") from None
+            raise RunError(f"cannot read {name}: {error.strerror}") from None
         except UnicodeDecodeError:
-            raise Problem(f"{name} is not text in UTF-8") from None
+            raise RunError(f"{name} is not text in UTF-8") from None
     if not any(text.strip() for text in texts):
-        raise Problem(f"there is no text in {', '.join(files)}")
+        raise RunError(f"there is no text in {', '.join(files)}")
     return texts
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .ways import Loss
+from .methods import Loss
 
 
 def now(device: torch.device) -> float:

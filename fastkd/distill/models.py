@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .problems import Problem, Usage, one_line
+from .errors import RunError, Usage, one_line
 
 # What two tokenizers must split alike: words, numbers, code, accents, other scripts, white space.
 PROBE = "The quick brown fox, it's 1234.56 km!\n\tdef f(x):  return x**2  # naïve café 你好 🙂"
@@ -40,7 +40,7 @@ def common_tokenizer(teacher: str, student: str) -> Any:
         check_tokenizers(of_teacher, of_student)
     tokens = of_teacher or of_student
     if tokens is None:
-        raise Problem(f"neither {teacher} nor {student} holds a tokenizer")
+        raise RunError(f"neither {teacher} nor {student} holds a tokenizer")
     return tokens
 
 
@@ -73,8 +73,8 @@ def _load(kind: Any, name: str, what: str, **options: Any) -> Any:
         return kind.from_pretrained(name, local_files_only=local, **options)
     except Exception as error:  # transformers and safetensors raise many kinds
         if local:
-            raise Problem(f"{name} holds no {what} that can be read: {one_line(error)}") from None
-        raise Problem(
+            raise RunError(f"{name} holds no {what} that can be read: {one_line(error)}") from None
+        raise RunError(
             f"{name} is neither a folder here nor a {what} of the hub that can be reached: "
             f"{one_line(error)}"
         ) from None
@@ -91,7 +91,7 @@ def check_tokenizers(teacher: Any, student: Any) -> None:
         token = min(token for token in {*mine, *theirs} if mine.get(token) != theirs.get(token))
         of_teacher, of_student = theirs.get(token, "absent"), mine.get(token, "absent")
         finding = f"token {token!r} is {of_teacher} in the teacher's, {of_student} in the student's"
-    raise Problem(
+    raise RunError(
         f"teacher and student have different tokenizers: {finding}. Distillation compares the "
         "probabilities of the same tokens; take a student of the teacher's family, or give a "
         "config.json to --student to train a new one with the teacher's tokenizer"
@@ -111,7 +111,7 @@ def vocabulary(tokens: Any, wanted: int, teacher: Any) -> int:
 def check_width(name: str, model: Any, size: int) -> None:
     width = model.config.get_text_config().vocab_size
     if width < size:
-        raise Problem(
+        raise RunError(
             f"the {name} has {width} outputs, and the vocabulary {size} tokens: "
             "model and tokenizer do not belong together"
         )

@@ -15,8 +15,8 @@ import torch
 from fastkd import __version__
 
 from . import storage
+from .methods import EAGER, FASTKD, HARD, other_name
 from .picture import BLUE, GRAY, ORANGE, png
-from .ways import EAGER, FASTKD, HARD, other_name
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -29,7 +29,7 @@ COLUMNS = ("step", "way", "temperature", "loss", "validation_loss", "kl_to_teach
 
 @dataclass(frozen=True)
 class Result:
-    """The figures at the end, by way of training; the teacher's are under 'teacher'."""
+    """The figures at the end, by method of training; the teacher's are under 'teacher'."""
 
     students: dict[str, Figures]
     teacher: Figures
@@ -42,7 +42,7 @@ class Result:
     @classmethod
     def of(cls, training: Training, tolerance: float) -> Result:
         found, costs = training.evaluate(), training.costs()
-        students = {way: {**found[way], **costs[way]} for way in training.students}
+        students = {method: {**found[method], **costs[method]} for method in training.students}
         return cls(
             students,
             {**found["teacher"], "parameters": training.teacher.size()},
@@ -112,16 +112,16 @@ def _compare(figure: Any, result: Result, rows: list[Figures]) -> None:
         FASTKD: {"color": ORANGE},
     }
     names = {HARD: HARD, EAGER: result.other, FASTKD: FASTKD}
-    for way, style in styles.items():
-        mine = [row for row in rows if row["way"] == way]
-        _line(held_out, mine, "validation_loss", marker="o", label=names[way], **style)
-        if way != HARD:
-            _line(losses, mine, "loss", label=names[way], **style)
-        figures = result.students[way]
+    for method, style in styles.items():
+        mine = [row for row in rows if row["way"] == method]
+        _line(held_out, mine, "validation_loss", marker="o", label=names[method], **style)
+        if method != HARD:
+            _line(losses, mine, "loss", label=names[method], **style)
+        figures = result.students[method]
         rest = figures["step_ms"] - figures["loss_ms"]
-        times.barh(names[way], rest, color="#dfe2e6", height=0.6)
+        times.barh(names[method], rest, color="#dfe2e6", height=0.6)
         bar = times.barh(
-            names[way], figures["loss_ms"], left=rest, color=style["color"], height=0.6
+            names[method], figures["loss_ms"], left=rest, color=style["color"], height=0.6
         )
         label = f"{figures['loss_ms']:.1f} of {figures['step_ms']:.0f} ms"
         times.bar_label(bar, [label], padding=5, color="#555a61")
@@ -209,9 +209,9 @@ def show(result: Result, folder: Path) -> None:
         grid.add_column(name, justify="right")
     grid.add_column("loss's peak\nmemory MiB", justify="right")
     grid.add_row("teacher", f"{result.teacher['validation_loss']:.3f}", *("",) * 5)
-    for way, figures in result.students.items():
+    for method, figures in result.students.items():
         grid.add_row(
-            result.other if way == EAGER else way,
+            result.other if method == EAGER else method,
             f"{figures['validation_loss']:.3f}",
             f"{figures['kl_to_teacher']:.3f}",
             f"{figures['agreement']:.1%}",
@@ -236,7 +236,7 @@ def show(result: Result, folder: Path) -> None:
     console.print(f"Saved: {folder}/", soft_wrap=True)
 
 
-def show_own(figures: Figures, student: Path) -> None:
+def show_user_models(figures: Figures, student: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 

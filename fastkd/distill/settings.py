@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from .problems import Problem, Usage, known, needs
-from .spellings import divergence, schedule
+from .errors import RunError, Usage, known, needs
+from .parsing import divergence, schedule
 
 S = TypeVar("S", bound="Common")
 
@@ -75,7 +75,7 @@ class Common:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Small(Common):
+class DefaultJob(Common):
     """The default job: teacher and student are small GPTs, trained here."""
 
     vocabulary: int = setting(2048, "tokens of the tokenizer that is trained on the text")
@@ -95,7 +95,7 @@ class Small(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Own(Common):
+class UserModels(Common):
     """The user's models: Hugging Face causal language models."""
 
     teacher: str = setting("", "folder or hub name of the teacher")
@@ -165,12 +165,12 @@ def read(path: Path) -> dict[str, Any]:
 def build(kind: type[S], values: Mapping[str, Any]) -> S:
     """The settings of a job from names and values, all of them checked."""
     hints = get_type_hints(kind)
-    other = Own if issubclass(kind, Small) else Small
+    other = UserModels if issubclass(kind, DefaultJob) else DefaultJob
     elsewhere = {item.name for item in dataclasses.fields(other)} - set(hints)
     checked = {}
     for name, value in values.items():
         if name in elsewhere:
-            whose = "the default job's" if other is Small else "for --teacher and --student"
+            whose = "the default job's" if other is DefaultJob else "for --teacher and --student"
             raise Usage(f"setting {name!r} is {whose}: leave it out here")
         known("setting", name, hints)
         checked[name] = _as(hints[name], name, value)
@@ -211,7 +211,7 @@ def absolute(name: str, value: Any) -> Any:
         files = [value] if isinstance(value, str) else value
         for file in files if isinstance(files, list | tuple) else ():
             if not Path(str(file)).is_file():
-                raise Problem(f"--data {file}: there is no such file")
+                raise RunError(f"--data {file}: there is no such file")
     if isinstance(value, list | tuple):
         return [absolute("", item) for item in value]
     return str(Path(value).resolve()) if isinstance(value, str) and Path(value).exists() else value

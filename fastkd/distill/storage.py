@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .problems import Problem, Usage
+from .errors import RunError, Usage
 
 CHECKPOINT = "checkpoint.pt"
 CONFIG = "config.toml"
@@ -59,7 +59,7 @@ def write(path: Path, data: bytes | str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise Problem(f"cannot write {path}: {error.strerror}") from None
+        raise RunError(f"cannot write {path}: {error.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -78,10 +78,10 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises many kinds here, and each means the same
-        raise Problem(
+        raise RunError(
             f"{path} is broken and cannot be read ({type(error).__name__}): "
             "delete the folder and start again"
         ) from None
     if not isinstance(state, dict):
-        raise Problem(f"{path} is no checkpoint of fastkd distill: delete it and start again")
+        raise RunError(f"{path} is no checkpoint of fastkd distill: delete it and start again")
     return state

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .problems import Problem, one_line
+from .errors import RunError, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,7 +45,7 @@ def sequences(
     packed = tokens.map(pack, batched=True)
     whole = len(packed)
     if whole < 2:
-        raise Problem(
+        raise RunError(
             f"there is too little text in {', '.join(files)}: {whole} sequences of {length} "
             "tokens, where at least 2 are needed, one of them to evaluate on; lower sequence_length"
         )
@@ -66,9 +66,9 @@ def _read(name: str, column: str) -> Dataset:
             rows = Dataset.from_json(name) if kind == "json" else Dataset.from_parquet(name)
         except Exception as error:  # pyarrow and datasets raise many kinds
             cause = error.__cause__ or error
-            raise Problem(f"cannot read {name} as {kind}: {one_line(cause)}") from None
+            raise RunError(f"cannot read {name} as {kind}: {one_line(cause)}") from None
         if column not in rows.column_names:
-            raise Problem(
+            raise RunError(
                 f"{name} has no column {column!r}, but {', '.join(rows.column_names)}: "
                 "say which with --text"
             )
@@ -76,10 +76,10 @@ def _read(name: str, column: str) -> Dataset:
         if column != "text":
             rows = rows.rename_column(column, "text")
         if rows.features["text"].dtype not in ("string", "large_string"):
-            raise Problem(f"{name}: column {column!r} does not hold text")
+            raise RunError(f"{name}: column {column!r} does not hold text")
         texts = rows.cast(Features({"text": Value("string")}))
     if not len(texts):
-        raise Problem(f"there is no text in {name}")
+        raise RunError(f"there is no text in {name}")
     return texts
 
 
@@ -87,6 +87,6 @@ def _plain(name: str) -> str:
     try:
         return Path(name).read_text(encoding="utf-8")
     except OSError as error:
-        raise Problem(f"cannot read {name}: {error.strerror}") from None
+        raise RunError(f"cannot read {name}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise Problem(f"{name} is neither text in UTF-8 nor .jsonl nor .parquet") from None
+        raise RunError(f"{name} is neither text in UTF-8 nor .jsonl nor .parquet") from None

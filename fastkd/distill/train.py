@@ -1,4 +1,4 @@
-"""Training of the default job: the teacher, then one student for each way, on the same batches."""
+"""Training of the default job: the teacher, then a student by each method, on the same batches."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fastkd.functional import distillation_loss
 
 from . import measure, settings
 from .corpus import Corpus
-from .model import GPT, Shape, optimizer
-from .problems import Problem
-from .ways import EAGER, FASTKD, HARD, Loss, needs_teacher, ways
+from .errors import RunError
+from .gpt import GPT, Shape, optimizer
+from .methods import EAGER, FASTKD, HARD, Loss, methods, needs_teacher
 
 # The teacher sees other batches than the students: both draw from the seed, under these names.
 TEACHER_BATCHES, STUDENT_BATCHES = 1, 2
@@ -38,7 +38,7 @@ class Training:
 
     def __init__(
         self,
-        chosen: settings.Small,
+        chosen: settings.DefaultJob,
         corpus: Corpus,
         device: torch.device,
         names: Sequence[str] = (HARD, EAGER, FASTKD),
@@ -46,7 +46,7 @@ class Training:
         self.settings, self.corpus, self.device = chosen, corpus, device
         self.teacher = self._model(chosen.teacher_width, chosen.teacher_layers)
         self.students = {
-            way: self._model(chosen.student_width, chosen.student_layers) for way in names
+            method: self._model(chosen.student_width, chosen.student_layers) for method in names
         }
         self._optimizers = {
             name: optimizer(model, chosen.learning_rate) for name, model in self._models().items()
@@ -56,8 +56,8 @@ class Training:
         # Of fastkd's loss and the other spelling's, the largest relative difference in all steps:
         # on the same logits, and between the two students, which rounding drives apart.
         self.difference = self.drift = 0.0
-        # Of every step, in seconds: by way, the whole of it and the loss with its gradient.
-        self.seconds: dict[str, list[list[float]]] = {way: [] for way in self.students}
+        # Of every step, in seconds: by method, the whole of it and the loss with its gradient.
+        self.seconds: dict[str, list[list[float]]] = {method: [] for method in self.students}
 
     def _model(self, width: int, layers: int) -> GPT:
         shape = Shape(
@@ -71,7 +71,7 @@ class Training:
         return GPT(shape).to(self.device)
 
     def losses(self, step: int) -> dict[str, Loss]:
-        return ways(self.settings.loss(step, self.settings.steps))
+        return methods(self.settings.loss(step, self.settings.steps))
 
     def _models(self) -> dict[str, GPT]:
         return {"teacher": self.teacher, **self.students}
@@ -109,29 +109,31 @@ class Training:
         losses, names = self.losses(self.step), list(self.students)
         turn = self.step % len(names)  # so none is always the one that finds the cache warm
         values = {}
-        for way in names[turn:] + names[:turn]:
+        for method in names[turn:] + names[:turn]:
             started = measure.now(self.device)
-            logits = self.students[way](ids)
+            logits = self.students[method](ids)
             before = measure.now(self.device)
-            value, gradient = measure.gradient(losses[way], logits.flatten(0, 1), teacher, labels)
+            value, gradient = measure.gradient(
+                losses[method], logits.flatten(0, 1), teacher, labels
+            )
             after = measure.now(self.device)
             logits.backward(gradient.view_as(logits))
-            self._update(way, self.step, self.settings.steps)
-            total = measure.now(self.device) - started + needs_teacher(way) * of_teacher
-            self.seconds[way].append([total, after - before])
-            values[way] = value.item()
-            if not math.isfinite(values[way]):
-                raise Problem(
-                    f"the loss of {way} is {values[way]} at step {self.step + 1}: "
+            self._update(method, self.step, self.settings.steps)
+            total = measure.now(self.device) - started + needs_teacher(method) * of_teacher
+            self.seconds[method].append([total, after - before])
+            values[method] = value.item()
+            if not math.isfinite(values[method]):
+                raise RunError(
+                    f"the loss of {method} is {values[method]} at step {self.step + 1}: "
                     "lower the learning rate"
                 )
-            if way == FASTKD and EAGER in names:
+            if method == FASTKD and EAGER in names:
                 with torch.no_grad():
                     other = losses[EAGER](logits.detach().flatten(0, 1), teacher, labels).item()
         if EAGER in names:
             self._compare(values[FASTKD], other, values[EAGER])
         self.step += 1
-        values = {way: values[way] for way in names}
+        values = {method: values[method] for method in names}
         self._log(values)
         return values
 
@@ -146,11 +148,11 @@ class Training:
             return
         found = self.evaluate() if evaluated else {}
         temperature = chosen.loss(self.step - 1, chosen.steps)["temperature"]
-        for way, value in values.items():
-            row = {"step": self.step, "way": way, "loss": value}
-            if needs_teacher(way):
+        for method, value in values.items():
+            row = {"step": self.step, "way": method, "loss": value}
+            if needs_teacher(method):
                 row["temperature"] = temperature
-            self.rows.append({**row, **found.get(way, {})})
+            self.rows.append({**row, **found.get(method, {})})
 
     # --- what came of it -----------------------------------------------------------------------
 
@@ -175,22 +177,22 @@ class Training:
         }
 
     def costs(self) -> dict[str, dict[str, float]]:
-        """By way: milliseconds of a step, the share of the loss in it, peak bytes of the loss."""
+        """By method: milliseconds of a step, the share of the loss in it, and its peak bytes."""
         ids, labels = self._batch(STUDENT_BATCHES, 0)
         with torch.no_grad():
             teacher = self.teacher(ids).flatten(0, 1)
             student = self.students[FASTKD](ids).flatten(0, 1)
         found = {}
-        for way in self.students:
+        for method in self.students:
             total, part = (
-                statistics.median(column) for column in zip(*self.seconds[way], strict=True)
+                statistics.median(column) for column in zip(*self.seconds[method], strict=True)
             )
-            found[way] = {
+            found[method] = {
                 "step_ms": 1e3 * total,
                 "loss_ms": 1e3 * part,
                 "loss_share": part / total,
                 "loss_peak_bytes": measure.peak_memory(
-                    self.losses(step=0)[way], student, teacher, labels
+                    self.losses(step=0)[method], student, teacher, labels
                 ),
             }
         return found
@@ -212,7 +214,7 @@ class Training:
     def load(self, state: dict[str, Any]) -> None:
         try:
             if state["fingerprint"] != self.corpus.fingerprint():
-                raise Problem(
+                raise RunError(
                     "the text or its tokenizer is another than when this run began "
                     "(another Python? a changed file?): start again"
                 )
@@ -223,6 +225,6 @@ class Training:
             self.rows, self.seconds = state["rows"], state["seconds"]
             self.difference, self.drift = state["differences"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise Problem(
+            raise RunError(
                 f"the checkpoint does not fit this run ({type(error).__name__}): start again"
             ) from None

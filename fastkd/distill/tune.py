@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import corpus, own, report, small
-from .problems import Interrupted, Problem, Usage, hush_torchao, needs
+from . import corpus, default_job, report, user_models
+from .errors import Interrupted, RunError, Usage, hush_torchao, needs
+from .methods import FASTKD
 from .recipes.report import Report, Table, bars
-from .settings import Common, Own, Search, Small, toml
+from .settings import Common, DefaultJob, Search, UserModels, toml
 from .train import Training
-from .ways import FASTKD
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -42,7 +42,7 @@ GIVEN, HARD, FOUND = "as given", "hard labels", "found"
 LOSS, KL = "validation_loss", "kl_to_teacher"
 
 
-def run(chosen: Small | Own, search: Search, folder: Path) -> Report:
+def run(chosen: DefaultJob | UserModels, search: Search, folder: Path) -> Report:
     """Searches, compares, prints; study.db, results.json and plot.png are then in `folder`.
 
     Trials of an earlier search there, with the same settings, are kept and added to.
@@ -50,9 +50,13 @@ def run(chosen: Small | Own, search: Search, folder: Path) -> Report:
     needs("optuna", extra="recipes")
     needs("rich", "matplotlib")
     study = _study(chosen, search, folder)
-    repeats = small.repeatable(chosen.threads) if isinstance(chosen, Small) else nullcontext()
+    repeats = (
+        default_job.repeatable(chosen.threads) if isinstance(chosen, DefaultJob) else nullcontext()
+    )
     with repeats, report.bars() as bar:
-        train = _small(chosen) if isinstance(chosen, Small) else _own(chosen, folder)
+        train = (
+            _default_job(chosen) if isinstance(chosen, DefaultJob) else _user_models(chosen, folder)
+        )
         task = bar.add_task("students", total=search.seeds * (search.trials + 3), text="")
 
         def students(changed: Common, first: int) -> list[dict[str, float]]:
@@ -69,7 +73,7 @@ def run(chosen: Small | Own, search: Search, folder: Path) -> Report:
 
         try:
             # A trial that fails, by a loss that is not finite, say, is a bad trial.
-            study.optimize(objective, n_trials=search.trials, catch=(Problem,))
+            study.optimize(objective, n_trials=search.trials, catch=(RunError,))
         except KeyboardInterrupt:
             raise Interrupted(f"stopped; the same command adds to the trials in {folder}") from None
         best = _best(study, search.sampler)
@@ -103,16 +107,16 @@ def spelt(settings: dict[str, Any]) -> str:
 # --- the jobs --------------------------------------------------------------------------------
 
 
-def _small(chosen: Small) -> Train:
+def _default_job(chosen: DefaultJob) -> Train:
     """The default job: one teacher, trained now."""
     needs("tokenizers")
-    device = small.pick(chosen.device)
+    device = default_job.pick(chosen.device)
     text = corpus.prepare(chosen.data, chosen.vocabulary, chosen.sequence_length)
     first = Training(chosen, text, device, names=())
     while first.teacher_step < chosen.teacher_steps:
         first.train_teacher()
 
-    def train(changed: Small) -> dict[str, float]:
+    def train(changed: DefaultJob) -> dict[str, float]:
         training = Training(
             replace(changed, evaluate_every=changed.steps), text, device, names=(FASTKD,)
         )
@@ -124,17 +128,17 @@ def _small(chosen: Small) -> Train:
     return train
 
 
-def _own(chosen: Own, folder: Path) -> Train:
+def _user_models(chosen: UserModels, folder: Path) -> Train:
     """The user's models: a student as it was, for each training."""
     hush_torchao()
     needs("transformers", "datasets", "accelerate")
-    job = own.Job(chosen)
+    job = user_models.Job(chosen)
 
-    def train(changed: Own) -> dict[str, float]:
+    def train(changed: UserModels) -> dict[str, float]:
         trainer = job.trainer(changed, folder, save_strategy="no", eval_strategy="no")
-        with own.enough_memory():
+        with user_models.enough_memory():
             trainer.train()
-        found = own.plain(trainer.evaluate())
+        found = user_models.plain(trainer.evaluate())
         trainer.accelerator.free_memory()
         return found
 
@@ -144,7 +148,7 @@ def _own(chosen: Own, folder: Path) -> Train:
 # --- the study -------------------------------------------------------------------------------
 
 
-def _study(chosen: Small | Own, search: Search, folder: Path) -> Study:
+def _study(chosen: DefaultJob | UserModels, search: Search, folder: Path) -> Study:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -170,7 +174,7 @@ def _best(study: Study, sampler: str) -> dict[str, Any]:
     from optuna.trial import FixedTrial
 
     if not _finished(study):
-        raise Problem("every trial failed: lower --learning-rate")
+        raise RunError("every trial failed: lower --learning-rate")
     return suggest(FixedTrial(study.best_trial.params), sampler)
 
 

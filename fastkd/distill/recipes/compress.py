@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrize import register_parametrization
 
-from fastkd.distill.problems import hush_torchao
+from fastkd.distill.errors import hush_torchao
 
 from .digits import Digits, Loss, MLPs, adam, cross_entropy, kd
 from .report import Report, Table, bars, need

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import models, report, settings, storage, texts
-from .problems import Interrupted, Problem, hush_torchao, needs, one_line
-from .small import Stop, pick
-from .ways import FASTKD
+from .default_job import Stop, pick
+from .errors import Interrupted, RunError, hush_torchao, needs, one_line
+from .methods import FASTKD
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 STUDENT = "student"
 
 
-def run(chosen: settings.Own, folder: Path, *, resume: bool = False) -> dict[str, Any]:
+def run(chosen: settings.UserModels, folder: Path, *, resume: bool = False) -> dict[str, Any]:
     """Distils and saves; the figures. Under torchrun every process runs this.
 
     Raises Interrupted, with a checkpoint in `folder`, on Ctrl-C.
@@ -60,7 +60,7 @@ def run(chosen: settings.Own, folder: Path, *, resume: bool = False) -> dict[str
 class Job:
     """Teacher, tokens and text, from which any number of students may learn."""
 
-    def __init__(self, chosen: settings.Own) -> None:
+    def __init__(self, chosen: settings.UserModels) -> None:
         import transformers
 
         transformers.logging.set_verbosity_error()
@@ -79,7 +79,7 @@ class Job:
             chosen.seed,
         )
 
-    def trainer(self, chosen: settings.Own, folder: Path, **arguments: Any) -> Distiller:
+    def trainer(self, chosen: settings.UserModels, folder: Path, **arguments: Any) -> Distiller:
         """Of a student as it was before any training."""
         from transformers import PrinterCallback
 
@@ -114,7 +114,11 @@ def precision(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def _arguments(
-    chosen: settings.Own, folder: Path, device: torch.device, dtype: torch.dtype, **others: Any
+    chosen: settings.UserModels,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    **others: Any,
 ) -> TrainingArguments:
     from transformers import TrainingArguments
 
@@ -152,16 +156,16 @@ def _train(trainer: Distiller, watch: AfterStep, folder: Path, checkpoint: str |
     try:
         with enough_memory():
             trainer.train(resume_from_checkpoint=checkpoint)
-    except Problem:
+    except RunError:
         raise
     except Exception as error:
         if checkpoint and not watch.began:  # each part of it fails in its own way
-            raise Problem(
+            raise RunError(
                 f"{checkpoint} is broken and cannot be read ({one_line(error)}): delete it, and "
                 "--resume starts from the beginning"
             ) from None
         if whole(folder) != set(folder.glob("checkpoint-*")):
-            raise Problem(f"cannot write a checkpoint to {folder}: {one_line(error)}") from None
+            raise RunError(f"cannot write a checkpoint to {folder}: {one_line(error)}") from None
         raise
     finally:
         for part in set(folder.glob("checkpoint-*")) - whole(folder):
@@ -174,7 +178,7 @@ def enough_memory() -> Iterator[None]:
     try:
         yield
     except torch.cuda.OutOfMemoryError:
-        raise Problem(
+        raise RunError(
             "the GPU's memory is full: lower --batch-size and raise --accumulation, or say "
             "--checkpointing"
         ) from None
@@ -209,7 +213,7 @@ def _save(trainer: Any, tokens: Any, figures: dict[str, Any], folder: Path) -> N
         shutil.rmtree(folder / STUDENT, ignore_errors=True)
         os.replace(temporary, folder / STUDENT)
     except Exception as error:  # a full disk is an OSError here, and a SafetensorError there
-        raise Problem(f"cannot write {folder / STUDENT}: {one_line(error)}") from None
+        raise RunError(f"cannot write {folder / STUDENT}: {one_line(error)}") from None
     finally:
         if trainer.is_world_process_zero():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -219,7 +223,7 @@ def _save(trainer: Any, tokens: Any, figures: dict[str, Any], folder: Path) -> N
     storage.write(folder / storage.METRICS, json.dumps(figures, indent=2) + "\n")
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
-    report.show_own(figures, folder / STUDENT)
+    report.show_user_models(figures, folder / STUDENT)
 
 
 def _rows(trainer: Distiller) -> list[dict[str, Any]]:

@@ -9,19 +9,19 @@ from collections.abc import Iterable
 from typing import Any
 
 
-class Problem(Exception):
+class RunError(Exception):
     """Something that the user can mend; `code` is the exit code."""
 
     code = 1
 
 
-class Usage(Problem):
+class Usage(RunError):
     """What was asked for cannot be."""
 
     code = 2
 
 
-class Interrupted(Problem):
+class Interrupted(RunError):
     """Ctrl-C, after the checkpoint was written."""
 
     code = 130
@@ -34,8 +34,8 @@ def needs(*modules: str, extra: str = "distill") -> None:
             importlib.import_module(module)
         except ImportError as error:
             if error.name != module:  # it is there, and broken
-                raise Problem(f"{module} does not import: {error}") from error
-            raise Problem(
+                raise RunError(f"{module} does not import: {error}") from error
+            raise RunError(
                 f'this needs {module}, which is not installed: pip install "fastkd[{extra}]"'
             ) from None
 

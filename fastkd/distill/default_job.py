@@ -1,4 +1,4 @@
-"""The default job: train a small teacher, distil it in three ways, and compare."""
+"""The default job: train a small teacher, distil it by three methods, and compare."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from types import FrameType
 import torch
 
 from . import corpus, report, storage
-from .problems import Interrupted, Problem, needs
-from .settings import Small, toml
+from .errors import Interrupted, RunError, needs
+from .settings import DefaultJob, toml
 from .train import Training
 
 # Largest relative difference allowed between fastkd's loss and the other spelling's of it, both in
@@ -21,10 +21,10 @@ from .train import Training
 TOLERANCE = 1e-5
 
 
-def run(chosen: Small, folder: Path, *, resume: bool = False) -> report.Result:
+def run(chosen: DefaultJob, folder: Path, *, resume: bool = False) -> report.Result:
     """Trains, compares and saves; what came of it.
 
-    Raises Interrupted, with a checkpoint in `folder`, on Ctrl-C; Problem where fastkd and F.kl_div
+    Raises Interrupted, with a checkpoint in `folder`, on Ctrl-C; RunError where fastkd and F.kl_div
     do not agree, after everything is saved.
     """
     needs("tokenizers", "rich", "matplotlib", "safetensors")
@@ -45,7 +45,7 @@ def run(chosen: Small, folder: Path, *, resume: bool = False) -> report.Result:
     (folder / storage.CHECKPOINT).unlink(missing_ok=True)
     report.show(result, folder)
     if not result.agrees:
-        raise Problem(f"fastkd and {result.other} do not agree; results are in {folder}")
+        raise RunError(f"fastkd and {result.other} do not agree; results are in {folder}")
     return result
 
 
@@ -102,7 +102,7 @@ class Stop:
 
 def pick(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
-        raise Problem("device 'cuda' was asked for, and PyTorch finds no GPU: try fastkd doctor")
+        raise RunError("device 'cuda' was asked for, and PyTorch finds no GPU: try fastkd doctor")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)

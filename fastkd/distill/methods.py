@@ -1,4 +1,4 @@
-"""The ways of training a student that the default job compares, as losses on logits."""
+"""The methods of training a student that the default job compares, as losses on logits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 HARD, EAGER, FASTKD = "hard labels", "F.kl_div", "fastkd"
 
 
-def ways(settings: dict[str, Any]) -> dict[str, Loss]:
+def methods(settings: dict[str, Any]) -> dict[str, Loss]:
     """The three losses by name, with these arguments of `distillation_loss`.
 
     The last two are the same number, written twice.
@@ -54,5 +54,5 @@ def other_name(settings: dict[str, Any]) -> str:
     return EAGER if plain and not more else "the reference"
 
 
-def needs_teacher(way: str) -> bool:
-    return way != HARD
+def needs_teacher(method: str) -> bool:
+    return method != HARD

@@ -8,7 +8,7 @@ import fastkd
 from fastkd import Divergence
 from fastkd.temperature import Constant, Cosine, Exponential, Linear, Schedule, TwoStage
 
-from .problems import Usage, known
+from .errors import Usage, known
 
 # By name: the schedule, and the share of the run after which its second temperature is reached.
 SCHEDULES: dict[str, tuple[Callable[[float, float, int], Schedule], float]] = {
