@@ -34,6 +34,11 @@ def choice(name: str, value: Any, options: Sequence[str]) -> None:
 def divergence(value: Any) -> Divergence:
     """The object of a name or an object."""
     if isinstance(value, Divergence):
+        if Divergence.of_name(value.name) is not type(value):
+            raise ValueError(
+                f"divergence is an object of {type(value).__name__} as it was before the class "
+                "was defined again: make the object anew"
+            )
         return value
     if isinstance(value, type) and issubclass(value, Divergence):
         raise TypeError(f"divergence must be an object, got the class: write {value.__name__}()")

@@ -25,7 +25,8 @@ class Divergence:
 
     A subclass names itself and gives `value`; the PyTorch backend differentiates that. For speed
     it may give `value_and_pull` too, for the Triton backend `device`, and for the teacher's
-    gradient there `dual`.
+    gradient there `dual`. A name that another class has is refused; the same class defined again
+    replaces itself, and objects of the old one are refused from then on.
 
     Example:
         >>> import torch, fastkd
@@ -52,9 +53,18 @@ class Divergence:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if not isinstance(cls.__dict__.get("name"), str):
+        name = cls.__dict__.get("name")
+        if not isinstance(name, str):
             raise TypeError(f"{cls.__qualname__} needs a class attribute `name`, a string")
-        Divergence._classes[cls.name] = cls
+        holder = Divergence._classes.get(name, cls)
+        if (holder.__module__, holder.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(
+                f"{cls.__qualname__}: the name {name!r} belongs to "
+                f"{holder.__module__}.{holder.__qualname__} already; give it another"
+            )
+        # The same class once more replaces itself, as when a cell of a notebook runs again.
+        Divergence._classes[name] = cls
+        Divergence._classes.pop(_exchanged(name), None)
 
     @property
     def parameters(self) -> tuple[float, float]:
@@ -90,7 +100,7 @@ class Divergence:
 
     def dual(self) -> tuple[str, tuple[float, float], float]:
         """(name, parameters, factor): D(p, q) = factor * D'(q, p); for the teacher's gradient."""
-        kind, name = type(self), f"{self.name} with roles exchanged"
+        kind, name = type(self), _exchanged(self.name)
         if name not in Divergence._classes:
             value = staticmethod(lambda lp, lq, a, b: kind.value(lq, lp, a, b))
             members = {"name": name, "value": value, "outer": staticmethod(kind.outer)}
@@ -101,6 +111,11 @@ class Divergence:
     @staticmethod
     def of_name(name: str) -> type[Divergence]:
         return Divergence._classes[name]
+
+
+def _exchanged(name: str) -> str:
+    """The name of the divergence with teacher and student exchanged."""
+    return f"{name} with roles exchanged"
 
 
 @contextlib.contextmanager

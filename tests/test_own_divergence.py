@@ -1,0 +1,61 @@
+"""A divergence of the user's own: whose name it may take, and what becomes of one defined again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastkd
+from fastkd.divergences import Divergence
+from tests.cases import logits
+
+STUDENT, TEACHER = logits(4, 10)
+
+
+def _define(taken: str, factor: float) -> type[Divergence]:
+    class Square(fastkd.Divergence):
+        name = taken
+
+        @staticmethod
+        def value(lp, lq, a, b):
+            return factor * (lp.exp() - 2 * lq.exp()) ** 2
+
+    return Square
+
+
+@pytest.mark.parametrize("name", ["jsd", "forward_kl", "bernoulli", "alpha"])
+def test_a_name_of_the_library_is_refused(name):
+    before = Divergence.of_name(name)
+    with pytest.raises(ValueError, match=rf"{name}.*fastkd\.divergences.*give it another"):
+        _define(name, 1.0)
+    assert Divergence.of_name(name) is before
+
+
+def test_a_name_of_another_class_is_refused():
+    _define("taken_by_square", 1.0)
+    with pytest.raises(ValueError, match=r"taken_by_square.*Square already"):
+
+        class Other(fastkd.Divergence):
+            name = "taken_by_square"
+
+
+def test_a_class_defined_again_replaces_itself():
+    """As in a notebook, the gradient to the teacher included, which has a class of its own."""
+
+    def run(kind):
+        teacher = TEACHER.clone().requires_grad_()
+        loss = fastkd.distillation_loss(STUDENT, teacher, divergence=kind(), teacher_grad=True)
+        return loss, *torch.autograd.grad(loss, teacher)
+
+    once = run(_define("defined_twice", 1.0))
+    twice = run(_define("defined_twice", 2.0))
+    for one, two in zip(once, twice, strict=True):
+        assert torch.allclose(2 * one, two)
+        assert one.abs().max() > 1e-4
+
+
+def test_an_object_of_the_class_before_is_refused():
+    old = _define("outdated", 1.0)()
+    _define("outdated", 2.0)
+    with pytest.raises(ValueError, match="defined again: make the object anew"):
+        fastkd.distillation_loss(STUDENT, TEACHER, divergence=old)
