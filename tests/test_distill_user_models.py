@@ -140,14 +140,14 @@ def losses(folder):
 
 
 def distiller(home, folder, **options):
-    from fastkd.distill.distiller import Distiller
+    from fastkd.integrations.transformers import DistillationTrainer
 
     teacher, student = (
         transformers.AutoModelForCausalLM.from_pretrained(home / name)
         for name in ("teacher", "student")
     )
     arguments = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, **options}
-    return Distiller(
+    return DistillationTrainer(
         teacher=teacher, loss=lambda step, steps: {"temperature": 2.0, "alpha": 0.7},
         vocab_size=400, model=student,
         args=transformers.TrainingArguments(str(folder), **arguments),
@@ -170,7 +170,7 @@ def test_the_count_of_tokens_is_the_divisor_over_uneven_batches(home, tmp_path):
 
 def test_the_loss_sees_bf16_logits(home, tmp_path, monkeypatch):
     """No copy of the student's logits, in training and in evaluation; its gradient takes none."""
-    from fastkd.distill import distiller as module
+    from fastkd.integrations import transformers as module
 
     seen, real = [], module.distillation_loss
 
@@ -216,7 +216,7 @@ def test_a_new_student_from_a_config_in_bf16_with_another_divergence(home, tmp_p
 
 
 def test_a_stopped_run_goes_on_to_the_same_student(finished, home, tmp_path, monkeypatch, capsys):
-    from fastkd.distill import distiller
+    from fastkd.distill import after_step
 
     def stop(self, args, state, control, **_):
         self.began = True
@@ -225,7 +225,7 @@ def test_a_stopped_run_goes_on_to_the_same_student(finished, home, tmp_path, mon
 
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(distiller.AfterStep, "on_step_end", stop)
+        patched.setattr(after_step.AfterStep, "on_step_end", stop)
         assert distil("--out", out, *options(home)) == 130
     assert f"fastkd distill --resume {out}" in capsys.readouterr().err
     assert not (out / "student").exists()

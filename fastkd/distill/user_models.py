@@ -21,7 +21,9 @@ from .methods import FASTKD
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from .distiller import AfterStep, Distiller
+    from fastkd.integrations.transformers import DistillationTrainer
+
+    from .after_step import AfterStep
 
 STUDENT = "student"
 
@@ -33,7 +35,7 @@ def run(chosen: settings.UserModels, folder: Path, *, resume: bool = False) -> d
     """
     hush_torchao()
     needs("transformers", "datasets", "accelerate", "rich", "matplotlib")
-    from .distiller import AfterStep
+    from .after_step import AfterStep
 
     job = Job(chosen)
     trainer = job.trainer(chosen, folder, save_strategy="steps", eval_strategy="steps")
@@ -79,11 +81,15 @@ class Job:
             chosen.seed,
         )
 
-    def trainer(self, chosen: settings.UserModels, folder: Path, **arguments: Any) -> Distiller:
+    def trainer(
+        self, chosen: settings.UserModels, folder: Path, **arguments: Any
+    ) -> DistillationTrainer:
         """Of a student as it was before any training."""
         from transformers import PrinterCallback
 
-        from .distiller import Distiller, collate
+        from fastkd.integrations.transformers import DistillationTrainer
+
+        from .after_step import collate
 
         student = models.student(chosen.student, chosen.seed)
         models.check_width("student", student, self.vocab_size)
@@ -92,7 +98,7 @@ class Job:
             # transformers 5.23 renamed it.
             old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
             getattr(student, new if hasattr(student, new) else old)()
-        trainer = Distiller(
+        trainer = DistillationTrainer(
             teacher=self.teacher,
             loss=chosen.loss,
             vocab_size=self.vocab_size,
@@ -151,7 +157,9 @@ def _arguments(
     return arguments
 
 
-def _train(trainer: Distiller, watch: AfterStep, folder: Path, checkpoint: str | None) -> None:
+def _train(
+    trainer: DistillationTrainer, watch: AfterStep, folder: Path, checkpoint: str | None
+) -> None:
     """Trains; what a machine or a file has wrong becomes one line."""
     try:
         with enough_memory():
@@ -226,7 +234,7 @@ def _save(trainer: Any, tokens: Any, figures: dict[str, Any], folder: Path) -> N
     report.show_user_models(figures, folder / STUDENT)
 
 
-def _rows(trainer: Distiller) -> list[dict[str, Any]]:
+def _rows(trainer: DistillationTrainer) -> list[dict[str, Any]]:
     """One row for each logged step: what was logged there, whether of training or evaluation."""
     rows: dict[int, dict[str, Any]] = {}
     for entry in trainer.state.log_history:

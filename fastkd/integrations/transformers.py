@@ -1,22 +1,19 @@
-"""transformers.Trainer with fastkd's loss."""
+"""Distillation in the Trainer of transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from fastkd.functional import distillation_loss
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
-
-class Distiller(Trainer):
+class DistillationTrainer(Trainer):
     """Trains a student against a teacher that sees the same tokens.
 
     The Trainer counts the tokens of all batches of an optimizer step, over all processes; with
@@ -116,34 +113,3 @@ class Distiller(Trainer):
         self.log(found)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
-
-
-class AfterStep(TrainerCallback):
-    """Moves the bar; ends with a checkpoint once that is asked, all processes in the same step."""
-
-    def __init__(self, trainer: Distiller, asked: Callable[[], bool], bars: Progress) -> None:
-        self.trainer, self.asked, self.bars = trainer, asked, bars
-        self.began = self.stopped = False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        shown = state.is_world_process_zero
-        self.bar = self.bars.add_task("student", total=state.max_steps, visible=shown, text="")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.began = True
-        self.bars.update(self.bar, completed=state.global_step)
-        asked = self.asked()
-        if args.world_size > 1:
-            flag = torch.tensor(int(asked), device=args.device)
-            asked = self.trainer.accelerator.reduce(flag, "sum").item() > 0
-        if asked:
-            self.stopped = control.should_save = control.should_training_stop = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if "loss" in logs:
-            self.bars.update(self.bar, text=f"loss {float(logs['loss']):.4g}")
-
-
-def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-    ids = torch.tensor([row["input_ids"] for row in rows])
-    return {"input_ids": ids, "labels": ids.clone()}
