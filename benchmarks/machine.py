@@ -7,13 +7,12 @@ import platform
 import shlex
 import subprocess
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import fastkd
+from fastkd.doctor import versions
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "triton", "liger-kernel", "trl", "orda-kernel")
@@ -39,11 +38,7 @@ def header(device: torch.device, arguments: Sequence[str], commit: str | None) -
     return {
         "date": datetime.date.today().isoformat(),
         "device": _device(device),
-        "versions": {
-            "python": platform.python_version(),
-            "fastkd": fastkd.__version__,
-            **{name: _version(name) for name in PACKAGES},
-        },
+        "versions": versions(*PACKAGES),
         "commit": commit or _commit(),
         "command": command(arguments),
     }
@@ -85,13 +80,6 @@ def _processor() -> str:
     lines = information.read_text().splitlines() if information.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

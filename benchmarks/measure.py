@@ -5,9 +5,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
+
+from fastkd.distill.measure import peak_memory
 
 from .check import Answer, Contender, Refused, Sample, touch, verify
 
@@ -164,28 +167,4 @@ class Replayed(Contender):
 def peak_bytes(contender: Contender, part: str, device: torch.device) -> int:
     """The most that PyTorch's allocator held at once during a call, beyond what it held before."""
     contender.problem.change()
-    return _peak_cuda(contender, part) if device.type == "cuda" else _peak_cpu(contender, part)
-
-
-def _peak_cuda(contender: Contender, part: str) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    contender.answer(part)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def _peak_cpu(contender: Contender, part: str) -> int:
-    """From the profiler's record of every allocation, which is exact, unlike the resident set."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        contender.answer(part)
-    events = profile.profiler.kineto_results.events()
-    changes = [event for event in events if event.name() == "[memory]"]
-    held = peak = 0
-    for change in sorted(changes, key=lambda event: event.start_ns()):
-        held += change.nbytes()
-        peak = max(peak, held)
-    return peak
+    return peak_memory(partial(contender.answer, part), device)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from fastkd.distill.storage import replace
 
 from .measure import Times
 from .truth import Errors
@@ -67,9 +68,7 @@ class Results:
 
     def save(self, path: Path) -> None:
         text = json.dumps({"version": VERSION, **asdict(self)}, indent=1)
-        draft = path.with_suffix(".part")
-        draft.write_text(text + "\n")
-        os.replace(draft, path)
+        replace(path, text + "\n")
 
     @staticmethod
     def load(path: Path) -> Results:

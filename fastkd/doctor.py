@@ -56,14 +56,21 @@ def run() -> int:
     return 0 if healthy else 1
 
 
-def _versions() -> Iterator[tuple[str, str]]:
-    yield "fastkd", __version__
-    for name in ("torch", "triton", "numpy"):
+def versions(*packages: str) -> dict[str, str | None]:
+    """Of Python, fastkd and these packages; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "fastkd": __version__}
+    for name in packages:
         try:
-            yield name, version(name)
+            found[name] = version(name)
         except PackageNotFoundError:
-            yield name, "not installed"
-    yield "python", f"{platform.python_version()} on {platform.platform()}"
+            found[name] = None
+    return found
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name, found in versions("torch", "triton", "numpy").items():
+        yield name, found or "not installed"
+    yield "platform", platform.platform()
     yield "driver", _driver() or "no GPU driver found"
 
 

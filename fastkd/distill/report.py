@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastkd import __version__
+from fastkd.doctor import versions
 
 from . import storage
 from .methods import EAGER, FASTKD, HARD, other_name
@@ -82,9 +82,7 @@ def save(result: Result, training: Training, folder: Path) -> None:
 def machine(device: torch.device) -> Figures:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
-        "fastkd": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **versions("torch"),
         "device": f"{device}: {name}",
         "threads": torch.get_num_threads(),
     }

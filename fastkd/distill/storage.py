@@ -50,7 +50,15 @@ def old_folder(resume: str) -> Path:
 
 
 def write(path: Path, data: bytes | str) -> None:
-    """All of it or nothing: a reader never meets half a file."""
+    """As `replace`; raises RunError where the file cannot be written."""
+    try:
+        replace(path, data)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}") from None
+
+
+def replace(path: Path, data: bytes | str) -> None:
+    """Writes all of it or nothing: a reader never meets half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -58,8 +66,6 @@ def write(path: Path, data: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-import fastkd
 from fastkd.distill.picture import BLUE, png
+from fastkd.distill.storage import replace
+from fastkd.doctor import versions
 
 # What an expected difference may be off by besides the standard error of this run: it came from
 # another implementation with other random numbers, whose standard errors were up to this.
@@ -141,16 +139,12 @@ class Report:
                 {"title": t.title, "baseline": t.baseline, "rows": t.rows()} for t in self.tables
             ],
             "notes": self.notes,
-            "versions": {
-                "fastkd": fastkd.__version__, "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions("torch"),
         }  # fmt: skip
-        _replace(out / "results.json", lambda path: path.write_text(json.dumps(content, indent=1)))
+        replace(out / "results.json", json.dumps(content, indent=1))
         if self.draw is not None:
             need("matplotlib", "matplotlib")
-            plot = png(self.draw)
-            _replace(out / "plot.png", lambda path: path.write_bytes(plot))
+            replace(out / "plot.png", png(self.draw))
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
@@ -176,12 +170,3 @@ def bars(axes: Any, table: Table) -> None:
         title=table.title,
         xlabel=f"{table.unit} above {table.baseline!r}{', x: expected' * bool(known)}",
     )
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        write(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
