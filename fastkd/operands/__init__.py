@@ -1,0 +1,10 @@
+"""What a student or a teacher may be besides a tensor of logits. Each is checked when it is made.
+
+On the CPU values are checked too; elsewhere only what costs no synchronisation.
+"""
+
+from .ensemble import Ensemble
+from .linear_head import LinearHead
+from .listed import Sampled, TopK
+
+__all__ = ["Ensemble", "LinearHead", "Sampled", "TopK"]
