@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from . import doctor
+from . import __version__, doctor
 from .distill import cli as distill
 from .distill.recipes import cli as recipes
 
@@ -14,11 +14,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="fastkd", description="Fused knowledge-distillation losses for PyTorch."
     )
+    parser.add_argument("--version", action="version", version=f"fastkd {__version__}")
+    parser.set_defaults(run=lambda options: parser.print_help())
     commands = parser.add_subparsers(
         title="commands",
         dest="command",
         metavar="command",
-        required=True,
         parser_class=distill.Parser,
     )
     command = commands.add_parser("doctor", help=doctor.__doc__, description=doctor.__doc__)
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     distill.add(commands)
     recipes.add(commands)
     options = parser.parse_args(arguments)
-    return options.run(options)
+    return options.run(options) or 0
 
 
 if __name__ == "__main__":

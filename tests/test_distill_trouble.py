@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastkd
 from fastkd import __main__
-from fastkd.distill import settings, storage
+from fastkd.distill import default_job, settings, storage
 from fastkd.distill.errors import RunError
 
 for module in ("matplotlib", "rich", "safetensors", "tokenizers"):
@@ -46,6 +48,7 @@ def one_line(capsys):
     ("arguments", "code", "message"),
     [
         (["--temprature=3"], 2, "unknown option --temprature=3; did you mean --temperature?"),
+        (["--temp=3"], 2, "unknown option --temp=3; did you mean --temperature?"),
         (["--temperature=0"], 2, "value must be a finite temperature > 0, got 0.0"),
         (["--temperature=nan"], 2, "value must be a finite temperature > 0, got nan"),
         (["--temperature=hot"], 2, "temperature 'hot': could not convert string to float"),
@@ -108,9 +111,68 @@ def test_a_finished_run_is_not_overwritten(here, capsys):
 
 
 def test_a_stopped_run_is_not_overwritten(here, capsys):
-    (here / "checkpoint.pt").write_text("")
+    (here / "config.toml").write_text("")
     assert __main__.main(["distill", "--out=."]) == 2
     assert "--resume" in one_line(capsys)
+
+
+@pytest.mark.parametrize("command", ["distill", "tune"])
+@pytest.mark.parametrize("name", ["student/weights", "metrics.csv", ".hidden"])
+def test_a_folder_with_anything_in_it_is_left_alone(tmp_path, capsys, command, name):
+    held = tmp_path / "out" / name
+    held.parent.mkdir(parents=True)
+    held.write_text("the user's")
+    before = sorted(tmp_path.rglob("*"))
+    assert __main__.main([command, f"--out={tmp_path / 'out'}"]) == 2
+    first = name.partition("/")[0]
+    assert f"is not empty: it holds {first}; choose" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+    assert held.read_text() == "the user's"
+
+
+def test_a_folder_serves_one_run_at_a_time(tmp_path, capsys):
+    with storage.new_folder(str(tmp_path / "out")):
+        assert __main__.main(["distill", f"--out={tmp_path / 'out'}"]) == 2
+        assert "another run is using" in one_line(capsys)
+        (tmp_path / "out" / "config.toml").write_text("")
+        assert __main__.main(["distill", f"--resume={tmp_path / 'out'}"]) == 2
+        assert "another run is using" in one_line(capsys)
+    with storage.old_folder(str(tmp_path / "out")):
+        pass
+
+
+def test_signals_ask_for_an_end_and_the_second_ctrl_c_takes_it():
+    """torchrun sends SIGTERM after the terminal's SIGINT; nohup ignores SIGHUP, and so do we."""
+    before = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        with default_job.Stop() as stop:
+            assert not stop.asked
+            signal.raise_signal(kind)
+            assert stop.asked
+            signal.raise_signal(signal.SIGTERM)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with default_job.Stop():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before[2])
+    after = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    assert after == before
+
+
+def test_the_command_line_says_what_it_can(capsys):
+    assert __main__.main([]) == 0
+    assert "distill" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit:
+        __main__.main(["--version"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out == f"fastkd {fastkd.__version__}\n"
+    with pytest.raises(SystemExit):
+        __main__.main(["distill", "--help"])
+    help = capsys.readouterr().out
+    assert all(kind.name in help for kind in fastkd.Divergence.__subclasses__()[:9])
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut short", None])

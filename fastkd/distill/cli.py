@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
@@ -39,10 +39,16 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            near = difflib.get_close_matches(unknown[0], self._option_string_actions, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            near = _near(unknown[0].partition("=")[0], self._option_string_actions)
+            hint = f"; did you mean {near}?" if near else ""
             self.error(f"unknown option {unknown[0]}{hint}")
         return namespace, unknown
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    """The shortest of the names that begin so; or else the one most like it; or none."""
+    longer = [each for each in names if each.startswith(name)]
+    return min(longer, key=len, default="") or "".join(difflib.get_close_matches(name, names, n=1))
 
 
 def add(commands: Any) -> None:
@@ -101,6 +107,7 @@ def run(command: Callable[[argparse.Namespace], None], options: argparse.Namespa
     try:
         command(options)
     except RunError as error:
+        _tell_torchrun(error)
         if isinstance(error, Interrupted) and os.environ.get("RANK", "0") != "0":
             return error.code  # one of several processes has said it
         print(f"{name}: {error}", file=sys.stderr)
@@ -111,23 +118,34 @@ def run(command: Callable[[argparse.Namespace], None], options: argparse.Namespa
     return 0
 
 
+def _tell_torchrun(error: RunError) -> None:
+    """torchrun repeats it below its own traceback, where it is read."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+
+
 def _distill(options: argparse.Namespace) -> None:
     given = _given(options)
     if options.resume:
         if given or options.config or options.out:
             raise Usage("--resume takes its settings from the folder: leave the other options out")
-        folder = storage.old_folder(options.resume)
-        _start(_settings(settings.read(folder / storage.CONFIG), {}), folder, resume=True)
+        with _one_process_locks(storage.old_folder, options.resume) as folder:
+            _start(_settings(settings.read(folder / storage.CONFIG), {}), folder, resume=True)
         return
     chosen = _settings(_from_file(options), given)
     if not options.out and _processes() > 1:
         raise Usage("several processes need one --out that all of them know")
-    folder = storage.new_folder(options.out)
-    try:
+    with _one_process_locks(storage.new_folder, options.out) as folder:
         _start(chosen, folder, resume=False)
-    finally:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # if nothing came of it
+
+
+def _one_process_locks(
+    folder: Callable[[str], AbstractContextManager[Path]], name: str
+) -> AbstractContextManager[Path]:
+    """The folder of a run of several processes, which the first checks and locks for all."""
+    return folder(name) if os.environ.get("RANK", "0") == "0" else nullcontext(Path(name))
 
 
 def _tune(options: argparse.Namespace) -> None:
@@ -137,11 +155,11 @@ def _tune(options: argparse.Namespace) -> None:
     chosen = _settings(_from_file(options), _given(options))
     if _processes() > 1:
         raise Usage("the search trains in one process")
-    folder = storage.new_folder(options.out)
-    from . import tune
+    with storage.new_folder(options.out, ours="study.db") as folder:
+        from . import tune
 
-    print(tune.run(chosen, search, folder))
-    print(f"\nSaved: {folder}/")
+        print(tune.run(chosen, search, folder))
+        print(f"\nSaved: {folder}/")
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:

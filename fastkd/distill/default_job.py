@@ -79,20 +79,25 @@ def _keep(training: Training, folder: Path, stop: Stop, due: bool) -> None:
 
 
 class Stop:
-    """Ctrl-C, or a polite kill, asks for an end after the step; a second one ends at once."""
+    """Ctrl-C, a polite kill or a lost terminal asks for an end after the step.
+
+    A second Ctrl-C ends at once. torchrun answers the first with a polite kill of its processes,
+    so that one does not count as the second.
+    """
 
     def __init__(self) -> None:
         self.asked = False
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
 
     def __enter__(self) -> Stop:
-        self._before = {
-            kind: signal.signal(kind, self._ask) for kind in (signal.SIGINT, signal.SIGTERM)
-        }
+        kinds = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            kinds.append(signal.SIGHUP)  # nohup ignores it
+        self._before = {kind: signal.signal(kind, self._ask) for kind in kinds}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -10,6 +10,11 @@ from fastkd.temperature import Constant, Cosine, Exponential, Linear, Schedule, 
 
 from .errors import Usage, known
 
+DIVERGENCES: dict[str, type[Divergence]] = {
+    kind.name: kind
+    for kind in (getattr(fastkd, name) for name in sorted(fastkd.__all__))
+    if kind in Divergence.__subclasses__()
+}
 # By name: the schedule, and the share of the run after which its second temperature is reached.
 SCHEDULES: dict[str, tuple[Callable[[float, float, int], Schedule], float]] = {
     "linear": (Linear, 1.0),
@@ -27,11 +32,9 @@ def divergence(text: str) -> Divergence:
         JSD(beta=0.1)
     """
     name, _, rest = text.partition(":")
-    public = (getattr(fastkd, name) for name in fastkd.__all__)
-    classes = {kind.name: kind for kind in public if kind in Divergence.__subclasses__()}
-    known("divergence", name, classes)
+    known("divergence", name, DIVERGENCES)
     try:
-        return classes[name](*_numbers(rest))
+        return DIVERGENCES[name](*_numbers(rest))
     except (TypeError, ValueError) as error:
         raise Usage(f"divergence {text!r}: {error}") from None
 

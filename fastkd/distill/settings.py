@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from .errors import RunError, Usage, known, needs
-from .parsing import divergence, schedule
+from .parsing import DIVERGENCES, SCHEDULES, divergence, schedule
 
 S = TypeVar("S", bound="Common")
 
@@ -28,8 +28,15 @@ class Common:
     data: tuple[str, ...] = setting(
         (), "text files to train on; .jsonl and .parquet with --teacher"
     )
-    divergence: str = setting("forward_kl", "of teacher and student: a name, or jsd:0.1")
-    temperature: str = setting("2", "of both, in the divergence: a number, or cosine:8,1")
+    divergence: str = setting(
+        "forward_kl",
+        f"of teacher and student, one of {', '.join(DIVERGENCES)}; numbers follow, as in jsd:0.1",
+    )
+    temperature: str = setting(
+        "2",
+        f"of both, in the divergence: a number, or a schedule from one to another, as in "
+        f"cosine:8,1; schedules are {', '.join(SCHEDULES)}",
+    )
     teacher_temperature: str = setting("", "of the teacher, where it is another; likewise")
     scale_by_temperature: bool = setting(True, "multiply the divergence by both, as Hinton by T^2")
     standardize: bool = setting(False, "z-scores instead of logits, on both sides")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +19,56 @@ CONFIG = "config.toml"
 METRICS = "metrics.json"
 
 
-def new_folder(out: str | None) -> Path:
-    """An empty folder for a run; proves that it can be written before hours go into training."""
+@contextlib.contextmanager
+def new_folder(out: str | None, *, ours: str = "") -> Iterator[Path]:
+    """A folder for one run, which no other run may use meanwhile.
+
+    It must be new or empty, so that nothing of the user's is overwritten; or hold the file `ours`,
+    which an earlier run of the same command left there to be added to. It goes again if nothing
+    came into it.
+    """
     now = datetime.datetime.now()
     folder = Path(out) if out else Path("runs") / now.strftime("%Y-%m-%d_%H-%M-%S")
+    with _writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        if not (ours and (folder / ours).exists()):
+            _check_empty(folder)
+        with _writable(folder):  # before hours go into training
+            probe = folder / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        try:
+            yield folder
+        finally:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Usage(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
+
+
+def _check_empty(folder: Path) -> None:
     if (folder / METRICS).exists():
         raise Usage(f"{folder} already holds a run: choose another --out")
-    if list(folder.glob("checkpoint*")):
+    if (folder / CONFIG).exists():
         raise Usage(
             f"{folder} holds a run that stopped: --resume {folder}, or choose another --out"
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise Usage(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
-    return folder
+    for path in folder.iterdir():
+        raise Usage(
+            f"{folder} is not empty: it holds {path.name}; choose a new or empty folder as --out"
+        )
 
 
-def old_folder(resume: str) -> Path:
-    """The folder of an unfinished run."""
+@contextlib.contextmanager
+def old_folder(resume: str) -> Iterator[Path]:
+    """The folder of an unfinished run, which no other run may use meanwhile."""
     folder = Path(resume)
     if not folder.is_dir():
         raise Usage(f"--resume {folder}: there is no such folder")
@@ -46,7 +76,30 @@ def old_folder(resume: str) -> Path:
         raise Usage(f"--resume {folder}: this run is finished, see {folder / METRICS}")
     if not (folder / CONFIG).exists():
         raise Usage(f"--resume {folder}: it holds no {CONFIG}, so no run began there")
-    return folder
+    with _locked(folder):
+        yield folder
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Refuses a folder that another run is using; the system forgets the lock with the process."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise Usage(f"another run is using {folder}: choose another --out") from None
+    except OSError:  # some network file systems lock no folders
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def write(path: Path, data: bytes | str) -> None:
