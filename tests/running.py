@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 import torch
 from torch import Tensor
 
 import fastkd
 from fastkd.checks import HAS_TRITON
+from tests import oracle
 from tests.closeness import assert_close
 from tests.conftest import DEVICE
 
 NO_TRITON = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 FUSED = ["torch", pytest.param("triton", marks=NO_TRITON)]
 BACKENDS = ["reference", *FUSED]
+# Settings that choose how a loss is computed, and mean nothing to what it is.
+PATH = {"backend", "gradient", "inplace", "teacher_grad", "return_metrics"}
 
 
 def run(student: Tensor, teacher: Tensor, *rest, upstream: Tensor | None = None, **settings):
@@ -24,11 +29,20 @@ def run(student: Tensor, teacher: Tensor, *rest, upstream: Tensor | None = None,
     return loss.detach(), student.grad
 
 
-def truth(student: Tensor, teacher: Tensor, *rest, **settings):
-    """The same in fp64 by the reference, on the very inputs that the backend saw."""
-    settings = {name: _double(value) for name, value in settings.items()}
-    settings |= {"backend": "reference", "gradient": "auto"}
-    return run(student.double(), teacher.double(), *rest, **settings)
+def defined(*tensors, divergence="forward_kl", **settings) -> tuple[Tensor, oracle.Metrics]:
+    """Loss and metrics by definition, whatever path the settings choose; differentiable."""
+    settings = {name: value for name, value in settings.items() if name not in PATH}
+    return oracle.distillation_loss(*tensors, divergence=_definition(divergence), **settings)
+
+
+def truth(student: Tensor, teacher: Tensor, *rest, upstream: Tensor | None = None, **settings):
+    """What `run` should give, in fp64, on the very inputs that the backend saw."""
+    student = student.detach().to(DEVICE, torch.float64).requires_grad_()
+    settings = {name: _move(value) for name, value in settings.items()}
+    loss, _ = defined(student, *map(_move, (teacher, *rest)), **settings)
+    upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss)
+    (gradient,) = torch.autograd.grad(loss, student, upstream)
+    return loss.detach(), gradient
 
 
 def check(student: Tensor, teacher: Tensor, *rest, backend: str, **settings) -> None:
@@ -48,7 +62,10 @@ def _move(value):
     return value.to(DEVICE) if isinstance(value, Tensor) else value
 
 
-def _double(value):
-    if isinstance(value, Tensor) and value.dtype.is_floating_point:
-        return value.double()
-    return value
+def _definition(divergence):
+    """A divergence as the oracle knows it: by name and parameters, or a test's own by its terms."""
+    if isinstance(divergence, str):
+        return divergence
+    if divergence.name in oracle.DIVERGENCES:
+        return divergence.name, asdict(divergence)
+    return lambda lp, lq: divergence.value(lp, lq, *divergence.parameters)

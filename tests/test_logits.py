@@ -283,7 +283,7 @@ def test_masked_entries(divergence, mode, backend):
         z, y = student[row : row + 1], teacher[row : row + 1]
         loss, gradient = run(z, y, **settings, **mode_of)
         assert_close(loss, true[row])
-        if true_gradient[row].isfinite().all():
+        if true_gradient[row].count_nonzero():
             assert_close(gradient[0], true_gradient[row], "gradient")
         else:
             assert_zero(gradient)
