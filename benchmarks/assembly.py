@@ -80,17 +80,19 @@ _BRANCH = re.compile(r"\bBRA\b.*0x([0-9a-f]+)")
 
 
 def binaries(
-    target: str, call: Callable[[], object], processors: int, long: str = "sweep"
+    target: str, call: Callable[[], object], processors: int, cluster: int = 0
 ) -> list[Binary]:
     """The kernels that `call` would launch on tensors without storage, on `target`.
 
-    long: what tuning.LONG says.
+    cluster: the columns that a cluster takes.
     """
-    found = _compiled(target, call, processors, long)
+    found = _compiled(target, call, processors, cluster)
     return [_read(kernel, *launch) for kernel, *launch in found]
 
 
-def _compiled(target: str, call: Callable[[], object], processors: int, long: str) -> list[tuple]:
+def _compiled(
+    target: str, call: Callable[[], object], processors: int, cluster: int
+) -> list[tuple]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
@@ -125,7 +127,7 @@ def _compiled(target: str, call: Callable[[], object], processors: int, long: st
         replaced(JITFunction, "run", compile_only),
         replaced(tuning, "multiprocessors", lambda device: processors),
         replaced(tuning, "is_nvidia", lambda device, generation: "sm_" in target),
-        replaced(tuning, "LONG", long),
+        replaced(tuning, "COLUMNS", tuning.COLUMNS | {"cluster": cluster}),
     ):
         call()
     return found

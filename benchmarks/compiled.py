@@ -44,7 +44,7 @@ class Configuration(NamedTuple):
     columns: int
     dtype: torch.dtype = BF16
     everything: bool = False
-    long: str = "sweep"  # tuning.LONG
+    cluster: int = 0  # tuning.COLUMNS
     first: int = 0  # columns of a wider tensor before these
 
 
@@ -67,13 +67,8 @@ MORE = (
     Configuration("everything, ten columns", "fused", 65536, 10, everything=True),
     Configuration("everything, hundred columns", "fused", 65536, 100, everything=True),
 )
-# The schedules that read each operand once, for loss and gradient and for the loss alone; of every
-# divergence on sm_90, of a few on NVIDIA's other targets.
-ONCE = (
-    Configuration("relay", "fused", 4096, 128256, long="relay"),
-    Configuration("relay, loss alone", "forward", 4096, 128256, long="relay"),
-)
-CLUSTER = Configuration("cluster", "fused", 4096, 128256, long="cluster")
+# Of every divergence on sm_90, of a few on NVIDIA's later targets.
+CLUSTER = Configuration("cluster", "fused", 4096, 128256, cluster=tuning.CLUSTER * tuning.SHARE)
 # Those of forward KL on sm_90: what it shares with every other, and heads of sigmoids.
 OTHERS = (
     Configuration("slices", "in place", 8192, 50257, first=3),
@@ -118,10 +113,8 @@ def configurations(target: str, name: str, quick: bool = False) -> Iterator[Conf
         yield from KL_DIV
         return
     yield from MAIN
-    if "sm_" in target and (target == "sm_90" or name in ALL_WIDTHS):
-        yield from ONCE
-        if target != "sm_80" and _clusters():
-            yield CLUSTER
+    if _clusters() and (target == "sm_90" or (target == "sm_100" and name in ALL_WIDTHS)):
+        yield CLUSTER
     if target == "sm_90":
         yield from MORE
         if name == "forward_kl":
@@ -149,7 +142,7 @@ def measure(target: str, name: str, chosen: Iterable[Configuration]) -> list[Mea
     return [
         Measured(target, name, one.name, binary, 2 * one.dtype.itemsize)
         for one in chosen
-        for binary in binaries(target, _call(name, one), processors, one.long)
+        for binary in binaries(target, _call(name, one), processors, one.cluster)
     ]
 
 
@@ -232,17 +225,7 @@ def _tile(binary: Binary) -> tuple[int, ...]:
 
 
 def work(binary: Binary, entry: int, width: int) -> Work:
-    """A resident kernel has no loop: all of it is spread over its tile.
-
-    The loop of a relay holds more than a program does in a round, and counts as if it did all: its
-    accesses once with a mask and once without, and what one of the programs of a row does.
-    """
-    if binary.name == "relay":
-        loop = max(binary.loops, key=lambda counts: counts.instructions)
-        positions = math.prod(_tile(binary)) / (width * binary.warps)
-        writes = 4 * loop.stored > loop.loaded
-        rest = (getattr(loop, name) / positions for name in Work._fields[2:])
-        return Work([entry], entry / 2 if writes else 0.0, *rest)
+    """A resident kernel has no loop: all of it is spread over its tile."""
     if binary.loops:
         loads = [entry] * len(binary.loops)
         parts = [(loop, loop.loaded / entry) for loop in binary.loops]
@@ -352,25 +335,23 @@ def predictions(gpu: model.Gpu, target: str, names: Sequence[str]) -> list[list[
     for case, launcher, divergences in CASES:
         for name in divergences:
             if name in names:
-                for long in _choices(target, case, launcher):
-                    lines.append(_prediction(gpu, target, case, launcher, name, long))
+                for cluster in _choices(target, case, launcher):
+                    lines.append(_prediction(gpu, target, case, launcher, name, cluster))
     return lines
 
 
-def _choices(target: str, case: str, launcher: str) -> list[str]:
-    """What tuning.LONG can say of the case."""
-    vocab = cases.case_of(case).vocab
-    if launcher not in ("fused", "forward") or vocab <= tuning.RESIDENT or "gfx" in target:
-        return ["sweep"]
-    fits = target != "sm_80" and vocab <= tuning.CLUSTER * tuning.SHARE and _clusters()
-    return ["sweep", *(["relay"] if vocab % 8 == 0 else []), *(["cluster"] if fits else [])]
+def _choices(target: str, case: str, launcher: str) -> list[int]:
+    """The columns of a cluster that make a difference to the case."""
+    vocab, most = cases.case_of(case).vocab, tuning.CLUSTER * tuning.SHARE
+    fits = launcher in ("fused", "forward") and tuning.COLUMNS["resident"] < vocab <= most
+    return [0, most] if fits and target in ("sm_90", "sm_100") and _clusters() else [0]
 
 
 def _prediction(
-    gpu: model.Gpu, target: str, case: str, launcher: str, name: str, long: str
+    gpu: model.Gpu, target: str, case: str, launcher: str, name: str, cluster: int
 ) -> list[str]:
     shape = cases.case_of(case)
-    call = Configuration(case, launcher.split(",")[0], shape.rows, shape.vocab, long=long)
+    call = Configuration(case, launcher.split(",")[0], shape.rows, shape.vocab, cluster=cluster)
     kernels = measure(target, name, [call])
     if launcher == ONE_SWEEP:
         (one,) = kernels
@@ -410,8 +391,6 @@ def _written(binary: Binary, size: float, columns: int) -> float:
 
 def _held(binary: Binary) -> int:
     """Columns that the programs of a row hold, with what pads it; 0 where it goes by in tiles."""
-    if binary.name == "relay":
-        return math.prod(_tile(binary)) * binary.constants["SPLITS"]
     return 0 if binary.loops else _tile(binary)[-1]
 
 
@@ -419,7 +398,7 @@ def _schedule_of(kernels: Sequence[Measured]) -> str:
     first = kernels[0].binary
     if first.blocks > 1:
         return "cluster"
-    if first.name in ("relay", "resident"):
+    if first.name == "resident":
         return first.name
     if "VECTOR" not in first.constants:
         return "elementwise"

@@ -1,8 +1,8 @@
 """Loss and gradient from two rows of logits: what launches the kernels.
 
 A row is worked off in three phases, each of which ends where a merge may stand: statistics
-(`rows.py`), sums of value and slope, gradient. A schedule, `resident.py`, `sweep.py` or `relay.py`,
-lays them out over programs; `tuning.py` chooses it.
+(`rows.py`), sums of value and slope, gradient. A schedule, `resident.py` or `sweep.py`, lays
+them out over programs; `tuning.py` chooses it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from fastkd.divergences import LOG_MIXTURE, REVERSE_KL, Divergence
 from fastkd.kernels import phases as P
 from fastkd.kernels import rows as R
 from fastkd.kernels.divergences import device_of
-from fastkd.kernels.relay import RING, fields, relay
 from fastkd.kernels.resident import resident
 from fastkd.kernels.sweep import sweep
-from fastkd.kernels.tuning import Schedule, layout, multiprocessors, power_of_two, schedule
+from fastkd.kernels.tuning import layout, multiprocessors, schedule
 from fastkd.problem import Coefficients, Problem
 
 
@@ -181,8 +180,6 @@ def _run(
                 FIRST=first, temperature=temperature, PARTS=parts, PIECE=piece, STORED=stored,
                 num_ctas=plan.blocks, **arguments,
             )  # fmt: skip
-        elif plan.kind == "relay":
-            _run_relay(plan, arguments)
         else:
             scratch, phases = None, [(first, P.GRADIENT)]
             block = plan.lanes * plan.vector
@@ -221,21 +218,6 @@ def _begins(arguments: dict[str, Any], vector: int) -> dict[str, Any]:
         lead = max(places[:2], key=places.count)
         found["SHIFTED"] = sum(1 << i for i, place in enumerate(places) if place == lead)
     return found
-
-
-def _run_relay(plan: Schedule, arguments: dict[str, Any]) -> None:
-    """All programs at once: a group of them to a row, as many groups as there is room for."""
-    splits = triton.cdiv(arguments["columns"], plan.lanes * plan.vector)
-    # One group at least: a launch that does not fit at once is refused, not left to wait.
-    size, groups = power_of_two(splits), max(1, min(arguments["rows"], plan.programs // splits))
-    shape = (groups, RING.value, P.FIELDS.value, size)
-    mailbox = torch.zeros(shape, dtype=torch.int64, device=arguments["student"].device)
-    relay[(groups * splits,)](
-        mailbox=mailbox, VECTOR=plan.vector, SPLITS=splits, SIZE=size,
-        launch_cooperative_grid=True,
-        SENT=fields(arguments["WANT"], arguments["labels"] is not None, arguments["CONSTANT"]),
-        maxnreg=plan.registers, **arguments,
-    )  # fmt: skip
 
 
 def _stride(x: Tensor | None) -> int:

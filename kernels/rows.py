@@ -240,13 +240,6 @@ def piece(z, y, inside, s_max, t_max, mixture_max, temper, WANT: tl.constexpr):
 
 
 @triton.jit
-def whole(z, y, inside, temper, WANT: tl.constexpr):
-    """The statistics of a tile, all lanes together: scalars."""
-    s_max, t_max = tl.maximum(tl.max(z), FLOOR), tl.maximum(tl.max(y), FLOOR)
-    return gather(piece(z, y, inside, s_max, t_max, FLOOR / 10, temper, WANT), WANT)
-
-
-@triton.jit
 def collapse(stats, temper, WANT: tl.constexpr):
     """The statistics of the whole from those of its lanes: scalars."""
     return gather(move(stats, tl.max(stats.s_max), tl.max(stats.t_max), temper, WANT), WANT)

@@ -12,11 +12,13 @@ from typing import NamedTuple
 
 import torch
 
-# A row of up to this many columns is loaded once and kept in registers.
-RESIDENT = 4096
-# Its entries to a thread: what is computed once per row is computed by each of its threads. LEAN,
-# where nothing but the divergence is wanted. They are worked off in parts of at most PART, as the
-# compiler keeps what it computes of all entries of a part.
+# Rows of up to so many columns take a schedule; longer ones are swept. "resident": a row is loaded
+# once and kept in registers; "cluster": in those of several thread blocks, which hold up to
+# CLUSTER * SHARE columns. It takes none until a GPU has shown it right and faster than sweeps.
+COLUMNS = {"resident": 4096, "cluster": 0}
+# The entries of a resident row to a thread: what is computed once per row is computed by each of
+# its threads. LEAN, where nothing but the divergence is wanted. They are worked off in parts of at
+# most PART, as the compiler keeps what it computes of all entries of a part.
 HELD, LEAN, PART = 16, 32, 16
 # Bytes of a row that one access writes at least: the cache takes as long for less.
 WRITTEN = 16
@@ -25,28 +27,22 @@ BLOCK = 4096
 # Entries of a program of the elementwise kernels, 16 per thread: at least two loads of 128 bits
 # per operand under way.
 ELEMENTWISE = (4096, 8)
-# What rows of more columns take: "sweep", or to read each operand once "relay" or, on Hopper and
-# later with Triton 3.8 or later, "cluster". Sweeps, until a GPU has shown another to be right and
-# faster.
-LONG = "sweep"
-# The thread blocks of a cluster, the columns that each of them holds, and the Triton that has them.
+# The thread blocks of a cluster, the columns that each of them holds, and the Triton that has them,
+# from Hopper on.
 CLUSTER, SHARE, CLUSTERS = 16, 8192, (3, 8)
 
 
 class Schedule(NamedTuple):
     """How the rows are laid out over programs; a tile is [lanes, vector]."""
 
-    # "resident": a tile holds whole rows, one per lane; "sweep": one row, swept tile by tile;
-    # "relay": a piece of one row, the programs that hold the others run at the same time.
+    # "resident": a tile holds whole rows, one per lane; "sweep": one row, swept tile by tile.
     kind: str
     lanes: int
     vector: int  # consecutive entries that one thread loads at once
     splits: int  # programs that share a row
     warps: int
-    programs: int = 0  # of a relay: as many as run at once
     blocks: int = 1  # thread blocks, in a cluster, that hold a tile
     threads: int = 0  # that hold a resident row, by pieces; 0: in one piece
-    registers: int | None = None  # that a thread has at most, so that `programs` do fit
 
 
 class Layout(NamedTuple):
@@ -69,20 +65,11 @@ def schedule(
     if device.type == "cpu":  # the interpreter: small, so that tests meet every seam
         return table(rows, columns, itemsize, 1, resident=128, block=256, held=held)
     processors = multiprocessors(device)
-    if not once and columns > RESIDENT and columns % (16 // itemsize) == 0:
-        one = relay(itemsize, processors)
-        fits = columns <= one.programs * one.lanes * one.vector
-        if LONG == "relay" and fits and is_nvidia(device, 8):
-            return one
-        if LONG == "cluster" and is_nvidia(device, 9) and columns <= CLUSTER * SHARE:
+    if not once and COLUMNS["resident"] < columns <= COLUMNS["cluster"]:
+        if columns % (16 // itemsize) == 0 and is_nvidia(device, 9):
             return cluster(columns)
     wave = 32 if is_nvidia(device, 0) else 64
     return table(rows, columns, itemsize, processors, wave=wave, held=held)
-
-
-def relay(itemsize: int, processors: int) -> Schedule:
-    """16 bytes of each of 4 rows of lanes to a thread; two programs fit a processor's registers."""
-    return Schedule("relay", 512, 16 // itemsize, 1, 4, 2 * processors, registers=255)
 
 
 def cluster(columns: int) -> Schedule:
@@ -92,7 +79,7 @@ def cluster(columns: int) -> Schedule:
 
 def table(
     rows: int, columns: int, itemsize: int, processors: int,
-    resident: int = RESIDENT, block: int = BLOCK, wave: int = 32, held: int = HELD,
+    resident: int = COLUMNS["resident"], block: int = BLOCK, wave: int = 32, held: int = HELD,
 ) -> Schedule:  # fmt: skip
     """wave: threads of a warp; held: entries of a resident row to a thread."""
     if columns <= resident:

@@ -58,7 +58,7 @@ def test_rows_that_begin_anywhere(divergence, strides, V, plan, force, device):
 EACH = [(n, n % 7 + 1, (n + 2) % 7 + 1) for n in range(1, 8)]
 FIRSTS = [*EACH, (1, 1, 1), (6, 6, 6), (1, 1, 0), (0, 5, 5), (4, 0, 0)]
 CASES = [(firsts, plan) for firsts in FIRSTS for plan in ("sweep", "split")]
-CASES += [(EACH[0], "resident"), (EACH[0], "relay")]
+CASES += [(EACH[0], "resident")]
 
 
 def slice_of(x, first, stride):
@@ -127,16 +127,6 @@ def launched(monkeypatch, kernel):
 
     monkeypatch.setattr(logits, kernel, Recorder())
     return passed
-
-
-@pytest.mark.parametrize(("first", "align"), [(0, 16), (1, 1), (2, 2), (8, 8)])
-def test_a_relay_knows_where_its_operands_begin(first, align, monkeypatch, force, device):
-    """It reads two entries of 16 bits as one word, which must lie at a multiple of 4 bytes."""
-    force("relay")
-    passed = launched(monkeypatch, "relay")
-    z, y = (slice_of(x, first, 96)[0] for x in torch.randn(2, 3, 64, device=device).bfloat16())
-    logits.forward(problem_of(z, y), entropy=False, metrics=False)
-    assert passed["ALIGN"] == align
 
 
 @pytest.mark.parametrize(
