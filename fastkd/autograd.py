@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import bernoulli, eager
 from .divergences import Bernoulli
-from .operators import operator, signed
+from .operators import operator, readable, signed
 from .problem import CE, ENTROPY, KD, Coefficients, Problem
 
 # --- operators -------------------------------------------------------------------------------
@@ -269,7 +269,7 @@ class Fused(torch.autograd.Function):
             )
         ctx.spent = True
         gradient, student = ctx.saved_tensors
-        _scale_(gradient, upstream, ctx.backend)
+        _scale_(gradient, readable(upstream), ctx.backend)
         return None, _once(gradient, student), *[None] * (ctx.inputs - 2)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import math
+import numbers
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -56,15 +57,27 @@ def divergence(value: Any) -> Divergence:
     return Divergence.of_name(value)()
 
 
+def dense(name: str, tensor: Tensor) -> None:
+    """Refuses tensors whose numbers do not lie in memory row by row."""
+    if hasattr(tensor, "device_mesh"):
+        found, instead = "a DTensor, which is not supported yet", "full_tensor()"
+    elif type(tensor).__name__ == "AsyncCollectiveTensor":
+        found, instead = "still under way between processes", "wait()"
+    elif tensor.is_nested:
+        found, instead = "a nested tensor", "values(), whose rows need no padding"
+    elif tensor.layout != torch.strided:
+        found, instead = f"in the layout {tensor.layout}", "to_dense()"
+    else:
+        return
+    raise NotImplementedError(f"{name} is {found}: pass {name}.{instead}")
+
+
 def logits(student: Any, teacher: Any, vocab_size: Any) -> int:
     """The number of columns that are vocabulary."""
     for name, tensor in (("student", student), ("teacher", teacher)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor of logits, got {type(tensor).__name__}")
-        if hasattr(tensor, "device_mesh"):
-            raise NotImplementedError(
-                f"{name} is a DTensor, which is not supported yet: pass {name}.full_tensor()"
-            )
+        dense(name, tensor)
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise TypeError(
                 f"{name} must hold logits in float16, bfloat16, float32 or float64, got "
@@ -90,8 +103,6 @@ def logits(student: Any, teacher: Any, vocab_size: Any) -> int:
                 f"is padded, pass vocab_size (at most {min(widths)}), the tokenizer's true size"
             )
         vocab_size = widths[0]
-    elif not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
-        raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
     if not 1 <= vocab_size <= min(widths):
         raise ValueError(
             f"vocab_size must lie between 1 and the narrower width, got {vocab_size} for a "
@@ -104,6 +115,7 @@ def per_row(name: str, tensor: Any, student: Tensor) -> None:
     rows = student.shape[:-1]
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    dense(name, tensor)
     if tensor.shape != rows:
         raise ValueError(
             f"{name} must have the shape of the rows, {tuple(rows)}, got {tuple(tensor.shape)}"
@@ -132,6 +144,7 @@ def multi_hot(tensor: Any, student: Tensor, vocab_size: int) -> None:
     shape = (*student.shape[:-1], vocab_size)
     if not isinstance(tensor, Tensor):
         raise TypeError(f"labels must be a tensor, got {type(tensor).__name__}")
+    dense("labels", tensor)
     if tensor.shape != shape or tensor.dtype.is_complex:
         raise ValueError(
             f"labels of Bernoulli() are multi-hot, {shape}, got {tuple(tensor.shape)} in "
@@ -165,73 +178,130 @@ def weight(tensor: Any, student: Tensor) -> None:
         raise TypeError(f"weight must be floating-point or bool, got {tensor.dtype}")
 
 
-def temperature(name: str, value: Any, student: Tensor) -> None:
+def temperature(name: str, value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        value = number(name, value)
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be finite and > 0, got {value!r}")
+        return value
+    dense(name, value)
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating-point, got {value.dtype}")
+    if _may_read(value) and not ((value > 0) & (value < math.inf)).all():
+        raise ValueError(f"{name} must be finite and > 0 in every row, got {value}")
+    return value
+
+
+def temperature_rows(name: str, value: Any, student: Tensor) -> None:
     if isinstance(value, Tensor):
-        if not value.dtype.is_floating_point:
-            raise TypeError(f"{name} must be floating-point, got {value.dtype}")
         if value.dim():
             per_row(name, value, student)
-        if _may_read(value) and not ((value > 0) & (value < math.inf)).all():
-            raise ValueError(f"{name} must be finite and > 0 in every row, got {value}")
-        return
-    number(name, value)
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be finite and > 0, got {value!r}")
+        else:
+            scalar_device(name, value, student)
 
 
-def number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+def number(name: str, value: Any) -> Any:
+    """The number in Python's own type; a compiler's symbol remains one."""
+    if isinstance(value, (torch.SymFloat, torch.SymInt)) or type(value) in (int, float):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
-def unit(name: str, value: Any) -> None:
-    number(name, value)
+def whole(name: str, value: Any) -> Any:
+    value = number(name, value)
+    if not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
+    return value
+
+
+def at_least_one(name: str, value: Any) -> Any:
+    value = whole(name, value)
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def unit(name: str, value: Any) -> Any:
+    value = number(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
+    return value
 
 
-def finite(name: str, value: Any) -> None:
-    number(name, value)
+def finite(name: str, value: Any) -> Any:
+    value = number(name, value)
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite, got {value!r}")
+    return value
 
 
-def num_items(value: Any, reduction: str) -> None:
+def flag(name: str, value: Any) -> None:
+    if isinstance(value, Tensor) or value not in (True, False):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def num_items(value: Any, reduction: str, student: Tensor) -> Any:
     if reduction != "mean":
         raise ValueError(f"num_items replaces the divisor of reduction='mean', got {reduction!r}")
-    if isinstance(value, Tensor):
-        if value.dim():
-            raise ValueError(f"num_items must be a 0-d tensor, got shape {tuple(value.shape)}")
-        return
-    number("num_items", value)
-    if value <= 0:
-        raise ValueError(f"num_items must be > 0, got {value!r}")
+    if not isinstance(value, Tensor):
+        value = number("num_items", value)
+        if not 0 < value < math.inf:
+            raise ValueError(f"num_items must be finite and > 0, got {value!r}")
+        return value
+    dense("num_items", value)
+    if value.dim():
+        raise ValueError(f"num_items must be a 0-d tensor, got shape {tuple(value.shape)}")
+    if value.dtype.is_complex or value.dtype == torch.bool:
+        raise TypeError(f"num_items must hold a number, got {value.dtype}")
+    scalar_device("num_items", value, student)
+    if value.requires_grad:
+        raise ValueError("num_items requires a gradient, which it does not get: detach it")
+    if _may_read(value) and not value >= 0:
+        raise ValueError(f"num_items must be >= 0, got {value.item()}")
+    return value
 
 
-def gradient_mode(
-    gradient: str, reduction: str, inplace: bool, student: Tensor, others: dict[str, Any]
-) -> str:
-    """'forward' or 'backward'; `others` are the arguments besides the student that may train."""
-    trained = [name for name, value in others.items() if trains(value)]
-    if gradient == "auto":
-        forward = reduction != "none" and not trained and student.dtype != torch.float16
-        gradient = "forward" if inplace or (forward and trains(student)) else "backward"
-    elif gradient == "backward" and inplace:
+def scalar_device(name: str, tensor: Tensor, student: Tensor) -> None:
+    if tensor.device.type != "cpu" and tensor.device != student.device:
+        raise ValueError(
+            f"{name} is on {tensor.device}, the logits on {student.device}: move it there, or to "
+            "the CPU"
+        )
+
+
+def held_gradient(reduction: str, inplace: bool, gradient: str) -> None:
+    """Refuses what no gradient can be held for."""
+    if gradient == "backward" and inplace:
         raise ValueError("inplace=True needs gradient='forward' or 'auto', got 'backward'")
-    if gradient == "forward" and reduction == "none":
+    if (gradient == "forward" or inplace) and reduction == "none":
         raise ValueError(
             "gradient='forward' and inplace=True need a scalar loss, got reduction='none': "
             "pass gradient='backward', or reduce"
         )
-    if gradient == "forward" and trained:
+
+
+def student_alone(operands: dict[str, Any]) -> None:
+    """Refuses other operands that train, where only the student's gradient is held."""
+    if trained := trained_of(operands):
         raise ValueError(
             "gradient='forward' and inplace=True give the student's gradient only, but "
             f"{' and '.join(trained)} requires one too: pass gradient='backward'"
         )
-    return gradient
 
 
-def inplace(student: Tensor) -> None:
+def not_half(student: Tensor) -> None:
+    if student.dtype == torch.float16:
+        raise ValueError(
+            "gradient='forward' and inplace=True would round a float16 gradient before the loss "
+            "scale lifts it, which makes small entries 0: pass gradient='backward', or "
+            "student.float()"
+        )
+
+
+def inplace(student: Tensor, operands: dict[str, Any]) -> None:
+    """Refuses logits that another holds; `operands` are what the loss reads besides."""
     if student.is_leaf:
         raise ValueError(
             "inplace=True would overwrite a leaf that requires a gradient: pass inplace=False"
@@ -244,6 +314,33 @@ def inplace(student: Tensor) -> None:
         )
     if any(stride == 0 and size > 1 for stride, size in zip(student.stride(), student.shape)):  # noqa: B905 (Dynamo)
         raise ValueError("inplace=True needs a tensor of its own, got an expanded one: clone it")
+    if not traced() and student.is_neg():
+        raise ValueError("inplace=True would write to a lazily negated tensor: pass inplace=False")
+    for name, operand in operands.items():
+        if isinstance(operand, Tensor) and _overlap(student, operand):
+            raise ValueError(
+                f"inplace=True would overwrite {name}, which shares memory with the student: "
+                f"pass inplace=False, or {name}.clone()"
+            )
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors may have bytes in common; not known of tensors that hold no numbers."""
+    if watched() or opaque(one) or opaque(other):
+        return False
+    if one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
+        return False
+    (start, stop), (first, last) = (_bytes(tensor) for tensor in (one, other))
+    return start < last and first < stop
+
+
+def _bytes(tensor: Tensor) -> tuple[Any, Any]:
+    """From where to where in its storage a tensor lies."""
+    if not tensor.numel():
+        return 0, 0
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))  # noqa: B905 (Dynamo)
+    start = tensor.storage_offset()
+    return start * tensor.element_size(), (start + reach + 1) * tensor.element_size()
 
 
 def teacher_gradient(teacher: Tensor, teacher_grad: bool) -> None:
@@ -253,7 +350,6 @@ def teacher_gradient(teacher: Tensor, teacher_grad: bool) -> None:
 
 def backend(name: str, student: Tensor, teacher: Tensor, has_device_function: bool) -> str:
     """The backend that runs, for the name that was asked for."""
-    choice("backend", name, BACKENDS)
     if name not in ("auto", "triton"):
         return name
     double = torch.float64 in (student.dtype, teacher.dtype)
@@ -276,11 +372,25 @@ def trains(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled()
 
 
+def trained_of(operands: dict[str, Any]) -> list[str]:
+    return [name for name, value in operands.items() if trains(value)]
+
+
 def traced() -> bool:
     """Whether the compiler or a functorch transform looks on, for which values are not there."""
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def watched() -> bool:
+    """Whether any of these or a dispatch mode looks on, which may have no values either."""
+    return traced() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def opaque(tensor: Tensor) -> bool:
+    """Whether a tensor holds no numbers of its own: fake, on the meta device, or a wrapper."""
+    return tensor.is_meta or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
 def _may_read(tensor: Tensor) -> bool:
     """Whether looking at values costs no synchronisation, or was asked for."""
-    return not traced() and (tensor.device.type == "cpu" or DEBUG)
+    return not (watched() or opaque(tensor)) and (tensor.device.type == "cpu" or DEBUG)

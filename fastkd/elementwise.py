@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from . import checks
-from .operators import operator, signed
+from .operators import operator, readable, signed
 
 __all__ = ["kl_div"]
 
@@ -72,7 +72,7 @@ def kl_div(
         TypeError: an argument is not a tensor, or a reduction was given by position.
         ValueError: unknown reduction.
         RuntimeError: shapes that do not broadcast, or different devices.
-        NotImplementedError: a dtype other than fp64, fp32, bf16, fp16, or a sparse tensor.
+        NotImplementedError: a dtype other than fp64, fp32, bf16, fp16; a tensor that is not dense.
 
     Source: Kullback & Leibler 1951, On Information and Sufficiency; torch.nn.functional.kl_div.
 
@@ -84,6 +84,7 @@ def kl_div(
         0.6931
     """
     shape = _check(input, target)
+    input, target = readable(input), readable(target)
     kind = _reduction_kind(size_average, reduce, reduction)
     dtype = _result_type(input, target)
     compute = _at_least_fp32(dtype)
@@ -131,13 +132,10 @@ def _check(input: Tensor, target: Tensor) -> torch.Size:
     for name, operand in (("input", input), ("target", target)):
         if not isinstance(operand, Tensor):
             raise TypeError(f"kl_div: {name} must be a tensor, got {type(operand).__name__}")
+        checks.dense(name, operand)
         if operand.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise NotImplementedError(
                 f"kl_div: {name} must be fp64, fp32, bf16 or fp16, got {operand.dtype}; cast it"
-            )
-        if operand.layout != torch.strided:
-            raise NotImplementedError(
-                f"kl_div: {name} must be dense, got {operand.layout}; call .to_dense()"
             )
     if input.device != target.device:
         raise RuntimeError(
@@ -330,7 +328,7 @@ class _KLDiv(torch.autograd.Function):
                 to_target = _to_target(-upstream, input, target, ctx.log_target)
         else:
             to_input, to_target = _backward(
-                upstream, input, target, ctx.log_target, ctx.input_dtype
+                readable(upstream), input, target, ctx.log_target, ctx.input_dtype
             )
         return (
             None if ctx.input_dtype is None else to_input,

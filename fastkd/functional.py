@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 
 from . import autograd, checks, moments, reference
-from .divergences import Bernoulli, Divergence
+from .divergences import Divergence
+from .operators import readable
 from .problem import CE, ENTROPY, KD, Problem
+from .settings import Settings
+
+CPU = torch.device("cpu")
 
 
 class Metrics(NamedTuple):
@@ -79,7 +83,7 @@ def distillation_loss(
     `distillation_loss(s, t, temperature=T, reduction="batchmean")`.
 
     Args:
-        student: logits [..., V], fp16, bf16, fp32 or fp64. -inf masks an entry.
+        student: logits [..., V], fp16, bf16, fp32 or fp64, dense. -inf masks an entry.
         teacher: logits [..., V], of any of these dtypes. Log-probabilities are logits too.
         labels: class indices [...], int64 or int32. They feed the cross-entropy and say, by
             `ignore_index`, which rows count. No shift is applied. With `Bernoulli()`, multi-hot
@@ -89,7 +93,8 @@ def distillation_loss(
             `Renyi(alpha)`, `Jeffreys(forward, reverse)`, one of your own (`Divergence`), or, for
             multi-label heads, `Bernoulli()`: see there what changes.
         temperature: T_s > 0, the student's: a float, a 0-d tensor, or one per row [...]. A tensor
-            that requires a gradient gets one.
+            that requires a gradient gets one. A 0-d tensor may stay on the CPU while the logits are
+            on a GPU: its number goes along with a kernel, and only its gradient waits for the GPU.
         teacher_temperature: T_t, likewise. None: the same as the student's.
         scale_by_temperature: multiply the divergence by T_s * T_t, which keeps the size of its
             gradient (TVD: by the square root). False is the convention of TRL, verl, torchtune.
@@ -106,15 +111,19 @@ def distillation_loss(
         reduction: "none": weighted rows, 0 where ignored; "sum"; "mean": over the summed weights
             of the rows that count; "batchmean": sum / student.size(0), as in PyTorch.
         num_items: replaces the divisor of "mean", for gradient accumulation over uneven
-            micro-batches: a number or a 0-d tensor, which is never synchronised.
+            micro-batches: a number > 0, or a 0-d tensor on the logits' device or the CPU, which is
+            never synchronised. Of a tensor 0 is allowed where no row counts, and the loss is 0;
+            else it is NaN, as it is for a negative one that may not be read.
         vocab_size: columns from here on are padding, on either side: no mass, gradient 0. Lets
             student and teacher be of different widths.
         teacher_grad: True gives the teacher a gradient too, where it requires one.
         gradient: "forward" computes the student's gradient together with the loss, holds it, and
             allows one backward; "backward" keeps the logits and recomputes, and gives gradients
-            to teacher, temperatures and weight too; "auto" is "forward" for scalar losses in bf16
-            and fp32 where only the student trains, else "backward".
-        inplace: overwrite the student's logits with their gradient (needs "forward").
+            to teacher, temperatures and weight too; "auto" is "forward" for scalar losses in bf16,
+            fp32 and fp64 where only the student trains, else "backward". fp16 has no "forward": a
+            loss scale, which comes later, could not bring back what was rounded to 0.
+        inplace: overwrite the student's logits with their gradient (needs "forward"). Refused where
+            another operand lies in the same memory.
         backend: "triton" (GPU), "torch" (any device), "reference" (naive, differentiated by
             autograd), or "auto": triton on a GPU where it can run, else torch.
         return_metrics: return (loss, Metrics) instead.
@@ -142,57 +151,55 @@ def distillation_loss(
     Standardised logits: Sun et al. 2024, arXiv 2403.01427, with T = 2 and a weight of 9 on the
     divergence against 0.1 on the cross-entropy.
     """
-    kind = checks.divergence(divergence)
-    columns = checks.logits(student, teacher, vocab_size)
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
-    checks.choice("gradient", gradient, checks.GRADIENTS)
-    checks.temperature("temperature", temperature, student)
-    if teacher_temperature is not None:
-        checks.temperature("teacher_temperature", teacher_temperature, student)
-    checks.unit("alpha", alpha)
-    checks.unit("label_smoothing", label_smoothing)
-    checks.finite("entropy_weight", entropy_weight)
-    heads = isinstance(kind, Bernoulli)
-    if heads:
-        checks.multi_label(standardize, label_smoothing, ignore_index)
-    if labels is not None and heads:
+    given = Settings.of(
+        divergence=divergence, temperature=temperature, teacher_temperature=teacher_temperature,
+        scale_by_temperature=scale_by_temperature, standardize=standardize, alpha=alpha,
+        label_smoothing=label_smoothing, entropy_weight=entropy_weight, ignore_index=ignore_index,
+        reduction=reduction, vocab_size=vocab_size, teacher_grad=teacher_grad, gradient=gradient,
+        inplace=inplace, backend=backend, return_metrics=return_metrics,
+    )  # fmt: skip
+    kind = given.divergence
+    columns = checks.logits(student, teacher, given.vocab_size)
+    for name, value in given.temperatures.items():
+        checks.temperature_rows(name, value, student)
+    if labels is None and given.alpha < 1:
+        raise ValueError(f"alpha={alpha} mixes in a cross-entropy, which needs labels: pass them")
+    if labels is not None and given.sigmoids:
         checks.multi_hot(labels, student, columns)
     elif labels is not None:
-        checks.labels(labels, student, columns, ignore_index)
-    elif alpha < 1:
-        raise ValueError(f"alpha={alpha} mixes in a cross-entropy, which needs labels: pass them")
+        checks.labels(labels, student, columns, given.ignore_index)
     if weight is not None:
         checks.weight(weight, student)
     if num_items is not None:
-        checks.num_items(num_items, reduction)
+        num_items = checks.num_items(num_items, reduction, student)
     checks.teacher_gradient(teacher, teacher_grad)
     engine = checks.backend(backend, student, teacher, has_device_function(type(kind)))
     if backend == "auto" and student.is_cuda and not has_device_function(type(kind)):
         warnings.warn(f"{type(kind).__name__} has no device function: using torch", stacklevel=2)
-    others = {
-        "teacher": teacher,
-        "temperature": temperature,
-        "teacher_temperature": teacher_temperature,
-        "weight": weight,
-    }
-    mode = checks.gradient_mode(gradient, reduction, inplace, student, others)
+    others = {"teacher": teacher, "weight": weight, **given.temperatures}
+    mode = given.gradient_mode(student, others)
     trains = student.requires_grad and torch.is_grad_enabled()
     if inplace and trains:
-        checks.inplace(student)
+        checks.inplace(student, {"labels": labels, **others})
 
+    student, teacher = readable(student), readable(teacher)
+    labels, weight = readable(labels), readable(weight)
+    given = given._replace(
+        temperature=readable(given.temperature),
+        teacher_temperature=readable(given.teacher_temperature),
+    )
     size = student.shape[:-1]
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    counted, row_weight = _rows_that_count(None if heads else labels, weight, ignore_index, dtype)
+    counted, row_weight = _rows_that_count(
+        None if given.sigmoids else labels, weight, given.ignore_index, dtype
+    )
     factor = _reduction_factor(reduction, num_items, counted, row_weight, student, dtype)
     if torch.compiler.is_compiling() and not isinstance(factor, Tensor):
         factor = _scalar(factor, dtype, student.device)
-    factors = _factors(
-        kind, temperature, teacher_temperature, scale_by_temperature,
-        alpha, entropy_weight, row_weight,
-    )  # fmt: skip
+    factors = _factors(given, row_weight)
     problem = _problem(
-        student, teacher, labels if alpha < 1 or return_metrics else None, counted,
-        temperature, teacher_temperature, label_smoothing, kind, columns, dtype,
+        given, student, teacher, labels if given.alpha < 1 or return_metrics else None, counted,
+        columns, dtype,
     )  # fmt: skip
 
     if standardize and engine != "reference":
@@ -259,6 +266,8 @@ def _reduction_factor(
         return 1.0
     if reduction == "batchmean":
         return 1 / max(student.size(0), 1)
+    if isinstance(num_items, Tensor):
+        return 1 / _divisor(num_items, counted, student, dtype)
     if num_items is not None:
         return 1 / num_items
     counts = counted if row_weight is None else row_weight
@@ -268,24 +277,29 @@ def _reduction_factor(
     return 1 / torch.where(total == 0, 1.0, total)
 
 
-def _factors(
-    kind: Divergence,
-    temperature: float | Tensor,
-    teacher_temperature: float | Tensor | None,
-    scale_by_temperature: bool,
-    alpha: float,
-    entropy_weight: float,
-    row_weight: Tensor | None,
-) -> list[float | Tensor | None]:
+def _divisor(
+    num_items: Tensor, counted: Tensor | None, student: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """num_items; NaN where it is not positive, but for 0 items where no row counts, which is 1."""
+    items = _scalar(num_items, dtype, student.device)
+    divisor = torch.where(items > 0, items, math.nan)
+    if counted is not None:
+        return torch.where((items == 0) & ~counted.any(), 1.0, divisor)
+    return divisor if student.numel() else torch.where(items == 0, 1.0, divisor)
+
+
+def _factors(given: Settings, row_weight: Tensor | None) -> list[float | Tensor | None]:
     """What the divergence, cross-entropy and entropy of a row are multiplied by; None: absent."""
     scale: float | Tensor = 1.0
-    if scale_by_temperature:
-        scale = temperature if isinstance(temperature, Tensor) else float(temperature)
-        scale = scale * (temperature if teacher_temperature is None else teacher_temperature)
-        if kind.temperature_power != 2:
-            scale = scale ** (kind.temperature_power / 2)
+    if given.scale_by_temperature:
+        student, teacher = given.temperature, given.teacher_temperature
+        scale = student if isinstance(student, Tensor) else float(student)
+        scale = scale * (student if teacher is None else teacher)
+        power = given.divergence.temperature_power
+        scale = scale if power == 2 else scale ** (power / 2)
         scale = scale.flatten() if isinstance(scale, Tensor) and scale.dim() else scale
     weight = 1.0 if row_weight is None else row_weight
+    alpha, entropy_weight = given.alpha, given.entropy_weight
     return [
         alpha * scale * weight if alpha > 0 else 0.0,
         (1 - alpha) * weight if alpha < 1 else None,
@@ -304,29 +318,26 @@ def _combine(values: Any, factors: Sequence[float | Tensor | None]) -> Tensor:
 
 
 def _problem(
+    given: Settings,
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,
     counted: Tensor | None,
-    temperature: float | Tensor,
-    teacher_temperature: float | Tensor | None,
-    label_smoothing: float,
-    kind: Divergence,
     vocab_size: int,
     dtype: torch.dtype,
 ) -> Problem:
     row_dims = student.dim() - 1
     student, teacher = _as_rows(student, teacher)
-    a, b = kind.parameters
+    a, b = given.divergence.parameters
     rows, device = student.size(0) * student.size(1), student.device
     return Problem(
         student, teacher,
-        _per_row(temperature, rows, dtype, device),
+        _per_row(given.temperature, rows, dtype, device),
         None
-        if teacher_temperature is None
-        else _per_row(teacher_temperature, rows, dtype, device),
+        if given.teacher_temperature is None
+        else _per_row(given.teacher_temperature, rows, dtype, device),
         None if labels is None else labels.reshape(rows, *labels.shape[row_dims:]).contiguous(),
-        counted, label_smoothing, kind.name, a, b, vocab_size,
+        counted, given.label_smoothing, given.divergence.name, a, b, vocab_size,
     )  # fmt: skip
 
 
@@ -351,13 +362,19 @@ def _seams(tensor: Tensor) -> list[int]:
 
 def _per_row(value: float | Tensor, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A number, a 0-d tensor or one per row, as [N]."""
-    if not isinstance(value, Tensor):
-        return _scalar(value, dtype, device).expand(rows)
-    value = value.to(device, dtype)
-    return value.flatten() if value.dim() else value.expand(rows)
+    if isinstance(value, Tensor) and value.dim():
+        return value.to(dtype).flatten()
+    return _scalar(value, dtype, device).expand(rows)
 
 
-def _scalar(value: float, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0-d, on the device."""
+    if isinstance(value, Tensor):
+        value = value.to(dtype)
+        # To copy from the CPU would wait for the device; as a factor the number goes along.
+        return (
+            value if value.device == device else torch.ones((), dtype=dtype, device=device) * value
+        )
     if torch.compiler.is_compiling():  # torch.full would compile again for each value
         return torch.ones((), dtype=dtype, device=device) * value
     return torch.full((), value, dtype=dtype, device=device)
@@ -365,8 +382,8 @@ def _scalar(value: float, dtype: torch.dtype, device: torch.device | str) -> Ten
 
 def _numbers(*values: float) -> Tensor:
     if torch.compiler.is_compiling():
-        return torch.stack([_scalar(value, torch.float64, "cpu") for value in values])
-    return torch.tensor(values, dtype=torch.float64)
+        return torch.stack([_scalar(value, torch.float64, CPU) for value in values])
+    return torch.tensor(values, dtype=torch.float64, device=CPU)
 
 
 def _arguments(problem: Problem) -> autograd.Arguments:
@@ -380,7 +397,7 @@ def _dual(kind: Divergence, others: Mapping[str, Any], engine: str) -> autograd.
     """The roles exchanged; asked for where teacher or temperature trains."""
     names = ("teacher", "temperature", "teacher_temperature")
     if not any(checks.trains(others[name]) for name in names):
-        return autograd.Dual("", torch.empty(0), 0.0)
+        return autograd.Dual("", torch.empty(0, device=CPU), 0.0)
     name, (a, b), factor = kind.dual()
     if engine == "triton" and not has_device_function(Divergence.of_name(name)):
         raise NotImplementedError(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .checks import REDUCTIONS, choice
 from .elementwise import kl_div
 from .functional import distillation_loss
+from .settings import Settings
 
 _SETTINGS = {
     name: parameter.default
@@ -21,8 +22,13 @@ _SETTINGS = {
 class DistillationLoss(nn.Module):
     """`distillation_loss` with its settings held: loss = module(student, teacher, labels).
 
-    Takes every keyword of `distillation_loss`; `weight` and `num_items`, which change from batch
-    to batch, are arguments of the call.
+    Takes every keyword of `distillation_loss`, and checks it at once; `weight` and `num_items`,
+    which change from batch to batch, are arguments of the call.
+
+    Args:
+        temperature, teacher_temperature: an `nn.Parameter` is a parameter of the module: trained by
+            an optimizer of `module.parameters()`, saved, moved with it. Any other tensor is a
+            buffer, saved and moved likewise.
 
     Example:
         >>> import torch, fastkd
@@ -39,7 +45,20 @@ class DistillationLoss(nn.Module):
                 raise TypeError(
                     f"DistillationLoss has no setting {name!r}; it takes {', '.join(_SETTINGS)}"
                 )
-        self.settings = settings
+        Settings.of(**{**_SETTINGS, **settings})
+        for name, value in settings.items():
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
+            elif isinstance(value, Tensor):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+        self.names = tuple(settings)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those that were given."""
+        return {name: getattr(self, name) for name in self.names}
 
     def forward(
         self,
@@ -55,7 +74,13 @@ class DistillationLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+        return ", ".join(f"{name}={_shown(value)}" for name, value in self.settings.items())
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return f"{type(value).__name__}{list(value.shape)}"
 
 
 class KLDivLoss(nn.Module):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from . import checks
 
@@ -28,7 +29,7 @@ class Operator:
         self.register_fake = self.traced.register_fake
 
     def __call__(self, *arguments: Any) -> Any:
-        watched = checks.traced() or torch._C._len_torch_dispatch_stack() > 0
+        watched = checks.watched() or checks.opaque(arguments[0])
         return (self.traced if watched else self.function)(*arguments)
 
 
@@ -46,3 +47,20 @@ def signed(function: Function) -> Function:
     forward: Any = function.forward
     forward.__signature__ = inspect.signature(forward)
     return function
+
+
+def readable(value: Any) -> Any:
+    """A tensor as a kernel may read it and autograd may save it; anything else as it is.
+
+    A lazily negated tensor has its sign in a flag, which a kernel does not see. Autograd saves no
+    tensor from inference mode; of its memory another tensor is made.
+    """
+    if not isinstance(value, Tensor) or checks.traced():
+        return value
+    value = value.resolve_neg()
+    if not value.is_inference() or torch.is_inference_mode_enabled():
+        return value
+    if checks.opaque(value):
+        return value.clone()
+    alias = torch.empty(0, dtype=value.dtype, device=value.device)
+    return alias.set_(value.untyped_storage(), value.storage_offset(), value.size(), value.stride())

@@ -46,7 +46,7 @@ def losses(
         _agreement(z, y) if metrics else None,
     ]
     if problem.labels is not None:
-        labels = torch.where(counts, problem.labels, 0)
+        labels = torch.where(counts, problem.labels, 0).long()
         rows[1] = F.cross_entropy(
             z, labels, reduction="none", label_smoothing=problem.label_smoothing
         )

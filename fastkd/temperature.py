@@ -353,7 +353,5 @@ def _positive(owner: str, name: str, value: Any) -> None:
 
 
 def _whole(owner: str, name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{owner}: {name} must be a whole number, got {type(value).__name__}")
-    if value < least:
+    if checks.whole(f"{owner}: {name}", value) < least:
         raise ValueError(f"{owner}: {name} must be at least {least}, got {value!r}")

@@ -293,7 +293,7 @@ def test_the_positional_trap(name):
         (torch.ones(3), torch.ones(3, dtype=torch.bool), "sum", "target must be .*bool"),
         (torch.ones(3) * 1j, torch.ones(3), "sum", "input must be .*complex64"),
         (*[torch.ones(3).to(torch.float8_e5m2)] * 2, "sum", "input must be .*float8"),
-        (torch.ones(3, 3), torch.eye(3).to_sparse(), "sum", "target must be dense"),
+        (torch.ones(3, 3), torch.eye(3).to_sparse(), "sum", "target is in the layout"),
         (torch.ones(3), torch.ones(4), "sum", r"broadcast, got \(3,\) and \(4,\)"),
         (torch.ones(3), torch.ones(3, device="meta"), "sum", "one device, got cpu and meta"),
         ([1.0], torch.ones(1), "sum", "input must be a tensor, got list"),

@@ -1,0 +1,92 @@
+"""The keywords of distillation_loss that stay from batch to batch, checked before logits come."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .divergences import Bernoulli, Divergence
+
+FLAGS = ("scale_by_temperature", "standardize", "teacher_grad", "inplace", "return_metrics")
+
+
+class Settings(NamedTuple):
+    """See distillation_loss; numbers are Python's own."""
+
+    divergence: Divergence
+    temperature: float | Tensor
+    teacher_temperature: float | Tensor | None
+    scale_by_temperature: bool
+    standardize: bool
+    alpha: float
+    label_smoothing: float
+    entropy_weight: float
+    ignore_index: int
+    reduction: str
+    vocab_size: int | None
+    teacher_grad: bool
+    gradient: str
+    inplace: bool
+    backend: str
+    return_metrics: bool
+
+    @staticmethod
+    def of(**values: Any) -> Settings:
+        """All that can be refused by the settings alone is refused here."""
+        values["divergence"] = checks.divergence(values["divergence"])
+        checks.choice("reduction", values["reduction"], checks.REDUCTIONS)
+        checks.choice("gradient", values["gradient"], checks.GRADIENTS)
+        checks.choice("backend", values["backend"], checks.BACKENDS)
+        for name in FLAGS:
+            checks.flag(name, values[name])
+        for name, check in (
+            ("temperature", checks.temperature),
+            ("teacher_temperature", checks.temperature),
+            ("alpha", checks.unit),
+            ("label_smoothing", checks.unit),
+            ("entropy_weight", checks.finite),
+            ("ignore_index", checks.whole),
+            ("vocab_size", checks.at_least_one),
+        ):
+            if values[name] is not None or name not in ("teacher_temperature", "vocab_size"):
+                values[name] = check(name, values[name])
+        given = Settings(**values)
+        if given.sigmoids:
+            checks.multi_label(given.standardize, given.label_smoothing, given.ignore_index)
+        checks.held_gradient(given.reduction, given.inplace, given.gradient)
+        if given.holds_gradient:
+            checks.student_alone(given.temperatures)
+        return given
+
+    @property
+    def sigmoids(self) -> bool:
+        """Whether each class has a sigmoid of its own, in place of one softmax for all."""
+        return isinstance(self.divergence, Bernoulli)
+
+    @property
+    def holds_gradient(self) -> bool:
+        """Whether the gradient has to be computed together with the loss."""
+        return self.gradient == "forward" or self.inplace
+
+    @property
+    def temperatures(self) -> dict[str, Any]:
+        names = ("temperature", "teacher_temperature")
+        return {name: getattr(self, name) for name in names}
+
+    def gradient_mode(self, student: Tensor, others: dict[str, Any]) -> str:
+        """'forward' or 'backward'; `others` are the operands besides that may train."""
+        if self.holds_gradient:
+            checks.not_half(student)
+            checks.student_alone(others)
+            return "forward"
+        held = (
+            self.gradient == "auto"
+            and self.reduction != "none"
+            and student.dtype != torch.float16
+            and checks.trains(student)
+            and not checks.trained_of(others)
+        )
+        return "forward" if held else "backward"

@@ -1,0 +1,116 @@
+"""gradient="forward" and inplace=True: what they refuse, since the gradient would be wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastkd
+from tests.cases import logits
+from tests.closeness import assert_close
+from tests.conftest import DEVICE
+from tests.running import FUSED
+
+N, V = 4, 10
+
+
+def _scaled_gradient(logit, teacher, scale, **settings):
+    leaf = logit.clone().requires_grad_()
+    (fastkd.distillation_loss(leaf, teacher, **settings) * scale).backward()
+    return leaf.grad
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_float16_gradient_is_rounded_after_the_loss_scale(backend):
+    """Undivided it is some 1e-4, by the items 1e-9, below float16, and by the scale 1e-4 again."""
+    student, teacher = (torch.randn(2, 1000, device=DEVICE) * 0.1 for _ in range(2))
+    settings = {"num_items": 100_000, "backend": backend}
+    ours = _scaled_gradient(student.half(), teacher.half(), 65536.0, **settings)
+    exact = _scaled_gradient(
+        student.half().double(), teacher.half().double(), 65536.0, num_items=100_000
+    )
+    assert_close(ours, exact, "gradient", exact.half())
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("held", [{"gradient": "forward"}, {"inplace": True}])
+def test_a_held_float16_gradient_is_refused(held, backend):
+    teacher = torch.randn(N, V, device=DEVICE)
+    for leaf in (torch.randn(N, V, device=DEVICE).half().requires_grad_(), teacher.half()):
+        with pytest.raises(ValueError, match=r"before the loss scale.*gradient='backward'"):
+            fastkd.distillation_loss(leaf * 1.0, teacher, backend=backend, **held)
+
+
+def _teachers(student):
+    """Tensors that share memory with the student's logits."""
+    return {
+        "itself": student.detach(),
+        "another view": student.detach().flatten().view(N, V),
+        "in another order": student.detach().as_strided((N, V), (1, N)),
+        "one row for all": student.detach()[:1].expand(N, V),
+    }
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("kind", ["itself", "another view", "in another order", "one row for all"])
+def test_a_teacher_in_the_memory_of_the_student_is_refused(kind, backend):
+    student = logits(N, V)[0].float().to(DEVICE).requires_grad_() * 1.0
+    before, version = student.detach().clone(), student._version
+    with pytest.raises(ValueError, match=r"overwrite teacher, .* or teacher\.clone\(\)"):
+        fastkd.distillation_loss(student, _teachers(student)[kind], inplace=True, backend=backend)
+    assert torch.equal(student, before)
+    assert student._version == version
+
+
+def test_weights_in_the_memory_of_the_student_are_refused():
+    student = torch.rand(N, V, device=DEVICE, requires_grad=True) * 1.0
+    teacher = torch.rand(N, V, device=DEVICE)
+    for name in ("weight", "temperature", "teacher_temperature"):
+        with pytest.raises(ValueError, match=f"would overwrite {name}"):
+            fastkd.distillation_loss(
+                student, teacher, inplace=True, **{name: student.detach()[:, 3]}
+            )
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_teacher_beside_the_student_in_one_storage_is_right(backend):
+    storage = torch.randn(2, N, V, device=DEVICE)
+    student = torch.empty(0, device=DEVICE).set_(storage.untyped_storage(), 0, (N, V), (V, 1))
+    leaf = student.clone().requires_grad_()
+    fastkd.distillation_loss(leaf, storage[1]).backward()
+
+    class Write(torch.autograd.Function):
+        """Logits in memory that was there before."""
+
+        @staticmethod
+        def forward(ctx, x):
+            ctx.mark_dirty(student)
+            return student.copy_(x)
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return upstream
+
+    other = leaf.detach().clone().requires_grad_()
+    loss = fastkd.distillation_loss(Write.apply(other), storage[1], inplace=True, backend=backend)
+    loss.backward()
+    assert_close(other.grad, leaf.grad.double(), "gradient")
+
+
+def test_a_teacher_in_the_memory_of_the_student_under_compile():
+    """There no tensor shares memory with another that is written to."""
+
+    def step(leaf, inplace):
+        student = leaf * 1.5
+        teacher = student.detach().as_strided((N, V), (1, N))
+        return fastkd.distillation_loss(student, teacher, inplace=inplace)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    values, gradients = torch.randn(N, V, device=DEVICE), []
+    for call, inplace in ((step, False), (compiled, True)):
+        leaf = values.clone().requires_grad_()
+        call(leaf, inplace).backward()
+        gradients.append(leaf.grad)
+    torch._dynamo.reset()
+    assert_close(gradients[1], gradients[0].double(), "gradient")
