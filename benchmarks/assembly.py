@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .layouts import scattered
+
 Line = tuple[int, str]  # where it is, and the instruction
 
 
@@ -40,6 +42,7 @@ class Binary(NamedTuple):
     all: Counts
     main: Counts  # all but the masked twin of a tile that is not masked
     loops: list[Counts]  # those that work on tiles, in the order of the code
+    scattered: list[str]  # reductions that Triton may lower wrongly
 
 
 class Isa(NamedTuple):
@@ -166,6 +169,7 @@ def _read(
         name, constants, grid, metadata.num_warps, getattr(metadata, "num_ctas", 1), registers,
         metadata.shared,
         _count(whole, isa), _count(_main(lines) if isa is SASS else whole, isa), counted,
+        scattered(kernel.asm["ttgir"]),
     )  # fmt: skip
 
 

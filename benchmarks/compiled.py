@@ -46,6 +46,7 @@ class Configuration(NamedTuple):
     everything: bool = False
     cluster: int = 0  # tuning.COLUMNS
     first: int = 0  # columns of a wider tensor before these
+    beyond: int = 0  # and after them
 
 
 # Those of every target and divergence, and in CI of a few when in haste.
@@ -75,6 +76,8 @@ OTHERS = (
     Configuration("slices split", "in place", 64, 128253, first=3),
     Configuration("slices fp32", "in place", 8192, 50257, FP32, first=3),
     Configuration("slices, own gradient", "fused", 8192, 50257, first=3),
+    Configuration("padded, 252 columns", "fused", 4, 252, beyond=4),
+    Configuration("padded fp32, 250 columns", "fused", 4, 250, FP32, beyond=6),
     Configuration("standardized", "standardized", 4096, 128256),
     Configuration("standardized resident", "standardized", 4096, 1000),
     Configuration("multi-label", "multi-label", 4096, 32000),
@@ -164,8 +167,9 @@ def _call(name: str, one: Configuration) -> Callable[[], object]:
         if one.launcher == "both gradients":
             return partial(elementwise.backward, upstream, x, t, u, w, full)
         return partial(elementwise.backward, upstream, None, t, u, None, full)
-    wide = one.first + one.columns
-    z, y = (meta(1, rows, wide, dtype=one.dtype)[..., one.first :] for _ in range(2))
+    wide = one.first + one.columns + one.beyond
+    inside = slice(one.first, one.first + one.columns)
+    z, y = (meta(1, rows, wide, dtype=one.dtype)[..., inside] for _ in range(2))
     labels = meta(rows, dtype=torch.int64) if full else None
     counted = meta(rows, dtype=torch.bool) if full else None
     parameters = fastkd.Divergence.of_name(name)().parameters
@@ -448,6 +452,7 @@ def _task(quick: bool, task: tuple[str, str]) -> list[dict[str, Any]]:
             "kernel": one.binary.name,
             "warps": one.binary.warps,
             "registers": one.binary.registers,
+            "scattered": one.binary.scattered,
             "all": one.binary.all._asdict(),
             "main": one.binary.main._asdict(),
             "loops": [loop._asdict() for loop in one.binary.loops],

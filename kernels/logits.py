@@ -25,7 +25,7 @@ from fastkd.kernels.tuning import layout, multiprocessors, schedule
 from fastkd.problem import Coefficients, Problem
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("inner", "pieces", "tiles"))
 def _scale(gradient, upstream, outer_stride, inner_stride, inner, pieces, width, tiles,
            BLOCK: tl.constexpr):  # fmt: skip
     by = tl.load(upstream).to(tl.float32)

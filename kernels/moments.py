@@ -87,7 +87,7 @@ def _write(out, index, rows, piece, exists):
     tl.store(out + 2 * rows + index, pull, mask=exists)
 
 
-@triton.jit(do_not_specialize=("inner", "rows"))
+@triton.jit(do_not_specialize=P.VARYING)
 def _moments(
     student, teacher, student_outer, student_inner, teacher_outer, teacher_inner, inner, counted,
     out, rows, columns,

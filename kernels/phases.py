@@ -18,10 +18,16 @@ FIRST_SUM, FIELDS = tl.constexpr(LABEL.value + 1), tl.constexpr(len(HANDED_ON))
 # The phases of a row, in their order.
 STATISTICS, SUMS, GRADIENT = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
-# Numbers whose every value would otherwise compile anew where it is 1 or a multiple of 16.
+# Numbers whose every value would otherwise compile anew where it is 1 or a multiple of 16. Of the
+# strides between rows a kernel knows what `aligned` tells it: were they found to be multiples of
+# 16 where columns are not, Triton would load more at once than the launcher laid a row out for.
+ROW_STRIDES = (
+    "student_outer", "student_inner", "teacher_outer", "teacher_inner", "gradient_outer",
+    "gradient_inner",
+)  # fmt: skip
 VARYING = (
     "inner", "rows", "s_temperature_stride", "t_temperature_stride", "kd_stride", "ce_stride",
-    "entropy_stride", "student_first", "teacher_first", "gradient_first",
+    "entropy_stride", "student_first", "teacher_first", "gradient_first", *ROW_STRIDES,
 )  # fmt: skip
 
 # --- loads and stores ------------------------------------------------------------------------

@@ -110,6 +110,13 @@ def test_no_spills(target, name, compiled):
 
 
 @EVERY
+def test_rows_are_reduced_over_lanes_side_by_side(target, name, compiled):
+    """Else Triton 3.7.1 adds up other rows: see benchmarks/layouts.py."""
+    for kernel in compiled[target, name]:
+        assert not kernel["scattered"], kernel
+
+
+@EVERY
 def test_tiles_move_128_bits_at_a_time(target, name, compiled):
     for kernel in compiled[target, name]:
         any_row = kernel["configuration"].endswith((" columns", " 5", " 37"))  # not aligned
