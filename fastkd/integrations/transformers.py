@@ -1,116 +1,351 @@
-"""Distillation in the Trainer of transformers."""
+"""Distillation in the Trainer of transformers: one with a teacher, and a loss for any other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Trainer
 
-from fastkd.functional import distillation_loss
+from . import require
+
+require("transformers", "5.2", "6", extra="distill")
+require("accelerate", "1.10", "2", extra="distill")
+
+from transformers import Trainer  # noqa: E402
+
+from fastkd.functional import Metrics, distillation_loss  # noqa: E402
+
+Settings = Callable[[int, int], Mapping[str, Any]]
+TARGETS = ("labels", "shift_labels")
 
 
 class DistillationTrainer(Trainer):
-    """Trains a student against a teacher that sees the same tokens.
+    r"""Trains a student against a teacher that sees the same inputs.
 
-    The Trainer counts the tokens of all batches of an optimizer step, over all processes; with
-    that count as divisor, accumulation and processes change nothing in the gradient.
+    The loss is that of `distillation_loss`, divided by the tokens that count in all batches of an
+    optimizer step, over all processes: accumulation and processes change nothing in the gradient.
+    Rows of the log hold the loss of their step and, per token of it, `kd` (the divergence), `ce`,
+    `student_entropy`, `teacher_entropy` and `agreement` (top-1).
 
     Args:
-        loss: the arguments of `distillation_loss` at a step of a run of so many steps; so a
-            schedule goes on where a resumed run does.
+        teacher: a model whose logits are over the student's vocabulary. It is moved to the
+            student's device, frozen, and set to evaluation. None takes the student itself with
+            its peft adapters off: one copy of the weights.
+        loss: arguments of `distillation_loss`; or a function of (step, steps of the run) that
+            returns them, so that a schedule goes on where a resumed run does.
         vocab_size: columns from here on are padding.
+        shift: whether the logits at a place predict the next token, as those of causal language
+            models do; None finds out. Batches with `shift_labels` are taken as they are.
+        options: those of Trainer. `label_smoothing_factor` smooths the cross-entropy, if any.
+
+    Raises:
+        ValueError: for what of the Trainer has no meaning here.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+        >>> from fastkd.integrations.transformers import DistillationTrainer
+        >>> shape = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=16,
+        ...                     num_hidden_layers=1, num_attention_heads=2)
+        >>> ids = torch.randint(50, (8, 12))
+        >>> rows = [{"input_ids": row, "labels": row} for row in ids]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     arguments = TrainingArguments(folder, max_steps=1, save_strategy="no",
+        ...                                   use_cpu=True, report_to="none")
+        ...     trainer = DistillationTrainer(
+        ...         model=LlamaForCausalLM(shape), teacher=LlamaForCausalLM(shape),
+        ...         loss={"temperature": 2.0, "alpha": 0.9}, args=arguments, train_dataset=rows)
+        >>> trainer.train()  # doctest: +ELLIPSIS
+        {...
+        TrainOutput(global_step=1, ...
     """
 
     loss_is_scaled_for_ga = True
 
     def __init__(
         self,
-        *,
+        *arguments: Any,
         teacher: Any,
-        loss: Callable[[int, int], dict[str, Any]],
-        vocab_size: int,
+        loss: Settings | Mapping[str, Any] | None = None,
+        vocab_size: int | None = None,
+        shift: bool | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
+        super().__init__(*arguments, **options)
+        _refuse_what_has_no_meaning(self)
         self.model_accepts_loss_kwargs = True  # so that the tokens are counted
-        # accelerate's own autocast would copy the student's logits to fp32.
-        self.accelerator.native_amp = False
-        self.loss, self.vocab_size = loss, vocab_size
-        self.step_loss: dict[int, Tensor] = {}  # the latest step's, summed over its batches
-        self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
+        if self.accelerator.mixed_precision == "bf16":
+            # accelerate's own autocast would copy the student's logits to fp32.
+            self.accelerator.native_amp = False
+        # Older transformers let accelerate divide by the batches of a step once more.
+        self.accelerator.gradient_accumulation_steps = 1
+        fixed = {} if loss is None else loss
+        self.loss: Settings = fixed if callable(fixed) else lambda step, steps: fixed
+        self.vocab_size = vocab_size
+        self.shift = is_causal(self.model) if shift is None else shift
+        self.step_figures: dict[int, Tensor] = {}  # the latest step's, summed over its batches
+        self.teacher = teacher
+        if teacher is None:
+            _check_adapters(self.model)
+        else:
+            freeze(teacher, self.args.device)
 
     def compute_loss(
         self,
         model: Any,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        student, teacher, labels = self.logits(model, inputs)
-        loss = distillation_loss(
-            student,
+        labels = targets(inputs, self.shift)
+        teacher = self.teacher_logits(inputs)
+        outputs = self.student_outputs(model, inputs)
+        loss, metrics = distillation_loss(
+            outputs.logits,
             teacher,
             labels,
-            vocab_size=self.vocab_size,
-            num_items=num_items_in_batch,
-            # Nobody reads the student's logits again; a float16 gradient waits for the loss scale.
-            inplace=student.dtype != torch.float16,
-            **self.loss(self.state.global_step, self.state.max_steps),
+            **{
+                "vocab_size": self.vocab_size,
+                "num_items": num_items_in_batch,
+                "label_smoothing": self.args.label_smoothing_factor,
+                "inplace": not return_outputs,  # nobody reads the student's logits again
+                "return_metrics": True,
+                **self.loss(self.state.global_step, self.state.max_steps),
+            },
         )
+        scale = 1
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            # DistributedDataParallel divides by the processes, which the count has done.
-            loss = loss * self.accelerator.num_processes
+            # DistributedDataParallel divides by the processes, which the count has done; those
+            # of one tensor-parallel group see the same batch.
+            scale = self.accelerator.num_processes // self.get_tp_size()
+        self._keep(loss, metrics, labels, num_items_in_batch, scale)
+        loss = loss * scale
+        return (loss, outputs) if return_outputs else loss
+
+    def student_outputs(self, model: Any, inputs: Mapping[str, Any]) -> Any:
+        bf16 = self.accelerator.mixed_precision == "bf16"
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=bf16):
+            return model(**model_inputs(inputs, self.model))
+
+    @torch.no_grad()
+    def teacher_logits(self, inputs: Mapping[str, Any]) -> Tensor:
+        if self.teacher is not None:
+            return self.teacher(**model_inputs(inputs, self.teacher)).logits
+        student = self.accelerator.unwrap_model(self.model)
+        training = student.training
+        student.eval()
+        try:
+            with student.disable_adapter():
+                return self.student_outputs(student, inputs).logits
+        finally:
+            student.train(training)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """The tokens that the loss counts, whatever this version of the Trainer would count."""
+        found = [targets(batch, self.shift) for batch in batch_samples]
+        batches = [dict.fromkeys(TARGETS, labels) for labels in found]
+        return super()._get_num_items_in_batch(batches, device)
+
+    def _keep(self, loss: Tensor, metrics: Metrics, labels: Tensor, items: Any, scale: int) -> None:
+        if items is None:
+            items = (labels != -100).sum().clamp_min(1)
+        parts = torch.stack([rows.sum() for rows in metrics if rows is not None]) / items
+        figures = torch.cat([loss.detach()[None], parts]) * scale
         step = self.state.global_step
-        self.step_loss = {step: self.step_loss.get(step, 0.0) + loss.detach()}
-        return (loss, {}) if return_outputs else loss
+        self.step_figures = {step: self.step_figures.get(step, 0.0) + figures}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs the loss of this step: a mean since the last row would change where a run stops."""
+        """Logs this step's figures: a mean since the last row would change where a run stops."""
         if "loss" in logs:
-            (loss,) = self.step_loss.values()
-            logs["loss"] = self.accelerator.reduce(loss, "mean").item()
+            (figures,) = self.step_figures.values()
+            names = ("loss", *Metrics._fields)
+            values = self.accelerator.reduce(figures, "mean").tolist()
+            logs.update(zip(names, values, strict=True))
         super().log(logs, start_time)
-
-    def logits(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Of student and teacher [B, T, V], and the tokens [B, T] that they predict.
-
-        The last place of a sequence predicts none, -100. To slice it off would cost a copy of the
-        logits' gradient.
-        """
-        ids = inputs["input_ids"]
-        with torch.no_grad():
-            teacher = self.teacher(input_ids=ids, use_cache=False).logits
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.args.bf16):
-            student = model(input_ids=ids, use_cache=False).logits
-        return student, teacher, F.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
 
     @torch.no_grad()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Per token of held-out text: loss in nats, KL to the teacher in nats, top-1 agreement."""
+        datasets = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(datasets, dict):
+            several: dict[str, float] = {}
+            for name, dataset in datasets.items():
+                several |= self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
+            return several
         model = self.accelerator.unwrap_model(self.model)
         training = model.training
         model.eval()
         rows = []
-        for inputs in self.get_eval_dataloader(eval_dataset):
-            student, teacher, labels = self.logits(model, self._prepare_inputs(inputs))
+        for batch in self.get_eval_dataloader(eval_dataset):
+            inputs = self._prepare_inputs(batch)
+            labels = targets(inputs, self.shift)
             _, found = distillation_loss(
-                student, teacher, labels, vocab_size=self.vocab_size, return_metrics=True
+                self.student_outputs(model, inputs).logits,
+                self.teacher_logits(inputs),
+                labels,
+                vocab_size=self.vocab_size,
+                return_metrics=True,
             )
-            sums = [part.sum(-1) for part in (found.ce, found.kd, found.agreement)]
-            counts = (labels != -100).sum(-1)
+            counts = labels != -100
+            sums = [_by_sequence(part) for part in (found.ce, found.kd, found.agreement, counts)]
             # Sequences that only fill up the last batch of a process are dropped here.
-            rows.append(self.accelerator.gather_for_metrics(torch.stack([*sums, counts], -1)))
+            rows.append(self.accelerator.gather_for_metrics(torch.stack(sums, -1)))
         model.train(training)
         total = torch.cat(rows).double().sum(0)
         names = ("validation_loss", "kl_to_teacher", "agreement")
-        values = dict(zip(names, (total[:3] / total[3]).tolist(), strict=True))
-        found = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
-        self.log(found)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
-        return found
+        means = (total[:3] / total[3]).tolist()
+        values = {f"{metric_key_prefix}_{n}": mean for n, mean in zip(names, means, strict=True)}
+        self.log(values)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, values
+        )
+        return values
+
+
+def distillation_loss_func(
+    student: Any, teacher: Any, *, shift: bool | None = None, **settings: Any
+) -> Callable[..., Tensor]:
+    """A `compute_loss_func` for any Trainer: `Trainer(model, compute_loss_func=...)`.
+
+    The Trainer hands such a function the student's outputs only; so a hook on the student keeps
+    its inputs, which the teacher then sees too. `DistillationTrainer` saves a copy of the logits
+    in bf16, and logs more. The count of tokens is the Trainer's: that of older versions has the
+    first token of a sequence too, unless its label is -100.
+
+    Args:
+        student: the model that the Trainer trains.
+        teacher: frozen here, set to evaluation, and moved to where the inputs are.
+        shift: as in `DistillationTrainer`.
+        settings: those of `distillation_loss`.
+
+    Raises:
+        ImportError: before transformers 5.6, whose Trainer divides such a loss by the batches of
+            a step once more.
+
+    Returns:
+        loss(outputs, labels, num_items_in_batch=None), a 0-d tensor: sum / num_items_in_batch, or
+        the mean over the tokens of this batch where the Trainer has no count.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from fastkd.integrations.transformers import distillation_loss_func
+        >>> shape = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=16,
+        ...                     num_hidden_layers=1, num_attention_heads=2)
+        >>> student, teacher = LlamaForCausalLM(shape), LlamaForCausalLM(shape)
+        >>> loss = distillation_loss_func(student, teacher, temperature=2.0)
+        >>> ids = torch.randint(50, (2, 12))
+        >>> loss(student(input_ids=ids), ids, num_items_in_batch=22).shape
+        torch.Size([])
+    """
+    require("transformers", "5.6", "6", extra="distill")
+    shifts = is_causal(student) if shift is None else shift
+    freeze(teacher, None)
+    kept: dict[str, Any] = {}
+
+    def keep(module: Any, positional: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        kept.update(inputs)
+
+    def loss(
+        outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        if not kept:
+            raise ValueError(
+                "the student given to distillation_loss_func has not run: give it the model that "
+                "the Trainer trains"
+            )
+        inputs = dict(kept)
+        kept.clear()
+        shifted = targets({**inputs, "labels": labels}, shifts)
+        if next(teacher.parameters()).device != outputs.logits.device:
+            freeze(teacher, outputs.logits.device)
+        with torch.no_grad():
+            target = teacher(**model_inputs(inputs, teacher)).logits
+        options = {"num_items": num_items_in_batch, **settings}
+        return distillation_loss(outputs.logits, target, shifted, **options)
+
+    student.register_forward_pre_hook(keep, with_kwargs=True)
+    return loss
+
+
+# --- models and batches ----------------------------------------------------------------------
+
+
+def targets(inputs: Mapping[str, Any], shift: bool) -> Tensor:
+    """The token that each place predicts, -100 where none.
+
+    The last place of a sequence predicts none. To slice it off would cost a copy of the logits'
+    gradient.
+    """
+    if inputs.get("shift_labels") is not None:
+        return inputs["shift_labels"]
+    labels = inputs.get("labels")
+    if labels is None:
+        raise ValueError(
+            "the batch has no labels, which say what counts: let the collator add them, as "
+            "DataCollatorForLanguageModeling(tokenizer, mlm=False) does, with -100 where nothing "
+            "is to be learnt"
+        )
+    return F.pad(labels[..., 1:], (0, 1), value=-100) if shift else labels
+
+
+def model_inputs(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """A batch without what only the model's own loss would take, nor a cache of the keys."""
+    others = {k: v for k, v in inputs.items() if k not in (*TARGETS, "num_items_in_batch")}
+    if "use_cache" in inspect.signature(_base(model).forward).parameters:
+        others["use_cache"] = False
+    return others
+
+
+def is_causal(model: Any) -> bool:
+    """Whether the model's own loss shifts the labels."""
+    base = _base(model)
+    decoder_only = not getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    return decoder_only and getattr(base, "loss_type", None) == "ForCausalLM"
+
+
+def freeze(teacher: Any, device: torch.device | None) -> None:
+    """Sets a teacher to evaluation, without gradients; one whose device is chosen stays there."""
+    teacher.eval().requires_grad_(False)
+    placed = getattr(teacher, "hf_device_map", None) or getattr(teacher, "is_quantized", False)
+    if device is not None and not placed:
+        teacher.to(device)
+
+
+def _base(model: Any) -> Any:
+    """The model under peft's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _by_sequence(rows: Tensor) -> Tensor:
+    """Sums over all dimensions but the batch's."""
+    return rows.flatten(1).sum(-1) if rows.dim() > 1 else rows
+
+
+def _check_adapters(student: Any) -> None:
+    if not hasattr(student, "disable_adapter"):
+        raise ValueError(
+            "teacher=None takes the student with its adapters off, and this student has none: "
+            "pass a teacher, or wrap the student by peft.get_peft_model"
+        )
+
+
+def _refuse_what_has_no_meaning(trainer: Trainer) -> None:
+    if trainer.compute_loss_func is not None:
+        raise ValueError("DistillationTrainer computes its own loss: drop compute_loss_func")
+    if trainer.compute_metrics is not None:
+        raise ValueError(
+            "DistillationTrainer.evaluate gives the loss, the KL to the teacher and the agreement, "
+            "and calls no compute_metrics: drop it"
+        )
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"DistillationTrainer needs one process for each of the {trainer.args.n_gpu} GPUs: "
+            "start it by torchrun, or show it one by CUDA_VISIBLE_DEVICES"
+        )
