@@ -101,7 +101,7 @@ def test_the_result_loads_and_has_learned(finished, home):
     before, after = found["before"], found["after"]
     assert after["validation_loss"] < before["validation_loss"] - 0.01
     assert after["kl_to_teacher"] < before["kl_to_teacher"]
-    assert (finished / "metrics.csv").read_text().count("\n") == 5  # steps 1, 2, 4, 6
+    assert (finished / "metrics.csv").read_text().count("\n") == 6  # steps 0, 1, 2, 4, 6
 
 
 def close(some, other):
@@ -216,16 +216,17 @@ def test_a_new_student_from_a_config_in_bf16_with_another_divergence(home, tmp_p
 
 
 def test_a_stopped_run_goes_on_to_the_same_student(finished, home, tmp_path, monkeypatch, capsys):
-    from fastkd.distill import after_step
+    from fastkd.distill import watch
 
-    def stop(self, args, state, control, **_):
-        self.began = True
-        if state.global_step == 3:
-            self.stopped = control.should_save = control.should_training_stop = True
+    def stop(self, args, state, control, **options):
+        self.asked = lambda: state.global_step == 3
+        real(self, args, state, control, **options)
+
+    real = watch.Watch.on_step_end
 
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(after_step.AfterStep, "on_step_end", stop)
+        patched.setattr(watch.Watch, "on_step_end", stop)
         assert distil("--out", out, *options(home)) == 130
     assert f"fastkd distill --resume {out}" in capsys.readouterr().err
     assert not (out / "student").exists()
@@ -253,10 +254,11 @@ def test_a_stopped_run_goes_on_to_the_same_student(finished, home, tmp_path, mon
         ({"student": "nope.json"}, 2, "nope.json: there is no such folder or file"),
         ({"teacher": "text.txt"}, 1, "text.txt holds no tokenizer that can be read"),
         ({"teacher": "no-one/nothing"}, 1, "neither a folder here nor a tokenizer of the hub"),
-        ({"data": "text.jsonl"}, 1, "has no column 'text', but body: say which with --text"),
-        ({"data": "broken.jsonl"}, 1, "broken.jsonl as json"),
+        ({"data": "text.jsonl"}, 1, "prompt' and 'completion', but body: say which with --text"),
+        ({"data": "broken.jsonl"}, 1, "broken.jsonl, line 1: this is not JSON"),
         ({"data": "empty.txt"}, 1, "there is no text in"),
-        ({"sequence_length": 100_000}, 1, "too little text"),
+        ({"sequence_length": 65}, 2, "sequence_length=65 is beyond the 64 positions of the teach"),
+        ({"data": "short.txt"}, 1, "1 sequences of 16 tokens, where at least 2"),
         ({"vocab_size": 300}, 2, "leaves out tokens: the tokenizer has 400"),
         ({"temperature": 0}, 2, "value must be a finite temperature > 0, got 0.0"),
         ({"held_out": 1}, 2, "held_out must lie in (0, 1)"),
@@ -265,6 +267,7 @@ def test_a_stopped_run_goes_on_to_the_same_student(finished, home, tmp_path, mon
 def test_bad_input_is_one_line(home, tmp_path, monkeypatch, capsys, changed, code, message):
     monkeypatch.chdir(home)
     (home / "empty.txt").write_text("")
+    (home / "short.txt").write_text("a few words")
     (home / "broken.jsonl").write_text('{"text": ')
     assert distil("--out", tmp_path / "out", *options(home, **changed)) == code
     assert message in capsys.readouterr().err.splitlines()[-1]

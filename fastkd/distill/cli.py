@@ -96,7 +96,8 @@ def _option(group: Any, item: dataclasses.Field[Any], kind: Any) -> None:
     if kind is bool:
         group.add_argument(name, action=argparse.BooleanOptionalAction, **common)
     elif kind == tuple[str, ...]:
-        group.add_argument(name, nargs="+", metavar="FILE", **common)
+        metavar = "NAME" if item.name == "report_to" else "FILE"
+        group.add_argument(name, nargs="+", metavar=metavar, **common)
     else:
         group.add_argument(name, type=kind, metavar=kind.__name__.upper(), **common)
 
@@ -181,7 +182,7 @@ def _settings(
 ) -> settings.DefaultJob | settings.UserModels:
     """The settings of the job that is meant: options win over the file, and that over defaults."""
     both = {**values, **given}
-    for name in ("data", "teacher", "student"):
+    for name in ("data", "eval_data", "teacher", "student", "chat_template"):
         if name in both:
             both[name] = settings.absolute(name, both[name])
     if "teacher" in both or "student" in both:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import files
 from .errors import RunError
 
 # Of so many blocks of paragraphs, the last is held out.
@@ -47,11 +48,11 @@ class Corpus:
         )
 
 
-def prepare(files: Sequence[str], vocabulary: int, length: int) -> Corpus:
+def prepare(data: Sequence[str], vocabulary: int, length: int) -> Corpus:
     """Reads, splits, trains the tokenizer on the training part alone, and tokenizes."""
     from tokenizers import ByteLevelBPETokenizer
 
-    training, validation = split(paragraphs(read(files) if files else bundled()))
+    training, validation = split(paragraphs(read(data) if data else bundled()))
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator([training], vocab_size=vocabulary, show_progress=False)
     corpus = Corpus(
@@ -76,9 +77,9 @@ def bundled() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-def read(files: Iterable[str]) -> list[str]:
+def read(names: Sequence[str]) -> list[str]:
     texts = []
-    for name in files:
+    for name in files.expand(names):
         try:
             texts.append(Path(name).read_text(encoding="utf-8"))
         except OSError as error:
@@ -86,7 +87,7 @@ def read(files: Iterable[str]) -> list[str]:
         except UnicodeDecodeError:
             raise RunError(f"{name} is not text in UTF-8") from None
     if not any(text.strip() for text in texts):
-        raise RunError(f"there is no text in {', '.join(files)}")
+        raise RunError(f"there is no text in {', '.join(names)}")
     return texts
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import platform
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +76,7 @@ def save(result: Result, training: Training, folder: Path) -> None:
         "settings": asdict(training.settings),
         "machine": machine(training.device),
     }
-    storage.write(folder / storage.METRICS, json.dumps(values, indent=2) + "\n")
+    storage.write(folder / storage.METRICS, storage.json_text(values))
 
 
 def machine(device: torch.device) -> Figures:
@@ -88,12 +88,22 @@ def machine(device: torch.device) -> Figures:
     }
 
 
-def table(rows: list[Figures]) -> str:
+def table(rows: list[Figures], header: bool = True) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
+    if header:
+        writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def rows(path: Path) -> list[Figures]:
+    """Those of a metrics.csv, without what was not logged."""
+    with open(path, newline="") as file:
+        return [
+            {name: value if name == "way" else float(value) for name, value in row.items() if value}
+            for row in csv.DictReader(file)
+        ]
 
 
 def picture(result: Result, training: Training) -> bytes:
@@ -158,6 +168,18 @@ def _line(axes: Any, rows: list[Figures], name: str, **style: Any) -> None:
 
 
 # --- the terminal ----------------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    """For the user to read while it runs; results go to standard output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def evaluation(step: int, figures: Figures) -> str:
+    loss, kl, agreement = (
+        figures[f"eval_{name}"] for name in ("validation_loss", "kl_to_teacher", "agreement")
+    )
+    return f"step {step}: held-out loss {loss:.4f}, KL {kl:.4f}, agreement {agreement:.1%}"
 
 
 def announce(training: Training, folder: Path) -> None:

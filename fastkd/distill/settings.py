@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from .errors import RunError, Usage, known, needs
+from .errors import Usage, known, needs
+from .files import expand
 from .parsing import DIVERGENCES, SCHEDULES, divergence, schedule
 
 S = TypeVar("S", bound="Common")
@@ -26,7 +28,9 @@ class Common:
     """What both jobs take."""
 
     data: tuple[str, ...] = setting(
-        (), "text files to train on; .jsonl and .parquet with --teacher"
+        (),
+        "files, folders and patterns of text to train on; with --teacher, of .jsonl and .parquet "
+        "too, and of conversations",
     )
     divergence: str = setting(
         "forward_kl",
@@ -48,6 +52,7 @@ class Common:
     learning_rate: float = setting(4e-3, "of the student, at its peak")
     log_every: int = setting(10, "steps between rows of metrics.csv")
     evaluate_every: int = setting(50, "steps between evaluations on held-out text")
+    save_every: int = setting(50, "steps between saves, from which --resume goes on")
     seed: int = setting(0, "of weights and batches")
     device: str = setting("auto", "cpu, cuda, or auto: a GPU where there is one")
 
@@ -113,12 +118,36 @@ class UserModels(Common):
     accumulation: int = setting(1, "batches in an optimizer step, for each device")
     sequence_length: int = setting(512, "tokens that are packed into a sequence")
     learning_rate: float = setting(5e-5, "of the student, at its peak")
-    evaluate_every: int = setting(500, "steps between evaluations on held-out text, and saves")
-    held_out: float = setting(0.05, "share of the sequences to evaluate on")
-    text: str = setting("text", "key or column of the text, in .jsonl and .parquet")
+    optimizer: str = setting("adamw_torch", "by its name in transformers: adafactor, lion_32bit...")
+    weight_decay: float = setting(0.0, "of the optimizer")
+    lr_schedule: str = setting("cosine", "by its name in transformers: linear, constant...")
+    warmup: float = setting(0.05, "share of the steps that the rate rises in; from 1 on: steps")
+    clip: float = setting(1.0, "largest norm of the gradient; 0: any")
+    evaluate_every: int = setting(500, "steps between evaluations on held-out text")
+    save_every: int = setting(100, "steps between saves, from which --resume goes on")
+    keep: int = setting(1, "saves to keep while it trains, besides the best on held-out text")
+    held_out: float = setting(0.05, "share of the sequences to evaluate on, without --eval-data")
+    eval_data: tuple[str, ...] = setting((), "as --data, to evaluate on")
+    text: str = setting(
+        "",
+        "column of text or of messages; by default messages, prompt and completion, or text, "
+        "whichever is there",
+    )
+    loss_on: str = setting(
+        "completions", "of conversations: completions, last (completion), or all (turns)"
+    )
+    chat_template: str = setting("", "file with a chat template, instead of the tokenizer's own")
+    special_tokens: bool = setting(True, "begin text as the tokenizer does, with <s> for example")
+    end_of_text: bool = setting(True, "end text with the tokenizer's end token")
+    parse_special_tokens: bool = setting(
+        False, "read special tokens that are spelt in the text as such; conversations always do"
+    )
     precision: str = setting("auto", "bf16, fp32, or auto: bf16 where the device has it")
+    save_precision: str = setting("auto", "bf16, fp32, or auto: as the student came")
     checkpointing: bool = setting(False, "recompute the student's activations, to save memory")
     vocab_size: int = setting(0, "columns from here on are padding; 0: the tokenizer says")
+    threads: int = setting(0, "of the CPU; 0: PyTorch's choice")
+    report_to: tuple[str, ...] = setting((), "trackers of transformers: tensorboard, wandb...")
 
     def check(self) -> None:
         super().check()
@@ -130,6 +159,11 @@ class UserModels(Common):
         if not 0 < self.held_out < 1:
             raise Usage(f"held_out must lie in (0, 1), got {self.held_out}")
         known("precision", self.precision, ("auto", "bf16", "fp32"))
+        known("save_precision", self.save_precision, ("auto", "bf16", "fp32"))
+        known("loss_on", self.loss_on, ("completions", "last", "all"))
+        for name in ("warmup", "clip", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise Usage(f"{name} must be finite and at least 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +181,8 @@ class Search:
                 raise Usage(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
-AT_LEAST = {"vocabulary": 257}  # the bytes, and a token beyond them
+# The bytes and a token beyond them; a token and its next.
+AT_LEAST = {"vocabulary": 257, "sequence_length": 2}
 
 
 # --- TOML ------------------------------------------------------------------------------------
@@ -214,11 +249,10 @@ def toml(settings: Common) -> str:
 
 def absolute(name: str, value: Any) -> Any:
     """Local paths so that a resumed run finds them from any folder; all else as it is."""
-    if name == "data":
-        files = [value] if isinstance(value, str) else value
-        for file in files if isinstance(files, list | tuple) else ():
-            if not Path(str(file)).is_file():
-                raise RunError(f"--data {file}: there is no such file")
-    if isinstance(value, list | tuple):
-        return [absolute("", item) for item in value]
-    return str(Path(value).resolve()) if isinstance(value, str) and Path(value).exists() else value
+    if name in ("data", "eval_data"):
+        names = [value] if isinstance(value, str) else value
+        if isinstance(names, list | tuple) and all(isinstance(each, str) for each in names):
+            expand(names)
+            return [os.path.abspath(each) for each in names]
+    here = isinstance(value, str) and value and Path(value).exists()
+    return str(Path(value).resolve()) if here else value

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import io
+import json
+import math
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .errors import RunError, Usage
+from .errors import RunError, Usage, one_line
 
 CHECKPOINT = "checkpoint.pt"
 CONFIG = "config.toml"
 METRICS = "metrics.json"
+TRAINER_STATE = "trainer_state.json"
 
 
 @contextlib.contextmanager
@@ -102,6 +107,17 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def reason(error: BaseException, path: Path) -> str:
+    """Why a file was not written; libraries have words of their own for a full disk."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if shutil.disk_usage(path if path.exists() else path.parent).free < 2**20:
+        return os.strerror(errno.ENOSPC)
+    if "PytorchStreamWriter" in str(error):
+        return "PyTorch could not write all of it: is the disk full?"
+    return one_line(error)
+
+
 def write(path: Path, data: bytes | str) -> None:
     """As `replace`; raises RunError where the file cannot be written."""
     try:
@@ -121,6 +137,19 @@ def replace(path: Path, data: bytes | str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def json_text(values: Any) -> str:
+    """As JSON, which knows no NaN and no infinity: null in their place."""
+    return json.dumps(_finite(values), indent=2, allow_nan=False) + "\n"
+
+
+def _finite(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {name: _finite(value) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
@@ -144,3 +173,20 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     if not isinstance(state, dict):
         raise RunError(f"{path} is no checkpoint of fastkd distill: delete it and start again")
     return state
+
+
+# --- checkpoints of the Trainer --------------------------------------------------------------
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The latest that was written to the end: the state of the trainer comes last."""
+    found = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE}")]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def drop_halves(folder: Path) -> bool:
+    """Removes checkpoints that were not; whether there were any."""
+    halves = [p for p in folder.glob("checkpoint-*") if not (p / TRAINER_STATE).exists()]
+    for path in halves:
+        shutil.rmtree(path, ignore_errors=True)
+    return bool(halves)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,9 +54,11 @@ def run(chosen: DefaultJob | UserModels, search: Search, folder: Path) -> Report
     repeats = (
         default_job.repeatable(chosen.threads) if isinstance(chosen, DefaultJob) else nullcontext()
     )
-    with repeats, report.bars() as bar:
+    with TemporaryDirectory() as tokens, repeats, report.bars() as bar:
         train = (
-            _default_job(chosen) if isinstance(chosen, DefaultJob) else _user_models(chosen, folder)
+            _default_job(chosen)
+            if isinstance(chosen, DefaultJob)
+            else _user_models(chosen, folder, Path(tokens))
         )
         task = bar.add_task("students", total=search.seeds * (search.trials + 3), text="")
 
@@ -128,11 +131,11 @@ def _default_job(chosen: DefaultJob) -> Train:
     return train
 
 
-def _user_models(chosen: UserModels, folder: Path) -> Train:
+def _user_models(chosen: UserModels, folder: Path, tokens: Path) -> Train:
     """The user's models: a student as it was, for each training."""
     hush_torchao()
     needs("transformers", "datasets", "accelerate")
-    job = user_models.Job(chosen)
+    job = user_models.Job(chosen, tokens)
 
     def train(changed: UserModels) -> dict[str, float]:
         trainer = job.trainer(changed, folder, save_strategy="no", eval_strategy="no")

@@ -1,0 +1,48 @@
+"""The model card of a student that was distilled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def text(figures: dict[str, Any]) -> str:
+    """As README.md: what it was distilled from, what came of it, and every setting."""
+    from huggingface_hub import ModelCardData
+
+    chosen = figures["settings"]
+    bases = [name for name in (chosen["teacher"], chosen["student"]) if not Path(name).exists()]
+    header = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["distillation", "fastkd"],
+        base_model=bases or None,
+    )
+    rows = "\n".join(
+        f"| {when} | {found['validation_loss']:.4f} | {found['kl_to_teacher']:.4f} "
+        f"| {found['agreement']:.1%} |"
+        for when, found in ((when, figures[when]) for when in ("before", "after"))
+    )
+    spelt = "\n".join(
+        f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in chosen.items()
+    )
+    versions = ", ".join(f"{name} {value}" for name, value in figures["machine"].items())
+    return f"""---
+{header.to_yaml()}
+---
+
+# {Path(chosen["student"]).name}, distilled from {Path(chosen["teacher"]).name}
+
+On held-out text, per token:
+
+| student | loss in nats | KL to the teacher in nats | top-1 agreement |
+|---|---|---|---|
+{rows}
+
+Distilled by `fastkd distill --config config.toml` ({versions}), where config.toml is
+
+```toml
+{spelt}
+```
+"""

@@ -1,0 +1,163 @@
+"""The user's data files, row by row: no file is ever in memory as a whole."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import RunError, needs, one_line
+
+# Characters of plain text that are handed on at once.
+BLOCK = 2**18
+# What a folder is searched for, besides the rows of READERS.
+PLAIN = (".txt", ".text", ".md")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one row holds by column, and where it stands; plain text is one document in blocks.
+
+    A row that `continues` belongs to the document of the row before it; one that `goes_on`, to
+    that of the row after it.
+    """
+
+    values: dict[str, Any]
+    where: str
+    continues: bool = False
+    goes_on: bool = False
+
+
+def expand(names: Sequence[str]) -> list[str]:
+    """The files meant by names of files, folders and patterns, each once, in order.
+
+    A file that is there is meant as it is spelt, brackets or not.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            inside = [str(each) for each in sorted(path.rglob("*")) if _is_data(each)]
+            if not inside:
+                kinds = ", ".join((*READERS, *PLAIN))
+                raise RunError(f"--data {name}: the folder holds no file that ends in {kinds}")
+        elif path.exists():
+            inside = [name]
+        else:
+            matches = sorted(glob.glob(name, recursive=True))
+            inside = [each for each in matches if Path(each).is_file()]
+            if not inside:
+                raise RunError(f"--data {name}: there is no such file")
+        found |= dict.fromkeys(inside)
+    return list(found)
+
+
+def _is_data(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() in (*READERS, *PLAIN)
+
+
+def rows(file: str) -> Iterator[Row]:
+    """What a file holds; whatever is wrong with it is one RunError that names the place."""
+    reader = READERS.get(Path(file).suffix.lower(), _plain)
+    try:
+        yield from reader(file)
+    except UnicodeDecodeError:
+        raise RunError(f"{file} is neither text in UTF-8 nor .jsonl nor .parquet") from None
+    except OSError as error:
+        raise RunError(f"cannot read {file}: {error.strerror or one_line(error)}") from None
+
+
+# --- the kinds -------------------------------------------------------------------------------
+
+
+def _plain(file: str) -> Iterator[Row]:
+    """Blocks that end before a word, at the start of a line where there is one."""
+    with open(file, encoding="utf-8-sig") as lines:
+        held, continues = "", False
+        while more := lines.read(BLOCK):
+            held += more
+            if len(held) > BLOCK:
+                cut = _boundary(held)
+                yield Row({"text": held[:cut]}, file, continues, goes_on=True)
+                held, continues = held[cut:], True
+        yield Row({"text": held}, file, continues)
+
+
+def _boundary(text: str) -> int:
+    """Where the last line begins that begins with a word; else the last word; else the middle."""
+    for mark, length in (("\n", 1), (" ", 0)):
+        at = len(text) - 1
+        while (at := text.rfind(mark, 0, at)) > 0:
+            if not text[at + 1].isspace():
+                return at + length
+    return len(text) // 2
+
+
+def _lines(file: str) -> Iterator[Row]:
+    with open(file, encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                where = f"{file}, line {number}"
+                yield _object(_parsed(json.loads, line, where), where)
+
+
+def _json(file: str) -> Iterator[Row]:
+    """A list of objects, or objects line by line."""
+    with open(file, encoding="utf-8-sig") as text:
+        start = next((line.lstrip() for line in text if line.strip()), "")
+        text.seek(0)
+        if not start.startswith("["):
+            yield from _lines(file)
+            return
+        entries = _parsed(json.load, text, file)
+    for number, entry in enumerate(entries, 1):
+        where = f"{file}, entry {number}"
+        yield _object(entry, where)
+
+
+def _parsed(read: Callable[[Any], Any], text: Any, where: str) -> Any:
+    try:
+        return read(text)
+    except UnicodeDecodeError:
+        raise
+    except RecursionError:
+        raise RunError(f"{where}: JSON nested too deep") from None
+    except ValueError as error:
+        raise RunError(f"{where}: this is not JSON: {one_line(error)}") from None
+
+
+def _object(value: Any, where: str) -> Row:
+    if not isinstance(value, dict):
+        raise RunError(f"{where}: expected an object with columns, got {short(value)}")
+    return Row(value, where)
+
+
+def _parquet(file: str) -> Iterator[Row]:
+    needs("pyarrow")
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(file) as table:
+            batches = (batch.to_pylist() for batch in table.iter_batches(batch_size=256))
+            for number, values in enumerate(itertools.chain.from_iterable(batches), 1):
+                yield Row(values, f"{file}, row {number}")
+    except (ArrowException, OSError) as error:
+        raise RunError(f"cannot read {file} as parquet: {one_line(error)}") from None
+
+
+READERS: dict[str, Callable[[str], Iterator[Row]]] = {
+    ".jsonl": _lines,
+    ".json": _json,
+    ".parquet": _parquet,
+}
+
+
+def short(value: Any) -> str:
+    """A value as an error shows it."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
