@@ -56,7 +56,7 @@ class Watch(TrainerCallback):
         self.bars.update(self.bar, completed=state.global_step)
         if state.global_step == state.max_steps:
             control.should_evaluate = True
-        loss = self.trainer.step_loss[state.global_step - 1]
+        loss = self.trainer.step_figures[state.global_step - 1][0]
         sound = loss.isfinite() & _finite(model) if control.should_save else loss.isfinite()
         flags = torch.stack([torch.as_tensor(self.asked(), device=sound.device), ~sound]).float()
         if args.world_size > 1:
