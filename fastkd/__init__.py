@@ -1,6 +1,5 @@
 """fastkd: knowledge-distillation losses over large vocabularies, fused."""
 
-from .cache import TeacherCache
 from .divergences import (
     JSD,
     TVD,
@@ -35,7 +34,6 @@ __all__ = [
     "ReverseKL",
     "SkewKL",
     "SkewReverseKL",
-    "TeacherCache",
     "distillation_loss",
     "kl_div",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 import fastkd
 from fastkd.checks import HAS_TRITON
 from tests import oracle
-from tests.closeness import assert_close
+from tests.closeness import assert_close, assert_zero
 from tests.conftest import DEVICE
 
 NO_TRITON = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
@@ -56,6 +56,49 @@ def check(student: Tensor, teacher: Tensor, *rest, backend: str, **settings) -> 
         )
     assert_close(loss, true_loss, "value", eager_loss)
     assert_close(gradient, true_gradient, "gradient", eager_gradient)
+
+
+def check_everything(student: Tensor, teacher: Tensor, *rest, backend: str, **settings) -> None:
+    """Value, metrics, and the gradients to both sides, temperatures and weight, at an upstream
+    gradient that differs from row to row.
+    """
+    ours, true = (
+        everything(student, teacher, *rest, backend=name, **settings) for name in (backend, None)
+    )
+    assert ours.keys() == true.keys()
+    for name, one in ours.items():
+        kind = "gradient" if name.startswith("to ") else "value"
+        if true[name].count_nonzero():
+            assert_close(one, true[name], kind)
+        else:
+            assert_zero(one)
+
+
+def everything(student: Tensor, teacher: Tensor, *rest, backend: str | None, **settings):
+    """Loss, metrics, and the gradients "to ..." by name; by definition without a backend."""
+    dtype = torch.float64 if backend in (None, "reference") else torch.float32
+    given = {"student": student, "teacher": teacher} | settings
+    given = {name: _move(value) for name, value in given.items()}
+    leaves = {
+        name: value.detach().to(dtype).requires_grad_()
+        for name, value in given.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and name != "num_items"
+    }
+    given |= leaves
+    sides = given.pop("student"), given.pop("teacher"), *map(_move, rest)
+    if backend is None:
+        loss, metrics = defined(*sides, **given)
+    else:
+        loss, metrics = fastkd.distillation_loss(
+            *sides, teacher_grad=True, return_metrics=True, backend=backend, **given
+        )
+    upstream = torch.linspace(-1.5, 1.0, max(loss.numel(), 1), device=loss.device)
+    found = torch.autograd.grad(
+        loss, list(leaves.values()), upstream.view(loss.shape).to(loss), materialize_grads=True
+    )
+    values = {"loss": loss.detach(), **metrics._asdict()}
+    gradients = {f"to {name}": g for name, g in zip(leaves, found, strict=True)}
+    return {name: x for name, x in (values | gradients).items() if x is not None}
 
 
 def _move(value):

@@ -199,6 +199,19 @@ def test_second_backward(pair, backend):
 
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("mode", ["forward", "backward"])
+def test_create_graph_changes_no_gradient(pair, mode, backend):
+    student = pair[0].requires_grad_()
+
+    def gradient(**settings):
+        loss = fastkd.distillation_loss(student, pair[1], gradient=mode, backend=backend)
+        return torch.autograd.grad(loss, student, torch.tensor(-1.7, device=DEVICE), **settings)[0]
+
+    assert torch.equal(gradient(create_graph=True), gradient())
+    assert gradient().count_nonzero()
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("mode", ["forward", "backward"])
 def test_second_derivative_is_refused(pair, mode, backend):
     student = pair[0].requires_grad_()
     loss = fastkd.distillation_loss(student, pair[1], gradient=mode, backend=backend)
@@ -353,9 +366,11 @@ def test_inplace_is_refused_where_it_would_harm(pair):
         fastkd.distillation_loss(spread, pair[1], inplace=True)
 
 
-def test_inplace_on_what_autograd_needs_is_caught(pair):
+@pytest.mark.parametrize("backend", FUSED)
+def test_inplace_on_what_autograd_needs_is_caught(pair, backend):
+    """By the version of the logits, which a kernel that overwrites them does not count."""
     leaf = pair[0].requires_grad_()
-    loss = fastkd.distillation_loss(leaf.exp(), pair[1], inplace=True)
+    loss = fastkd.distillation_loss(leaf.exp(), pair[1], inplace=True, backend=backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 

@@ -497,6 +497,27 @@ def test_inplace(dtype, backend):
     assert torch.equal(hidden.detach(), gradient)
 
 
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("shape", [(6, 12), (6, 300), (2, 3, 12)])
+def test_inplace_with_padding_and_rows_that_do_not_count(shape, standardize, backend):
+    """What is left there is the gradient, 0, and not the logits: so a trainer uses it."""
+    student, teacher = (x.float().to(DEVICE) for x in logits(*shape))
+    labels = torch.tensor([3, -100, 0, 8, 5, -100], device=DEVICE).view(shape[:-1])
+    weight = torch.tensor([1.0, 1, 0, 2, 0.5, 0], device=DEVICE).view(shape[:-1])
+    settings = {"alpha": 0.5, "weight": weight, "vocab_size": shape[-1] - 3}
+    settings |= {"standardize": standardize, "backend": backend}
+    true, true_gradient = truth(student, teacher, labels, **settings)
+    student.flatten(0, -2)[[1, 2, 5]] = math.nan
+    hidden = student.clone().requires_grad_() * 1
+    loss = fastkd.distillation_loss(hidden, teacher, labels, inplace=True, **settings)
+    assert_close(loss, true)
+    left = hidden.detach()
+    assert_close(left, true_gradient, "gradient")
+    assert_zero(left[..., -3:])
+    assert_zero(left.flatten(0, -2)[[1, 2, 5]])
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("columns", [7, 2048])
 def test_near_rows_among_many_blocks(columns, inplace):
