@@ -1,12 +1,10 @@
-"""distillation_loss: check, flatten to rows, choose the path, reduce, unflatten."""
+"""distillation_loss: check, lay out as rows, choose the path, reduce."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,35 +12,9 @@ from torch import Tensor
 from . import autograd, checks, moments, reference
 from .divergences import Divergence
 from .operators import readable
-from .problem import CE, ENTROPY, KD, Problem
+from .problem import Problem, packed_numbers, per_row, scalar
+from .reduction import Metrics, factor_of_rows, factors_of_terms, rows_that_count, weighted
 from .settings import Settings
-
-CPU = torch.device("cpu")
-
-
-class Metrics(NamedTuple):
-    """Per-row figures, fp32, detached, of the shape of the rows; 0 in rows that do not count.
-
-    Attributes:
-        kd: the divergence, before alpha, temperature scaling and weights.
-        ce: cross-entropy with the labels, smoothing included; None without labels.
-        student_entropy: in nats, at the student's temperature.
-        teacher_entropy: in nats, at the teacher's temperature.
-        agreement: 1 where some entry is a maximum of both rows, else 0.
-
-    Example:
-        >>> import torch, fastkd
-        >>> _, metrics = fastkd.distillation_loss(
-        ...     torch.randn(4, 10), torch.randn(4, 10), return_metrics=True)
-        >>> metrics.agreement.shape
-        torch.Size([4])
-    """
-
-    kd: Tensor
-    ce: Tensor | None
-    student_entropy: Tensor
-    teacher_entropy: Tensor
-    agreement: Tensor
 
 
 def distillation_loss(
@@ -173,8 +145,8 @@ def distillation_loss(
     if num_items is not None:
         num_items = checks.num_items(num_items, reduction, student)
     checks.teacher_gradient(teacher, teacher_grad)
-    engine = checks.backend(backend, student, teacher, has_device_function(type(kind)))
-    if backend == "auto" and student.is_cuda and not has_device_function(type(kind)):
+    engine = checks.backend(backend, student, teacher, kind.has_device_function)
+    if backend == "auto" and student.is_cuda and not kind.has_device_function:
         warnings.warn(f"{type(kind).__name__} has no device function: using torch", stacklevel=2)
     others = {"teacher": teacher, "weight": weight, **given.temperatures}
     mode = given.gradient_mode(student, others)
@@ -182,233 +154,72 @@ def distillation_loss(
     if inplace and trains:
         checks.inplace(student, {"labels": labels, **others})
 
-    student, teacher = readable(student), readable(teacher)
-    labels, weight = readable(labels), readable(weight)
+    student, teacher, labels, weight = map(readable, (student, teacher, labels, weight))
     given = given._replace(
         temperature=readable(given.temperature),
         teacher_temperature=readable(given.teacher_temperature),
     )
-    size = student.shape[:-1]
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    counted, row_weight = _rows_that_count(
+    counted, row_weight = rows_that_count(
         None if given.sigmoids else labels, weight, given.ignore_index, dtype
     )
-    factor = _reduction_factor(reduction, num_items, counted, row_weight, student, dtype)
-    if torch.compiler.is_compiling() and not isinstance(factor, Tensor):
-        factor = _scalar(factor, dtype, student.device)
-    factors = _factors(given, row_weight)
-    problem = _problem(
+    factor = factor_of_rows(reduction, num_items, counted, row_weight, student, dtype)
+    if torch.compiler.is_compiling():
+        factor = scalar(factor, dtype, student.device)
+    factors = factors_of_terms(given, row_weight)
+    problem = Problem.of(
         given, student, teacher, labels if given.alpha < 1 or return_metrics else None, counted,
         columns, dtype,
     )  # fmt: skip
-
     if standardize and engine != "reference":
         problem = moments.standardized(problem, engine)
 
-    if engine == "reference":
-        values = reference.losses(problem, entropy_weight != 0, return_metrics, standardize)
-        rows = _combine(values, factors)
-    elif mode == "forward" and trains:
-        rows = problem.student_temperature
-        coefficients = [
-            None if f is None else _per_row(f * factor, rows.numel(), rows.dtype, rows.device)
-            for f in factors
-        ]
-        loss, values, _ = autograd.Fused.apply(
-            inplace, *_arguments(problem), *coefficients, return_metrics, engine
-        )
-        return (loss, _metrics(values, size, labels)) if return_metrics else loss
+    shape = student.shape[:-1]
+    if mode == "forward" and trains and engine != "reference":
+        loss, values, *_ = autograd.Fused.apply(
+            inplace, return_metrics, engine, *_coefficients(factors, factor, problem),
+            *_flat(problem),
+        )  # fmt: skip
     else:
-        values, _ = autograd.Rows.apply(
-            *_arguments(problem),
-            entropy_weight != 0,
-            return_metrics,
-            engine,
-            *_dual(kind, others, engine),
-        )
-        rows = _combine(values, factors)
-
-    loss = (rows * factor).view(size) if reduction == "none" else (rows * factor).sum()
-    return (loss, _metrics(values, size, labels)) if return_metrics else loss
-
-
-# --- the pieces ------------------------------------------------------------------------------
+        if engine == "reference":
+            values = reference.losses(problem, entropy_weight != 0, return_metrics, standardize)
+        else:
+            values, *_ = autograd.Rows.apply(
+                entropy_weight != 0, return_metrics, engine, *_dual(kind, others, engine),
+                *_flat(problem),
+            )  # fmt: skip
+        rows = weighted(values, factors) * factor
+        loss = rows.view(shape) if reduction == "none" else rows.sum()
+    return (loss, Metrics.of(values, shape, labels)) if return_metrics else loss
 
 
-def has_device_function(kind: type[Divergence]) -> bool:
-    return kind.device is not None or kind.__module__.startswith("fastkd.divergences")
+def _flat(problem: Problem) -> list[Any]:
+    """A problem as arguments of an autograd Function, which looks for tensors one by one."""
+    tensors, *rest = problem.pack()
+    return [*rest, *tensors]
 
 
-def _rows_that_count(
-    labels: Tensor | None, weight: Tensor | None, ignore_index: int, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None]:
-    """Which rows count, bool [N], and their weights [N]; None where all do, or weigh 1."""
-    counted = None if labels is None else (labels != ignore_index).flatten()
-    if weight is None:
-        return counted, None
-    weight = weight.flatten()
-    weighed = weight if weight.dtype == torch.bool else weight != 0
-    counted = weighed if counted is None else counted & weighed
-    if weight.dtype == torch.bool:
-        return counted, None
-    return counted, torch.where(counted, weight.to(dtype), 0.0)
-
-
-def _reduction_factor(
-    reduction: str,
-    num_items: int | Tensor | None,
-    counted: Tensor | None,
-    row_weight: Tensor | None,
-    student: Tensor,
-    dtype: torch.dtype,
-) -> float | Tensor:
-    if reduction in ("none", "sum"):
-        return 1.0
-    if reduction == "batchmean":
-        return 1 / max(student.size(0), 1)
-    if isinstance(num_items, Tensor):
-        return 1 / _divisor(num_items, counted, student, dtype)
-    if num_items is not None:
-        return 1 / num_items
-    counts = counted if row_weight is None else row_weight
-    if counts is None:
-        return 1 / max(student.numel() // student.size(-1), 1)
-    total = counts.sum().to(dtype)
-    return 1 / torch.where(total == 0, 1.0, total)
-
-
-def _divisor(
-    num_items: Tensor, counted: Tensor | None, student: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """num_items; NaN where it is not positive, but for 0 items where no row counts, which is 1."""
-    items = _scalar(num_items, dtype, student.device)
-    divisor = torch.where(items > 0, items, math.nan)
-    if counted is not None:
-        return torch.where((items == 0) & ~counted.any(), 1.0, divisor)
-    return divisor if student.numel() else torch.where(items == 0, 1.0, divisor)
-
-
-def _factors(given: Settings, row_weight: Tensor | None) -> list[float | Tensor | None]:
-    """What the divergence, cross-entropy and entropy of a row are multiplied by; None: absent."""
-    scale: float | Tensor = 1.0
-    if given.scale_by_temperature:
-        student, teacher = given.temperature, given.teacher_temperature
-        scale = student if isinstance(student, Tensor) else float(student)
-        scale = scale * (student if teacher is None else teacher)
-        power = given.divergence.temperature_power
-        scale = scale if power == 2 else scale ** (power / 2)
-        scale = scale.flatten() if isinstance(scale, Tensor) and scale.dim() else scale
-    weight = 1.0 if row_weight is None else row_weight
-    alpha, entropy_weight = given.alpha, given.entropy_weight
+def _coefficients(
+    factors: Sequence[float | Tensor | None], factor: float | Tensor, problem: Problem
+) -> list[Tensor | None]:
+    device = problem.student_temperature.device
     return [
-        alpha * scale * weight if alpha > 0 else 0.0,
-        (1 - alpha) * weight if alpha < 1 else None,
-        entropy_weight * weight if entropy_weight != 0 else None,
+        None if term is None else per_row(term * factor, problem.rows, problem.dtype, device)
+        for term in factors
     ]
 
 
-def _combine(values: Any, factors: Sequence[float | Tensor | None]) -> Tensor:
-    """The weighted rows: a term whose factor is the number 0 is left out, were it infinite."""
-    terms = [
-        factor * values[kind]
-        for kind, factor in zip((KD, CE, ENTROPY), factors, strict=True)
-        if isinstance(factor, Tensor) or factor
-    ]
-    return sum(terms[1:], terms[0]) if terms else values[KD] * 0
-
-
-def _problem(
-    given: Settings,
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    counted: Tensor | None,
-    vocab_size: int,
-    dtype: torch.dtype,
-) -> Problem:
-    row_dims = student.dim() - 1
-    student, teacher = _as_rows(student, teacher)
-    a, b = given.divergence.parameters
-    rows, device = student.size(0) * student.size(1), student.device
-    return Problem(
-        student, teacher,
-        _per_row(given.temperature, rows, dtype, device),
-        None
-        if given.teacher_temperature is None
-        else _per_row(given.teacher_temperature, rows, dtype, device),
-        None if labels is None else labels.reshape(rows, *labels.shape[row_dims:]).contiguous(),
-        counted, given.label_smoothing, given.divergence.name, a, b, vocab_size,
-    )  # fmt: skip
-
-
-def _as_rows(*tensors: Tensor) -> list[Tensor]:
-    """Views [O, I, width] with one split for all; a copy only where the strides allow none."""
-    tensors = tuple(t if t.stride(-1) == 1 or t.size(-1) == 1 else t.contiguous() for t in tensors)
-    seams = {seam for tensor in tensors for seam in _seams(tensor)}
-    if len(seams) > 1:
-        tensors, seams = tuple(t.contiguous() for t in tensors), set()
-    split = max(seams, default=0)
-    leading = tensors[0].shape[:-1]
-    outer, inner = math.prod(leading[:split]), math.prod(leading[split:])
-    return [tensor.view(outer, inner, tensor.size(-1)) for tensor in tensors]
-
-
-def _seams(tensor: Tensor) -> list[int]:
-    """The leading dimensions that do not merge with the one before."""
-    leading = range(tensor.dim() - 1)
-    dims = [(i, tensor.size(i), tensor.stride(i)) for i in leading if tensor.size(i) != 1]
-    return [i for (_, _, before), (i, size, stride) in pairwise(dims) if before != size * stride]
-
-
-def _per_row(value: float | Tensor, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A number, a 0-d tensor or one per row, as [N]."""
-    if isinstance(value, Tensor) and value.dim():
-        return value.to(dtype).flatten()
-    return _scalar(value, dtype, device).expand(rows)
-
-
-def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """0-d, on the device."""
-    if isinstance(value, Tensor):
-        value = value.to(dtype)
-        # To copy from the CPU would wait for the device; as a factor the number goes along.
-        return (
-            value if value.device == device else torch.ones((), dtype=dtype, device=device) * value
-        )
-    if torch.compiler.is_compiling():  # torch.full would compile again for each value
-        return torch.ones((), dtype=dtype, device=device) * value
-    return torch.full((), value, dtype=dtype, device=device)
-
-
-def _numbers(*values: float) -> Tensor:
-    if torch.compiler.is_compiling():
-        return torch.stack([_scalar(value, torch.float64, CPU) for value in values])
-    return torch.tensor(values, dtype=torch.float64, device=CPU)
-
-
-def _arguments(problem: Problem) -> autograd.Arguments:
-    numbers = _numbers(problem.label_smoothing, problem.a, problem.b)
-    return autograd.Arguments(
-        *problem[:6], problem.moments, numbers, problem.divergence, problem.vocab_size
-    )
-
-
-def _dual(kind: Divergence, others: Mapping[str, Any], engine: str) -> autograd.Dual:
-    """The roles exchanged; asked for where teacher or temperature trains."""
-    names = ("teacher", "temperature", "teacher_temperature")
+def _dual(kind: Divergence, others: Mapping[str, Any], engine: str) -> tuple[str, Tensor | None]:
+    """The divergence with the roles exchanged, where teacher or its temperature trains."""
+    names = ["teacher", "teacher_temperature"]
+    if others["teacher_temperature"] is None:
+        names.append("temperature")
     if not any(checks.trains(others[name]) for name in names):
-        return autograd.Dual("", torch.empty(0, device=CPU), 0.0)
+        return "", None
     name, (a, b), factor = kind.dual()
-    if engine == "triton" and not has_device_function(Divergence.of_name(name)):
+    if engine == "triton" and not Divergence.of_name(name).has_device_function:
         raise NotImplementedError(
             f"the gradient to teacher or temperature needs {type(kind).__name__} with the roles "
             "exchanged on the device too: define `dual`, or pass backend='torch'"
         )
-    return autograd.Dual(name, _numbers(0.0, a, b), factor)
-
-
-def _metrics(values: Any, size: torch.Size, labels: Tensor | None) -> Metrics:
-    rows: list[Any] = [None if value is None else value.detach().view(size) for value in values]
-    if labels is None:
-        rows[CE] = None
-    return Metrics(*rows)
+    return name, packed_numbers(a, b, factor)

@@ -1,19 +1,24 @@
-"""Functions that a tracer sees as one operator, and what makes them and autograd cheap to call.
+"""The backends, and what a tracer sees of them: one operator for each of their functions.
 
-Where nothing traces they are called without the dispatcher, whose Python is slow after large
-tensors have swept the cache.
+The operators are opaque to the compiler, which therefore sees neither the row blocks of the eager
+path nor the kernels. Where nothing traces, the functions are called without the dispatcher, whose
+Python is slow after large tensors have swept the cache.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import checks
+from .divergences import Divergence
+from .problem import Coefficients, Head, Problem, sources
 
 Function = TypeVar("Function", bound=type[torch.autograd.Function])
 
@@ -37,6 +42,182 @@ def operator(
     name: str, schema: str, mutates: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., Any]], Operator]:
     return lambda function: Operator(name, function, schema, mutates)
+
+
+# --- the backends ----------------------------------------------------------------------------
+
+Gradients = list[Tensor]  # one for each source of the student
+
+
+def backend(name: str, problem: Problem) -> Any:
+    """What computes the problem: a module, or its operators where a tracer looks on."""
+    if checks.watched() or checks.opaque(sources(problem.student)[0]):
+        return Traced(name)
+    return _module(name, problem)
+
+
+def _module(name: str, problem: Problem) -> ModuleType:
+    if isinstance(problem.student, Head) or isinstance(problem.teacher, Head):
+        return import_module("fastkd.linear")
+    rows = Divergence.of_name(problem.divergence).rows
+    return import_module(MODULES[name, rows])
+
+
+MODULES = {
+    ("torch", "logits"): "fastkd.eager",
+    ("torch", "bernoulli"): "fastkd.bernoulli",
+    ("triton", "logits"): "fastkd.kernels.logits",
+    ("triton", "bernoulli"): "fastkd.kernels.bernoulli",
+}
+
+
+class Traced(NamedTuple):
+    """A backend's functions (see problem.py) as operators."""
+
+    name: str
+
+    def forward(self, problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
+        return _forward(*problem.pack(), entropy, metrics, self.name)
+
+    def backward(
+        self,
+        problem: Problem,
+        state: Tensor,
+        upstream: Coefficients,
+        gradient: bool,
+        temperature: bool,
+    ) -> tuple[Any, Tensor]:
+        return _backward(*problem.pack(), state, *upstream, gradient, temperature, self.name)
+
+    def fused(
+        self, problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
+    ) -> tuple[Tensor, Tensor, Any]:
+        rest = (*coefficients, metrics, self.name)
+        if out is None:
+            return _fused(*problem.pack(), *rest)
+        tensors, *others = problem.pack()
+        loss, values = _fused_(out, tensors[1:], *others, *rest)
+        return loss, values, out
+
+
+PROBLEM = "Tensor?[] tensors, Tensor numbers, SymInt vocab_size, str spec"
+COEFFICIENTS = "Tensor kd, Tensor? ce, Tensor? entropy"
+SIZE = 4  # of a Packed
+
+
+def _split(arguments: Sequence[Any]) -> tuple[Problem, Sequence[Any]]:
+    return Problem.unpack(*arguments[:SIZE]), arguments[SIZE:]
+
+
+def _new_gradients(problem: Problem) -> Gradients:
+    return [x.new_empty(0 if x is None else x.shape) for x in sources(problem.student)]
+
+
+def _as_gradients(problem: Problem, found: Any, rows: Tensor) -> Gradients:
+    """One tensor for each source; empty where none was wanted."""
+    if isinstance(problem.student, Head):
+        return [rows.new_empty(0) if x is None else x for x in found]
+    return [rows.new_empty(0) if found is None else found.view(problem.student.shape)]
+
+
+@torch.library.custom_op(
+    "fastkd::forward",
+    mutates_args=(),
+    schema=f"({PROBLEM}, bool entropy, bool metrics, str backend) -> (Tensor, Tensor)",
+)
+def _forward(*arguments: Any) -> Any:
+    problem, (entropy, metrics, name) = _split(arguments)
+    return _module(name, problem).forward(problem, entropy, metrics)
+
+
+@_forward.register_fake
+def _(*arguments: Any) -> Any:
+    problem, (entropy, metrics, name) = _split(arguments)
+    long = entropy or metrics or problem.labels is not None
+    saved = 9 if problem.moments is not None else 7 if long else 5
+    if name == "torch" or Divergence.of_name(problem.divergence).rows == "bernoulli":
+        saved = 0
+    new = problem.student_temperature.new_empty
+    return new(5 if metrics else 3 if long else 1, problem.rows), new(saved, problem.rows)
+
+
+@torch.library.custom_op(
+    "fastkd::backward",
+    mutates_args=(),
+    schema=f"({PROBLEM}, Tensor state, {COEFFICIENTS}, bool gradient, bool temperature, "
+    "str backend) -> (Tensor[], Tensor)",
+)
+def _backward(*arguments: Any) -> Any:
+    problem, (state, kd, ce, entropy, gradient, temperature, name) = _split(arguments)
+    out, heat = _module(name, problem).backward(
+        problem, state, Coefficients(kd, ce, entropy), gradient, temperature
+    )
+    return _as_gradients(problem, out, kd), kd.new_empty(0) if heat is None else heat
+
+
+@_backward.register_fake
+def _(*arguments: Any) -> Any:
+    problem, (_, kd, _, _, gradient, temperature, _) = _split(arguments)
+    gradients = _new_gradients(problem) if gradient else [kd.new_empty(0)]
+    return gradients, kd.new_empty(kd.shape if temperature else 0)
+
+
+def _run_fused(problem: Problem, rest: Sequence[Any], out: Tensor | None) -> Any:
+    kd, ce, entropy, metrics, name = rest
+    loss, values, found = _module(name, problem).fused(
+        problem, Coefficients(kd, ce, entropy), metrics, out
+    )
+    return loss, kd.new_empty(0) if values is None else values, found
+
+
+def _fake_fused(rest: Sequence[Any]) -> Any:
+    kd, _, _, metrics, _ = rest
+    return kd.new_empty(kd.shape), kd.new_empty((5, kd.size(0)) if metrics else 0)
+
+
+@torch.library.custom_op(
+    "fastkd::fused",
+    mutates_args=(),
+    schema=f"({PROBLEM}, {COEFFICIENTS}, bool metrics, str backend) -> (Tensor, Tensor, Tensor[])",
+)
+def _fused(*arguments: Any) -> Any:
+    problem, rest = _split(arguments)
+    loss, values, found = _run_fused(problem, rest, None)
+    return loss, values, _as_gradients(problem, found, rest[0])
+
+
+@_fused.register_fake
+def _(*arguments: Any) -> Any:
+    problem, rest = _split(arguments)
+    return *_fake_fused(rest), _new_gradients(problem)
+
+
+# The student, which the gradient overwrites, has a place of its own before the other tensors.
+@torch.library.custom_op(
+    "fastkd::fused_",
+    mutates_args=("student",),
+    schema=f"(Tensor(a!) student, {PROBLEM}, {COEFFICIENTS}, bool metrics, str backend)"
+    " -> (Tensor, Tensor)",
+)
+def _fused_(student: Tensor, tensors: Any, *arguments: Any) -> Any:
+    problem, rest = _split(([student, *tensors], *arguments))
+    return _run_fused(problem, rest, student)[:2]
+
+
+@_fused_.register_fake
+def _(*arguments: Any) -> Any:
+    return _fake_fused(arguments[SIZE + 1 :])
+
+
+@operator(
+    "fastkd::scale_", "(Tensor(a!) gradient, Tensor upstream, str backend) -> ()", ("gradient",)
+)
+def scale_(gradient: Tensor, upstream: Tensor, name: str) -> None:
+    """Multiplies a gradient by a 0-d tensor, in place."""
+    import_module(MODULES[name, "logits"]).scale_(gradient, upstream)
+
+
+# --- calls -----------------------------------------------------------------------------------
 
 
 def signed(function: Function) -> Function:

@@ -11,10 +11,20 @@ with the layouts below, so that `autograd.py` does not know which of them it cal
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import checks
+
+if TYPE_CHECKING:
+    from .settings import Settings
+
+CPU = torch.device("cpu")
 
 # Rows of `values`, fp32 [1, N], [3, N] where ce or entropy is wanted, [5, N] with metrics.
 KD, CE, ENTROPY, TEACHER_ENTROPY, AGREEMENT = range(5)
@@ -53,14 +63,41 @@ class Coefficients(NamedTuple):
         return loss
 
 
+class Head(NamedTuple):
+    """Rows of logits that are not made yet: hidden states and the layer that makes logits of them.
+
+    logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap); without the cap where
+    softcap is 0.
+    """
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    scale: float
+    softcap: float
+
+
+class Packed(NamedTuple):
+    """A Problem as an operator takes it. A new field of a Problem comes in here, and nowhere else.
+
+    Numbers that may change from step to step come in a tensor: as plain floats they would make the
+    compiler compile again for each value.
+    """
+
+    tensors: Sequence[Tensor | None]
+    numbers: Tensor  # fp64, on the CPU
+    vocab_size: int
+    spec: str
+
+
 class Problem(NamedTuple):
     """A batch of N = O * I rows; logits keep their strides, [O, I, V] with last stride 1."""
 
-    student: Tensor  # [O, I, >= V]
-    teacher: Tensor  # [O, I, >= V]
+    student: Any  # Tensor [O, I, >= V], or a Head
+    teacher: Any  # likewise; None: not read, and the divergence is 0
     student_temperature: Tensor  # [N], of any stride
     teacher_temperature: Tensor | None  # [N]; None: the student's
-    labels: Tensor | None  # [N], integer; None: no cross-entropy
+    labels: Tensor | None  # [N], integer, or [N, V] for sigmoids; None: no cross-entropy
     counted: Tensor | None  # [N], bool: the rows that count; None: all
     label_smoothing: float
     divergence: str  # a name of table 1
@@ -68,13 +105,171 @@ class Problem(NamedTuple):
     b: float
     vocab_size: int  # V: columns from here on are padding
     moments: Tensor | None = None  # [2, 3, N], student's and teacher's; None: not standardised
+    merge: str = ""  # of sharding.py: who else holds columns of these rows
+
+    @staticmethod
+    def of(
+        given: Settings,
+        student: Tensor,
+        teacher: Tensor | None,
+        labels: Tensor | None,
+        counted: Tensor | None,
+        vocab_size: int,
+        dtype: torch.dtype,
+    ) -> Problem:
+        """From what distillation_loss was given, checked; dtype: of the arithmetic."""
+        row_dims = student.dim() - 1
+        logits = as_rows(student) if teacher is None else as_rows(student, teacher)
+        rows, device = logits[0].size(0) * logits[0].size(1), student.device
+        a, b = given.divergence.parameters
+        teacher_temperature = None
+        if given.teacher_temperature is not None:
+            teacher_temperature = per_row(given.teacher_temperature, rows, dtype, device)
+        if labels is not None:
+            labels = labels.reshape(rows, *labels.shape[row_dims:]).contiguous()
+        return Problem(
+            logits[0], None if teacher is None else logits[1],
+            per_row(given.temperature, rows, dtype, device), teacher_temperature, labels, counted,
+            given.label_smoothing, given.divergence.name, a, b, vocab_size,
+        )  # fmt: skip
 
     @property
     def rows(self) -> int:
         """N."""
-        return self.student.size(0) * self.student.size(1)
+        return self.student_temperature.size(0)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the arithmetic and of everything per row: fp32, or fp64 for fp64 logits."""
         return self.student_temperature.dtype
+
+    def part(self, rows: slice) -> Problem:
+        """The problem of some of the N rows, start and stop given; views where strides allow."""
+
+        def logits(x: Any) -> Any:
+            if isinstance(x, Head):
+                return x._replace(hidden=x.hidden[rows])
+            return x if x is None else (x if x.size(0) == 1 else x.flatten(0, 1)[None])[:, rows]
+
+        def some(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[rows]
+
+        return self._replace(
+            student=logits(self.student),
+            teacher=logits(self.teacher),
+            student_temperature=self.student_temperature[rows],
+            teacher_temperature=some(self.teacher_temperature),
+            labels=some(self.labels),
+            counted=some(self.counted),
+            moments=None if self.moments is None else self.moments[..., rows],
+        )
+
+    def exchanged(self, divergence: str, a: float, b: float) -> Problem:
+        """The roles exchanged, of the divergence alone: for the gradient to the teacher."""
+        first, second = self.student_temperature, self.teacher_temperature
+        return self._replace(
+            student=self.teacher,
+            teacher=self.student,
+            student_temperature=first if second is None else second,
+            teacher_temperature=None if second is None else first,
+            labels=None,
+            label_smoothing=0.0,
+            divergence=divergence,
+            a=a,
+            b=b,
+            moments=None if self.moments is None else self.moments.flip(0),
+        )
+
+    def pack(self) -> Packed:
+        tensors, numbers, kinds = [], [self.label_smoothing, self.a, self.b], ""
+        for side in (self.student, self.teacher):
+            kinds += NOTHING if side is None else HEAD if isinstance(side, Head) else LOGITS
+            tensors += sources(side)
+            numbers += side[3:] if isinstance(side, Head) else ()
+        tensors += [
+            self.student_temperature, self.teacher_temperature, self.labels, self.counted,
+            self.moments,
+        ]  # fmt: skip
+        spec = f"{kinds}|{self.merge}|{self.divergence}"
+        return Packed(tensors, packed_numbers(*numbers), self.vocab_size, spec)
+
+    @staticmethod
+    def unpack(
+        tensors: Sequence[Tensor | None], numbers: Tensor, vocab_size: int, spec: str
+    ) -> Problem:
+        kinds, merge, divergence = spec.split("|", 2)
+        found = list(tensors)
+        label_smoothing, a, b, *scales = unpacked_numbers(numbers)
+        sides: list[Any] = []
+        for kind in kinds:
+            if kind == HEAD:
+                sides.append(Head._make((*found[:3], *scales[:2])))
+                found, scales = found[3:], scales[2:]
+            else:
+                sides.append(found.pop(0) if kind == LOGITS else None)
+        *rows, moments = found
+        return Problem._make(
+            (*sides, *rows, label_smoothing, divergence, a, b, vocab_size, moments, merge)
+        )
+
+
+LOGITS, HEAD, NOTHING = "l", "h", "-"  # what a side is, in a spec
+
+
+def sources(side: Any) -> list[Any]:
+    """The tensors that a side's logits come from, and its gradient goes to."""
+    return [] if side is None else list(side[:3]) if isinstance(side, Head) else [side]
+
+
+# --- rows and numbers ------------------------------------------------------------------------
+
+
+def as_rows(*tensors: Tensor) -> list[Tensor]:
+    """Views [O, I, width] with one split for all; a copy only where the strides allow none."""
+    tensors = tuple(t if t.stride(-1) == 1 or t.size(-1) == 1 else t.contiguous() for t in tensors)
+    seams = {seam for tensor in tensors for seam in _seams(tensor)}
+    if len(seams) > 1:
+        tensors, seams = tuple(t.contiguous() for t in tensors), set()
+    split = max(seams, default=0)
+    leading = tensors[0].shape[:-1]
+    outer, inner = math.prod(leading[:split]), math.prod(leading[split:])
+    return [tensor.view(outer, inner, tensor.size(-1)) for tensor in tensors]
+
+
+def _seams(tensor: Tensor) -> list[int]:
+    """The leading dimensions that do not merge with the one before."""
+    leading = range(tensor.dim() - 1)
+    dims = [(i, tensor.size(i), tensor.stride(i)) for i in leading if tensor.size(i) != 1]
+    return [i for (_, _, before), (i, size, stride) in pairwise(dims) if before != size * stride]
+
+
+def per_row(value: float | Tensor, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number, a 0-d tensor or one per row, as [N]."""
+    if isinstance(value, Tensor) and value.dim():
+        return value.to(dtype).flatten()
+    return scalar(value, dtype, device).expand(rows)
+
+
+def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0-d, on the device."""
+    if isinstance(value, Tensor):
+        value = value.to(dtype)
+        # To copy from the CPU would wait for the device; as a factor the number goes along.
+        return (
+            value if value.device == device else torch.ones((), dtype=dtype, device=device) * value
+        )
+    if torch.compiler.is_compiling():  # torch.full would compile again for each value
+        return torch.ones((), dtype=dtype, device=device) * value
+    return torch.full((), value, dtype=dtype, device=device)
+
+
+def packed_numbers(*values: float) -> Tensor:
+    if torch.compiler.is_compiling() or isinstance(values[0], Tensor):
+        return torch.stack([scalar(value, torch.float64, CPU) for value in values])
+    return torch.tensor(values, dtype=torch.float64, device=CPU)
+
+
+def unpacked_numbers(numbers: Tensor) -> Sequence[Any]:
+    """Floats; 0-d tensors where a tracer looks on, which hands them on and has no values."""
+    unread = checks.watched() or checks.opaque(numbers)
+    return numbers.unbind() if unread else numbers.tolist()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .divergences import Bernoulli, Divergence
+from .divergences import Divergence
 
 FLAGS = ("scale_by_temperature", "standardize", "teacher_grad", "inplace", "return_metrics")
 
@@ -64,7 +64,7 @@ class Settings(NamedTuple):
     @property
     def sigmoids(self) -> bool:
         """Whether each class has a sigmoid of its own, in place of one softmax for all."""
-        return isinstance(self.divergence, Bernoulli)
+        return self.divergence.rows == "bernoulli"
 
     @property
     def holds_gradient(self) -> bool:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fastkd
-from fastkd import autograd, moments
+from fastkd import moments, operators
+from fastkd.problem import Coefficients, Problem
 from tests.cases import logits
 from tests.closeness import assert_close
 from tests.conftest import DEVICE
@@ -164,39 +165,42 @@ def test_cuda_graph_capture():
         assert torch.equal(one, other)
 
 
-def _arguments(backend):
+def _problem():
     student, teacher = (x.float().to(DEVICE)[None] for x in logits(4, 12))
     temperature = torch.rand(4, device=DEVICE) + 1
     labels = torch.arange(4, device=DEVICE)
-    numbers = torch.tensor([0.1, 0.3, 0.0], dtype=torch.float64)
-    coefficients = [torch.rand(4, device=DEVICE) for _ in range(3)]
-    counted = labels != 2
-    problem = (student, teacher, temperature, None, labels, counted, None, numbers, "jsd", 10)
-    return problem, coefficients
+    problem = Problem(
+        student, teacher, temperature, None, labels, labels != 2, 0.1, "jsd", 0.3, 0.0, 10
+    )
+    return problem, Coefficients(*(torch.rand(4, device=DEVICE) for _ in range(3)))
 
 
 # No autograd_registration check: the Functions differentiate, the operators have no formula.
 UTILITIES = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
+def _check(operator, *arguments):
+    torch.library.opcheck(operator, arguments, test_utils=UTILITIES)
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_operators_pass_opcheck(backend):
-    problem, coefficients = _arguments(backend)
+    problem, coefficients = _problem()
+    packed = problem.pack()
     for metrics in (False, True):
-        arguments = (*problem, True, metrics, backend)
-        torch.library.opcheck(autograd._forward.traced, arguments, test_utils=UTILITIES)
-        arguments = (*problem, *coefficients, metrics, backend)
-        torch.library.opcheck(autograd._fused.traced, arguments, test_utils=UTILITIES)
-        torch.library.opcheck(autograd._fused_, arguments, test_utils=UTILITIES)
-    arguments = (problem[0], problem[1], problem[5], 10, backend)
-    torch.library.opcheck(moments._moments.traced, arguments, test_utils=UTILITIES)
-    standardized = [*problem]
-    standardized[6] = moments._moments(*arguments)
-    arguments = (*standardized, False, False, backend)
-    torch.library.opcheck(autograd._forward.traced, arguments, test_utils=UTILITIES)
-    _, state = autograd._forward(*problem, True, False, backend)
+        _check(operators._forward, *packed, True, metrics, backend)
+        _check(operators._fused, *packed, *coefficients, metrics, backend)
+        tensors, *rest = packed
+        _check(operators._fused_, tensors[0], tensors[1:], *rest, *coefficients, metrics, backend)
+    arguments = (problem.student, problem.teacher, problem.counted, 10, backend)
+    _check(moments._moments.traced, *arguments)
+    standardized = problem._replace(moments=moments._moments(*arguments))
+    _check(operators._forward, *standardized.pack(), False, False, backend)
+    _, state = operators.backend(backend, problem).forward(problem, True, False)
     for gradient, temperature in ((True, True), (True, False), (False, True)):
-        arguments = (*problem, state, *coefficients, gradient, temperature, backend)
-        torch.library.opcheck(autograd._backward.traced, arguments, test_utils=UTILITIES)
-    arguments = (torch.rand(4, 12, device=DEVICE), torch.tensor(2.0, device=DEVICE), backend)
-    torch.library.opcheck(autograd._scale_.traced, arguments, test_utils=UTILITIES)
+        wanted = (gradient, temperature)
+        _check(operators._backward, *packed, state, *coefficients, *wanted, backend)
+    _check(
+        operators.scale_.traced,
+        torch.rand(4, 12, device=DEVICE), torch.tensor(2.0, device=DEVICE), backend,
+    )  # fmt: skip

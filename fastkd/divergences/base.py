@@ -49,6 +49,11 @@ class Divergence:
     # A fastkd.kernels.divergences.Device, for the Triton backend.
     device: ClassVar[Any] = None
 
+    # The modules of a backend that compute it: "logits", rows of a softmax, or "bernoulli".
+    rows: ClassVar[str] = "logits"
+    # Whether the Triton backend has it, in table 2 or by its `device`.
+    has_device_function: ClassVar[bool] = False
+
     _classes: ClassVar[dict[str, type[Divergence]]] = {}
 
     def __init_subclass__(cls) -> None:
@@ -62,6 +67,8 @@ class Divergence:
                 f"{cls.__qualname__}: the name {name!r} belongs to "
                 f"{holder.__module__}.{holder.__qualname__} already; give it another"
             )
+        built_in = cls.__module__.startswith(f"{__package__}.") and cls.__module__ != __name__
+        cls.has_device_function = built_in or cls.device is not None
         # The same class once more replaces itself, as when a cell of a notebook runs again.
         Divergence._classes[name] = cls
         Divergence._classes.pop(_exchanged(name), None)

@@ -42,3 +42,4 @@ class Bernoulli(Jeffreys):
     reverse: float = 0.0
 
     name = "bernoulli"
+    rows = "bernoulli"
