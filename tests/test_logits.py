@@ -59,6 +59,7 @@ def test_every_option_together(divergence, mode, backend):
 @pytest.mark.parametrize("divergence", DIVERGENCES[:1] + DIVERGENCES[5:6], ids=str)
 def test_every_dtype(divergence, dtype, mode, backend):
     student, teacher = (x.to(dtype) for x in logits(6, 50))
+    mode = "backward" if dtype == torch.float16 else mode  # which has no other
     check(
         student, teacher, _labels(6, 50),
         divergence=divergence, temperature=2.0, alpha=0.5, reduction="sum",
@@ -483,7 +484,7 @@ def test_padded_vocabularies(widths, backend):
 
 
 @pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_inplace(dtype, backend):
     student, teacher = (x.to(DEVICE, dtype) for x in logits(4, 9))
     leaf = student.clone().requires_grad_()
