@@ -25,7 +25,7 @@ VOCABULARY, LENGTH, TEMPERATURE, ALPHA = 48, 10, 2.0, 0.7
 SETTINGS = {"temperature": TEMPERATURE, "alpha": ALPHA}
 FIGURES = ("kd", "ce", "student_entropy", "teacher_entropy", "agreement")
 VARIANTS = ["trainer", "function"]
-if fastkd.integrations._numbers(transformers.__version__) < (5, 6):
+if fastkd.integrations.numbers(transformers.__version__) < (5, 6):
     VARIANTS.remove("function")
 
 

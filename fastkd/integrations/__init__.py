@@ -20,13 +20,13 @@ def require(package: str, oldest: str, below: str, extra: str | None = None) -> 
         raise ImportError(
             f"fastkd.integrations needs {package}, which is not installed: {command}"
         ) from None
-    if not _numbers(oldest) <= _numbers(found) < _numbers(below):
+    if not numbers(oldest) <= numbers(found) < numbers(below):
         raise ImportError(
             f"fastkd.integrations takes {package} from {oldest} up to, but not with, {below}; "
             f"this is {found}: {wanted}"
         )
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def numbers(text: str) -> tuple[int, ...]:
     """Of a version: (5, 23) of 5.23.0.dev0."""
     return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
