@@ -1,5 +1,6 @@
 """fastkd: knowledge-distillation losses over large vocabularies, fused."""
 
+from .cache import TeacherCache
 from .divergences import (
     JSD,
     TVD,
@@ -34,6 +35,7 @@ __all__ = [
     "ReverseKL",
     "SkewKL",
     "SkewReverseKL",
+    "TeacherCache",
     "distillation_loss",
     "kl_div",
 ]

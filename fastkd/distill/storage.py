@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ CHECKPOINT = "checkpoint.pt"
 CONFIG = "config.toml"
 METRICS = "metrics.json"
 TRAINER_STATE = "trainer_state.json"
+# What a process leaves that is killed while it probes a folder or replaces a file.
+LEFTOVER = re.compile(r"\.(probe-|.+\.)\d+")
 
 
 @contextlib.contextmanager
@@ -39,6 +42,8 @@ def new_folder(out: str | None, *, ours: str = "") -> Iterator[Path]:
     with _locked(folder):
         if not (ours and (folder / ours).exists()):
             _check_empty(folder)
+        for path in _leftovers(folder):
+            path.unlink(missing_ok=True)
         with _writable(folder):  # before hours go into training
             probe = folder / f".probe-{os.getpid()}"
             probe.touch()
@@ -65,10 +70,14 @@ def _check_empty(folder: Path) -> None:
         raise Usage(
             f"{folder} holds a run that stopped: --resume {folder}, or choose another --out"
         )
-    for path in folder.iterdir():
+    for path in set(folder.iterdir()) - set(_leftovers(folder)):
         raise Usage(
             f"{folder} is not empty: it holds {path.name}; choose a new or empty folder as --out"
         )
+
+
+def _leftovers(folder: Path) -> list[Path]:
+    return [path for path in folder.glob(".*") if LEFTOVER.fullmatch(path.name)]
 
 
 @contextlib.contextmanager
