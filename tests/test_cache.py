@@ -28,12 +28,12 @@ HIDDEN = torch.randn(V, 16, generator=torch.Generator().manual_seed(2)).bfloat16
 WEIGHT = torch.randn(V, 16, generator=torch.Generator().manual_seed(3)).bfloat16()
 
 
-def teacher(ids):
+def teacher(ids, rows=None):
     """A bigram model."""
     return TABLE[ids]
 
 
-def heads(ids):
+def heads(ids, rows):
     return LinearHead(HIDDEN[ids], WEIGHT, logit_softcap=30.0)
 
 
@@ -110,7 +110,7 @@ def test_a_tail_of_1e_7_and_a_certain_row_survive(tmp_path, bits):
     table[1, 1:] = -torch.inf  # and one entry has all
     ids = torch.tensor([[0, 1, 2, 3]])
     layout = cache.Best(k=2, log_prob_bits=bits)
-    found = cache.write(tmp_path, layout, ids, lambda ids: table[ids], V)[0]
+    found = cache.write(tmp_path, layout, ids, lambda ids, rows: table[ids], V)[0]
     truth = table[ids[0]].double().softmax(-1)
     assert torch.equal(found.indices[:, 0], torch.zeros(4).long())
     rest = found.tail_log_prob.double().exp()
@@ -176,7 +176,7 @@ def test_rows_in_any_order_from_any_shard(kind, tmp_path):
 
 def test_padding_columns_are_not_looked_at(tmp_path):
     wide = torch.cat([TABLE, torch.full((V, 20), 99.0)], -1)
-    kept = cache.write(tmp_path / "wide", cache.Best(5), IDS, lambda ids: wide[ids], V)
+    kept = cache.write(tmp_path / "wide", cache.Best(5), IDS, lambda ids, rows: wide[ids], V)
     plain = cache.write(tmp_path / "plain", cache.Best(5), IDS, teacher, V)
     assert torch.equal(kept[:].log_probs, plain[:].log_probs)
 
@@ -185,6 +185,15 @@ def test_a_cache_goes_to_the_workers_of_a_loader(tmp_path):
     kept = pickle.loads(pickle.dumps(write(tmp_path)))
     assert torch.equal(kept.tokens(3), IDS[3])
     assert torch.equal(kept[3].indices, teacher(IDS[3]).topk(5).indices)
+
+
+def test_a_cache_knows_its_corpus(tmp_path):
+    kept = write(tmp_path)
+    kept.check_corpus(IDS)
+    kept.check_corpus(IDS.int())
+    for other in (IDS.flip(0), IDS[:10], IDS[:, :6]):
+        with pytest.raises(cache.CacheError, match="of another corpus, or of another tokenizer"):
+            kept.check_corpus(other)
 
 
 def test_the_tail_is_the_readers_to_choose(tmp_path):
@@ -199,7 +208,7 @@ def test_bytes_per_token(tmp_path):
     size, k, n = 128_256, 64, 128
     ids = torch.randint(size, (2, n // 2))
 
-    def sparse(ids):
+    def sparse(ids, rows):
         logits = torch.full((*ids.shape, size), -20.0)
         return logits.scatter_(-1, (ids[..., None] + torch.arange(k)) % size, 3.0)
 
@@ -322,7 +331,9 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
 
 def test_logits_of_another_shape_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"must give logits \(2, 7, 300\), or wider"):
-        cache.write(tmp_path, cache.Best(5), IDS, lambda ids: TABLE[ids][:, 1:], V, batch_size=2)
+        cache.write(
+            tmp_path, cache.Best(5), IDS, lambda ids, rows: TABLE[ids][:, 1:], V, batch_size=2
+        )
     with pytest.raises(TypeError, match="hidden states needs LinearHeads, got Tensor"):
         cache.write(tmp_path / "b", cache.Hidden(), IDS, teacher, V)
 
@@ -381,7 +392,8 @@ def test_what_is_whole_is_not_asked_of_the_teacher_again(tmp_path):
     kept.shards[1].unlink()
     asked = []
 
-    def counting(ids):
+    def counting(ids, rows):
+        assert torch.equal(ids, IDS[rows.start : rows.stop])
         asked.append(ids)
         return teacher(ids)
 
@@ -395,7 +407,7 @@ def test_kill_9(tmp_path):
     ids = torch.arange(32 * 64).view(32, 64) % V
 
     def write_slowly(folder):
-        def slowly(ids):
+        def slowly(ids, rows):
             time.sleep(0.002)
             return TABLE[ids]
 

@@ -13,6 +13,7 @@ from fastkd import checks
 from fastkd.operands import LinearHead, Sampled, TopK
 from fastkd.operands.listed import TAILS
 
+from . import corpus
 from .bits import unpack, width
 from .format import HEAD, CacheError, Manifest, read_shard, shard_path
 from .layouts import Hidden, Tensors, join
@@ -46,7 +47,7 @@ class TeacherCache:
         >>> from fastkd import cache
         >>> ids, head = torch.randint(100, (6, 8)), torch.randn(100, 100)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     kept = cache.write(folder, cache.Best(k=4), ids, lambda ids: head[ids], 100)
+        ...     kept = cache.write(folder, cache.Best(k=4), ids, lambda ids, rows: head[ids], 100)
         ...     teacher = kept[[5, 0]]
         >>> teacher.shape
         torch.Size([2, 8, 4])
@@ -87,6 +88,14 @@ class TeacherCache:
             return {"tokens": unpack(shard["tokens"], places, width(self.manifest.vocab_size))}
 
         return self._gather(rows, decode)["tokens"]
+
+    def check_corpus(self, tokens: Tensor | corpus.Rows) -> None:
+        """Raises CacheError where the cache is of other tokens than these, [N, T]."""
+        if corpus.fingerprint(tokens) != self.manifest.corpus:
+            raise CacheError(
+                f"{self.path} is of another corpus, or of another tokenizer or settings that make "
+                "tokens of it: write a cache of this one"
+            )
 
     def verify(self) -> None:
         """Reads all files and compares their checksums; raises CacheError at the first that is

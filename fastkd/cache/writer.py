@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from fastkd.distill import storage
 from fastkd.operands import LinearHead
 
+from . import corpus
 from .bits import pack, width
 from .format import HEAD, MANIFEST, CacheError, Manifest, read_shard, shard_path, to_bytes
 from .layouts import Hidden, Layout, Tensors, join
@@ -24,8 +24,8 @@ TOKENS_PER_SHARD = 1 << 16
 def write(
     path: str | Path,
     layout: Layout,
-    tokens: Tensor | Sequence[Any],
-    teacher: Callable[[Tensor], Tensor | LinearHead],
+    tokens: Tensor | corpus.Rows,
+    teacher: Callable[[Tensor, range], Tensor | LinearHead],
     vocab_size: int,
     *,
     batch_size: int = 8,
@@ -42,8 +42,9 @@ def write(
     Args:
         path: a folder that is new, empty, or holds this cache unfinished.
         layout: Best(k), Draws(samples), Hidden() or Full().
-        tokens: the corpus, [N, T]; a Sequence of N is asked for lists of rows.
-        teacher: from tokens [n, T] to logits [n, T, V]; for Hidden(), to a LinearHead.
+        tokens: the corpus, [N, T]: a tensor, or what takes lists of rows, as a data set's column.
+        teacher: from tokens [n, T] and their rows to logits [n, T, V]; for Hidden(), to a
+            LinearHead.
         vocab_size: columns from here on are padding; no token lies above.
         batch_size: sequences that the teacher sees at once.
         rows_per_shard: None: as many as have 65,536 tokens.
@@ -63,7 +64,7 @@ def write(
         len(tokens),
         positions,
         rows_per_shard or max(1, TOKENS_PER_SHARD // positions),
-        fingerprint(tokens, batch_size=1024),
+        corpus.fingerprint(tokens),
         about or {},
     )
     folder = Path(path)
@@ -73,37 +74,21 @@ def write(
         else:
             storage.write(folder / MANIFEST, manifest.text())
         if isinstance(layout, Hidden) and not _whole(folder, manifest, HEAD):
-            _write_head(folder, manifest, teacher, _rows(tokens, range(1)))
+            _write_head(folder, manifest, teacher, corpus.rows(tokens, range(1)))
         for shard in range(manifest.shards):
             rows = manifest.shard_rows(shard)
             if not _whole(folder, manifest, shard):
                 parts = []
                 for first in range(rows.start, rows.stop, batch_size):
                     batch = range(first, min(first + batch_size, rows.stop))
-                    parts.append(_observe(manifest, teacher, _rows(tokens, batch), batch))
+                    parts.append(_observe(manifest, teacher, corpus.rows(tokens, batch), batch))
                     progress(batch.stop)
                 stored = layout.encode(join(parts), vocab_size)
-                ids = pack(_rows(tokens, rows).flatten(), width(vocab_size))
+                ids = pack(corpus.rows(tokens, rows).flatten(), width(vocab_size))
                 data = to_bytes({**stored, "tokens": ids}, manifest, shard)
                 storage.write(shard_path(folder, shard), data)
             progress(rows.stop)
     return TeacherCache(folder)
-
-
-def fingerprint(tokens: Tensor | Sequence[Any], batch_size: int) -> str:
-    """SHA-256 of all tokens, as int32."""
-    digest = hashlib.sha256()
-    for first in range(0, len(tokens), batch_size):
-        rows = _rows(tokens, range(first, min(first + batch_size, len(tokens))))
-        digest.update(rows.to(torch.int32).contiguous().numpy().data)
-    return digest.hexdigest()
-
-
-def _rows(tokens: Tensor | Sequence[Any], rows: range) -> Tensor:
-    """Some of the corpus, int64 [n, T]."""
-    if isinstance(tokens, Tensor):
-        return tokens[rows.start : rows.stop].long().cpu()
-    return torch.as_tensor(tokens[list(rows)], dtype=torch.long)  # type: ignore[call-overload]
 
 
 def _check_same(old: Manifest, new: Manifest) -> None:
@@ -125,7 +110,7 @@ def _whole(folder: Path, manifest: Manifest, shard: int | str) -> bool:
 
 
 def _write_head(folder: Path, manifest: Manifest, teacher: Any, tokens: Tensor) -> None:
-    head = _run(teacher, tokens)
+    head = _run(teacher, tokens, range(1))
     if not isinstance(head, LinearHead):
         raise TypeError(f"a cache of hidden states needs LinearHeads, got {type(head).__name__}")
     tensors = {"weight": head.weight[: manifest.vocab_size]}
@@ -138,7 +123,7 @@ def _write_head(folder: Path, manifest: Manifest, teacher: Any, tokens: Tensor) 
 
 
 def _observe(manifest: Manifest, teacher: Any, tokens: Tensor, rows: range) -> Tensors:
-    said = _run(teacher, tokens)
+    said = _run(teacher, tokens, rows)
     if isinstance(said, LinearHead):
         said = said.hidden
     elif said.shape[:-1] != tokens.shape or said.size(-1) < manifest.vocab_size:
@@ -152,6 +137,6 @@ def _observe(manifest: Manifest, teacher: Any, tokens: Tensor, rows: range) -> T
     return {name: tensor.cpu() for name, tensor in kept.items()}
 
 
-def _run(teacher: Any, tokens: Tensor) -> Any:
+def _run(teacher: Any, tokens: Tensor, rows: range) -> Any:
     with torch.no_grad():
-        return teacher(tokens)
+        return teacher(tokens, rows)

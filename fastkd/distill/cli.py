@@ -65,7 +65,7 @@ def add(commands: Any) -> None:
         "--out", metavar="DIR", default="runs/tune", help="where to save; default: runs/tune"
     )
     for item in dataclasses.fields(settings.Search):
-        _option(tune, item, get_type_hints(settings.Search)[item.name])
+        option(tune, item, get_type_hints(settings.Search)[item.name])
     for parser in (distill, tune):
         _settings_options(parser)
 
@@ -82,11 +82,11 @@ def _settings_options(parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group(f"settings of {of}" if of else "settings")
         for item in dataclasses.fields(kind):
             if item.name not in seen:
-                _option(group, item, get_type_hints(kind)[item.name])
+                option(group, item, get_type_hints(kind)[item.name])
         seen |= {item.name for item in dataclasses.fields(kind)}
 
 
-def _option(group: Any, item: dataclasses.Field[Any], kind: Any) -> None:
+def option(group: Any, item: dataclasses.Field[Any], kind: Any) -> None:
     default = "" if item.default in ((), "") else f"; default: {item.default}"
     of_users = getattr(settings.UserModels, item.name, item.default)
     if of_users != item.default:

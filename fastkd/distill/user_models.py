@@ -114,7 +114,7 @@ class Job:
         self.dtype = precision(chosen.precision, self.device)
         self.tokens = models.common_tokenizer(chosen.teacher, chosen.student)
         if chosen.chat_template:
-            self.tokens.chat_template = _text(chosen.chat_template)
+            self.tokens.chat_template = text(chosen.chat_template)
         self.vocab_size = models.vocabulary(self.tokens, chosen.vocab_size)
         for name in ("teacher", "student"):
             shape = models.configuration(getattr(chosen, name))
@@ -163,7 +163,7 @@ def precision(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def _text(file: str) -> str:
+def text(file: str) -> str:
     try:
         return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

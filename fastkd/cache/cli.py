@@ -1,0 +1,192 @@
+"""`fastkd cache`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+import torch
+from torch import Tensor
+
+from fastkd.distill import cli, models, report, sequences, settings
+from fastkd.distill.default_job import pick
+from fastkd.distill.errors import RunError, hush_torchao, needs
+from fastkd.distill.user_models import precision, text
+from fastkd.operands import LinearHead
+
+from .format import CacheError
+from .layouts import Best, Draws, Full, Hidden, Layout
+from .writer import write
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+CACHE = "Write what a teacher says of a text once, to train from it without the teacher."
+ABOUT_CACHE = """
+Runs a teacher over --data and writes to --out, for each token, its best entries, draws from it,
+its hidden states, or all its log-probabilities, with the tokens. Ended at any moment, the same
+command goes on where it was. fastkd.TeacherCache reads the folder.
+"""
+# The settings of `fastkd distill` that say which tokens the teacher sees.
+SETTINGS = (
+    "teacher", "data", "eval_data", "text", "loss_on", "chat_template", "special_tokens",
+    "end_of_text", "parse_special_tokens", "sequence_length", "held_out", "seed", "vocab_size",
+    "batch_size", "precision", "device", "threads",
+)  # fmt: skip
+
+
+def add(commands: Any) -> None:
+    """Adds `cache` to the commands of `fastkd`."""
+    parser = commands.add_parser("cache", help=CACHE, description=ABOUT_CACHE, allow_abbrev=False)
+    parser.set_defaults(run=partial(cli.run, _cache))
+    parser.add_argument("--out", metavar="DIR", required=True, help="where to write")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--top-k", type=int, metavar="K", help="the best entries; default: 64")
+    kinds.add_argument("--samples", type=int, metavar="N", help="draws with replacement")
+    kinds.add_argument("--hidden", action="store_true", help="hidden states, and the head once")
+    kinds.add_argument("--full", action="store_true", help="all log-probabilities, in fp16")
+    parser.add_argument(
+        "--log-prob-bits", type=int, choices=(8, 16), default=16, help="of --top-k; default: 16"
+    )
+    fields = {item.name: item for item in dataclasses.fields(settings.UserModels)}
+    for name in SETTINGS:
+        cli.option(parser, fields[name], get_type_hints(settings.UserModels)[name])
+
+
+def _cache(options: argparse.Namespace) -> None:
+    given = {name: value for name, value in vars(options).items() if name in SETTINGS}
+    for name in ("data", "eval_data", "teacher"):
+        if name in given:
+            given[name] = settings.absolute(name, given[name])
+    # The student plays no part, but these are the settings of a run that has one.
+    chosen = settings.build(settings.UserModels, {"student": given.get("teacher", ""), **given})
+    try:
+        run(chosen, layout(options), Path(options.out))
+    except CacheError as error:
+        raise RunError(str(error)) from None
+
+
+def layout(options: argparse.Namespace) -> Layout:
+    for name in ("top_k", "samples"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise RunError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if options.samples:
+        return Draws(options.samples)
+    if options.hidden:
+        return Hidden()
+    return Full() if options.full else Best(options.top_k or 64, options.log_prob_bits)
+
+
+def run(chosen: settings.UserModels, kept: Layout, folder: Path) -> None:
+    """Writes the cache, and says what it takes."""
+    hush_torchao()
+    needs("transformers", "datasets", "accelerate", "rich", "safetensors")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    device = pick(chosen.device)
+    tokenizer = models.common_tokenizer(chosen.teacher, chosen.teacher)
+    if chosen.chat_template:
+        tokenizer.chat_template = text(chosen.chat_template)
+    vocab_size = models.vocabulary(tokenizer, chosen.vocab_size)
+    models.check_width("teacher", models.configuration(chosen.teacher), vocab_size)
+    model = models.load(chosen.teacher, precision(chosen.precision, device)).to(device).eval()
+    with tempfile.TemporaryDirectory() as temporary, report.bars() as bars:
+        training, held_out, _ = sequences.prepare(
+            chosen, tokenizer, Path(temporary) / "tokens", lambda count: None
+        )
+        corpus = Corpus(training, held_out)
+        about = {
+            "teacher": chosen.teacher,
+            "weights": models.fingerprint(model),
+            "held_out_rows": len(held_out),
+        }
+        bar = bars.add_task("sequences", total=len(corpus), text="")
+        cache = write(
+            folder,
+            kept,
+            corpus,
+            Teacher(model, corpus, hidden=isinstance(kept, Hidden)),
+            vocab_size,
+            batch_size=chosen.batch_size,
+            about=about,
+            progress=lambda rows: bars.update(bar, completed=rows),
+        )
+    print(
+        f"{len(cache):,} sequences of {cache.manifest.positions} tokens, the last "
+        f"{len(held_out):,} held out; {cache.bytes_per_token():.1f} bytes per token, where logits "
+        f"in bf16 take {2 * vocab_size:,}\n\nSaved: {folder}/"
+    )
+
+
+class Corpus:
+    """The sequences to train on, and after them those to evaluate on."""
+
+    def __init__(self, training: Dataset, held_out: Dataset) -> None:
+        from datasets import concatenate_datasets
+
+        self.rows = concatenate_datasets([training, held_out])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: int | list[int]) -> Any:
+        return self.rows[rows]["input_ids"]
+
+
+class Teacher:
+    """A causal language model, as `write` asks for it."""
+
+    def __init__(self, model: Any, corpus: Corpus, hidden: bool) -> None:
+        self.model, self.corpus, self.hidden = model, corpus, hidden
+        self.separate = models.keeps_documents_apart(model)
+        self.head = head_of(model) if hidden else {}
+        self.checked = False
+
+    def __call__(self, tokens: Tensor, rows: range) -> Tensor | LinearHead:
+        batch = sequences.collate([self.corpus.rows[row] for row in rows], self.separate)
+        inputs = {k: v.to(self.model.device) for k, v in batch.items() if k != "labels"}
+        if not self.hidden:
+            logits: Tensor = self.model(**inputs, use_cache=False).logits
+            return logits
+        states = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+        if not self.checked:
+            check_head(self.head, states, self.model(**inputs, use_cache=False).logits)
+            self.checked = True
+        return LinearHead(states, **self.head)
+
+
+def head_of(model: Any) -> dict[str, Any]:
+    """The output head of a model, and what its configuration does to logits besides."""
+    layer, shape = model.get_output_embeddings(), model.config.get_text_config()
+    scale = getattr(shape, "logit_scale", None) or getattr(shape, "lm_head_multiplier", None)
+    if getattr(shape, "logits_scaling", None):
+        scale = 1 / shape.logits_scaling
+    return {
+        "weight": layer.weight.detach(),
+        "bias": None if layer.bias is None else layer.bias.detach(),
+        "logit_scale": scale,
+        "logit_softcap": getattr(shape, "final_logit_softcapping", None),
+    }
+
+
+def check_head(head: dict[str, Any], hidden: Tensor, logits: Tensor) -> None:
+    """Refuses a model that makes logits of its hidden states in another way."""
+    found = torch.nn.functional.linear(hidden, head["weight"], head["bias"]).float()
+    found = found * (head["logit_scale"] or 1)
+    cap = head["logit_softcap"]
+    found = cap * torch.tanh(found / cap) if cap else found
+    error = (found - logits.float()).abs().max()
+    if not error <= 1e-2 * logits.float().abs().max():
+        raise RunError(
+            "the teacher's logits are not those of its hidden states and output head: "
+            "take --top-k, --samples or --full"
+        )

@@ -1,0 +1,165 @@
+"""`fastkd cache`: a tiny model on disk, and what comes back of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastkd import __main__, cache
+from fastkd.cache.cli import check_head, head_of
+from fastkd.distill.errors import RunError
+from fastkd.operands import LinearHead, Sampled, TopK
+from tests.closeness import assert_close
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+transformers = pytest.importorskip("transformers")
+for module in ("accelerate", "datasets", "rich", "safetensors", "tokenizers"):
+    pytest.importorskip(module)
+
+TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+V, T = 400, 16
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Two teachers with heads of 448 columns over one tokenizer of 400 tokens, and a text."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    home = tmp_path_factory.mktemp("models")
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator([TEXT], V, special_tokens=["<end>"], show_progress=False)
+    tokens = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, eos_token="<end>"
+    )
+    for seed, name in enumerate(("teacher", "other")):
+        torch.manual_seed(seed)
+        shape = transformers.LlamaConfig(
+            vocab_size=448, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+            num_attention_heads=2, max_position_embeddings=64, initializer_range=0.3,
+        )  # fmt: skip
+        transformers.LlamaForCausalLM(shape).save_pretrained(home / name)
+        tokens.save_pretrained(home / name)
+    (home / "text.txt").write_text(TEXT[:1500])
+    return home
+
+
+def run(home, out, *options, teacher="teacher"):
+    return __main__.main(
+        ["cache", "--teacher", str(home / teacher), "--data", str(home / "text.txt"), "--out",
+         str(out), "--sequence-length", str(T), "--device", "cpu", "--threads", "1", *options]
+    )  # fmt: skip
+
+
+def alone(kept):
+    """The rows that hold one document: others begin to count positions again within."""
+    tokens = kept.tokens(slice(None))
+    rows = (tokens != 0).all(-1).nonzero().flatten()
+    assert len(rows) >= len(kept) - 2
+    return rows, tokens[rows]
+
+
+def logits(home, tokens):
+    model = transformers.AutoModelForCausalLM.from_pretrained(home / "teacher").eval()
+    with torch.no_grad():
+        return model(tokens).logits[..., :V]
+
+
+def test_the_best_entries_of_the_teacher(home, tmp_path, capsys):
+    assert run(home, tmp_path / "kept", "--top-k", "5") == 0
+    kept = cache.TeacherCache(tmp_path / "kept")
+    rows, tokens = alone(kept)
+    teacher = kept[rows]
+    assert isinstance(teacher, TopK)
+    p, ids = logits(home, tokens).double().softmax(-1).topk(5)
+    assert torch.equal(teacher.indices, ids)
+    assert (teacher.log_probs.double() - p.log()).abs().max() < 4e-3
+    said = capsys.readouterr().out
+    assert f"{len(kept)} sequences of 16 tokens, the last 2 held out" in said
+    assert "bytes per token, where logits in bf16 take 800" in said
+    assert kept.manifest.about["held_out_rows"] == 2
+
+
+def test_hidden_states_with_their_head_are_the_logits(home, tmp_path):
+    assert run(home, tmp_path / "kept", "--hidden") == 0
+    kept = cache.TeacherCache(tmp_path / "kept")
+    rows, tokens = alone(kept)
+    head = kept[rows]
+    assert isinstance(head, LinearHead)
+    assert head.weight.shape == (V, 32)
+    assert_close(head.hidden @ head.weight.T, logits(home, tokens).double())
+
+
+def test_draws_and_all_log_probabilities(home, tmp_path):
+    assert run(home, tmp_path / "drawn", "--samples", "30") == 0
+    assert run(home, tmp_path / "full", "--full") == 0
+    drawn, full = cache.TeacherCache(tmp_path / "drawn")[:], cache.TeacherCache(tmp_path / "full")
+    assert isinstance(drawn, Sampled)
+    assert (drawn.counts.sum(-1) == 30).all()
+    rows, tokens = alone(full)
+    truth = logits(home, tokens).log_softmax(-1)
+    assert (full[rows].float() - truth).abs().max() < 2e-2
+    assert truth.abs().max() > 4
+
+
+def test_the_same_command_goes_on_and_another_teacher_is_refused(home, tmp_path, capsys):
+    options = ("--top-k", "5")
+    assert run(home, tmp_path / "kept", *options) == 0
+    shard = tmp_path / "kept" / "00000.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-5])
+    assert run(home, tmp_path / "kept", *options) == 0
+    assert shard.read_bytes() == whole
+    capsys.readouterr()
+    assert run(home, tmp_path / "kept", *options, teacher="other") == 1
+    said = capsys.readouterr().err.splitlines()
+    assert "the folder holds another cache, whose teacher is" in said[-1]
+    assert "Traceback" not in said[0]
+    assert run(home, tmp_path / "kept", "--top-k", "6") == 1
+    assert shard.read_bytes() == whole
+
+
+def test_wrong_options_are_one_line(home, tmp_path, capsys):
+    assert run(home, tmp_path / "kept", "--top-k", "0") == 1
+    assert "--top-k must be at least 1, got 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(home, tmp_path / "kept", "--full", "--hidden")
+    assert not (tmp_path / "kept").exists()
+
+
+SMALL = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Llama", {}),
+        ("Gemma2", {"final_logit_softcapping": 3.0, "head_dim": 16}),
+        ("Granite", {"logits_scaling": 8.0}),
+        ("Cohere", {"logit_scale": 0.25}),
+    ],
+)
+def test_heads_that_scale_or_cap_their_logits(kind, options):
+    shape = getattr(transformers, f"{kind}Config")(**SMALL, **options)
+    model = getattr(transformers, f"{kind}ForCausalLM")(shape).eval()
+    ids = torch.randint(64, (2, 8))
+    head = head_of(model)
+    with torch.no_grad():
+        states, truth = model.base_model(ids).last_hidden_state, model(ids).logits
+        check_head(head, states, truth)
+        for name, value in (("logit_scale", 2.0), ("logit_softcap", 0.5)):
+            with pytest.raises(RunError, match="are not those of its hidden states"):
+                check_head({**head, name: value}, states, truth)
