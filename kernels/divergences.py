@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastkd.divergences import Divergence
+from fastkd.divergences import SLOPE_SUM, Divergence
 from fastkd.kernels.arithmetic import (
     INTERPRETED,
     LN2,
@@ -46,6 +46,7 @@ class Device(NamedTuple):
 
     evaluate: Any
     outer: Any = identity
+    constant: str | None = None  # where it is not the class's
 
 
 # --- helpers ---------------------------------------------------------------------------------
@@ -139,17 +140,17 @@ def mixture_value(p, q, x, r, linear, a):
 
 
 @triton.jit
-def powers(x, a):
-    """(e, e - 1, m) with e = 2^x and m = a + (1 - a) e, x held within [-115, 115]."""
+def powers(x, a, b):
+    """(e, e - 1, m) with e = 2^x and m = a + b e, x held within [-115, 115]."""
     x = tl.maximum(at_most(x, 115.0), -115.0)
     e = tl.exp2(x)
     rise = tl.where(tl.abs(x) < NEAR2, exp2m1_times(1.0, x), e - 1.0)
-    return e, rise, a + (1.0 - a) * e
+    return e, rise, a + b * e
 
 
 @triton.jit
 def log_of(m, x, a):
-    """log2 m, for (_, _, m) = powers(x, a); a = 0 is a KL, with its infinities."""
+    """log2 m, for (_, _, m) = powers(x, a, b); a = 0 is a KL, with its infinities."""
     return tl.where(a == 0, x, fast_log2(m))
 
 
@@ -185,39 +186,56 @@ def jeffreys(lp, lq, p, q, d, d2, c, a, b):
 def jsd(lp, lq, p, q, d, d2, c, a, b):
     x = at_most(d2, 60.0)
     r = log2_mixture_ratio(x, a)
-    slope = (a - 1.0) * LN2 * r
+    slope = -b * LN2 * r
     return mixture_value(p, q, tl.maximum(x, -60.0), r, q * slope, a), q * (slope - c)
+
+
+@triton.jit
+def jsd_ends(lp, lq, p, q, d, d2, c, a, b):
+    """Near the ends of a, where the mixture differs from one side by a factor of 1 + y, y small.
+
+    With w = min(a, b), p the side of weight w and q the other: y = w (p/q - 1), and in
+    w KL(p || m) + (1 - w) KL(q || m) the first order, w KL(p || q), is a KL term.
+    """
+    swap = a > b
+    w, rest = tl.minimum(a, b), tl.maximum(a, b)
+    x = tl.maximum(at_most(tl.where(swap, -d2, d2), 60.0), -60.0)
+    few, many = tl.where(swap, q, p), tl.where(swap, p, q)
+    y = w * tl.where(tl.abs(x) < NEAR2, exp2m1_times(1.0, x), tl.exp2(x) - 1.0)
+    near = tl.abs(y) < NEAR_RATIO
+    log_m = log1p(y)  # of m over the side of most weight
+    excess = tl.where(near, y * (y * log_bend(y)), y - log_m)
+    first, _ = kl_terms(few, many, log_ratio(few, x * -LN2))
+    lead = w * first + many * ((1.0 + y) * excess - y * y)
+    value = tl.where(near, lead, w * few * (x * LN2 - log_m) - rest * many * log_m)
+    slope = -b * tl.where(swap, log_m - x * LN2, log_m)
+    return value, q * (slope - c)
 
 
 @triton.jit
 def skew_kl(lp, lq, p, q, d, d2, c, a, b):
     x = log_ratio(p, d2 * -1.0)
-    e, rise, m = powers(x, a)
+    e, rise, m = powers(x, a, b)
     gap = tl.where(tl.abs(x) < NEAR2, p * rise, q - p)
-    rise *= 1.0 - a
-    far = (1.0 - a) * gap - LN2 * (p * log_of(m, x, a))
+    rise *= b
+    far = b * gap - LN2 * (p * log_of(m, x, a))
     value = tl.where(tl.abs(rise) < NEAR_RATIO, (p * rise) * (rise * log_bend(rise)), far)
-    return value, (1.0 - a) * (1.0 - a) * (gap * (e * reciprocal(m))) - q * c
+    return value, b * b * (gap * (e * reciprocal(m))) - q * c
 
 
 @triton.jit
 def skew_reverse_kl(lp, lq, p, q, d, d2, c, a, b):
     x = log_ratio(q, d2)
-    _, rise, m = powers(x, a)
-    rise *= 1.0 - a
+    e, rise, m = powers(x, a, b)
+    rise *= b
     log_m = log_of(m, x, a)
-    far = (1.0 - a) * (p - q) - LN2 * (q * log_m)
-    value = tl.where(tl.abs(rise) < NEAR_RATIO, (q * rise) * (rise * log_bend(rise)), far)
-    # log(m / q) + a (q / m - 1); near 0 by the cumulants of a coin, as K(x) - K'(x) + K'(0).
-    k = a * (1.0 - a)
-    skew = 2.0 * a - 1.0
-    k3 = k * skew
-    k4 = k * (1.0 - 6.0 * k)
-    k5 = k3 * (1.0 - 12.0 * k)
-    S: tl.constexpr = LN2 * LN2
-    y = S * LN2 / 6 * (k3 - k4) + x * (S * S / 24 * (k4 - k5))
-    y = x * (LN2 * ((1.0 - a) * (1.0 - a)) + x * (S / 2 * (k - k3) + x * y))
-    slope = tl.where(tl.abs(x) < NEAR_LOG, y, LN2 * log_m + a * (reciprocal(m) - 1.0))
+    far = b * (p - q) - LN2 * (q * log_m)
+    near = tl.abs(rise) < NEAR_RATIO
+    bent = rise * log_bend(rise)
+    value = tl.where(near, (q * rise) * bent, far)
+    # log(m / q) + a (q / m - 1), in which the first orders of rise cancel.
+    share = reciprocal(m)
+    slope = tl.where(near, rise * (b * e * share - bent), LN2 * log_m + a * (share - 1.0))
     return value, q * (slope * -1.0 - c)
 
 
@@ -229,13 +247,16 @@ def tvd(lp, lq, p, q, d, d2, c, a, b):
 
 
 @triton.jit
-def alpha_terms(lp, lq, p, q, d2, c, a):
-    """Terms of the alpha divergence, and q - w / sum w with w = p^a q^(1-a), c = log sum w."""
+def alpha_terms(lp, lq, p, q, d2, c, a, b):
+    """Terms of the alpha divergence, and q - w / sum w with w = p^a q^b, c = log sum w."""
     x = a * d2
     near = tl.maximum(tl.abs(d2), tl.abs(x)) < NEAR2
-    log_w = tl.where(tl.maximum(lp, lq) > -float("inf"), a * lp + (1.0 - a) * lq, -float("inf"))
-    series = q * d2 * d2 * (a * bend2(x) - bend2(d2)) / (a - 1.0)
-    value = (tl.exp2(log_w) - a * p - (1.0 - a) * q) / (a * (a - 1.0))
+    log_w = tl.where(tl.maximum(lp, lq) > -float("inf"), a * lp + b * lq, -float("inf"))
+    one_a, one_b = 1.0 / a, 1.0 / b
+    series = q * d2 * d2 * (bend2(d2) - a * bend2(x)) * one_b
+    # Scaled before the exponential, which may overflow where the value does not.
+    w = tl.exp2(log_w - fast_log2(tl.abs(a * b)))
+    value = (one_b * p + one_a * q) + tl.where(a * b > 0, -w, w)
     c *= LOG2E
     x -= c
     slope = tl.where(near & (tl.abs(x) < NEAR2), -exp2m1_times(q, x), q - tl.exp2(log_w - c))
@@ -244,20 +265,58 @@ def alpha_terms(lp, lq, p, q, d2, c, a):
 
 @triton.jit
 def alpha(lp, lq, p, q, d, d2, c, a, b):
-    value, slope = alpha_terms(lp, lq, p, q, d2, c, a)
-    return value, slope * (exp(c) / a)
+    value, slope = alpha_terms(lp, lq, p, q, d2, c, a, b)
+    return value, slope * alpha_factor(c, a, b)
+
+
+@triton.jit
+def alpha_factor(c, a, b):
+    """sum w / a, held within the range of fp32; 0 where the value leaves it."""
+    c *= LOG2E
+    factor = tl.exp2(tl.minimum(c - fast_log2(tl.abs(a)), 127.99))
+    factor = tl.where(c - fast_log2(tl.abs(a * b)) < 128.0, factor, 0.0)
+    return tl.where(a > 0, factor, -factor)
+
+
+@triton.jit
+def alpha_near_zero(lp, lq, p, q, d, d2, c, a, b):
+    """Reverse KL less what is of order a; with c the slope sum, since log sum w has few digits."""
+    far, _ = alpha_terms(lp, lq, p, q, d2, 0.0, a, b)
+    x = log_ratio(q, d)
+    t = a * x
+    near, curve = tl.abs(t) < NEAR, bend(t)
+    first, _ = kl_terms(q, p, x)
+    value = (first - a * ((q * x) * (x * curve))) * (1.0 / b)
+    slope = tl.where(near, x * (-1.0 - t * curve), (1.0 - exp(t)) * (1.0 / a))
+    return tl.where(near, value, far), q * (slope - c)
+
+
+@triton.jit
+def alpha_near_one(lp, lq, p, q, d, d2, c, a, b):
+    value, slope = renyi_near_one(lp, lq, p, q, d, d2, c, a, b)
+    return value, slope * alpha_factor(c, a, b)
+
+
+@triton.jit
+def renyi_near_one(lp, lq, p, q, d, d2, c, a, b):
+    """Forward KL less what is of order b."""
+    far, slope = alpha_terms(lp, lq, p, q, d2, c, a, b)
+    t = d * -b
+    first, _ = kl_terms(p, q, log_ratio(p, d * -1.0))
+    value = (first - b * ((p * d) * (d * bend(t)))) * (1.0 / a)
+    return tl.where(tl.abs(t) < NEAR, value, far), slope
 
 
 @triton.jit
 def renyi(lp, lq, p, q, d, d2, c, a, b):
-    return alpha_terms(lp, lq, p, q, d2, c, a)
+    return alpha_terms(lp, lq, p, q, d2, c, a, b)
 
 
 @triton.jit
 def renyi_outer(total, c, a, b):
-    excess = a * (a - 1.0) * total
+    excess = -a * b * total
     near = tl.abs(excess) < 0.5
-    return tl.where(near, log1p(tl.where(near, excess, 0.0)), c) / (a - 1.0)
+    return tl.where(near, log1p(tl.where(near, excess, 0.0)), c) / -b
 
 
 TABLE = {
@@ -271,11 +330,20 @@ TABLE = {
     "alpha": Device(alpha),
     "renyi": Device(renyi, renyi_outer),
 }
+# What serves in their place where a, or b = 1 - a, is below NEAR_END, and they lose digits.
+NEAR_END = 1 / 16
+NEAR_ZERO = {"jsd": Device(jsd_ends), "alpha": Device(alpha_near_zero, constant=SLOPE_SUM)}
+NEAR_ONE = {
+    "jsd": Device(jsd_ends),
+    "alpha": Device(alpha_near_one),
+    "renyi": Device(renyi_near_one, renyi_outer),
+}
 
 
-def device_of(name: str) -> Device:
+def device_of(name: str, a: float, b: float) -> Device:
     """The entry of table 2, or what the user's own class brings."""
-    device = TABLE.get(name) or Divergence.of_name(name).device
+    near = NEAR_ZERO if abs(a) < NEAR_END else NEAR_ONE if abs(b) < NEAR_END else {}
+    device = near.get(name) or TABLE.get(name) or Divergence.of_name(name).device
     if device is None:
         raise NotImplementedError(
             f"divergence {name!r} has no device function: give its class a `device`, a "

@@ -120,7 +120,9 @@ def _run(
     """Launches the phases from `first` on; the temperatures' gradient where heat is wanted."""
     student, teacher, rows = problem.student, problem.teacher, problem.rows
     width, device = student.size(-1), student.device
-    kind, (evaluate, outer) = Divergence.of_name(problem.divergence), device_of(problem.divergence)
+    kind = Divergence.of_name(problem.divergence)
+    device_function = device_of(problem.divergence, problem.a, problem.b)
+    constant = device_function.constant or kind.constant
     itemsize = min(student.element_size(), teacher.element_size())
     once = first.value == P.GRADIENT.value
     lean = problem.labels is None and problem.moments is None and not (entropy or metrics)
@@ -147,8 +149,8 @@ def _run(
     if plan.kind != "sweep":
         align = math.gcd(align, width, problem.vocab_size)
     kd, ce, h = factors or (None, None, None)
-    want = R.GAP.value * (kind.constant == REVERSE_KL)
-    want |= R.MIXTURE.value * (kind.constant == LOG_MIXTURE)
+    want = R.GAP.value * (constant == REVERSE_KL)
+    want |= R.MIXTURE.value * (constant == LOG_MIXTURE)
     want |= R.UNIT.value * (problem.labels is not None)
     want |= R.MEAN.value * (problem.labels is not None and problem.label_smoothing != 0)
     want |= R.ENTROPY.value * (entropy or metrics)
@@ -170,7 +172,8 @@ def _run(
         ce_stride=_stride(ce), entropy=h, entropy_stride=_stride(h), state=state, values=values,
         loss=loss, gradient=gradient, gradient_outer=gradient_outer, gradient_inner=gradient_inner,
         width=width, rows=rows, columns=problem.vocab_size,
-        WANT=want, DIVERGENCE=evaluate, OUTER=outer, CONSTANT=kind.constant, ALIGN=align,
+        WANT=want, DIVERGENCE=device_function.evaluate, OUTER=device_function.outer,
+        CONSTANT=constant, ALIGN=align,
         LANES=plan.lanes, num_warps=plan.warps, enable_fp_fusion=True,
     )  # fmt: skip
     with torch.cuda.device_of(student):

@@ -145,9 +145,10 @@ def cross_entropy(stats, row, label, label_logit, columns, smoothing, WANT: tl.c
     """At T = 1; NaN where the label is out of range, 0 where no row has labels."""
     value = tl.zeros_like(row.s_max)
     if R.UNIT & WANT:
-        value = (1.0 - smoothing) * (row.s_max - label_logit) + row.unit_log * A.LN2
+        value = row.unit_log * A.LN2
+        value += tl.where(smoothing < 1, (1.0 - smoothing) * (row.s_max - label_logit), 0.0)
         if R.MEAN & WANT:
-            value += smoothing * (row.s_max - stats.total / columns)
+            value -= smoothing * (stats.total / (R.SHARE * columns))
         value = tl.where(label >= 0, value, float("nan"))
     return tl.where(row.alive, value, 0.0)
 
@@ -257,7 +258,7 @@ def with_value(sums, value):
 def with_sums(row, sums, CONSTANT: tl.constexpr, WANT: tl.constexpr):
     """The row with what the sweep of sums gives."""
     if CONSTANT == "slope_sum":
-        row = with_constant(row, sums.slope)
+        row = with_constant(row, sums.slope + row.c)
     if R.LEVER & WANT:
         row = with_levers(row, sums.lever, sums.entropy_lever)
     return row
@@ -274,7 +275,7 @@ def gradient_tile(
 ):  # fmt: skip
     """The gradient, its part that goes through the temperature, and the divergence's terms."""
     lp, lq, p, q, d, d2 = R.elements(z, y, row, temper, SAME)
-    defined = row.alive & A.finite(row.c)
+    defined = row.alive & (tl.abs(row.c) != float("inf"))
     value, slope = DIVERGENCE(lp, lq, p, q, d, d2, tl.where(defined, row.c, 0.0), a, b)
     lever = tl.where(defined & (kd != 0), kd * row.lever, 0.0)
     kd = tl.where(defined, kd * temper.s_rate, 0.0)
@@ -286,9 +287,10 @@ def gradient_tile(
         gradient -= tl.where(q > 0, (entropy * temper.s_rate) * q * depth, 0.0)
     tempered = gradient
     if R.LEVER & WANT:  # through the standard deviation
-        gradient -= tl.where(z > -float("inf"), lever * temper.pull * (z - temper.mean), 0.0)
+        gradient -= tl.where(z != -float("inf"), lever * temper.pull * (z - temper.mean), 0.0)
     if CE:
         unit = tl.exp2((z - row.s_max) * A.LOG2E - row.unit_log)
+        ce = tl.where(label >= 0, ce, float("nan"))
         target = tl.where(column == label, 1.0 - smoothing, 0.0) + smoothing / columns
         gradient += tl.where(row.alive, ce, 0.0) * (unit - target)
     return gradient, tempered, value, slope
@@ -296,7 +298,7 @@ def gradient_tile(
 
 @triton.jit
 def temperature_term(tempered, z, row):
-    return tl.sum(tl.where(z > -float("inf"), tempered * (z - row.s_max), 0.0), 1, keep_dims=True)
+    return tl.sum(tl.where(z != -float("inf"), tempered * (z - row.s_max), 0.0), 1, keep_dims=True)
 
 
 # --- steps of a sweep -------------------------------------------------------------------------

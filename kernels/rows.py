@@ -25,6 +25,8 @@ ENTROPY = tl.constexpr(16)
 TEACHER_ENTROPY = tl.constexpr(32)
 LEVER = tl.constexpr(64)  # in the sweep of sums
 KL = tl.constexpr(128)  # the value of a Kullback-Leibler divergence
+# Keeps the sum of a row's finite logits finite.
+SHARE = tl.constexpr(2.0**-24)
 # A KL divergence beyond this is right to 1e-5 from the first sweep's sums, which cancel.
 CLEAR = tl.constexpr(0.1)
 
@@ -60,7 +62,8 @@ class Statistics(NamedTuple):
     s_entropy: Any  # sum 2^u u
     t_entropy: Any  # sum 2^v v
     unit: Any  # sum exp(z - max): the student at T = 1
-    total: Any  # sum z
+    total: Any  # sum (z - max) SHARE
+    share: Any  # sum SHARE
 
 
 class Row(NamedTuple):
@@ -98,7 +101,9 @@ def empty(LANES: tl.constexpr):
     """The neutral element."""
     zero = tl.zeros([LANES, 1], tl.float32)
     floor = zero + FLOOR
-    return Statistics(floor, floor, floor / 10, zero, zero, zero, zero, zero, zero, zero, zero)
+    return Statistics(
+        floor, floor, floor / 10, zero, zero, zero, zero, zero, zero, zero, zero, zero,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -113,7 +118,7 @@ def shift(stats, s_max, t_max, ds, dt, temper, WANT: tl.constexpr):
     """The same sums of u + ds and v + dt."""
     fs, ft = tl.exp2(ds), tl.exp2(dt)
     mixture_max, gap, unit = stats.mixture_max, stats.gap, stats.unit
-    s_entropy, t_entropy = stats.s_entropy, stats.t_entropy
+    s_entropy, t_entropy, total = stats.s_entropy, stats.t_entropy, stats.total
     if GAP & WANT:
         gap = tl.where(fs > 0, fs * (gap + stats.s_sum * (ds - dt)), 0.0)
     elif KL & WANT:
@@ -123,13 +128,15 @@ def shift(stats, s_max, t_max, ds, dt, temper, WANT: tl.constexpr):
         mixture_max = tl.where(stats.mixture > 0, moved, FLOOR / 10)
     if UNIT & WANT:
         unit *= tl.exp2((stats.s_max - s_max) * LOG2E)
+    if MEAN & WANT:
+        total += stats.share * (stats.s_max - s_max)
     if (ENTROPY + LEVER) & WANT:
         s_entropy = tl.where(fs > 0, fs * (s_entropy + stats.s_sum * ds), 0.0)
     if TEACHER_ENTROPY & WANT:
         t_entropy = tl.where(ft > 0, ft * (t_entropy + stats.t_sum * dt), 0.0)
     return Statistics(
         s_max, t_max, mixture_max, stats.s_sum * fs, stats.t_sum * ft, stats.mixture,
-        gap, s_entropy, t_entropy, unit, stats.total,
+        gap, s_entropy, t_entropy, unit, total, stats.share,
     )  # fmt: skip
 
 
@@ -141,7 +148,8 @@ def measure(z, u, v, inside, s_max, t_max, mixture_max, temper, WANT: tl.constex
     """
     q, p = tl.exp2(u), tl.exp2(v)
     zero = tl.zeros([z.shape[0], 1], tl.float32)
-    mixture, gap, s_entropy, t_entropy, unit, total = zero, zero, zero, zero, zero, zero
+    mixture, gap, s_entropy, t_entropy, unit = zero, zero, zero, zero, zero
+    total, share = zero, zero
     if GAP & WANT:
         gap = tl.sum(q * tl.where(q > 0, u - v, 0.0), 1, keep_dims=True)
     elif KL & WANT:
@@ -156,14 +164,20 @@ def measure(z, u, v, inside, s_max, t_max, mixture_max, temper, WANT: tl.constex
     if UNIT & WANT:
         unit = tl.sum(tl.exp2((z - s_max) * LOG2E), 1, keep_dims=True)
     if MEAN & WANT:
-        total = tl.sum(z if inside is None else tl.where(inside, z, 0.0), 1, keep_dims=True)
+        terms = (z - s_max) * SHARE
+        if inside is None:
+            share = zero + SHARE * z.shape[1]
+        else:
+            terms = tl.where(inside, terms, 0.0)
+            share = tl.sum(tl.where(inside, SHARE, 0.0), 1, keep_dims=True)
+        total = tl.sum(terms, 1, keep_dims=True)
     if (ENTROPY + LEVER) & WANT:
         s_entropy = tl.sum(tl.where(q > 0, q * u, 0.0), 1, keep_dims=True)
     if TEACHER_ENTROPY & WANT:
         t_entropy = tl.sum(tl.where(p > 0, p * v, 0.0), 1, keep_dims=True)
     return Statistics(
         s_max, t_max, mixture_max, tl.sum(q, 1, keep_dims=True), tl.sum(p, 1, keep_dims=True),
-        mixture, gap, s_entropy, t_entropy, unit, total,
+        mixture, gap, s_entropy, t_entropy, unit, total, share,
     )  # fmt: skip
 
 
@@ -200,7 +214,7 @@ def both(old, new, WANT: tl.constexpr):
     return Statistics(
         new.s_max, new.t_max, new.mixture_max, old.s_sum + new.s_sum, old.t_sum + new.t_sum,
         mixture, old.gap + new.gap, old.s_entropy + new.s_entropy, old.t_entropy + new.t_entropy,
-        old.unit + new.unit, old.total + new.total,
+        old.unit + new.unit, old.total + new.total, old.share + new.share,
     )  # fmt: skip
 
 
@@ -216,7 +230,7 @@ def settle(stats, temper, WANT: tl.constexpr):
         mixture *= tl.exp2(ds + temper.a * (dt - ds))
     return Statistics(
         stats.s_max, stats.t_max, stats.mixture_max, moved.s_sum, moved.t_sum, mixture,
-        moved.gap, moved.s_entropy, moved.t_entropy, stats.unit, stats.total,
+        moved.gap, moved.s_entropy, moved.t_entropy, stats.unit, stats.total, stats.share,
     )  # fmt: skip
 
 
@@ -249,7 +263,7 @@ def collapse(stats, temper, WANT: tl.constexpr):
 def gather(stats, WANT: tl.constexpr):
     """The same from lanes that have their maxima in common."""
     mixture_max = FLOOR / 10
-    mixture, gap, unit, total = 0.0, 0.0, 0.0, 0.0
+    mixture, gap, unit, total, share = 0.0, 0.0, 0.0, 0.0, 0.0
     s_entropy, t_entropy = 0.0, 0.0
     if MIXTURE & WANT:
         mixture_max = tl.max(stats.mixture_max)
@@ -259,14 +273,14 @@ def gather(stats, WANT: tl.constexpr):
     if UNIT & WANT:
         unit = tl.sum(stats.unit)
     if MEAN & WANT:
-        total = tl.sum(stats.total)
+        total, share = tl.sum(stats.total), tl.sum(stats.share)
     if (ENTROPY + LEVER) & WANT:
         s_entropy = tl.sum(stats.s_entropy)
     if TEACHER_ENTROPY & WANT:
         t_entropy = tl.sum(stats.t_entropy)
     return Statistics(
         stats.s_max, stats.t_max, mixture_max, tl.sum(stats.s_sum),
-        tl.sum(stats.t_sum), mixture, gap, s_entropy, t_entropy, unit, total,
+        tl.sum(stats.t_sum), mixture, gap, s_entropy, t_entropy, unit, total, share,
     )  # fmt: skip
 
 
@@ -285,10 +299,12 @@ def row_of(s_max, t_max, s_sum, t_sum, c, entropy, unit):
     s_sum, t_sum = positive(s_sum), positive(t_sum)
     low = tl.minimum(s_sum, t_sum)
     gap = log1p((tl.maximum(s_sum, t_sum) - low) * reciprocal(low))
+    # A minimum drops a NaN, which has to reach the loss and the gradient of its row.
+    gap = tl.where(t_sum < s_sum, -gap, gap) + s_sum * 0.0 + t_sum * 0.0
     zero = tl.zeros_like(s_max)
     return Row(
-        s_max, t_max, log2(s_sum), log2(t_sum), tl.where(t_sum < s_sum, -gap, gap),
-        c, entropy, zero, log2(positive(unit)), alive, zero, zero,
+        s_max, t_max, log2(s_sum), log2(t_sum), gap, c, entropy, zero,
+        log2(positive(unit)), alive, zero, zero,
     )  # fmt: skip
 
 
@@ -299,7 +315,7 @@ def summarize(stats, temper, CONSTANT: tl.constexpr, WANT: tl.constexpr):
         stats.s_max, stats.t_max, stats.s_sum, stats.t_sum, tl.zeros_like(stats.s_max),
         tl.zeros_like(stats.s_max), stats.unit,
     )  # fmt: skip
-    c, entropy, t_entropy = row.c, row.entropy, row.t_entropy
+    c, entropy, t_entropy = row.gap * 0.0, row.entropy, row.t_entropy  # NaN where a side has one
     if CONSTANT == "reverse_kl":
         c = stats.gap / positive(stats.s_sum) * LN2 + row.gap
     if CONSTANT == "log_mixture":

@@ -48,7 +48,7 @@ class JSD(Divergence):
 
     @property
     def parameters(self):
-        return (self.beta, 0.0)
+        return (self.beta, 1 - self.beta)
 
     @staticmethod
     def value(lp, lq, a, b):
@@ -65,7 +65,7 @@ class JSD(Divergence):
         return a * total(p_to_m.mul_(p.terms)) / p.mass - sums, Pull(terms, factor, sums)
 
     def dual(self):
-        return self.name, (1 - self.beta, 0.0), 1.0
+        return self.name, (1 - self.beta, self.beta), 1.0
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class SkewKL(Divergence):
 
     @property
     def parameters(self):
-        return (self.alpha, 0.0)
+        return (self.alpha, 1 - self.alpha)
 
     @staticmethod
     def value(lp, lq, a, b):
@@ -144,7 +144,7 @@ class SkewReverseKL(Divergence):
 
     @property
     def parameters(self):
-        return (self.alpha, 0.0)
+        return (self.alpha, 1 - self.alpha)
 
     @staticmethod
     def value(lp, lq, a, b):

@@ -47,7 +47,7 @@ class AlphaDivergence(Divergence):
 
     @property
     def parameters(self):
-        return (self.alpha, 0.0)
+        return (self.alpha, 1 - self.alpha)
 
     @staticmethod
     def value(lp, lq, a, b):
@@ -62,7 +62,7 @@ class AlphaDivergence(Divergence):
         return (scale * mass - 1) / (a * (a - 1)), Pull(w, factor, factor * mass)
 
     def dual(self):
-        return self.name, (1 - self.alpha, 0.0), 1.0
+        return self.name, (1 - self.alpha, self.alpha), 1.0
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Renyi(Divergence):
 
     @property
     def parameters(self):
-        return (self.alpha, 0.0)
+        return (self.alpha, 1 - self.alpha)
 
     @staticmethod
     def value(lp, lq, a, b):
@@ -117,7 +117,7 @@ class Renyi(Divergence):
         return (mass.double().log() + top) / (a - 1), Pull(w, known, known * mass)
 
     def dual(self):
-        return self.name, (1 - self.alpha, 0.0), self.alpha / (1 - self.alpha)
+        return self.name, (1 - self.alpha, self.alpha), self.alpha / (1 - self.alpha)
 
 
 def _escort(lp: Tensor, lq: Tensor, a: float) -> Tensor:

@@ -1,0 +1,46 @@
+"""NaN or +inf among the logits of a row reaches its loss and all of its gradient."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import fastkd
+from tests.running import NO_TRITON, run
+
+TRITON = [pytest.param("triton", marks=NO_TRITON)]
+DIVERGENCES = [
+    "forward_kl", "reverse_kl", fastkd.Jeffreys(0.3, 0.7), fastkd.JSD(0.5), fastkd.JSD(1e-4),
+    fastkd.SkewKL(0.1), fastkd.SkewReverseKL(0.1), "tvd", fastkd.AlphaDivergence(2.0),
+    fastkd.AlphaDivergence(0.001), fastkd.Renyi(0.5),
+]  # fmt: skip
+COLUMNS = [pytest.param(3, id="resident"), pytest.param(300, id="swept")]
+
+
+@pytest.mark.parametrize("backend", TRITON)
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_a_broken_row_has_a_broken_gradient(divergence, columns, backend):
+    """Zeros there would let a GradScaler take the step."""
+    for side, broken in ((0, math.nan), (1, math.nan), (0, math.inf), (1, math.inf)):
+        sides = [torch.randn(2, columns) for _ in range(2)]
+        sides[side][0, 1] = broken
+        for way in ("forward", "backward"):
+            loss, gradient = run(
+                *sides, divergence=divergence, backend=backend, gradient=way, reduction="sum"
+            )
+            assert loss.isnan(), (side, broken, way)
+            assert gradient[0].isnan().all(), (side, broken, way)
+            assert gradient[1].isfinite().all(), (side, broken, way)
+
+
+@pytest.mark.parametrize("backend", TRITON)
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_an_infinite_divergence_has_a_gradient_of_zero(columns, backend):
+    student, teacher = torch.randn(2, 1, columns).unbind()
+    teacher[0, 0] = -math.inf
+    loss, gradient = run(student, teacher, divergence="reverse_kl", backend=backend)
+    assert loss == math.inf
+    assert not gradient.any()
