@@ -188,8 +188,11 @@ def test_chunks_of_a_head(beta, scale, softcap, biased, monkeypatch):
     def run(apply, dtype):
         sides = [[x if x is None else x.to(dtype).clone() for x in s] for s in (student, teacher)]
         leaves = [x.requires_grad_() for x in sides[0] if x is not None]
+        sides[1][1].requires_grad_()  # TRL's teachers are not frozen; they get no gradient
         value, entropy = apply(*sides[0], *sides[1], beta, 2.0, scale, softcap, 1.3, None)
         value.backward(upstream.to(value))
+        if apply is not formula:
+            assert sides[1][1].grad is None
         return [value.detach(), entropy, *(leaf.grad for leaf in leaves)]
 
     def formula(*arguments):

@@ -105,20 +105,21 @@ class _PerToken(Function):
         return (*given, *(None,) * 6)
 
 
-@torch.enable_grad()
 def _slope(
     student: Head, teacher: Head, part: slice, upstream: Tensor, settings: dict[str, Any]
 ) -> Tensor:
     """Of the loss by what the student's head gives before scale and softcap, [n, V]."""
+    target = teacher.logits(teacher.raw(part))
     raw = student.raw(part).requires_grad_()
-    loss = distillation_loss(
-        student.logits(raw),
-        teacher.logits(teacher.raw(part)),
-        weight=upstream[part].float(),
-        reduction="sum",
-        **settings,
-    )
-    return torch.autograd.grad(loss, raw)[0]
+    with torch.enable_grad():
+        loss = distillation_loss(
+            student.logits(raw),
+            target,
+            weight=upstream[part].float(),
+            reduction="sum",
+            **settings,
+        )
+        return torch.autograd.grad(loss, raw)[0]
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ TRL's trainers go on as they are, and call fastkd for their divergence:
 
     trainer          what is replaced                          what TRL goes on to compute
     GKD, GOLD        generalized_jsd_loss                      GOLD: across tokenizers
-    IW-OPD           generalized_jsd_loss                      top_k > 0, served teachers
+    IW-OPD           generalized_jsd_loss                      loss_top_k > 0 (its default is 1)
     Distillation     ChunkedDivergenceFunction
     SDFT, SDPO       divergences of logits, of top-k sets      the sampled token
 

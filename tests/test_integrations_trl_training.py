@@ -1,0 +1,135 @@
+"""Each of TRL's trainers for distillation trains with fastkd under it, to the same losses."""
+
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+
+import fastkd.integrations.trl as integration  # noqa: E402
+from fastkd.integrations import chunked  # noqa: E402
+
+pytestmark = pytest.mark.slow
+TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '<end>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+PROMPTS = [f"What is rule {i}?" for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    from tokenizers import ByteLevelBPETokenizer
+
+    special = ["<end>", "<pad>", "<user>", "<assistant>", "<system>"]
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator([TEXT], 320, special_tokens=special, show_progress=False)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, eos_token="<end>", pad_token="<pad>",
+        chat_template=TEMPLATE,
+    )  # fmt: skip
+
+
+def model(tokens, width, seed):
+    torch.manual_seed(seed)
+    shape = transformers.LlamaConfig(
+        vocab_size=len(tokens), hidden_size=width, intermediate_size=2 * width,
+        num_hidden_layers=1, num_attention_heads=2, initializer_range=0.2,
+        eos_token_id=tokens.eos_token_id, pad_token_id=tokens.pad_token_id,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(shape)
+
+
+def messages(prompt):
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": prompt[::-1]}]
+
+
+CHATS = {"messages": [messages(prompt) for prompt in PROMPTS]}
+QUESTIONS = {"prompt": [[m[0]] for m in map(messages, PROMPTS)]}
+LENGTH = {"max_completion_length": 8}
+# Class and settings, data, and whether it takes a teacher.
+TRAINERS = {
+    "gkd": ("trl.experimental.gkd.GKD", {"max_new_tokens": 8, "beta": 0.3}, CHATS, True),
+    "gold": (
+        "trl.experimental.gold.GOLD", {**LENGTH, "lmbda": 0.5, "beta": 0.0}, CHATS, True
+    ),
+    "iw_opd": (
+        "trl.experimental.iw_opd.IWOPD",
+        {**LENGTH, "lmbda": 0.5, "beta": 0.5, "distillation_objective": "jsd", "loss_top_k": 0},
+        CHATS, True,
+    ),
+    "distillation": ("trl.Distillation", {**LENGTH, "beta": 1.0}, QUESTIONS, True),
+    "sdft": (
+        "trl.experimental.sdft.SDFT",
+        {**LENGTH, "distillation_mode": "full_logits", "num_generations": 2},
+        {**QUESTIONS, "privileged_context": PROMPTS}, False,
+    ),
+    "sdpo": (
+        "trl.experimental.sdpo.SDPO",
+        {**LENGTH, "distillation_mode": "topk_logits", "distillation_topk": 5, "num_generations": 2,
+         "success_reward_threshold": 0.0}, QUESTIONS, False,
+    ),
+}  # fmt: skip
+
+
+def trained(trainer, tokens, folder):
+    """The losses of three steps, and the student's weights."""
+    path, settings, data, taught = TRAINERS[trainer]
+    module, _, name = path.rpartition(".")
+    module = integration._imported(module)
+    arguments = getattr(module, f"{name}Config")(
+        str(folder / "runs"), max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2,
+        logging_steps=1, report_to="none", use_cpu=True, bf16=False, disable_tqdm=True,
+        save_strategy="no", seed=3, **settings,
+    )  # fmt: skip
+    sides = {"student": model(tokens, 16, 0), "teacher": model(tokens, 32, 1)}
+    for side, made in sides.items():  # some trainers load from where a model came from
+        made.save_pretrained(folder / side)
+        tokens.save_pretrained(folder / side)
+    student, teacher = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder / side) for side in sides
+    )
+    options = {"teacher_model": teacher} if taught else {}
+    if trainer == "sdpo":
+        options["reward_funcs"] = lambda completions, **_: [1.0 for _ in completions]
+    transformers.set_seed(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = getattr(module, f"{name}Trainer")(
+            student, args=arguments, train_dataset=datasets.Dataset.from_dict(data),
+            processing_class=tokens, **options,
+        )  # fmt: skip
+        made.train()
+    losses = [row["loss"] for row in made.state.log_history if "loss" in row]
+    return losses, [weight.detach().clone() for weight in student.parameters()]
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_it_trains_to_the_same_losses(trainer, tokens, tmp_path, monkeypatch):
+    theirs, their_weights = trained(trainer, tokens, tmp_path / "theirs")
+    calls, real = [], integration.distillation_loss
+
+    def counted(*arguments, **options):
+        calls.append(arguments[0].shape)
+        return real(*arguments, **options)
+
+    for module in (integration, chunked):
+        monkeypatch.setattr(module, "distillation_loss", counted)
+    with integration.patched(trainer):
+        ours, our_weights = trained(trainer, tokens, tmp_path / "ours")
+    assert len(calls) >= 3
+    assert len(ours) == 3
+    assert any(abs(loss) > 1e-3 for loss in theirs)
+    assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    start = model(tokens, 16, 0).parameters()
+    for mine, wanted, before in zip(our_weights, their_weights, start, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-3)
+        assert (mine - before).abs().max() > 5e-3
