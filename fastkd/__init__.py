@@ -17,6 +17,7 @@ from .divergences import (
 from .elementwise import kl_div
 from .functional import Metrics, distillation_loss
 from .modules import DistillationLoss, KLDivLoss
+from .operands import LinearHead
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "ForwardKL",
     "Jeffreys",
     "KLDivLoss",
+    "LinearHead",
     "Metrics",
     "Renyi",
     "ReverseKL",

@@ -168,7 +168,7 @@ class Fused(torch.autograd.Function):
         ctx.count = len(gradients)
         ctx.set_materialize_grads(False)  # or a tensor of zeros as large as the gradient is made
         ctx.save_for_backward(*gradients, *inputs[9 : 9 + ctx.count])
-        ctx.mark_non_differentiable(values, *gradients)
+        ctx.mark_non_differentiable(values, *(x for x in gradients if x is not None))
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -180,8 +180,9 @@ class Fused(torch.autograd.Function):
         ctx.spent = True
         saved = ctx.saved_tensors
         gradients, origins = saved[: ctx.count], saved[ctx.count :]
-        for gradient in gradients:
-            operators.scale_(gradient, readable(upstream), ctx.name)
+        for gradient in (x for x in gradients if x is not None):
+            rows = gradient if gradient.dim() > 1 else gradient[None]
+            operators.scale_(rows, readable(upstream), ctx.name)
         rest = ctx.inputs - 9 - ctx.count
         return *[None] * 9, *map(_once, gradients, origins), *[None] * rest
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, checks, moments, reference
+from . import autograd, checks, linear, moments, reference
 from .divergences import Divergence
+from .operands import LinearHead
 from .operators import readable
 from .problem import Problem, packed_numbers, per_row, scalar
 from .reduction import Metrics, factor_of_rows, factors_of_terms, rows_that_count, weighted
@@ -18,8 +19,8 @@ from .settings import Settings
 
 
 def distillation_loss(
-    student: Tensor,
-    teacher: Tensor,
+    student: Tensor | LinearHead,
+    teacher: Tensor | LinearHead,
     labels: Tensor | None = None,
     *,
     divergence: str | Divergence = "forward_kl",
@@ -131,6 +132,8 @@ def distillation_loss(
         inplace=inplace, backend=backend, return_metrics=return_metrics,
     )  # fmt: skip
     kind = given.divergence
+    operands = student, teacher
+    student, teacher = linear.outline(student), linear.outline(teacher)
     columns = checks.logits(student, teacher, given.vocab_size)
     for name, value in given.temperatures.items():
         checks.temperature_rows(name, value, student)
@@ -151,10 +154,12 @@ def distillation_loss(
     others = {"teacher": teacher, "weight": weight, **given.temperatures}
     mode = given.gradient_mode(student, others)
     trains = student.requires_grad and torch.is_grad_enabled()
+    if inplace and operands[0] is not student:
+        raise ValueError("inplace=True overwrites logits, and a LinearHead has none: leave it out")
     if inplace and trains:
         checks.inplace(student, {"labels": labels, **others})
 
-    student, teacher, labels, weight = map(readable, (student, teacher, labels, weight))
+    labels, weight = map(readable, (labels, weight))
     given = given._replace(
         temperature=readable(given.temperature),
         teacher_temperature=readable(given.teacher_temperature),
@@ -168,10 +173,12 @@ def distillation_loss(
         factor = scalar(factor, dtype, student.device)
     factors = factors_of_terms(given, row_weight)
     problem = Problem.of(
-        given, student, teacher, labels if given.alpha < 1 or return_metrics else None, counted,
-        columns, dtype,
+        given, linear.side_of(operands[0], engine), linear.side_of(operands[1], engine),
+        labels if given.alpha < 1 or return_metrics else None, counted, columns, dtype,
     )  # fmt: skip
-    if standardize and engine != "reference":
+    if standardize and linear.chunked(problem):
+        problem = problem._replace(standardize=True)
+    elif standardize and engine != "reference":
         problem = moments.standardized(problem, engine)
 
     shape = student.shape[:-1]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -56,11 +55,11 @@ def backend(name: str, problem: Problem) -> Any:
     return _module(name, problem)
 
 
-def _module(name: str, problem: Problem) -> ModuleType:
-    if isinstance(problem.student, Head) or isinstance(problem.teacher, Head):
-        return import_module("fastkd.linear")
+def _module(name: str, problem: Problem) -> Any:
     rows = Divergence.of_name(problem.divergence).rows
-    return import_module(MODULES[name, rows])
+    module = import_module(MODULES[name, rows])
+    heads = isinstance(problem.student, Head) or isinstance(problem.teacher, Head)
+    return import_module("fastkd.linear").Chunked(module, name) if heads else module
 
 
 MODULES = {
@@ -110,7 +109,13 @@ def _split(arguments: Sequence[Any]) -> tuple[Problem, Sequence[Any]]:
 
 
 def _new_gradients(problem: Problem) -> Gradients:
-    return [x.new_empty(0 if x is None else x.shape) for x in sources(problem.student)]
+    student = problem.student
+    trains = student.trains if isinstance(student, Head) else (True,)
+    like = problem.student_temperature
+    return [
+        x.new_empty(x.shape) if wanted else like.new_empty(0)
+        for x, wanted in zip(sources(student), trains, strict=True)
+    ]
 
 
 def _as_gradients(problem: Problem, found: Any, rows: Tensor) -> Gradients:
@@ -134,7 +139,8 @@ def _forward(*arguments: Any) -> Any:
 def _(*arguments: Any) -> Any:
     problem, (entropy, metrics, name) = _split(arguments)
     long = entropy or metrics or problem.labels is not None
-    saved = 9 if problem.moments is not None else 7 if long else 5
+    standardized = problem.standardize or problem.moments is not None
+    saved = 9 if standardized else 7 if long else 5
     if name == "torch" or Divergence.of_name(problem.divergence).rows == "bernoulli":
         saved = 0
     new = problem.student_temperature.new_empty

@@ -54,6 +54,10 @@ class Coefficients(NamedTuple):
         """The rows of `values` that are needed."""
         return 5 if metrics else 1 if self.ce is None and self.entropy is None else 3
 
+    def part(self, rows: Any) -> Coefficients:
+        """Of some rows, a slice or indices."""
+        return Coefficients._make(None if factor is None else factor[rows] for factor in self)
+
     def weigh(self, values: Tensor) -> Tensor:
         """The weighted loss rows: a term whose factor is 0 is left out, were it infinite."""
         loss = torch.zeros_like(values[KD])
@@ -71,10 +75,20 @@ class Head(NamedTuple):
     """
 
     hidden: Tensor  # [N, H]
-    weight: Tensor  # [V, H]
-    bias: Tensor | None  # [V]
+    weight: Tensor  # [>= V, H]
+    bias: Tensor | None  # [>= V]
     scale: float
     softcap: float
+    product: torch.dtype  # of the factors of all products
+    trains: tuple[bool, bool, bool]  # which of the three tensors do
+
+    def same(self, other: Head) -> bool:
+        """Whether the logits are those of the other, made of the same memory."""
+        places = [
+            [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in head[:3] if x is not None]
+            for head in (self, other)
+        ]
+        return places[0] == places[1] and self[3:6] == other[3:6]
 
 
 class Packed(NamedTuple):
@@ -106,21 +120,22 @@ class Problem(NamedTuple):
     vocab_size: int  # V: columns from here on are padding
     moments: Tensor | None = None  # [2, 3, N], student's and teacher's; None: not standardised
     merge: str = ""  # of sharding.py: who else holds columns of these rows
+    standardize: bool = False  # whether moments are to come, chunk by chunk
 
     @staticmethod
     def of(
         given: Settings,
-        student: Tensor,
-        teacher: Tensor | None,
+        student: Any,
+        teacher: Any,
         labels: Tensor | None,
         counted: Tensor | None,
         vocab_size: int,
         dtype: torch.dtype,
     ) -> Problem:
         """From what distillation_loss was given, checked; dtype: of the arithmetic."""
-        row_dims = student.dim() - 1
-        logits = as_rows(student) if teacher is None else as_rows(student, teacher)
-        rows, device = logits[0].size(0) * logits[0].size(1), student.device
+        source = sources(student)[0]
+        row_dims, rows, device = source.dim() - 1, math.prod(source.shape[:-1]), source.device
+        sides = rows_of_sides([student] if teacher is None else [student, teacher])
         a, b = given.divergence.parameters
         teacher_temperature = None
         if given.teacher_temperature is not None:
@@ -128,7 +143,7 @@ class Problem(NamedTuple):
         if labels is not None:
             labels = labels.reshape(rows, *labels.shape[row_dims:]).contiguous()
         return Problem(
-            logits[0], None if teacher is None else logits[1],
+            sides[0], None if teacher is None else sides[1],
             per_row(given.temperature, rows, dtype, device), teacher_temperature, labels, counted,
             given.label_smoothing, given.divergence.name, a, b, vocab_size,
         )  # fmt: skip
@@ -143,13 +158,13 @@ class Problem(NamedTuple):
         """Of the arithmetic and of everything per row: fp32, or fp64 for fp64 logits."""
         return self.student_temperature.dtype
 
-    def part(self, rows: slice) -> Problem:
-        """The problem of some of the N rows, start and stop given; views where strides allow."""
+    def part(self, rows: Any) -> Problem:
+        """The problem of some of the N rows, a slice or indices; logits are [1, N, width]."""
 
         def logits(x: Any) -> Any:
             if isinstance(x, Head):
                 return x._replace(hidden=x.hidden[rows])
-            return x if x is None else (x if x.size(0) == 1 else x.flatten(0, 1)[None])[:, rows]
+            return None if x is None else x[:, rows]
 
         def some(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[rows]
@@ -181,39 +196,49 @@ class Problem(NamedTuple):
         )
 
     def pack(self) -> Packed:
-        tensors, numbers, kinds = [], [self.label_smoothing, self.a, self.b], ""
+        tensors, numbers = [], [self.label_smoothing, self.a, self.b]
         for side in (self.student, self.teacher):
-            kinds += NOTHING if side is None else HEAD if isinstance(side, Head) else LOGITS
             tensors += sources(side)
-            numbers += side[3:] if isinstance(side, Head) else ()
+            numbers += (side.scale, side.softcap) if isinstance(side, Head) else ()
         tensors += [
             self.student_temperature, self.teacher_temperature, self.labels, self.counted,
             self.moments,
         ]  # fmt: skip
-        spec = f"{kinds}|{self.merge}|{self.divergence}"
+        kinds = _kind(self.student), _kind(self.teacher)
+        flags = "standardize" if self.standardize else ""
+        spec = "|".join((*kinds, flags, self.merge, self.divergence))
         return Packed(tensors, packed_numbers(*numbers), self.vocab_size, spec)
 
     @staticmethod
     def unpack(
         tensors: Sequence[Tensor | None], numbers: Tensor, vocab_size: int, spec: str
     ) -> Problem:
-        kinds, merge, divergence = spec.split("|", 2)
+        *kinds, flags, merge, divergence = spec.split("|", 4)
         found = list(tensors)
         label_smoothing, a, b, *scales = unpacked_numbers(numbers)
         sides: list[Any] = []
         for kind in kinds:
-            if kind == HEAD:
-                sides.append(Head._make((*found[:3], *scales[:2])))
+            if kind not in (LOGITS, NOTHING):
+                product, trains = kind.split(":")
+                factors = (getattr(torch, product), tuple(flag == "1" for flag in trains))
+                sides.append(Head._make((*found[:3], *scales[:2], *factors)))
                 found, scales = found[3:], scales[2:]
             else:
                 sides.append(found.pop(0) if kind == LOGITS else None)
         *rows, moments = found
-        return Problem._make(
-            (*sides, *rows, label_smoothing, divergence, a, b, vocab_size, moments, merge)
-        )
+        return Problem._make((
+            *sides, *rows, label_smoothing, divergence, a, b, vocab_size, moments, merge,
+            flags == "standardize",
+        ))  # fmt: skip
 
 
-LOGITS, HEAD, NOTHING = "l", "h", "-"  # what a side is, in a spec
+LOGITS, NOTHING = "logits", ""  # what a side is, in a spec
+
+
+def _kind(side: Any) -> str:
+    if isinstance(side, Head):
+        return f"{str(side.product)[6:]}:{''.join(str(int(flag)) for flag in side.trains)}"
+    return NOTHING if side is None else LOGITS
 
 
 def sources(side: Any) -> list[Any]:
@@ -222,6 +247,21 @@ def sources(side: Any) -> list[Any]:
 
 
 # --- rows and numbers ------------------------------------------------------------------------
+
+
+def rows_of_sides(sides: Sequence[Any]) -> list[Any]:
+    """Logits as [O, I, width], beside a head as [1, N, width], and heads' hidden states as [N, H].
+
+    Where one is a head the rows of both are worked off in chunks, whatever their dimensions.
+    """
+    if all(isinstance(side, Tensor) for side in sides):
+        return as_rows(*sides)
+    return [
+        as_rows(side.reshape(1, -1, side.size(-1)))[0]
+        if isinstance(side, Tensor)
+        else side._replace(hidden=side.hidden.reshape(-1, side.hidden.size(-1)))
+        for side in sides
+    ]
 
 
 def as_rows(*tensors: Tensor) -> list[Tensor]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -70,6 +71,24 @@ class LinearHead:
                 checks.finite(f"LinearHead: {name}", value)
                 if value <= 0:
                     raise ValueError(f"LinearHead: {name} must be > 0, got {value!r}")
+
+    @property
+    def outline(self) -> Tensor:
+        """Shape, dtype, device of its logits, and whether they train: a tensor without memory."""
+        sources = [x for x in (self.hidden, self.weight, self.bias) if x is not None]
+        dtype = torch.promote_types(self.hidden.dtype, self.weight.dtype)
+        outline = self.hidden.detach().new_empty((), dtype=dtype).expand(self.shape)
+        return outline.requires_grad_(any(x.requires_grad for x in sources))
+
+    def logits(self) -> Tensor:
+        """All of them, [..., V], by plain PyTorch."""
+        dtype = self.outline.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        logits = F.linear(self.hidden.to(dtype), self.weight.to(dtype), bias)
+        if self.logit_scale is not None:
+            logits = logits * self.logit_scale
+        cap = self.logit_softcap
+        return logits if cap is None else cap * (logits / cap).tanh()
 
     @property
     def shape(self) -> torch.Size:

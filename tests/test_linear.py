@@ -1,0 +1,288 @@
+"""Output heads in place of logits: value and gradients, chunk by chunk, against the oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fastkd
+from fastkd import linear
+from fastkd.operands import LinearHead
+from tests.cases import DIVERGENCES
+from tests.closeness import assert_close, assert_zero
+from tests.running import FUSED, defined
+
+ROWS, HIDDEN, TEACHER_HIDDEN, VOCAB = 11, 8, 5, 37
+MODES = ["forward", "backward"]
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    """Three rows to a chunk, and weights converted in three blocks: every seam is met."""
+    monkeypatch.setattr(linear, "CPU_BYTES", 2 * 3 * VOCAB * 4)
+    monkeypatch.setattr(linear, "LEAST_ROWS", 3)
+    monkeypatch.setattr(linear, "COLUMNS", 16)
+
+
+class Case:
+    """Leaves and operands of one call; `logits` makes them in fp64, by plain PyTorch."""
+
+    def __init__(self, dtype=torch.float32, rows=(ROWS,), **head):
+        self.leaves = [
+            torch.randn(*rows, HIDDEN), torch.randn(VOCAB, HIDDEN), torch.randn(VOCAB),
+            torch.randn(*rows, TEACHER_HIDDEN), torch.randn(VOCAB, TEACHER_HIDDEN),
+        ]  # fmt: skip
+        self.leaves = [x.to(dtype).requires_grad_(i < 3) for i, x in enumerate(self.leaves)]
+        self.head = head
+
+    def operands(self):
+        return LinearHead(*self.leaves[:3], **self.head), LinearHead(*self.leaves[3:])
+
+    def in_fp64(self):
+        copy = Case.__new__(Case)
+        copy.leaves = [x.detach().double().requires_grad_(x.requires_grad) for x in self.leaves]
+        copy.head = self.head
+        return copy
+
+    def logits(self):
+        hidden, weight, bias, teacher_hidden, teacher_weight = self.leaves
+        student = (hidden @ weight.mT + bias) * self.head.get("logit_scale", 1.0)
+        if cap := self.head.get("logit_softcap"):
+            student = cap * torch.tanh(student / cap)
+        return student, teacher_hidden @ teacher_weight.mT
+
+    def gradients(self):
+        return [x.grad for x in self.leaves if x.requires_grad]
+
+
+def check(case, labels=None, form=(True, True), upstream=None, **settings):
+    """The loss and all gradients of `case`, its sides as heads where `form` says so."""
+    true = case.in_fp64()
+    truth, _ = defined(*true.logits(), labels, **settings)
+    upstream = torch.rand(truth.shape, dtype=torch.float64) + 0.5 if upstream is None else upstream
+    (truth * upstream).sum().backward()
+    operands = [
+        head if wanted else rows
+        for head, rows, wanted in zip(case.operands(), case.logits(), form, strict=True)
+    ]
+    loss = fastkd.distillation_loss(*operands, labels, **settings)
+    (loss * upstream.to(loss.dtype)).sum().backward()
+    assert_close(loss, truth)
+    for ours, theirs in zip(case.gradients(), true.gradients(), strict=True):
+        assert_close(ours, theirs, "gradient")
+
+
+def labels_of(*rows: int) -> torch.Tensor:
+    labels = torch.randint(VOCAB, rows)
+    labels[1] = -100
+    return labels
+
+
+# --- against the oracle ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_every_divergence(divergence, mode):
+    check(Case(), divergence=divergence, temperature=1.5, gradient=mode, backend="torch")
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("form", [(True, True), (True, False), (False, True)], ids=str)
+def test_every_option_together(form, mode, backend):
+    check(
+        Case(logit_scale=0.7, logit_softcap=5.0), labels_of(ROWS), form,
+        divergence=fastkd.JSD(0.3), temperature=torch.rand(ROWS) + 0.7, teacher_temperature=0.8,
+        alpha=0.3, label_smoothing=0.1, entropy_weight=-0.2, weight=torch.rand(ROWS) + 0.1,
+        vocab_size=33, num_items=7, gradient=mode, backend=backend,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("form", [(True, True), (True, False), (False, True)], ids=str)
+def test_standardized(form, mode):
+    check(Case(logit_scale=3.0), None, form, standardize=True, temperature=2.0, gradient=mode)
+
+
+@pytest.mark.parametrize("form", [(True, True), (False, True)], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
+def test_reductions_of_more_dimensions(reduction, form):
+    case = Case(rows=(2, 5))
+    check(case, torch.randint(VOCAB, (2, 5)), form, alpha=0.5, reduction=reduction)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_few_rows_that_count_are_gathered_before_the_products(mode, monkeypatch):
+    labels, rows = torch.full((ROWS,), -100), []
+    labels[[2, 9]] = 4
+    made = linear.logits
+    monkeypatch.setattr(
+        linear, "logits", lambda head, out: rows.append(len(out)) or made(head, out)
+    )
+    check(Case(), labels, alpha=0.5, gradient=mode)
+    assert rows[:2] == [2, 2]
+
+
+def test_ignored_rows_may_hold_nan():
+    case, labels = Case(), labels_of(ROWS)
+    with torch.no_grad():
+        case.leaves[0][1] = torch.nan
+    fastkd.distillation_loss(*case.operands(), labels, alpha=0.5).backward()
+    assert all(gradient.isfinite().all() for gradient in case.gradients())
+    assert_zero(case.leaves[0].grad[1])
+
+
+def test_no_row_counts():
+    case = Case()
+    loss = fastkd.distillation_loss(*case.operands(), torch.full((ROWS,), -100), alpha=0.5)
+    loss.backward()
+    assert loss == 0
+    for gradient in case.gradients():
+        assert_zero(gradient)
+
+
+def test_multi_label():
+    labels = torch.randint(2, (ROWS, VOCAB))
+    check(Case(), labels, divergence=fastkd.Bernoulli(), alpha=0.5)
+
+
+def test_metrics_are_those_of_the_logits():
+    case, labels = Case(), labels_of(ROWS)
+    settings = {"alpha": 0.5, "return_metrics": True}
+    _, ours = fastkd.distillation_loss(*case.operands(), labels, **settings)
+    _, truth = fastkd.distillation_loss(*case.in_fp64().logits(), labels, **settings)
+    for one, other in zip(ours[:4], truth[:4], strict=True):
+        assert_close(one, other)
+    assert torch.equal(ours.agreement, truth.agreement.float())
+
+
+def test_teacher_and_temperature_train():
+    case = Case()
+    temperature = torch.tensor(1.3, requires_grad=True)
+    case.leaves = [x.detach().requires_grad_() for x in case.leaves]
+    true = case.in_fp64()
+    warm = temperature.detach().double().requires_grad_()
+    settings = {"divergence": fastkd.JSD(0.2), "teacher_grad": True}
+    fastkd.distillation_loss(*case.operands(), temperature=temperature, **settings).backward()
+    truth, _ = defined(*true.logits(), temperature=warm, **settings)
+    truth.backward()
+    for ours, theirs in zip(case.gradients(), true.gradients(), strict=True):
+        assert_close(ours, theirs, "gradient")
+    assert_close(temperature.grad, warm.grad, "gradient")
+
+
+# --- what is not computed --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_frozen_head_costs_no_product(mode, monkeypatch):
+    case, products = Case(), []
+    case.leaves[1].requires_grad_(False)
+    add = linear._add_product
+    monkeypatch.setattr(
+        linear, "_add_product", lambda out, x, y: products.append(out.shape) or add(out, x, y)
+    )
+    check(case, gradient=mode)
+    assert products
+    assert all(shape[-1] == HIDDEN and shape[0] <= 3 for shape in products)
+
+
+def test_one_product_where_hidden_states_and_head_are_the_same(monkeypatch):
+    hidden, weight = torch.randn(ROWS, HIDDEN, requires_grad=True), torch.randn(VOCAB, HIDDEN)
+    labels, count = labels_of(ROWS), []
+    made = linear.logits
+    monkeypatch.setattr(linear, "logits", lambda head, out: count.append(1) or made(head, out))
+    frozen = hidden.detach()
+    settings = {"temperature": 2.0, "teacher_temperature": 0.5, "alpha": 0.7}
+    head = LinearHead(frozen, weight)
+    fastkd.distillation_loss(head, head, labels, **settings)
+    assert len(count) == -(-ROWS // 6)  # one buffer: chunks of twice the rows
+    loss = fastkd.distillation_loss(LinearHead(hidden, weight), head, labels, **settings)
+    (ours,) = torch.autograd.grad(loss, hidden)
+    double = hidden.detach().double().requires_grad_()
+    truth, _ = defined(
+        double @ weight.double().T, frozen.double() @ weight.double().T, labels, **settings
+    )
+    assert_close(ours, torch.autograd.grad(truth, double)[0], "gradient")
+
+
+# --- dtypes and other people's machinery -----------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_half_precision_costs_no_more_than_its_rounding(mode):
+    """Logits of a chunk are fp32: the gradient is right to the rounding of its own dtype."""
+    case = Case(torch.bfloat16)
+    true = case.in_fp64()
+    fastkd.distillation_loss(*case.operands(), gradient=mode).backward()
+    truth, _ = defined(*true.logits())
+    truth.backward()
+    for ours, theirs in zip(case.gradients(), true.gradients(), strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert_close(ours, theirs, "gradient")
+
+
+def test_fp64():
+    check(Case(torch.float64), divergence="reverse_kl")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast(mode):
+    case = Case()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = fastkd.distillation_loss(*case.operands(), gradient=mode)
+    loss.backward()
+    truth, _ = defined(*case.in_fp64().logits())
+    assert loss.item() == pytest.approx(truth.item(), rel=0.02)
+    assert all(x.dtype == torch.float32 for x in case.gradients())
+
+
+def test_checkpointing_and_accumulation():
+    layer = nn.Linear(HIDDEN, VOCAB)
+    x, teacher = torch.randn(ROWS, HIDDEN), torch.randn(ROWS, VOCAB)
+
+    def loss(x):
+        head = LinearHead(x.tanh(), layer.weight, layer.bias)
+        return fastkd.distillation_loss(head, teacher, reduction="sum")
+
+    checkpoint(loss, x, use_reentrant=False).backward()
+    once = layer.weight.grad.clone()
+    layer.weight.grad = None
+    loss(x).backward()
+    loss(x).backward()
+    assert torch.equal(layer.weight.grad, 2 * once)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_compile(mode):
+    case = Case(logit_softcap=6.0)
+    case.leaves[1].requires_grad_(False)
+    function = torch.compile(
+        lambda s, t, labels: fastkd.distillation_loss(s, t, labels, alpha=0.5, gradient=mode),
+        fullgraph=True, backend="aot_eager",
+    )  # fmt: skip
+    labels = labels_of(ROWS)
+
+    def compiled(*leaves):
+        return function(LinearHead(*leaves[:3], logit_softcap=6.0), LinearHead(*leaves[3:]), labels)
+
+    compiled(*case.leaves).backward()
+    ours = case.gradients()
+    other = case.in_fp64()
+    truth, _ = defined(*other.logits(), labels, alpha=0.5)
+    truth.backward()
+    for one, theirs in zip(ours, other.gradients(), strict=True):
+        assert_close(one, theirs, "gradient")
+
+
+def test_refusals():
+    student, teacher = Case().operands()
+    with pytest.raises(ValueError, match="LinearHead has none"):
+        fastkd.distillation_loss(student, teacher, inplace=True)
+    with pytest.raises(ValueError, match="detach it, or say teacher_grad=True"):
+        fastkd.distillation_loss(student, student)
+    with pytest.raises(ValueError, match="equal leading shapes"):
+        fastkd.distillation_loss(student, torch.randn(ROWS + 1, VOCAB))
