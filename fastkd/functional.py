@@ -42,7 +42,7 @@ def distillation_loss(
     backend: str = "auto",
     return_metrics: bool = False,
 ) -> Any:  # Tensor, or (Tensor, Metrics)
-    r"""Knowledge-distillation loss of a student against a teacher, both given as logits.
+    r"""Knowledge-distillation loss of a student against a teacher.
 
     With q = softmax(student / T_s), p = softmax(teacher / T_t), D the divergence and H the
     entropy in nats, the loss of a row is
@@ -56,8 +56,11 @@ def distillation_loss(
     `distillation_loss(s, t, temperature=T, reduction="batchmean")`.
 
     Args:
-        student: logits [..., V], fp16, bf16, fp32 or fp64, dense. -inf masks an entry.
-        teacher: logits [..., V], of any of these dtypes. Log-probabilities are logits too.
+        student: logits [..., V], fp16, bf16, fp32 or fp64, dense; -inf masks an entry. Or a
+            `LinearHead`, hidden states with their output head, whose logits are made for a chunk
+            of rows at a time.
+        teacher: logits [..., V], of any of these dtypes, or a `LinearHead`. Log-probabilities are
+            logits too.
         labels: class indices [...], int64 or int32. They feed the cross-entropy and say, by
             `ignore_index`, which rows count. No shift is applied. With `Bernoulli()`, multi-hot
             [..., V] in [0, 1].
