@@ -13,7 +13,7 @@ from typing import Any
 from .errors import RunError, needs, one_line
 
 # Characters of plain text that are handed on at once.
-BLOCK = 2**18
+BLOCK = 2**16
 # What a folder is searched for, besides the rows of READERS.
 PLAIN = (".txt", ".text", ".md")
 
