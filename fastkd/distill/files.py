@@ -75,7 +75,7 @@ def rows(file: str) -> Iterator[Row]:
 
 
 def _plain(file: str) -> Iterator[Row]:
-    """Blocks that end before a word, at the start of a line where there is one."""
+    """Blocks that end before a line or a word."""
     with open(file, encoding="utf-8-sig") as lines:
         held, continues = "", False
         while more := lines.read(BLOCK):
@@ -88,12 +88,15 @@ def _plain(file: str) -> Iterator[Row]:
 
 
 def _boundary(text: str) -> int:
-    """Where the last line begins that begins with a word; else the last word; else the middle."""
-    for mark, length in (("\n", 1), (" ", 0)):
+    """Before the last line that begins with a word; else before the last word; else the middle.
+
+    White space before it goes with the word, as most tokenizers have it.
+    """
+    for mark in "\n ":
         at = len(text) - 1
         while (at := text.rfind(mark, 0, at)) > 0:
             if not text[at + 1].isspace():
-                return at + length
+                return at
     return len(text) // 2
 
 

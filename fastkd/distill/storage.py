@@ -122,7 +122,7 @@ def reason(error: BaseException, path: Path) -> str:
         return error.strerror
     if shutil.disk_usage(path if path.exists() else path.parent).free < 2**20:
         return os.strerror(errno.ENOSPC)
-    if "PytorchStreamWriter" in str(error):
+    if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
         return "PyTorch could not write all of it: is the disk full?"
     return one_line(error)
 

@@ -275,6 +275,8 @@ def _train(
     except Exception as error:
         if checkpoint and not watch.began:  # each part of it fails in its own way
             raise _broken(checkpoint, error) from None
+        if "overflow" in str(error):  # of the rate, in the optimizer
+            raise watch.diverged(f"the optimizer fails: {one_line(error)}") from None
         if storage.drop_halves(folder):
             why = storage.reason(error, folder)
             raise RunError(f"cannot write a checkpoint to {folder}: {why}") from None

@@ -63,14 +63,15 @@ class Watch(TrainerCallback):
             flags = self.trainer.accelerator.reduce(flags, "sum")
         asked, unsound = (flags > 0).tolist()
         if unsound:
-            raise self._diverged(f"the loss is {loss.item():.4g} at step {state.global_step}")
+            what = "weights are not finite" if loss.isfinite() else f"loss is {loss.item()}"
+            raise self.diverged(f"the {what} at step {state.global_step}")
         if asked:
             self.stopped = control.should_save = control.should_training_stop = True
 
-    def _diverged(self, what: str) -> RunError:
+    def diverged(self, what: str) -> RunError:
         saved = storage.last_checkpoint(self.folder)
         kept = f"; {saved} has the student before that" if saved else ""
-        return RunError(f"{what}, and no longer finite: lower --learning-rate{kept}")
+        return RunError(f"{what}: lower --learning-rate{kept}")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "loss" in logs:
@@ -87,7 +88,7 @@ class Watch(TrainerCallback):
                     f"before the first step the loss on held-out text is {metrics[LOSS]}: "
                     "the student's weights, or their logits, are not finite"
                 )
-            raise self._diverged(f"the loss on held-out text is {metrics[LOSS]}")
+            raise self.diverged(f"the loss on held-out text is {metrics[LOSS]}")
         if state.best_metric is None or metrics[LOSS] < state.best_metric:
             control.should_save = control.should_save or self.began  # the best is kept
         if state.is_world_process_zero:
