@@ -7,24 +7,29 @@ small, or fail, because of a mask, show by their value, and are done again in fp
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .blocks import Rows, Store, blocks, largest, marked
-from .divergences import LN2, Divergence, Pair, Pull, Softmax
-from .problem import AGREEMENT, CE, ENTROPY, KD, TEACHER_ENTROPY, Coefficients, Problem
+from .divergences import FATHOM, LN2, MASKED, Divergence, Pair, Pull, Softmax, total
+from .problem import AGREEMENT, CE, ENTROPY, KD, TEACHER_ENTROPY, WIDTH, Coefficients, Problem
 
 # From here on a value is infinite: the largest of fp32. What stands for -inf is far beyond.
 FAR = torch.finfo(torch.float32).max
-MASKED = -1e300
-FATHOM = -1e30  # the depth of a masked entry is below it, in fp32 too
 # A mass from here on, of a row far above its `top`, is divided by in fp64: in fp32 a weight over it
 # is no normal number.
 HEAVY = 2.0**64
-# In fp64, a row of two equal sides is below the first, and what is below the second has no digits.
-SAME, ROUNDING = 1e-12, 1e-15
+# The mass of a student below it, whose largest term is 1, is nearly certain: its gradient may be a
+# difference of numbers that are larger by the inverse of what is missing to certainty.
+# So it may be where the divergence is above the second, or its slope this near to its bound.
+CERTAIN, LARGE, NEARLY = 1 + 2.0**-9, 256.0, 1 - 2.0**-9
+# The least scale, 1 / T over the width of a row, at which fp32 has room for logits over it.
+LEAST_SCALE = 1e-30
+# In fp64, a divergence below CLOSE loses digits; where its log-ratios spread by less than SPREAD,
+# its first term is as good. What is below ROUNDING has no digits.
+CLOSE, SPREAD, ROUNDING = 1e-13, 1e-7, 1e-15
 
 
 def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
@@ -32,7 +37,7 @@ def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Ten
     kinds = 5 if metrics else 3 if entropy or problem.labels is not None else 1
     values = _new_values(problem, kinds)
     kept = values.unbind()
-    for rows, terms in _Solver(problem, entropy, metrics):
+    for rows, terms in _Solver(problem, entropy, metrics, gradient=False):
         _store(kept, rows, terms)
     return values, values.new_empty(0, problem.rows)
 
@@ -44,7 +49,7 @@ def backward(
     out = _new_gradient(problem) if gradient else None
     target = None if out is None else out[..., : problem.vocab_size]
     heat = upstream.kd.new_zeros(problem.rows) if temperature else None
-    solver = _Solver(problem, upstream.entropy is not None, False)
+    solver = _Solver(problem, upstream.entropy is not None, False, gradient=True)
     weights = _weights(upstream, solver.scales[0])
     for rows, terms in solver:
         _gradient(problem, rows, terms, weights, target, heat)
@@ -62,7 +67,8 @@ def fused(
     room = target if alone and not inplace else None
     values = _new_values(problem, coefficients.kinds(metrics))
     kept = values.unbind()
-    solver = _Solver(problem, coefficients.entropy is not None, metrics, room, inplace)
+    entropy = coefficients.entropy is not None
+    solver = _Solver(problem, entropy, metrics, True, room, inplace)
     weights = _weights(coefficients, solver.scales[0])
     for rows, terms in solver:
         _store(kept, rows, terms)
@@ -94,6 +100,7 @@ class _Terms(NamedTuple):
 class _Solver:
     """The terms of all rows that count, block by block; of rows given twice, the second hold.
 
+    gradient: whether they are to be good for it.
     room: [O, I, V], where the student's terms may be written: the place of the gradient.
     inplace: whether the gradient overwrites the logits.
     """
@@ -103,6 +110,7 @@ class _Solver:
         problem: Problem,
         entropy: bool,
         metrics: bool,
+        gradient: bool,
         room: Tensor | None = None,
         inplace: bool = False,
     ) -> None:
@@ -111,9 +119,12 @@ class _Solver:
         self.again: Tensor | None = None  # [N], bool: rows to come in fp64 when all others are done
         self.sides = [x[..., : problem.vocab_size] for x in (problem.student, problem.teacher)]
         self.kind = Divergence.of_name(problem.divergence)
-        self.scales = [_scale(problem.student_temperature)]  # the last is the teacher's
-        if problem.teacher_temperature is not None:
-            self.scales.append(_scale(problem.teacher_temperature))
+        self.guarded = gradient and self.kind.cancels  # against a student that is nearly certain
+        self.exact_scales = _scales(problem)
+        self.scales = [
+            scale.to(problem.dtype) if isinstance(scale, Tensor) else scale
+            for scale in self.exact_scales
+        ]
         self.store, self.exact_store = (
             Store(problem, dtype) for dtype in (problem.dtype, torch.float64)
         )
@@ -126,7 +137,7 @@ class _Solver:
         for rows in blocks(self.problem, size):
             if not exact:
                 terms = self.plain_terms(rows)
-                doubtful = _doubtful(terms, self.kind.near)
+                doubtful = self.doubtful(terms)
                 if not _most(doubtful):
                     yield from self.settled(rows, terms, doubtful)
                     continue
@@ -134,7 +145,7 @@ class _Solver:
             for part in rows.parts(half):
                 terms = self.exact_terms(part)
                 yield part, terms
-                exact = exact or _most(_doubtful(terms, self.kind.near))
+                exact = exact or _most(self.doubtful(terms))
         if self.again is not None:
             for rows in marked(self.problem, self.again, half):
                 yield rows, self.exact_terms(rows)
@@ -156,6 +167,33 @@ class _Solver:
             self.again[rows.flat] = doubtful
             yield rows, terms
 
+    def doubtful(self, terms: _Terms) -> Tensor | None:
+        """Rows whose divergence is small or infinite, whose terms are too large, whose student is
+        nearly certain, or whose figures are not finite; None: no row.
+        """
+        check, pair, sums = terms.values[KD], terms.pair, terms.pull.total
+        near, far = self.kind.near, LARGE if self.guarded else FAR
+        mass = torch.maximum(pair.student.mass, pair.teacher.mass)
+        if terms.unit is not None:
+            mass = torch.maximum(mass, terms.unit.mass)
+        if not mass.max().item() < HEAVY:
+            check = torch.where(mass[:, 0] < HEAVY, check, torch.inf)
+        if self.guarded and pair.student.mass.min().item() < CERTAIN:
+            check = torch.where(pair.student.mass[:, 0] < CERTAIN, 0.0, check)
+        if isinstance(pair.student_scale, Tensor):
+            check = torch.where(pair.student_scale[:, 0] > LEAST_SCALE, check, 0.0)
+        if self.guarded and isinstance(sums, Tensor):
+            most = NEARLY * self.kind.most(self.problem.a, self.problem.b)
+            check = torch.where(sums[:, 0].abs() > most, 0.0, check)
+        if isinstance(sums, Tensor):
+            check = torch.add(check, sums[:, 0], alpha=0)
+        for kind in terms.values.keys() - {KD}:
+            check = torch.add(check, terms.values[kind], alpha=0)
+        least, most = (bound.item() for bound in check.aminmax())
+        if not most < far:
+            return ~((check > near) & (check < far))
+        return check <= near if least <= near else None
+
     def logits(self, rows: Rows) -> list[Tensor]:
         return [side[rows.outer, rows.inner] for side in self.sides]
 
@@ -166,12 +204,19 @@ class _Solver:
         for side, buffer in enumerate(buffers):
             if logits[side].dtype != buffer.dtype:
                 logits[side] = buffer.copy_(logits[side])
-        return self.terms(rows, logits, buffers, self.store)
+        return self.terms(rows, logits, buffers, self.store, self.scales)
 
-    def terms(self, rows: Rows, logits: list[Tensor], depths: list[Tensor], store: Store) -> _Terms:
+    def terms(
+        self,
+        rows: Rows,
+        logits: list[Tensor],
+        depths: list[Tensor],
+        store: Store,
+        scales: list[float | Tensor],
+    ) -> _Terms:
         """With the buffers of the depths, which may be the logits themselves."""
         problem, (z, y) = self.problem, logits
-        scales = [s[rows.flat] if isinstance(s, Tensor) else s for s in self.scales]
+        scales = [_of_rows(scale, rows) for scale in scales]
         values, unit = {}, None
         if self.metrics:
             agree = (z == z.amax(-1, keepdim=True)) & (y == y.amax(-1, keepdim=True))
@@ -181,7 +226,8 @@ class _Solver:
             unit = Softmax.of(z, 1.0, store.new(), store.new())
 
         room = None if self.room is None else _place(self.room, rows, store.dtype)
-        q = Softmax.of(z, scales[0], depths[0], store.new() if room is None else room)
+        whole = self.guarded or self.entropy
+        q = Softmax.of(z, scales[0], depths[0], store.new() if room is None else room, whole)
         p = Softmax.of(y, scales[-1], depths[1], store.new())
         if problem.labels is not None:
             unit = q if unit is None else unit
@@ -200,23 +246,46 @@ class _Solver:
         store = self.exact_store
         store.start(rows.size)
         numbers = [store.new().copy_(side).clamp_min_(MASKED) for side in self.logits(rows)]
-        values, pair, pull, unit, _ = self.terms(rows, numbers, numbers, store)
+        values, pair, pull, unit, _ = self.terms(rows, numbers, numbers, store, self.exact_scales)
         counts = ((pair.student.top != MASKED) & (pair.teacher.top != MASKED))[:, 0]
         values = {
             kind: torch.where(value > FAR, torch.inf, value).where(counts, 0.0)
             for kind, value in values.items()
         }
         dead = ~counts  # rows without gradient
-        infinite = values[KD] == torch.inf
+        infinite = values[KD].abs() == torch.inf
         if infinite.any():
             size = pull.terms.abs().amax(-1, keepdim=True) * pull.factor
             dead |= infinite & ~(size.abs() < FAR)[:, 0]
-        if (values[KD] < SAME).any():
-            dead |= (values[KD] < SAME) & (pair.student.terms == pair.teacher.terms).all(-1)
-            values[KD] = torch.where(values[KD] < ROUNDING, 0.0, values[KD])
+        close = values[KD].abs() < CLOSE
+        if close.any():
+            pull = self.close(rows, close, values[KD], pair, pull)
         if dead.any():
             pull = _without(pull, dead[:, None])
         return _Terms(values, pair, pull, unit, None if counts.all() else counts[:, None])
+
+    def close(self, rows: Rows, close: Tensor, values: Tensor, pair: Pair, pull: Pull) -> Pull:
+        """Puts in the first term of rows that differ little: at high temperatures, say."""
+        values.masked_fill_(values.abs() < ROUNDING, 0.0)
+        some = close.nonzero()[:, 0]
+        z, y = (side[some].double().clamp_min_(MASKED) for side in self.logits(rows))
+        scales = [_of_rows(scale, rows) for scale in self.exact_scales]
+        scales = [scale[some] if isinstance(scale, Tensor) else scale for scale in scales]
+        q, mass = pair.student.terms[some], pair.student.mass[some]
+        d = (y - y.amax(-1, keepdim=True)) * scales[-1]
+        d -= (z - z.amax(-1, keepdim=True)) * scales[0]
+        d.masked_fill_(q + pair.teacher.terms[some] == 0, 0.0)
+        d -= total(d * q) / mass
+        curvature, spread = self.kind.curvature(self.problem.a, self.problem.b), d.abs().amax(-1)
+        small = spread == 0 if curvature is None else spread < SPREAD
+        some, q, d, mass = some[small], q[small], d[small], mass[small]
+        curvature = curvature or 0.0
+        values[some] = curvature / 2 * (total(d * d * q) / mass)[:, 0]
+        pull.terms[some] = d * q
+        size = pull.terms.new_ones(rows.size, 1)
+        factor, sums = size * pull.factor, size * pull.total
+        factor[some], sums[some] = curvature / mass, 0.0
+        return Pull(pull.terms, factor, sums)
 
 
 def _without(pull: Pull, dead: Tensor) -> Pull:
@@ -226,9 +295,17 @@ def _without(pull: Pull, dead: Tensor) -> Pull:
     return Pull(torch.where(dead, 0.0, pull.terms), factor, total)
 
 
-def _scale(temperature: Tensor) -> float | Tensor:
-    """1 / T: a number where all rows share it, which saves passes, else [N, 1]."""
-    return 1 / temperature[0].item() if _shared(temperature) else 1 / temperature[:, None]
+def _scales(problem: Problem) -> list[float | Tensor]:
+    """1 / T of the student and, last, of the teacher: a number where all rows share it, which saves
+    passes, else [N, 1] in fp64.
+    """
+    temperatures = [problem.student_temperature]
+    if problem.teacher_temperature is not None:
+        temperatures.append(problem.teacher_temperature)
+    if problem.moments is not None:
+        widths = problem.moments[:, WIDTH].double()
+        return [1 / (temperatures[i].double() * widths[i])[:, None] for i in (0, -1)]
+    return [1 / (t[0].item() if _shared(t) else t.double()[:, None]) for t in temperatures]
 
 
 def _shared(rows: Tensor) -> bool:
@@ -251,26 +328,6 @@ def _mean_depth(side: Softmax, spare: Tensor) -> Tensor:
     return torch.mul(side.terms, side.depth, out=spare).sum(-1, keepdim=True) / side.mass
 
 
-def _doubtful(terms: _Terms, near: float) -> Tensor | None:
-    """Rows whose divergence is small or infinite, whose terms are too large, or whose figures are
-    not finite; None: no row.
-    """
-    check, pair, total = terms.values[KD], terms.pair, terms.pull.total
-    mass = torch.maximum(pair.student.mass, pair.teacher.mass)
-    if terms.unit is not None:
-        mass = torch.maximum(mass, terms.unit.mass)
-    if not mass.max().item() < HEAVY:
-        check = torch.where(mass[:, 0] < HEAVY, check, torch.inf)
-    if isinstance(total, Tensor):
-        check = torch.add(check, total[:, 0], alpha=0)
-    for kind in terms.values.keys() - {KD}:
-        check = torch.add(check, terms.values[kind], alpha=0)
-    least, most = (bound.item() for bound in check.aminmax())
-    if not most < FAR:
-        return ~((check > near) & (check < FAR))
-    return check <= near if least <= near else None
-
-
 def _most(doubtful: Tensor | None) -> bool:
     return doubtful is not None and 2 * doubtful.count_nonzero().item() > len(doubtful)
 
@@ -287,8 +344,9 @@ def _weights(upstream: Coefficients, scale: float | Tensor) -> Coefficients:
     return Coefficients(kd * scale, ce, None if entropy is None else entropy * scale)
 
 
-def _of_rows(weight: Tensor, rows: Rows) -> Tensor:
-    return weight[rows.flat] if weight.dim() else weight
+def _of_rows(factor: Any, rows: Rows) -> Any:
+    """Of these rows: [R, 1]; a number, or a 0-d tensor, is that of all."""
+    return factor[rows.flat] if isinstance(factor, Tensor) and factor.dim() else factor
 
 
 def _gradient(
@@ -305,11 +363,13 @@ def _gradient(
         place = _place(out, rows, terms.pull.terms.dtype)
     gradient = _tempered_gradient(rows, terms, weights, place)
     if temperature is not None or problem.moments is not None:
-        heat = _heat(gradient, terms)
+        heat, degrees = _heat(gradient, terms), problem.student_temperature[rows.flat, None]
+        moments = None if problem.moments is None else problem.moments[0, :, rows.flat, None]
         if temperature is not None:
-            temperature[rows.flat] = heat.to(temperature.dtype)
-        if problem.moments is not None:
-            _add_pull(gradient, heat, problem.moments[0], rows, terms)
+            slope = -heat if moments is None else -heat * moments[WIDTH]
+            temperature[rows.flat] = slope[:, 0].to(temperature.dtype)
+        if moments is not None:
+            _add_pull(gradient, heat, moments, degrees, terms)
     if weights.ce is not None:
         _add_cross_entropy_gradient(gradient, problem, rows, terms, weights.ce)
     if terms.counts is not None:
@@ -342,21 +402,23 @@ def _tempered_gradient(
 
 
 def _heat(gradient: Tensor, terms: _Terms) -> Tensor:
-    """The gradient of each row's temperature."""
+    """Minus the derivative to T, over the width where the logits are standardised, [R, 1]."""
     depths, new = terms.pair.student.depth, terms.pair.new
     # The gradient's rows sum to 0: measuring the logits from their maximum changes nothing.
-    depth = torch.mul(depths, gradient, out=new()).masked_fill_(depths < FATHOM, 0.0)
+    depth = torch.mul(depths, gradient, out=new()).masked_fill_(depths <= FATHOM, 0.0)
     heat = LN2 * depth.sum(-1, keepdim=True)
-    return -(heat if terms.counts is None else torch.where(terms.counts, heat, 0.0))[:, 0]
+    return heat if terms.counts is None else torch.where(terms.counts, heat, 0.0)
 
 
-def _add_pull(gradient: Tensor, heat: Tensor, moments: Tensor, rows: Rows, terms: _Terms) -> None:
-    """What goes through the width of standardised logits."""
+def _add_pull(
+    gradient: Tensor, heat: Tensor, moments: Tensor, temperature: Tensor, terms: _Terms
+) -> None:
+    """What goes through the width of standardised logits; with the rows' moments and T."""
     side, scale = terms.pair.student, terms.pair.student_scale
-    mean, _, pull = moments[:, rows.flat, None].to(gradient.dtype)
-    centred = torch.mul(side.depth, LN2 / scale, out=terms.pair.new()).add_(side.top - mean)
-    centred.masked_fill_(side.depth < FATHOM, 0.0)
-    gradient.addcmul_(centred, pull * heat[:, None] / scale)
+    (mean, _, pull), dtype = moments, gradient.dtype
+    centred = torch.mul(side.depth, LN2 / scale, out=terms.pair.new())
+    centred.add_((side.top - mean).to(dtype)).masked_fill_(side.depth <= FATHOM, 0.0)
+    gradient.addcmul_(centred.mul_(pull.to(dtype)), (-heat * temperature).to(dtype))
 
 
 def _add_cross_entropy_gradient(

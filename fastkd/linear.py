@@ -17,7 +17,7 @@ from torch import Tensor
 from . import checks, moments
 from .operands import LinearHead
 from .operators import readable
-from .problem import WIDTH, Coefficients, Head, Problem
+from .problem import Coefficients, Head, Problem
 
 # Bytes of a chunk's logits, of both sides. On a GPU products of thousands of rows run at its full
 # rate; on a CPU the logits stay in the cache between product and loss.
@@ -108,8 +108,6 @@ class Chunked(NamedTuple):
             if sums is not None:
                 sums.add(rows, part, found)
             if heat is not None:
-                # The part's temperatures are multiplied by the widths of standardised logits.
-                heat = heat if part.moments is None else heat * part.moments[0, WIDTH]
                 temperatures.add(rows, heat[None])
         gradients = None if sums is None else sums.gradients()
         return gradients, temperatures.all()[0] if temperature else None

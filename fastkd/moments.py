@@ -13,31 +13,25 @@ import torch
 from torch import Tensor
 
 from .operators import operator
-from .problem import WIDTH, Problem
+from .problem import Problem
 
 EPS = 1e-7  # added to the standard deviation
 # The width of a row without spread: the softmax is uniform over its entries, the gradient gone.
 FLAT = 1e30
+# In fp32, the std of a row is right between these, and where it is no rounding of the mean; above,
+# rows are masked by large numbers, which hide what they mask unless fp64 holds both.
+LEAST_STD, MOST_STD, NEAR_ROUNDING = 1e-14, 1e3, 1e-4
+MOST_PULL = 1e37
 BLOCK_ELEMENTS = 1 << 18  # of rows that are worked off at once, and stay in the cache
 
 
 def standardized(problem: Problem, backend: str) -> Problem:
-    """The same problem with its moments, and with the widths in its temperatures.
-
-    The moments carry no graph: their share of the gradient is added by the backends.
-    """
+    """The same problem with its moments, which carry no graph: the backends add their share."""
     moments = _moments(
         problem.student.detach(), problem.teacher.detach(), problem.counted, problem.vocab_size,
         backend,
     )  # fmt: skip
-    teacher_temperature = problem.teacher_temperature
-    if teacher_temperature is None:
-        teacher_temperature = problem.student_temperature
-    return problem._replace(
-        student_temperature=problem.student_temperature * moments[0, WIDTH],
-        teacher_temperature=teacher_temperature * moments[1, WIDTH],
-        moments=moments,
-    )
+    return problem._replace(moments=moments)
 
 
 @operator(
@@ -48,7 +42,7 @@ def _moments(
     student: Tensor, teacher: Tensor, counted: Tensor | None, vocab_size: int, backend: str
 ) -> Tensor:
     if backend == "torch":
-        out = _new(student, teacher)
+        out = _new(student, teacher, backend)
         for logits, rows in zip((student, teacher), out, strict=True):
             _fill(rows, logits[..., :vocab_size])
         if counted is not None:  # what does not count may hold NaN
@@ -56,16 +50,17 @@ def _moments(
         return out
     from .kernels import moments
 
-    return moments.fill(_new(student, teacher), student, teacher, counted, vocab_size)
+    return moments.fill(_new(student, teacher, backend), student, teacher, counted, vocab_size)
 
 
 @_moments.register_fake
 def _(student, teacher, counted, vocab_size, backend):
-    return _new(student, teacher)
+    return _new(student, teacher, backend)
 
 
-def _new(student: Tensor, teacher: Tensor) -> Tensor:
-    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+def _new(student: Tensor, teacher: Tensor, backend: str) -> Tensor:
+    """In fp64 on the torch backend: from a mean far from 0, logits are measured with all digits."""
+    dtype = torch.float64 if backend == "torch" else torch.float32
     return student.new_empty(2, 3, student.size(0) * student.size(1), dtype=dtype)
 
 
@@ -74,23 +69,55 @@ def _fill(out: Tensor, logits: Tensor) -> None:
     step = max(1, BLOCK_ELEMENTS // logits.size(-1))
     for rows, matrix in zip(out.view(3, *logits.shape[:2]).unbind(1), logits, strict=True):
         for part, block in zip(rows.split(step, 1), matrix.split(step), strict=True):
-            torch.stack(_of_block(block.to(out.dtype)), out=part)
+            _of_block(part, block)
 
 
-def _of_block(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, width and pull, [R], of rows [R, V]."""
-    count: int | Tensor = x.size(-1)
+def _of_block(out: Tensor, x: Tensor) -> None:
+    """Mean, width and pull, [3, R], of rows [R, V]; in fp64 where fp32 has no room for squares."""
+    if x.dtype == torch.float64:
+        out.copy_(_exact(x))
+        return
+    x = x.float()
     mean = x.mean(-1, keepdim=True)
-    least, most = x.aminmax(dim=-1)
     centred = x - mean
-    if not mean.isfinite().all():
-        kept = x != -math.inf
-        count = kept.sum(-1)
-        mean = torch.where(kept, x, 0.0).sum(-1, keepdim=True) / count.clamp_min(1)[:, None]
-        least = torch.where(kept, x, math.inf).amin(-1)
-        centred = torch.where(kept, x - mean, 0.0)
-        count = count.clamp_min(2)
-    spread = most > least
-    std = (centred.square_().sum(-1) / (count - 1)).sqrt()
-    width = torch.where(spread, std + EPS, FLAT)
-    return mean[:, 0], width, torch.where(spread, 1 / ((count - 1) * std * width), 0.0)
+    rest = centred.mean(-1).double()  # that the rounded mean lacks
+    mean = mean[:, 0].double()
+    variance = centred.square_().mean(-1).double() - rest.square()
+    std = (variance * (x.size(-1) / max(x.size(-1) - 1, 1))).sqrt()
+    out.copy_(_rows(mean + rest, std, x.size(-1)))
+    doubtful = ~((std > LEAST_STD) & (std > NEAR_ROUNDING * mean.abs()) & (std < MOST_STD))
+    if doubtful.any():
+        out[:, doubtful] = _exact(x[doubtful].double())
+
+
+def _exact(x: Tensor) -> Tensor:
+    """The same in fp64, without the entries that are -inf, of any size."""
+    kept = x != -math.inf
+    count = kept.sum(-1, keepdim=True)
+    unit = _largest(torch.where(kept, x, 0.0))
+    x = torch.where(kept, x, 0.0) / unit
+    mean = x.sum(-1, keepdim=True) / count.clamp_min(1)
+    centred = torch.where(kept, x - mean, 0.0)
+    size = _largest(centred)
+    square = (centred / size).square().sum(-1, keepdim=True)
+    std = unit * size * (square / (count - 1).clamp_min(1)).sqrt()
+    least = torch.where(kept, x, math.inf).amin(-1, keepdim=True)
+    most = torch.where(kept, x, -math.inf).amax(-1, keepdim=True)
+    std = torch.where(most > least, std, 0.0)
+    return _rows(*(row[:, 0] for row in (unit * mean, std, count)))
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest magnitude of each row, [R, 1], by which it is divided; 1 where there is none."""
+    largest = x.abs().amax(-1, keepdim=True)
+    return torch.where(largest > 0, largest, 1.0)
+
+
+def _rows(mean: Tensor, std: Tensor, count: int | Tensor) -> Tensor:
+    """Mean, width and pull, [3, R]; of a row without spread std is 0.
+
+    The pull stays in the range of fp32: where it is cut, what it is multiplied by is as good as 0.
+    """
+    spread = std > 0
+    pull = torch.where(spread, 1 / ((count - 1) * std), 0.0).clamp_max(MOST_PULL)
+    return torch.stack((mean, torch.where(spread, std + EPS, FLAT), pull))

@@ -34,9 +34,9 @@ KD, CE, ENTROPY, TEACHER_ENTROPY, AGREEMENT = range(5)
 # logits, sum is of exp((logit - max) / T), constant is c of table 1, unit_sum the sum at T = 1.
 STUDENT_MAX, STUDENT_SUM, TEACHER_MAX, TEACHER_SUM, CONSTANT, STUDENT_ENTROPY, UNIT_SUM = range(7)
 
-# Rows of `moments`, of the n finite entries of a row: their mean; the width std + eps, by which the
-# temperatures of the Problem are already multiplied; the pull 1 / ((n - 1) std width), by which
-# the gradient that goes through the width is pull * (logit - mean) times dD/dT * -T.
+# Rows of `moments`, of the n finite entries of a row: their mean; the width std + eps, by which a
+# backend multiplies the temperature, whose gradient it still gives; the pull 1 / ((n - 1) std), by
+# which the derivative of the width is pull * (logit - mean).
 MEAN, WIDTH, PULL = range(3)
 
 

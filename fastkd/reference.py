@@ -1,4 +1,4 @@
-"""The naive path: table 1's textbook values, differentiated by autograd. Never optimised."""
+"""The naive path: table 1's textbook values in fp64, differentiated by autograd; not optimised."""
 
 from __future__ import annotations
 
@@ -19,27 +19,20 @@ def losses(
     """The rows of `values` (see problem.py), each [N] or None, differentiable."""
     if problem.divergence == Bernoulli.name:
         return _bernoulli(problem, entropy, metrics)
-    z = problem.student[..., : problem.vocab_size].flatten(0, 1).to(problem.dtype)
-    y = problem.teacher[..., : problem.vocab_size].flatten(0, 1).to(problem.dtype)
-
+    z, y = _logits(problem)
     counts = ~((z == -math.inf).all(-1) | (y == -math.inf).all(-1))
     if problem.counted is not None:
         counts = counts & problem.counted
     z = torch.where(counts[:, None], z, 0.0)
     y = torch.where(counts[:, None], y, 0.0)
 
-    student_temperature = problem.student_temperature
-    teacher_temperature = problem.teacher_temperature
-    if teacher_temperature is None:
-        teacher_temperature = student_temperature
+    student_temperature, teacher_temperature = _temperatures(problem)
     scores = [_standardized(logits) if standardize else logits for logits in (z, y)]
     lq = _log_softmax(scores[0], student_temperature)
     lp = _log_softmax(scores[1], teacher_temperature)
 
-    divergence = Divergence.of_name(problem.divergence)
-    value = divergence.value(lp, lq, problem.a, problem.b)
     rows: list[Tensor | None] = [
-        divergence.outer(value.sum(-1), problem.a, problem.b),
+        _divergence(problem, lp, lq),
         None,
         -plogr(lq, lq).sum(-1) if entropy or metrics else None,
         -plogr(lp, lp).sum(-1) if metrics else None,
@@ -50,7 +43,40 @@ def losses(
         rows[1] = F.cross_entropy(
             z, labels, reduction="none", label_smoothing=problem.label_smoothing
         )
-    return [None if row is None else torch.where(counts, row, 0.0) for row in rows]
+    rows = [None if row is None else torch.where(counts, row, 0.0) for row in rows]
+    return _rounded(problem, rows)
+
+
+def _logits(problem: Problem) -> list[Tensor]:
+    """Of student and teacher, in fp64; without a teacher, the student's twice."""
+    teacher = problem.student if problem.teacher is None else problem.teacher
+    return [x[..., : problem.vocab_size].flatten(0, 1).double() for x in (problem.student, teacher)]
+
+
+def _temperatures(problem: Problem) -> list[Tensor]:
+    student, teacher = problem.student_temperature, problem.teacher_temperature
+    return [t.double() for t in (student, student if teacher is None else teacher)]
+
+
+def _rounded(problem: Problem, rows: list[Tensor | None]) -> list[Tensor | None]:
+    return [None if row is None else row.to(problem.dtype) for row in rows]
+
+
+def _divergence(problem: Problem, lp: Tensor, lq: Tensor) -> Tensor:
+    """Of each row; where it is infinite and its derivative has no value, that is 0."""
+    kind, a, b = Divergence.of_name(problem.divergence), problem.a, problem.b
+
+    def defined(slope: Tensor | None) -> Tensor | None:
+        if slope is None:
+            return None
+        dead = (value.detach().abs() > most) & ~(slope.abs() < most).all(-1)
+        return torch.where(dead[:, None], 0.0, slope)
+
+    for side in (lp, lq):
+        if side.requires_grad:
+            side.register_hook(defined)
+    value, most = kind.of_rows(lp, lq, a, b), torch.finfo(problem.dtype).max
+    return value
 
 
 def _log_softmax(logits: Tensor, temperature: Tensor) -> Tensor:
@@ -58,15 +84,16 @@ def _log_softmax(logits: Tensor, temperature: Tensor) -> Tensor:
 
 
 def _standardized(logits: Tensor) -> Tensor:
-    """(logits - mean) / (std + eps) of the finite entries."""
-    kept = logits > -math.inf
+    """(logits - mean) / (std + eps) of the entries that are not -inf."""
+    kept = logits != -math.inf
     count = kept.sum(-1, keepdim=True)
     mean = torch.where(kept, logits, 0.0).sum(-1, keepdim=True) / count.clamp_min(1)
     centred = torch.where(kept, logits - mean, 0.0)
-    variance = centred.square().sum(-1, keepdim=True) / (count - 1).clamp_min(1)
     least = torch.where(kept, logits, math.inf).amin(-1, keepdim=True)
-    spread = logits.amax(-1, keepdim=True) > least
-    std = torch.where(spread, variance, 1.0).sqrt()  # sqrt has no derivative at 0
+    spread = logits.amax(-1, keepdim=True) > least  # sqrt has no derivative at 0
+    size = torch.where(spread, centred.detach().abs().amax(-1, keepdim=True), 1.0)
+    square = (centred / size).square().sum(-1, keepdim=True)  # which neither overflows nor vanishes
+    std = size * torch.where(spread, square / (count - 1).clamp_min(1), 1.0).sqrt()
     return _over(logits, centred, torch.where(spread, std + EPS, FLAT))
 
 
@@ -84,14 +111,11 @@ def _agreement(z: Tensor, y: Tensor) -> Tensor:
 
 def _bernoulli(problem: Problem, entropy: bool, metrics: bool) -> list[Tensor | None]:
     """The same for multi-label heads."""
-    z = problem.student[..., : problem.vocab_size].flatten(0, 1).to(problem.dtype)
-    y = problem.teacher[..., : problem.vocab_size].flatten(0, 1).to(problem.dtype)
+    z, y = _logits(problem)
     if problem.counted is not None:
         z, y = (torch.where(problem.counted[:, None], x, 0.0) for x in (z, y))
-    teacher_temperature = problem.teacher_temperature
-    if teacher_temperature is None:
-        teacher_temperature = problem.student_temperature
-    q = _over(z, z, problem.student_temperature[:, None])
+    student_temperature, teacher_temperature = _temperatures(problem)
+    q = _over(z, z, student_temperature[:, None])
     p = _over(y, y, teacher_temperature[:, None])
     value, student_entropy, teacher_entropy = (torch.zeros_like(z) for _ in range(3))
     for sign in (1, -1):  # yes and no
@@ -114,7 +138,8 @@ def _bernoulli(problem: Problem, entropy: bool, metrics: bool) -> list[Tensor | 
         ((z > 0) == (y > 0)).to(z.dtype) / z.size(-1) if metrics else None,
     ]
     counted = torch.ones_like(z[:, 0]) if problem.counted is None else problem.counted
-    return [row if row is None else torch.where(counted != 0, row.sum(-1), 0.0) for row in rows]
+    rows = [row if row is None else torch.where(counted != 0, row.sum(-1), 0.0) for row in rows]
+    return _rounded(problem, rows)
 
 
 def _product(weight: Tensor, log: Tensor) -> Tensor:

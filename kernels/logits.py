@@ -22,7 +22,7 @@ from fastkd.kernels.divergences import device_of
 from fastkd.kernels.resident import resident
 from fastkd.kernels.sweep import sweep
 from fastkd.kernels.tuning import layout, multiprocessors, schedule
-from fastkd.problem import Coefficients, Problem
+from fastkd.problem import WIDTH, Coefficients, Problem
 
 
 @triton.jit(do_not_specialize=("inner", "pieces", "tiles"))
@@ -159,14 +159,17 @@ def _run(
     alone = first.value == P.STATISTICS.value and gradient is None and not metrics
     swept = plan.kind == "sweep" and plan.splits == 1 and problem.moments is None
     want |= R.KL.value * (alone and swept and problem.divergence in ("forward_kl", "reverse_kl"))
+    t_temperature = problem.teacher_temperature
+    if t_temperature is None and problem.moments is not None:  # the widths make two of one
+        t_temperature = problem.student_temperature
     arguments = dict(  # noqa: C408
         student=student, teacher=teacher, student_outer=student_outer, student_inner=student_inner,
         teacher_outer=teacher_outer, teacher_inner=teacher_inner,
         inner=None if one_stride else inner,
         s_temperature=problem.student_temperature,
         s_temperature_stride=problem.student_temperature.stride(0),
-        t_temperature=problem.teacher_temperature,
-        t_temperature_stride=_stride(problem.teacher_temperature), moments=problem.moments,
+        t_temperature=t_temperature,
+        t_temperature_stride=_stride(t_temperature), moments=problem.moments,
         labels=problem.labels, counted=problem.counted, smoothing=float(problem.label_smoothing),
         a=float(problem.a), b=float(problem.b), kd=kd, kd_stride=_stride(kd), ce=ce,
         ce_stride=_stride(ce), entropy=h, entropy_stride=_stride(h), state=state, values=values,
@@ -198,7 +201,13 @@ def _run(
                     FIRST=begin, LAST=end, SPLITS=plan.splits, VECTOR=plan.vector,
                     scratch=scratch, span=span, temperature=temperature, **arguments | begins,
                 )  # fmt: skip
-    return None if temperature is None else temperature.sum(1)
+    return None if temperature is None else _heat(problem, temperature)
+
+
+def _heat(problem: Problem, pieces: Tensor) -> Tensor:
+    """The gradient of T from those of T * width, where the logits are standardised."""
+    heat = pieces.sum(1)
+    return heat if problem.moments is None else heat * problem.moments[0, WIDTH]
 
 
 def _begins(arguments: dict[str, Any], vector: int) -> dict[str, Any]:

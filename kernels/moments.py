@@ -81,7 +81,7 @@ def _write(out, index, rows, piece, exists):
     spread, free = piece.most > piece.least, tl.maximum(piece.count - 1.0, 1.0)
     std = tl.sqrt(piece.square / free)
     width = tl.where(spread, std + EPS, FLAT)
-    pull = tl.where(spread, 1.0 / tl.where(spread, free * std * width, 1.0), 0.0)
+    pull = tl.where(spread, 1.0 / tl.where(spread, free * std, 1.0), 0.0)
     tl.store(out + index, piece.origin + piece.mean, mask=exists)
     tl.store(out + rows + index, width, mask=exists)
     tl.store(out + 2 * rows + index, pull, mask=exists)

@@ -113,7 +113,10 @@ def temper_of(s_pointer, s_stride, t_pointer, t_stride, moments, index, rows, li
     mean, pull = 0.0, 0.0
     if moments is not None:
         mean = row_load(moments, index, live, 0.0)
-        pull = row_load(moments + 2 * rows, index, live, 0.0)
+        s_width = A.reciprocal(row_load(moments + rows, index, live, 1.0))
+        t_width = A.reciprocal(row_load(moments + 4 * rows, index, live, 1.0))
+        pull = row_load(moments + 2 * rows, index, live, 0.0) * s_width
+        s_rate, t_rate = s_rate * s_width, t_rate * t_width
     return R.Temper(s_rate, t_rate, s_rate * A.LOG2E, t_rate * A.LOG2E, a, mean, pull)
 
 

@@ -10,12 +10,14 @@ from .bernoulli import Bernoulli
 from .kullback_leibler import ForwardKL, Jeffreys, ReverseKL
 from .mixtures import JSD, TVD, SkewKL, SkewReverseKL
 from .orders import AlphaDivergence, Renyi
-from .pair import LN2, Pair, Pull, Softmax, plogr
+from .pair import FATHOM, LN2, MASKED, Pair, Pull, Softmax, plogr, total
 
 __all__ = [
+    "FATHOM",
     "JSD",
     "LN2",
     "LOG_MIXTURE",
+    "MASKED",
     "NONE",
     "REVERSE_KL",
     "SLOPE_SUM",
@@ -33,4 +35,5 @@ __all__ = [
     "SkewReverseKL",
     "Softmax",
     "plogr",
+    "total",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -46,6 +47,9 @@ class Divergence:
     temperature_power: ClassVar[int] = 2
     # The PyTorch backend computes smaller values in fp64: in fp32 one may be off by 1e-4 of itself.
     near: ClassVar[float] = 1 / 32
+    # Whether the gradient may be a small difference, as it is where the student is nearly certain.
+    # The PyTorch backend computes such rows in fp64.
+    cancels: ClassVar[bool] = True
     # A fastkd.kernels.divergences.Device, for the Triton backend.
     device: ClassVar[Any] = None
 
@@ -92,6 +96,23 @@ class Divergence:
         return total
 
     @classmethod
+    def of_rows(cls, lp: Tensor, lq: Tensor, a: float, b: float) -> Tensor:
+        """The divergence of rows [R, V] by its textbook values, [R]."""
+        return cls.outer(cls.value(lp, lq, a, b).sum(-1), a, b)
+
+    @staticmethod
+    def most(a: float, b: float) -> float:
+        """A bound that -d divergence / d lq, summed over a row as `Pull.total`, tends to where the
+        student's mass is where the teacher has none: the gradient is then a small difference.
+        """
+        return math.inf
+
+    @staticmethod
+    def curvature(a: float, b: float) -> float | None:
+        """k where D tends to k / 2 times the variance of d under q, as d to 0; None: unknown."""
+        return None
+
+    @classmethod
     def value_and_pull(cls, pair: Pair, a: float, b: float) -> tuple[Tensor, Pull]:
         """The divergence of each row, [R, 1], and the pull.
 
@@ -100,8 +121,7 @@ class Divergence:
         """
         lp, leaf = (rows.detach() for rows in pair.logs())
         with _autograd():
-            value = cls.value(lp, leaf.requires_grad_(), a, b).sum(-1, keepdim=True)
-            value = cls.outer(value, a, b)
+            value = cls.of_rows(lp, leaf.requires_grad_(), a, b)[:, None]
             (slope,) = torch.autograd.grad(value.sum(), leaf)
         return value.detach(), Pull(slope, -1.0, -total(slope))
 

@@ -31,10 +31,15 @@ class ForwardKL(Divergence):
     name = "forward_kl"
     near = 1 / 128  # above it, off by 1e-4 of itself at most
     constant = NONE
+    cancels = False
 
     @staticmethod
     def value(lp, lq, a, b):
         return plogr(lp, lp - lq)
+
+    @staticmethod
+    def curvature(a, b):
+        return 1.0
 
     @classmethod
     def value_and_pull(cls, pair, a, b):
@@ -67,6 +72,10 @@ class ReverseKL(Divergence):
     @staticmethod
     def value(lp, lq, a, b):
         return plogr(lq, lq - lp)
+
+    @staticmethod
+    def curvature(a, b):
+        return 1.0
 
     @classmethod
     def value_and_pull(cls, pair, a, b):
@@ -115,6 +124,10 @@ class Jeffreys(Divergence):
     @staticmethod
     def value(lp, lq, a, b):
         return a * plogr(lp, lp - lq) + b * plogr(lq, lq - lp)
+
+    @staticmethod
+    def curvature(a, b):
+        return a + b
 
     @classmethod
     def value_and_pull(cls, pair, a, b):

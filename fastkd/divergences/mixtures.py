@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .base import Divergence
 from .kullback_leibler import ForwardKL, ReverseKL
-from .pair import Pull, Softmax, plogr, total
+from .pair import Pair, Pull, Softmax, plogr, total
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,18 @@ class JSD(Divergence):
         lm = log_mixture(lp, lq, a)
         return a * plogr(lp, lp - lm) + (1 - a) * plogr(lq, lq - lm)
 
+    @staticmethod
+    def curvature(a, b):
+        return a * (1 - a)
+
+    @staticmethod
+    def most(a, b):
+        return (a - 1) * math.log1p(-a)
+
     @classmethod
     def value_and_pull(cls, pair, a, b):
         p, q = pair.teacher, pair.student
-        # Clamping changes nothing beyond rounding, but keeps infinities out.
-        p_to_m, q_to_m = _log_shares(pair.d(p.depth).clamp_(-80, 80), a, pair.new())
+        p_to_m, q_to_m = _log_shares(pair.d(p.depth).clamp_(-MOST, MOST), a, pair.new())
         terms, factor = q_to_m.mul_(q.terms), (a - 1) / q.mass
         sums = total(terms) * factor
         return a * total(p_to_m.mul_(p.terms)) / p.mass - sums, Pull(terms, factor, sums)
@@ -102,12 +109,16 @@ class SkewKL(Divergence):
     def value(lp, lq, a, b):
         return plogr(lp, lp - log_mixture(lp, lq, a))
 
+    @staticmethod
+    def curvature(a, b):
+        return (1 - a) ** 2
+
     @classmethod
     def value_and_pull(cls, pair, a, b):
         if a == 0:
             return ForwardKL.value_and_pull(pair, a, b)
         p = pair.teacher
-        share, log_share = _shares(p, pair.student, a, p.depth, pair.new())
+        share, log_share = _shares(pair, p, pair.student, a)
         value = total(log_share.mul_(p.terms)) / p.mass
         return value, _pull(torch.addcmul(p.terms, share, p.terms, value=-a, out=share), 1 / p.mass)
 
@@ -150,12 +161,20 @@ class SkewReverseKL(Divergence):
     def value(lp, lq, a, b):
         return plogr(lq, lq - log_mixture(lq, lp, a))
 
+    @staticmethod
+    def curvature(a, b):
+        return (1 - a) ** 2
+
+    @staticmethod
+    def most(a, b):
+        return abs(1 + math.log(a)) if a else math.inf
+
     @classmethod
     def value_and_pull(cls, pair, a, b):
         if a == 0:
             return ReverseKL.value_and_pull(pair, a, b)
         q = pair.student
-        share, log_share = _shares(q, pair.teacher, a, pair.teacher.depth, pair.new())
+        share, log_share = _shares(pair, q, pair.teacher, a)
         pull = _pull(share.mul_(a).sub_(log_share).mul_(q.terms), 1 / q.mass)
         return total(log_share.mul_(q.terms)) / q.mass, pull
 
@@ -186,6 +205,10 @@ class TVD(Divergence):
     def value(lp, lq, a, b):
         return 0.5 * (lp.exp() - lq.exp()).abs()
 
+    @staticmethod
+    def most(a, b):
+        return 0.5
+
     @classmethod
     def value_and_pull(cls, pair, a, b):
         p, q = pair.teacher, pair.student
@@ -196,6 +219,9 @@ class TVD(Divergence):
     def dual(self):
         return self.name, self.parameters, 1.0
 
+
+# Log-ratios are clamped to it, which changes nothing beyond rounding, but keeps infinities out.
+MOST = 80
 
 # --- helpers ---------------------------------------------------------------------------------
 
@@ -222,13 +248,26 @@ def log_mixture(lp: Tensor, lq: Tensor, w: float) -> Tensor:
     return torch.where(empty, -math.inf, mixed)
 
 
-def _shares(p: Softmax, q: Softmax, a: float, m: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
-    """p / m and its log for m = a p + (1 - a) q, in the buffers; finite where p, or both, are 0."""
+def _shares(pair: Pair, p: Softmax, q: Softmax, a: float) -> tuple[Tensor, Tensor]:
+    """p / m and its log for m = a p + (1 - a) q, in buffers; finite where p, or both, are 0.
+
+    p and q are the sides of the pair, either way round.
+    """
+    m, spare = pair.teacher.depth, pair.new()
+    if m.dtype == torch.float64:
+        d = pair.d(m) if p is pair.teacher else pair.d(m).neg_()
+        log_share = _log_share(d.clamp_(-MOST, MOST), a, spare)
+        return torch.exp(log_share, out=m), log_share
     least = torch.finfo(p.terms.dtype).tiny
     torch.mul(q.terms, (1 - a) * p.mass / q.mass, out=m)
     m.add_(p.terms, alpha=a).clamp_min_(least)
     share = torch.div(p.terms, m, out=m)
     return share, torch.clamp(share, min=least, out=spare).log_()
+
+
+def _log_share(d: Tensor, a: float, out: Tensor) -> Tensor:
+    """log p / m for m = a p + (1 - a) q, to the last digit where d = log p / q is small."""
+    return torch.neg(d, out=out).expm1_().mul_(1 - a).log1p_().neg_()
 
 
 def _pull(terms: Tensor, factor: Tensor) -> Pull:
@@ -240,6 +279,9 @@ def _log_shares(d: Tensor, a: float, spare: Tensor) -> tuple[Tensor, Tensor]:
 
     The more there is of p in m, the better the first is known, and of q likewise.
     """
+    if d.dtype == torch.float64:
+        p_to_m = _log_share(d, a, spare)
+        return p_to_m, _log_share(d.neg_(), 1 - a, d)
     logit = math.log(a / (1 - a))
     if a < 0.5:
         q_to_m = torch.add(d, logit, out=spare).neg_().sigmoid_().div_(1 - a).log_()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .base import LOG_MIXTURE, Divergence
-from .pair import LN2, Pair, Pull, total
+from .pair import FATHOM, LN2, MASKED, Pair, Pull, total
+
+# Where |a (a - 1)| is less, and in fp64, S - 1 is summed entry by entry: it keeps its digits.
+NEAR_END = 0.2
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,16 @@ class AlphaDivergence(Divergence):
         p, q = lp.exp(), lq.exp()
         return (_escort(lp, lq, a) - a * p - (1 - a) * q) / (a * (a - 1))
 
+    @staticmethod
+    def curvature(a, b):
+        return 1.0
+
     @classmethod
     def value_and_pull(cls, pair, a, b):
-        w, top = _escorts(pair, a)
-        mass, scale = total(w), top.exp()
-        factor = (scale / a).to(w.dtype)
-        return (scale * mass - 1) / (a * (a - 1)), Pull(w, factor, factor * mass)
+        escorts = _escorts(pair, a)
+        size = (escorts.log.exp() / a).to(escorts.share.terms.dtype)
+        terms, factor, sums = escorts.share
+        return escorts.excess / (a * (a - 1)), Pull(terms, factor * size, sums * size)
 
     def dual(self):
         return self.name, (1 - self.alpha, self.alpha), 1.0
@@ -110,11 +118,19 @@ class Renyi(Divergence):
         return total.log() / (a - 1)
 
     @classmethod
+    def of_rows(cls, lp, lq, a, b):
+        return _log_escort(lp, lq, a).logsumexp(-1) / (a - 1)
+
+    @staticmethod
+    def curvature(a, b):
+        return a
+
+    @classmethod
     def value_and_pull(cls, pair, a, b):
-        w, top = _escorts(pair, a)
-        mass = total(w)
-        known = torch.where(top.abs() < 1e100, 1 / mass, math.nan)  # infinite: no gradient
-        return (mass.double().log() + top) / (a - 1), Pull(w, known, known * mass)
+        escorts = _escorts(pair, a)
+        terms, factor, sums = escorts.share
+        known = torch.where(escorts.log.abs() < 1e100, factor, math.nan)  # infinite: no gradient
+        return escorts.log / (a - 1), Pull(terms, known, sums)
 
     def dual(self):
         return self.name, (1 - self.alpha, self.alpha), self.alpha / (1 - self.alpha)
@@ -122,15 +138,63 @@ class Renyi(Divergence):
 
 def _escort(lp: Tensor, lq: Tensor, a: float) -> Tensor:
     """p^a q^(1-a), and 0 where both are 0; differentiable."""
+    return _log_escort(lp, lq, a).exp()
+
+
+def _log_escort(lp: Tensor, lq: Tensor, a: float) -> Tensor:
     empty = (lp == -math.inf) & (lq == -math.inf)
     lp, lq = torch.where(empty, 0.0, lp), torch.where(empty, 0.0, lq)
-    return torch.where(empty, 0.0, (a * lp + (1 - a) * lq).exp())
+    return torch.where(empty, -math.inf, a * lp + (1 - a) * lq)
 
 
-def _escorts(pair: Pair, a: float) -> tuple[Tensor, Tensor]:
+class _Escorts(NamedTuple):
+    """Of S = sum p^a q^(1-a), [R, 1] in fp64; its terms over S as a Pull, which may lack some q."""
+
+    log: Tensor  # log S
+    excess: Tensor  # S - 1
+    share: Pull
+
+
+def _escorts(pair: Pair, a: float) -> _Escorts:
+    double = pair.student.terms.dtype == torch.float64
+    near = _excess(pair, a) if double or abs(a * (a - 1)) < NEAR_END else None
+    w, top = _weights(pair, a)
+    mass = total(w)
+    log = mass.double().log() + top
+    share = Pull(w, 1 / mass, mass / mass)  # NaN where the sum is
+    if near is None:
+        return _Escorts(log, log.expm1(), share)
+    terms, excess = near
+    # Where S is far from 1, by entries that one side masks say, its logarithm is what is right.
+    known = (excess.abs() < 0.5) & (log.abs() < 1)
+    log = torch.where(known, excess.double().log1p(), log)
+    if a < 0.5:
+        size = 1 / (1 + excess)
+        share = Pull(
+            torch.where(known, terms, w),
+            torch.where(known, size / pair.student.mass, share.factor),
+            torch.where(known, excess * size, share.total),
+        )
+    return _Escorts(log, torch.where(known, excess.double(), log.expm1()), share)
+
+
+def _excess(pair: Pair, a: float) -> tuple[Tensor, Tensor]:
+    """p^a q^(1-a) less q, or less p for an order near 1, over the mass of that side; its sum."""
+    side, order = (pair.student, a) if a < 0.5 else (pair.teacher, a - 1)
+    terms = pair.d(pair.new()).mul_(order).expm1_().mul_(side.terms)
+    terms.masked_fill_(side.terms == 0, 0.0)
+    return terms, total(terms) / side.mass
+
+
+def _weights(pair: Pair, a: float) -> tuple[Tensor, Tensor]:
     """p^a q^(1-a) / exp(top) and top, of each row the log of the largest, in fp64."""
     p, q = pair.teacher, pair.student
+    empty = None
+    if not 0 <= a <= 1 and q.depth.dtype == torch.float64:
+        empty = (p.depth < FATHOM) & (q.depth < FATHOM)
     depth = p.depth.mul_(a).add_(q.depth, alpha=1 - a)
+    if empty is not None:
+        depth.masked_fill_(empty, MASKED)
     top = depth.amax(-1, keepdim=True)
     w = depth.sub_(top).exp2_()
     return w, LN2 * top.double() - a * p.log_mass - (1 - a) * q.log_mass

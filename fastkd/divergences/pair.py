@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -12,9 +11,14 @@ from torch import Tensor
 
 LN2 = math.log(2)
 # The first columns, whose largest logit is `top`, but in fp64: to search all takes a tenth of the
-# time, and any logit of the row would do. A row too large for that, with a logit larger by 44 T
-# elsewhere, comes again in fp64. PyTorch finds the largest of 64 as fast as that of 8.
+# time, and any logit of the row would mostly do. A row too large for that, with a logit larger by
+# 44 T elsewhere, comes again in fp64. PyTorch finds the largest of 64 as fast as that of 8.
 SEARCHED, FEW = 64, 4
+# In fp64 a number stands for -inf, which times 0 is 0; the depth of a masked entry is below the
+# second, in fp32 too.
+MASKED, FATHOM = -1e300, -1e200
+# Masses whose ratio is 1 but for less have a logarithm that lacks digits.
+ALIKE = 1e-4
 
 
 class Softmax(NamedTuple):
@@ -26,14 +30,26 @@ class Softmax(NamedTuple):
     mass: Tensor  # their sum, [R, 1]
 
     @classmethod
-    def of(cls, logits: Tensor, scale: float | Tensor, depth: Tensor, terms: Tensor) -> Softmax:
-        """In the buffers given, [R, V]; that of the depth may be the logits."""
-        if logits.dtype == torch.float64:
-            top = logits.amax(-1, keepdim=True)
-            torch.sub(logits, top, out=depth).mul_(scale / LN2)
-        else:
+    def of(
+        cls,
+        logits: Tensor,
+        scale: float | Tensor,
+        depth: Tensor,
+        terms: Tensor,
+        whole: bool = False,
+    ) -> Softmax:
+        """In the buffers given, [R, V]; that of the depth may be the logits.
+
+        whole: the largest logit of all is to be `top`.
+        """
+        double, bits = logits.dtype == torch.float64, scale / LN2
+        some = logits
+        if not (whole or double):
             some = logits[:, : SEARCHED if logits.size(1) >= SEARCHED else FEW]
-            top, bits = some.amax(-1, keepdim=True), scale / LN2
+        top = some.amax(-1, keepdim=True)
+        if double or isinstance(bits, Tensor):  # a product by itself would round a common offset
+            torch.sub(logits, top, out=depth).mul_(bits)
+        else:
             _affine(logits, bits, top * -bits, depth)
         mass = total(torch.exp2(depth, out=terms))
         return cls(top, depth, terms, mass)
@@ -72,15 +88,22 @@ class Pair:
     ) -> None:
         self.student, self.teacher = student, teacher
         self.student_scale, self.new = student_scale, new
+        self.gap = self._gap()
+
+    def _gap(self) -> Tensor:
+        """d where the depths are equal, in nats, [R, 1]; in fp64 with the digits of near sides."""
+        q, p = self.student, self.teacher
+        ratio = q.mass / p.mass
+        alike = (ratio - 1).abs() < ALIKE if ratio.dtype == torch.float64 else None
+        if alike is None or not alike.any():
+            return ratio.log_()
+        excess = self.climb(self.new()).mul_(LN2).expm1_().mul_(q.terms)  # of p's terms over q's
+        excess = torch.where(q.terms == 0, p.terms, excess)
+        return torch.where(alike, -(total(excess) / q.mass).log1p(), ratio.log())
 
     def climb(self, out: Tensor) -> Tensor:
         """d = lp - lq in bits and less `gap`; `out` may be the teacher's depth."""
         return torch.sub(self.teacher.depth, self.student.depth, out=out)
-
-    @cached_property
-    def gap(self) -> Tensor:
-        """d where the depths are equal, in nats, [R, 1]."""
-        return (self.student.mass / self.teacher.mass).log_()
 
     def d(self, out: Tensor) -> Tensor:
         """lp - lq; `out` may be the teacher's depth."""
@@ -95,10 +118,8 @@ class Pair:
         return lp, lq
 
 
-def _affine(x: Tensor, scale: float | Tensor, shift: Tensor, out: Tensor) -> Tensor:
-    """x * scale + shift, in one pass where the scale is a number."""
-    if isinstance(scale, Tensor):
-        return torch.mul(x, scale, out=out).add_(shift)
+def _affine(x: Tensor, scale: float, shift: Tensor, out: Tensor) -> Tensor:
+    """x * scale + shift, with one rounding."""
     return torch.add(shift, x, alpha=scale, out=out)
 
 
