@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,7 +15,43 @@ from .operands import LinearHead
 from .operators import readable
 from .problem import Problem, packed_numbers, per_row, scalar
 from .reduction import Metrics, factor_of_rows, factors_of_terms, rows_that_count, weighted
-from .settings import Settings
+from .settings import Keywords, Settings
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+@overload
+def distillation_loss(
+    student: Tensor | LinearHead,
+    teacher: Tensor | LinearHead,
+    labels: Tensor | None = None,
+    *,
+    return_metrics: Literal[False] = False,
+    **settings: Unpack[Keywords],
+) -> Tensor: ...
+
+
+@overload
+def distillation_loss(
+    student: Tensor | LinearHead,
+    teacher: Tensor | LinearHead,
+    labels: Tensor | None = None,
+    *,
+    return_metrics: Literal[True],
+    **settings: Unpack[Keywords],
+) -> tuple[Tensor, Metrics]: ...
+
+
+@overload
+def distillation_loss(
+    student: Tensor | LinearHead,
+    teacher: Tensor | LinearHead,
+    labels: Tensor | None = None,
+    *,
+    return_metrics: bool,
+    **settings: Unpack[Keywords],
+) -> Tensor | tuple[Tensor, Metrics]: ...
 
 
 def distillation_loss(
@@ -41,7 +77,7 @@ def distillation_loss(
     inplace: bool = False,
     backend: str = "auto",
     return_metrics: bool = False,
-) -> Any:  # Tensor, or (Tensor, Metrics)
+) -> Tensor | tuple[Tensor, Metrics]:
     r"""Knowledge-distillation loss of a student against a teacher.
 
     With q = softmax(student / T_s), p = softmax(teacher / T_t), D the divergence and H the
@@ -142,6 +178,8 @@ def distillation_loss(
         checks.temperature_rows(name, value, student)
     if labels is None and given.alpha < 1:
         raise ValueError(f"alpha={alpha} mixes in a cross-entropy, which needs labels: pass them")
+    if labels is None and kind.label_aware:
+        raise ValueError(f"{type(kind).__name__} looks at the label of each row: pass labels")
     if labels is not None and given.sigmoids:
         checks.multi_hot(labels, student, columns)
     elif labels is not None:
@@ -175,9 +213,10 @@ def distillation_loss(
     if torch.compiler.is_compiling():
         factor = scalar(factor, dtype, student.device)
     factors = factors_of_terms(given, row_weight)
+    labelled = given.alpha < 1 or kind.label_aware or return_metrics
     problem = Problem.of(
         given, linear.side_of(operands[0], engine), linear.side_of(operands[1], engine),
-        labels if given.alpha < 1 or return_metrics else None, counted, columns, dtype,
+        labels if labelled else None, counted, columns, dtype,
     )  # fmt: skip
     if standardize and linear.chunked(problem):
         problem = problem._replace(standardize=True)

@@ -242,9 +242,10 @@ def readable(value: Any) -> Any:
     A lazily negated tensor has its sign in a flag, which a kernel does not see. Autograd saves no
     tensor from inference mode; of its memory another tensor is made.
     """
-    if not isinstance(value, Tensor) or checks.traced():
+    if not isinstance(value, Tensor) or torch.compiler.is_compiling():
         return value
-    value = value.resolve_neg()
+    if value.is_neg():
+        value = value.resolve_neg()
     if not value.is_inference() or torch.is_inference_mode_enabled():
         return value
     if checks.opaque(value):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -11,6 +11,28 @@ from . import checks
 from .divergences import Divergence
 
 FLAGS = ("scale_by_temperature", "standardize", "teacher_grad", "inplace", "return_metrics")
+
+
+class Keywords(TypedDict, total=False):
+    """The keywords of distillation_loss but for return_metrics, as a type checker sees them."""
+
+    divergence: str | Divergence
+    temperature: float | Tensor
+    teacher_temperature: float | Tensor | None
+    scale_by_temperature: bool
+    standardize: bool
+    alpha: float
+    label_smoothing: float
+    entropy_weight: float
+    ignore_index: int
+    weight: Tensor | None
+    reduction: str
+    num_items: int | Tensor | None
+    vocab_size: int | None
+    teacher_grad: bool
+    gradient: str
+    inplace: bool
+    backend: str
 
 
 class Settings(NamedTuple):

@@ -169,6 +169,7 @@ class Training:
             for name, model in self._models().items():
                 student = teacher if model is self.teacher else model(some)
                 _, found = distillation_loss(student, teacher, wanted, return_metrics=True)
+                assert found.ce is not None  # since labels are given
                 parts = (found.ce, found.kd, found.agreement)
                 sums[name] += torch.stack([part.sum().double().cpu() for part in parts])
         names = ("validation_loss", "kl_to_teacher", "agreement")

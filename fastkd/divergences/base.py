@@ -53,6 +53,8 @@ class Divergence:
     # A fastkd.kernels.divergences.Device, for the Triton backend.
     device: ClassVar[Any] = None
 
+    # Whether it looks at the label of a row, which it then needs.
+    label_aware: ClassVar[bool] = False
     # The modules of a backend that compute it: "logits", rows of a softmax, or "bernoulli".
     rows: ClassVar[str] = "logits"
     # Whether the Triton backend has it, in table 2 or by its `device`.

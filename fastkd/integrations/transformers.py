@@ -192,6 +192,7 @@ class DistillationTrainer(Trainer):
                 vocab_size=self.vocab_size,
                 return_metrics=True,
             )
+            assert found.ce is not None  # since labels are given
             counts = labels != -100
             sums = [_by_sequence(part) for part in (found.ce, found.kd, found.agreement, counts)]
             # Sequences that only fill up the last batch of a process are dropped here.
