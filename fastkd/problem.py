@@ -293,11 +293,10 @@ def per_row(value: float | Tensor, rows: int, dtype: torch.dtype, device: torch.
 def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """0-d, on the device."""
     if isinstance(value, Tensor):
-        value = value.to(dtype)
+        if value.device == device:
+            return value.to(dtype)
         # To copy from the CPU would wait for the device; as a factor the number goes along.
-        return (
-            value if value.device == device else torch.ones((), dtype=dtype, device=device) * value
-        )
+        return torch.ones((), dtype=dtype, device=device) * value.to(dtype)
     if torch.compiler.is_compiling():  # torch.full would compile again for each value
         return torch.ones((), dtype=dtype, device=device) * value
     return torch.full((), value, dtype=dtype, device=device)

@@ -90,9 +90,9 @@ def divisor(
     """num_items; NaN where it is not positive, but for 0 items where no row counts, which is 1."""
     items = scalar(num_items, dtype, student.device)
     divisor = torch.where(items > 0, items, math.nan)
-    if counted is not None:
-        return torch.where((items == 0) & ~counted.any(), 1.0, divisor)
-    return divisor if student.numel() else torch.where(items == 0, 1.0, divisor)
+    if counted is None:
+        return divisor
+    return torch.where((items == 0) & ~counted.any(), 1.0, divisor)
 
 
 def factors_of_terms(given: Settings, row_weight: Tensor | None) -> list[float | Tensor | None]:
