@@ -1,0 +1,96 @@
+// What the instructions compute of single numbers: bits in, bits out.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+typedef uint8_t u8;
+typedef uint16_t u16;
+typedef uint32_t u32;
+typedef uint64_t u64;
+typedef int16_t s16;
+typedef int32_t s32;
+typedef int64_t s64;
+
+static inline float F(u32 x) { float f; memcpy(&f, &x, 4); return f; }
+static inline u32 U(float f) { u32 x; memcpy(&x, &f, 4); return x; }
+// Denormal numbers count as 0.
+static inline float ftz(float x) {
+  return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x;
+}
+static inline float larger(float a, float b) {
+  if (a != a) return b != b ? F(0x7fffffff) : b;
+  if (b != b) return a;
+  if (a == b) return std::signbit(a) ? b : a;
+  return a > b ? a : b;
+}
+static inline float smaller(float a, float b) { return -larger(-a, -b); }
+static inline u32 to_bf16(float f) {
+  u32 x = U(f);
+  if (f != f) return 0x7fff;
+  return ((x + 0x7fff + ((x >> 16) & 1)) >> 16) & 0xffff;
+}
+static inline float from_bf16(u32 x) { return F((x & 0xffff) << 16); }
+static inline u32 to_f16(float f) {
+  if (f != f) return 0x7fff;
+  _Float16 h = (_Float16)f;
+  u16 x;
+  memcpy(&x, &h, 2);
+  return x;
+}
+static inline float from_f16(u32 x) {
+  u16 y = (u16)x;
+  _Float16 h;
+  memcpy(&h, &y, 2);
+  return (float)h;
+}
+static inline u32 mixed(u32 x) {
+  x = (x ^ x >> 16) * 0x7feb352d;
+  x = (x ^ x >> 15) * 0x846ca68b;
+  return x ^ x >> 16;
+}
+// The bits of a from number b on, c of them.
+static inline u32 bit_field(u32 a, u32 b, u32 c, bool is_signed) {
+  u32 first = b & 0xff, count = std::min(c & 0xff, 32u);
+  if (!count || first > 31) return is_signed && first > 31 && count ? (u32)((s32)a >> 31) : 0;
+  u64 v = is_signed ? (u64)(s64)(s32)a : a;
+  v >>= first;
+  if (count < 32) {
+    v &= (1ull << count) - 1;
+    if (is_signed && (v >> (count - 1) & 1)) v |= ~((1ull << count) - 1);
+  }
+  return (u32)v;
+}
+static inline u32 permuted(u32 a, u32 b, u32 selection) {
+  u64 all = (u64)b << 32 | a;
+  u32 out = 0;
+  for (int k = 0; k < 4; k++) {
+    u32 s = selection >> (4 * k) & 15, v = (u32)(all >> (8 * (s & 7))) & 255;
+    if (s & 8) v = v & 128 ? 255 : 0;
+    out |= v << (8 * k);
+  }
+  return out;
+}
+// Towards 0, held within the range.
+static inline u32 to_s32(float x) {
+  if (x != x) return 0;
+  if (x >= 2147483648.0f) return 0x7fffffff;
+  if (x < -2147483648.0f) return 0x80000000u;
+  return (u32)(s32)x;
+}
+// Of numbers: 0 to 5 false where one is NaN, 6 to 11 true; 12: neither is, 13: one is.
+template <class T> static inline bool compare(int how, T a, T b) {
+  bool ordered = a == a && b == b;
+  if (how == 12) return ordered;
+  if (how == 13) return !ordered;
+  if (!ordered) return how >= 6;
+  switch (how % 6) {
+  case 0: return a == b;
+  case 1: return a != b;
+  case 2: return a < b;
+  case 3: return a <= b;
+  case 4: return a > b;
+  default: return a >= b;
+  }
+}
