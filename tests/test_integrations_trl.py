@@ -20,6 +20,7 @@ from tests import environments  # noqa: E402
 from tests.closeness import assert_close, assert_zero  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
+TRAINING = Path(__file__).with_name("test_integrations_trl_training.py")
 BETAS = [0, 0.3, 1]
 KINDS = ("value", "gradient", "gradient")
 CLASSES = {"gkd": "GKDTrainer", "gold": "GOLDTrainer", "iw_opd": "IWOPDTrainer"}
@@ -267,6 +268,22 @@ def test_a_context_leaves_what_was_patched_before():
     assert all(new is old for new, old in zip(held(), before, strict=True))
 
 
+def test_a_trainer_that_does_not_import_here_is_left_out_unless_named(monkeypatch):
+    real = integration._imported
+
+    def imported(module):
+        if "gold" in module:
+            raise ModuleNotFoundError("No module named 'requests'")
+        return real(module)
+
+    monkeypatch.setattr(integration, "_imported", imported)
+    said = integration.patch()
+    assert [line for line in said if line.startswith("gkd")]
+    assert not [line for line in said if line.startswith("gold")]
+    with pytest.raises(ModuleNotFoundError, match="requests"):
+        integration.patch("gold")
+
+
 def test_an_unknown_signature_is_refused_before_anything_changes(monkeypatch):
     def loss(student_logits, teacher_logits, labels=None, beta=0.5, chunk=8):
         raise AssertionError
@@ -299,12 +316,13 @@ def test_an_unknown_trainer_is_refused():
 @pytest.mark.full
 @pytest.mark.parametrize("version", ["1.12.0", "1.16.0"])
 def test_the_oldest_and_the_newest_trl(version, tmp_path):
-    python = environments.with_others(tmp_path, f"trl=={version}")
+    needed = [f"trl=={version}", "requests"]  # which some of 1.12's trainers import undeclared
+    python = environments.with_others(tmp_path, *needed)
     code = "import trl; print(trl.__version__)"
     used = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
     assert used.stdout.split() == [version]
     done = subprocess.run(
-        [python, "-m", "pytest", "-p", "no:cacheprovider", __file__], cwd=ROOT,
+        [python, "-m", "pytest", "-p", "no:cacheprovider", __file__, TRAINING], cwd=ROOT,
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

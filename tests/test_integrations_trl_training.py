@@ -10,11 +10,11 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("trl")
+trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
 import fastkd.integrations.trl as integration  # noqa: E402
-from fastkd.integrations import chunked  # noqa: E402
+from fastkd.integrations import chunked, numbers  # noqa: E402
 
 pytestmark = pytest.mark.slow
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
@@ -114,6 +114,8 @@ def trained(trainer, tokens, folder):
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_it_trains_to_the_same_losses(trainer, tokens, tmp_path, monkeypatch):
+    if trainer == "distillation" and numbers(trl.__version__) < (1, 15):
+        pytest.skip("before trl 1.15 it has no function of its own that could be replaced")
     theirs, their_weights = trained(trainer, tokens, tmp_path / "theirs")
     calls, real = [], integration.distillation_loss
 
