@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,72 +54,65 @@ class Rows(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         dual_numbers, numbers, state, other, *tensors = ctx.saved_tensors
         with torch.no_grad():
-            gradients = Rows.gradients(
-                ctx,
-                upstream,
-                dual_numbers,
-                numbers,
-                state,
-                other,
-                tensors,
-                ctx.needs_input_grad[8:],
-            )
-        return *[None] * 8, *map(_once, gradients, tensors)
-
-    @staticmethod
-    def gradients(
-        ctx: Any,
-        upstream: Tensor,
-        dual_numbers: Tensor | None,
-        numbers: Tensor,
-        state: Tensor,
-        other: Tensor,
-        tensors: list[Tensor | None],
-        needed: tuple[bool, ...],
-    ) -> list[Tensor | None]:
-        """One for each of the tensors; None where none is asked for."""
-        problem = Problem.unpack(tensors, numbers, ctx.vocab_size, ctx.spec)
-        backend = operators.backend(ctx.name, problem)
-        count = len(sources(problem.student))
-        last = count + len(sources(problem.teacher))
-        train_student, train_teacher = any(needed[:count]), any(needed[count:last])
-        train_heat, train_teacher_heat = needed[last : last + 2]
-        heats: list[Tensor | None] = [None, None]
-        student: list[Tensor | None] = [None] * count
-        teacher: list[Tensor | None] = [None] * (last - count)
-
-        if train_student or train_heat:
+            problem = Problem.unpack(tensors, numbers, ctx.vocab_size, ctx.spec)
+            needed = Needed.of(problem, ctx.needs_input_grad[8:])
             coefficients = Coefficients(
                 upstream[KD],
                 None if problem.labels is None else upstream[CE],
                 upstream[ENTROPY] if ctx.entropy else None,
             )
-            found, heats[0] = backend.backward(
-                problem, state, coefficients, train_student, train_heat
+            student, temperature = _gradients(
+                ctx.name, problem, state, coefficients, needed.student, needed.temperature
             )
-            student = _listed(found, problem.student, train_student)
-
-        if dual_numbers is not None:
-            a, b, factor = unpacked_numbers(dual_numbers)
-            shared = problem.teacher_temperature is None
-            exchanged = problem.exchanged(ctx.dual, a, b)
-            found, heats[1] = backend.backward(
-                exchanged, other, Coefficients(upstream[KD] * factor, None, None),
-                train_teacher, train_teacher_heat or (shared and train_heat),
-            )  # fmt: skip
-            teacher = _listed(found, problem.teacher, train_teacher)
-            if shared and train_heat:
-                heats[0] = heats[0] + heats[1]  # type: ignore[operator]
-
-        return [
-            *student, *teacher,
-            heats[0] if train_heat else None,
-            heats[1] if train_teacher_heat else None,
-            None, None, None,
-        ]  # fmt: skip
+            teacher, teacher_temperature = [None] * len(sources(problem.teacher)), None
+            if dual_numbers is not None:
+                a, b, factor = unpacked_numbers(dual_numbers)
+                shared = problem.teacher_temperature is None
+                teacher, teacher_temperature = _gradients(
+                    ctx.name, problem.exchanged(ctx.dual, a, b), other,
+                    Coefficients(upstream[KD] * factor, None, None), needed.teacher,
+                    needed.temperature if shared else needed.teacher_temperature,
+                )  # fmt: skip
+                if shared and teacher_temperature is not None:
+                    temperature, teacher_temperature = temperature + teacher_temperature, None
+        gradients = *student, *teacher, temperature, teacher_temperature, None, None, None
+        return *[None] * 8, *map(_once, gradients, tensors)
 
 
-def _listed(found: Any, side: Any, wanted: bool) -> list[Tensor | None]:
+class Needed(NamedTuple):
+    """Which gradients are asked for."""
+
+    student: bool
+    teacher: bool
+    temperature: bool
+    teacher_temperature: bool
+
+    @staticmethod
+    def of(problem: Problem, tensors: Sequence[bool]) -> Needed:
+        """From what is needed of the tensors of problem.pack()."""
+        first = len(sources(problem.student))
+        last = first + len(sources(problem.teacher))
+        return Needed(any(tensors[:first]), any(tensors[first:last]), *tensors[last : last + 2])
+
+
+def _gradients(
+    name: str,
+    problem: Problem,
+    state: Tensor,
+    upstream: Coefficients,
+    student: bool,
+    temperature: bool,
+) -> tuple[list[Any], Any]:
+    """Of the student's sources, and of its temperatures; None where not wanted."""
+    if not (student or temperature):
+        return [None] * len(sources(problem.student)), None
+    found, temperature_grad = operators.backend(name, problem).backward(
+        problem, state, upstream, student, temperature
+    )
+    return _listed(found, problem.student, student), temperature_grad if temperature else None
+
+
+def _listed(found: Any, side: Any, wanted: bool) -> list[Any]:
     """The gradients of a side's sources."""
     if not wanted:
         return [None] * len(sources(side))

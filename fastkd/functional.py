@@ -189,9 +189,9 @@ def distillation_loss(
     if num_items is not None:
         num_items = checks.num_items(num_items, reduction, student)
     checks.teacher_gradient(teacher, teacher_grad)
-    engine = checks.backend(backend, student, teacher, kind.has_device_function)
     if backend == "auto" and student.is_cuda and not kind.has_device_function:
         warnings.warn(f"{type(kind).__name__} has no device function: using torch", stacklevel=2)
+    backend = checks.backend(backend, student, teacher, kind.has_device_function)
     others = {"teacher": teacher, "weight": weight, **given.temperatures}
     mode = given.gradient_mode(student, others)
     trains = student.requires_grad and torch.is_grad_enabled()
@@ -215,26 +215,26 @@ def distillation_loss(
     factors = factors_of_terms(given, row_weight)
     labelled = given.alpha < 1 or kind.label_aware or return_metrics
     problem = Problem.of(
-        given, linear.side_of(operands[0], engine), linear.side_of(operands[1], engine),
+        given, linear.side_of(operands[0], backend), linear.side_of(operands[1], backend),
         labels if labelled else None, counted, columns, dtype,
     )  # fmt: skip
     if standardize and linear.chunked(problem):
         problem = problem._replace(standardize=True)
-    elif standardize and engine != "reference":
-        problem = moments.standardized(problem, engine)
+    elif standardize and backend != "reference":
+        problem = moments.standardized(problem, backend)
 
     shape = student.shape[:-1]
-    if mode == "forward" and trains and engine != "reference":
+    if mode == "forward" and trains and backend != "reference":
         loss, values, *_ = autograd.Fused.apply(
-            inplace, return_metrics, engine, *_coefficients(factors, factor, problem),
+            inplace, return_metrics, backend, *_coefficients(factors, factor, problem),
             *_flat(problem),
         )  # fmt: skip
     else:
-        if engine == "reference":
+        if backend == "reference":
             values = reference.losses(problem, entropy_weight != 0, return_metrics, standardize)
         else:
             values, *_ = autograd.Rows.apply(
-                entropy_weight != 0, return_metrics, engine, *_dual(kind, others, engine),
+                entropy_weight != 0, return_metrics, backend, *_dual(kind, others, backend),
                 *_flat(problem),
             )  # fmt: skip
         rows = weighted(values, factors) * factor
@@ -258,7 +258,7 @@ def _coefficients(
     ]
 
 
-def _dual(kind: Divergence, others: Mapping[str, Any], engine: str) -> tuple[str, Tensor | None]:
+def _dual(kind: Divergence, others: Mapping[str, Any], backend: str) -> tuple[str, Tensor | None]:
     """The divergence with the roles exchanged, where teacher or its temperature trains."""
     names = ["teacher", "teacher_temperature"]
     if others["teacher_temperature"] is None:
@@ -266,7 +266,7 @@ def _dual(kind: Divergence, others: Mapping[str, Any], engine: str) -> tuple[str
     if not any(checks.trains(others[name]) for name in names):
         return "", None
     name, (a, b), factor = kind.dual()
-    if engine == "triton" and not Divergence.of_name(name).has_device_function:
+    if backend == "triton" and not Divergence.of_name(name).has_device_function:
         raise NotImplementedError(
             f"the gradient to teacher or temperature needs {type(kind).__name__} with the roles "
             "exchanged on the device too: define `dual`, or pass backend='torch'"

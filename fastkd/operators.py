@@ -155,10 +155,12 @@ def _(*arguments: Any) -> Any:
 )
 def _backward(*arguments: Any) -> Any:
     problem, (state, kd, ce, entropy, gradient, temperature, name) = _split(arguments)
-    out, heat = _module(name, problem).backward(
+    out, temperature_grad = _module(name, problem).backward(
         problem, state, Coefficients(kd, ce, entropy), gradient, temperature
     )
-    return _as_gradients(problem, out, kd), kd.new_empty(0) if heat is None else heat
+    return _as_gradients(problem, out, kd), kd.new_empty(
+        0
+    ) if temperature_grad is None else temperature_grad
 
 
 @_backward.register_fake
