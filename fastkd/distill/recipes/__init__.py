@@ -23,6 +23,8 @@ RECIPES = {
     "two-stage": "a high temperature first, then a low one; samples chosen by what the rows say",
     "few-sample": "a student from few samples, temperature and weight chosen by cross-validation",
     "compress": "pruning and quantisation, and what distillation brings back",
+    "federated": "one teacher made of clients with private, unequal data: mixed, weighted, routed",
+    "multimodal": "a teacher that sees two views of what its student sees one; another modality",
 }
 
 
