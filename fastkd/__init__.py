@@ -17,7 +17,7 @@ from .divergences import (
 from .elementwise import kl_div
 from .functional import Metrics, distillation_loss
 from .modules import DistillationLoss, KLDivLoss
-from .operands import LinearHead
+from .operands import LinearHead, Sampled, TopK
 
 __version__ = "0.1.0"
 
@@ -35,9 +35,11 @@ __all__ = [
     "Metrics",
     "Renyi",
     "ReverseKL",
+    "Sampled",
     "SkewKL",
     "SkewReverseKL",
     "TeacherCache",
+    "TopK",
     "distillation_loss",
     "kl_div",
 ]

@@ -131,7 +131,7 @@ def labels(tensor: Any, student: Tensor, vocab_size: int, ignore_index: int) -> 
             f"labels must be class indices in int64 or int32, got {tensor.dtype}; soft labels are "
             "a teacher: pass their logarithm as `teacher`"
         )
-    if _may_read(tensor):
+    if may_read(tensor):
         wrong = (tensor != ignore_index) & ((tensor < 0) | (tensor >= vocab_size))
         if wrong.any():
             raise ValueError(
@@ -152,7 +152,7 @@ def multi_hot(tensor: Any, student: Tensor, vocab_size: int) -> None:
         )
     if tensor.device != student.device:
         raise ValueError(f"labels is on {tensor.device}, the logits on {student.device}: move it")
-    if _may_read(tensor) and not ((tensor >= 0) & (tensor <= 1)).all():
+    if may_read(tensor) and not ((tensor >= 0) & (tensor <= 1)).all():
         raise ValueError(
             f"labels of Bernoulli() must lie in [0, 1], got {tensor.min().item()} to "
             f"{tensor.max().item()}: leave out rows by `weight`"
@@ -187,9 +187,23 @@ def temperature(name: str, value: Any) -> Any:
     dense(name, value)
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating-point, got {value.dtype}")
-    if _may_read(value) and not ((value > 0) & (value < math.inf)).all():
+    if may_read(value) and not ((value > 0) & (value < math.inf)).all():
         raise ValueError(f"{name} must be finite and > 0 in every row, got {value}")
     return value
+
+
+def one_temperature(kind: str, tail: str, temperatures: dict[str, Any]) -> None:
+    """Refuses a temperature at which the mass of what the teacher does not list is unknown."""
+    if tail == "renormalize":
+        return
+    name = "temperature" if temperatures["teacher_temperature"] is None else "teacher_temperature"
+    value = temperatures[name]
+    if isinstance(value, Tensor) or value != 1:
+        other = "" if kind == "Sampled" else ", or TopK(tail='renormalize')"
+        raise ValueError(
+            f"{name}={value!r} is the teacher's too, and what a {kind} does not list has no known "
+            f"mass but at 1: pass teacher_temperature=1.0{other}"
+        )
 
 
 def temperature_rows(name: str, value: Any, student: Tensor) -> None:
@@ -258,7 +272,7 @@ def num_items(value: Any, reduction: str, student: Tensor) -> Any:
     scalar_device("num_items", value, student)
     if value.requires_grad:
         raise ValueError("num_items requires a gradient, which it does not get: detach it")
-    if _may_read(value) and not value >= 0:
+    if may_read(value) and not value >= 0:
         raise ValueError(f"num_items must be >= 0, got {value.item()}")
     return value
 
@@ -391,6 +405,6 @@ def opaque(tensor: Tensor) -> bool:
     return tensor.is_meta or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
-def _may_read(tensor: Tensor) -> bool:
+def may_read(tensor: Tensor) -> bool:
     """Whether looking at values costs no synchronisation, or was asked for."""
     return not (watched() or opaque(tensor)) and (tensor.device.type == "cpu" or DEBUG)

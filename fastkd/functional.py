@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import autograd, checks, linear, moments, reference
+from . import autograd, checks, linear, moments, reference, sides
 from .divergences import Divergence
-from .operands import LinearHead
+from .operands import Student, Teacher
 from .operators import readable
 from .problem import Problem, packed_numbers, per_row, scalar
 from .reduction import Metrics, factor_of_rows, factors_of_terms, rows_that_count, weighted
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 @overload
 def distillation_loss(
-    student: Tensor | LinearHead,
-    teacher: Tensor | LinearHead,
+    student: Student,
+    teacher: Teacher,
     labels: Tensor | None = None,
     *,
     return_metrics: Literal[False] = False,
@@ -34,8 +34,8 @@ def distillation_loss(
 
 @overload
 def distillation_loss(
-    student: Tensor | LinearHead,
-    teacher: Tensor | LinearHead,
+    student: Student,
+    teacher: Teacher,
     labels: Tensor | None = None,
     *,
     return_metrics: Literal[True],
@@ -45,8 +45,8 @@ def distillation_loss(
 
 @overload
 def distillation_loss(
-    student: Tensor | LinearHead,
-    teacher: Tensor | LinearHead,
+    student: Student,
+    teacher: Teacher,
     labels: Tensor | None = None,
     *,
     return_metrics: bool,
@@ -55,8 +55,8 @@ def distillation_loss(
 
 
 def distillation_loss(
-    student: Tensor | LinearHead,
-    teacher: Tensor | LinearHead,
+    student: Student,
+    teacher: Teacher,
     labels: Tensor | None = None,
     *,
     divergence: str | Divergence = "forward_kl",
@@ -95,8 +95,8 @@ def distillation_loss(
         student: logits [..., V], fp16, bf16, fp32 or fp64, dense; -inf masks an entry. Or a
             `LinearHead`, hidden states with their output head, whose logits are made for a chunk
             of rows at a time.
-        teacher: logits [..., V], of any of these dtypes, or a `LinearHead`. Log-probabilities are
-            logits too.
+        teacher: logits [..., V], of any of these dtypes, or a `LinearHead`, or what is known of a
+            teacher: `TopK`, `Sampled`. Log-probabilities are logits too.
         labels: class indices [...], int64 or int32. They feed the cross-entropy and say, by
             `ignore_index`, which rows count. No shift is applied. With `Bernoulli()`, multi-hot
             [..., V] in [0, 1].
@@ -172,7 +172,9 @@ def distillation_loss(
     )  # fmt: skip
     kind = given.divergence
     operands = student, teacher
-    student, teacher = linear.outline(student), linear.outline(teacher)
+    sides.check(given, student, teacher, labels)
+    student = sides.outline(student)
+    teacher = sides.outline(teacher, student.size(-1))
     columns = checks.logits(student, teacher, given.vocab_size)
     for name, value in given.temperatures.items():
         checks.temperature_rows(name, value, student)
@@ -195,8 +197,6 @@ def distillation_loss(
     others = {"teacher": teacher, "weight": weight, **given.temperatures}
     mode = given.gradient_mode(student, others)
     trains = student.requires_grad and torch.is_grad_enabled()
-    if inplace and operands[0] is not student:
-        raise ValueError("inplace=True overwrites logits, and a LinearHead has none: leave it out")
     if inplace and trains:
         checks.inplace(student, {"labels": labels, **others})
 
@@ -215,7 +215,9 @@ def distillation_loss(
     factors = factors_of_terms(given, row_weight)
     labelled = given.alpha < 1 or kind.label_aware or return_metrics
     problem = Problem.of(
-        given, linear.side_of(operands[0], backend), linear.side_of(operands[1], backend),
+        given,
+        sides.side_of(operands[0], given, labels, columns, backend),
+        sides.side_of(operands[1], given, labels, columns, backend),
         labels if labelled else None, counted, columns, dtype,
     )  # fmt: skip
     if standardize and linear.chunked(problem):

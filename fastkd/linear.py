@@ -27,18 +27,6 @@ LEAST_ROWS = 16
 COLUMNS = 4096
 
 
-def outline(side: Any) -> Tensor:
-    """What the checks look at: logits, or a tensor of their shape that takes no memory."""
-    return side.outline if isinstance(side, LinearHead) else side
-
-
-def side_of(side: Any, backend: str) -> Any:
-    """A student or teacher as a Problem holds it: logits or a Head."""
-    if not isinstance(side, LinearHead):
-        return readable(side)
-    return side.logits() if backend == "reference" else head_of(side)
-
-
 def chunked(problem: Problem) -> bool:
     return isinstance(problem.student, Head) or isinstance(problem.teacher, Head)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import checks
 from .divergences import Divergence
-from .problem import Coefficients, Head, Problem, sources
+from .problem import Coefficients, Events, Head, Problem, sources
 
 Function = TypeVar("Function", bound=type[torch.autograd.Function])
 
@@ -57,9 +57,12 @@ def backend(name: str, problem: Problem) -> Any:
 
 def _module(name: str, problem: Problem) -> Any:
     rows = Divergence.of_name(problem.divergence).rows
-    module = import_module(MODULES[name, rows])
-    heads = isinstance(problem.student, Head) or isinstance(problem.teacher, Head)
-    return import_module("fastkd.linear").Chunked(module, name) if heads else module
+    module: Any = import_module(MODULES[name, rows])
+    if isinstance(problem.teacher, Events):
+        module = import_module("fastkd.events").Listed(module)
+    if isinstance(problem.student, Head) or isinstance(problem.teacher, Head):
+        module = import_module("fastkd.linear").Chunked(module, name)
+    return module
 
 
 MODULES = {
@@ -141,7 +144,8 @@ def _(*arguments: Any) -> Any:
     long = entropy or metrics or problem.labels is not None
     standardized = problem.standardize or problem.moments is not None
     saved = 9 if standardized else 7 if long else 5
-    if name == "torch" or Divergence.of_name(problem.divergence).rows == "bernoulli":
+    events = isinstance(problem.teacher, Events) and not long
+    if name == "torch" or events or Divergence.of_name(problem.divergence).rows == "bernoulli":
         saved = 0
     new = problem.student_temperature.new_empty
     return new(5 if metrics else 3 if long else 1, problem.rows), new(saved, problem.rows)

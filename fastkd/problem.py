@@ -91,6 +91,14 @@ class Head(NamedTuple):
         return places[0] == places[1] and self[3:6] == other[3:6]
 
 
+class Events(NamedTuple):
+    """A teacher of which K entries are known; all others are one event. Each is listed once."""
+
+    indices: Tensor  # [N, K], int64; -1: nothing is listed
+    log_probs: Tensor  # [N, K], at the teacher's temperature
+    rest: Tensor | None  # log-mass of what is not listed, [N]; None: that is left out
+
+
 class Packed(NamedTuple):
     """A Problem as an operator takes it. A new field of a Problem comes in here, and nowhere else.
 
@@ -108,7 +116,7 @@ class Problem(NamedTuple):
     """A batch of N = O * I rows; logits keep their strides, [O, I, V] with last stride 1."""
 
     student: Any  # Tensor [O, I, >= V], or a Head
-    teacher: Any  # likewise; None: not read, and the divergence is 0
+    teacher: Any  # likewise, or Events; None: not read, and the divergence is 0
     student_temperature: Tensor  # [N], of any stride
     teacher_temperature: Tensor | None  # [N]; None: the student's
     labels: Tensor | None  # [N], integer, or [N, V] for sigmoids; None: no cross-entropy
@@ -164,6 +172,8 @@ class Problem(NamedTuple):
         def logits(x: Any) -> Any:
             if isinstance(x, Head):
                 return x._replace(hidden=x.hidden[rows])
+            if isinstance(x, Events):
+                return Events._make(some(tensor) for tensor in x)
             return None if x is None else x[:, rows]
 
         def some(x: Tensor | None) -> Tensor | None:
@@ -218,7 +228,10 @@ class Problem(NamedTuple):
         label_smoothing, a, b, *scales = unpacked_numbers(numbers)
         sides: list[Any] = []
         for kind in kinds:
-            if kind not in (LOGITS, NOTHING):
+            if kind == EVENTS:
+                sides.append(Events._make(found[:3]))
+                found = found[3:]
+            elif kind not in (LOGITS, NOTHING):
                 product, trains = kind.split(":")
                 factors = (getattr(torch, product), tuple(flag == "1" for flag in trains))
                 sides.append(Head._make((*found[:3], *scales[:2], *factors)))
@@ -232,18 +245,22 @@ class Problem(NamedTuple):
         ))  # fmt: skip
 
 
-LOGITS, NOTHING = "logits", ""  # what a side is, in a spec
+LOGITS, EVENTS, NOTHING = "logits", "events", ""  # what a side is, in a spec
 
 
 def _kind(side: Any) -> str:
     if isinstance(side, Head):
         return f"{str(side.product)[6:]}:{''.join(str(int(flag)) for flag in side.trains)}"
+    if isinstance(side, Events):
+        return EVENTS
     return NOTHING if side is None else LOGITS
 
 
 def sources(side: Any) -> list[Any]:
     """The tensors that a side's logits come from, and its gradient goes to."""
-    return [] if side is None else list(side[:3]) if isinstance(side, Head) else [side]
+    if isinstance(side, Tensor):
+        return [side]
+    return [] if side is None else list(side[:3])
 
 
 # --- rows and numbers ------------------------------------------------------------------------
@@ -252,16 +269,19 @@ def sources(side: Any) -> list[Any]:
 def rows_of_sides(sides: Sequence[Any]) -> list[Any]:
     """Logits as [O, I, width], beside a head as [1, N, width], and heads' hidden states as [N, H].
 
-    Where one is a head the rows of both are worked off in chunks, whatever their dimensions.
+    Where one is not logits the rows of both are worked off in chunks, whatever their dimensions.
     """
     if all(isinstance(side, Tensor) for side in sides):
         return as_rows(*sides)
-    return [
-        as_rows(side.reshape(1, -1, side.size(-1)))[0]
-        if isinstance(side, Tensor)
-        else side._replace(hidden=side.hidden.reshape(-1, side.hidden.size(-1)))
-        for side in sides
-    ]
+    return [_one_dimension(side) for side in sides]
+
+
+def _one_dimension(side: Any) -> Any:
+    if isinstance(side, Tensor):
+        return as_rows(side.reshape(1, -1, side.size(-1)))[0]
+    if isinstance(side, Head):
+        return side._replace(hidden=side.hidden.reshape(-1, side.hidden.size(-1)))
+    return side
 
 
 def as_rows(*tensors: Tensor) -> list[Tensor]:

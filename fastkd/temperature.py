@@ -189,7 +189,7 @@ def dtkd(
     measure = torch.amax if sharpness == "max" else torch.logsumexp
     m_s, m_t = measure(_wide(student), -1), measure(_wide(teacher), -1)
     for name, m in (("student", m_s), ("teacher", m_t)):
-        if checks._may_read(m) and not (m > 0).all():
+        if checks.may_read(m) and not (m > 0).all():
             raise ValueError(
                 f"dtkd: each row of {name} needs a positive {sharpness}, got {m.min().item():.4g}: "
                 f"subtract the mean of each row, {name} - {name}.mean(-1, keepdim=True)"

@@ -3,8 +3,13 @@
 On the CPU values are checked too; elsewhere only what costs no synchronisation.
 """
 
+from torch import Tensor
+
 from .ensemble import Ensemble
 from .linear_head import LinearHead
 from .listed import Sampled, TopK
 
-__all__ = ["Ensemble", "LinearHead", "Sampled", "TopK"]
+Student = Tensor | LinearHead
+Teacher = Tensor | LinearHead | TopK | Sampled
+
+__all__ = ["Ensemble", "LinearHead", "Sampled", "Student", "Teacher", "TopK"]

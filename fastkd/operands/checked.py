@@ -41,7 +41,7 @@ def listed(kind: str, indices: Any, name: str = "", values: Any = None) -> None:
                 f"{kind}: indices and {name} must have one shape, got {tuple(indices.shape)} and "
                 f"{tuple(values.shape)}"
             )
-    if checks._may_read(indices) and (indices < PADDING).any():
+    if checks.may_read(indices) and (indices < PADDING).any():
         raise ValueError(
             f"{kind}: indices must be ids, or -1 where nothing is listed, got "
             f"{indices.min().item()}"

@@ -92,8 +92,8 @@ class Ensemble:
                         f"Ensemble: a weight must be a number or one for each row, "
                         f"{tuple(self.rows)}, got {tuple(weight.shape)}"
                     )
-                wrong = checks._may_read(weight) and not ((weight >= 0) & (weight < math.inf)).all()
-                total = total + weight.detach() if checks._may_read(weight) else math.inf
+                wrong = checks.may_read(weight) and not ((weight >= 0) & (weight < math.inf)).all()
+                total = total + weight.detach() if checks.may_read(weight) else math.inf
             else:
                 checks.finite("Ensemble: a weight", weight)
                 wrong = weight < 0

@@ -85,7 +85,7 @@ class TopK:
         checked.one_device(
             "TopK", indices=self.indices, log_probs=self.log_probs, tail_log_prob=rest
         )
-        if checks._may_read(self.log_probs):
+        if checks.may_read(self.log_probs):
             listed = self.log_probs[self.indices != PADDING]
             for name, values in (("log_probs", listed), ("tail_log_prob", rest)):
                 if values is not None and (values > ROUNDING).any():
@@ -120,7 +120,7 @@ class TopK:
                 "TopK.at: logits and indices must have equal leading shapes, got "
                 f"{tuple(logits.shape)} and {tuple(indices.shape)}"
             )
-        if checks._may_read(indices) and (indices >= logits.size(-1)).any():
+        if checks.may_read(indices) and (indices >= logits.size(-1)).any():
             raise ValueError(
                 f"TopK.at: indices must lie below {logits.size(-1)}, the columns of the logits, "
                 f"got {indices.max().item()}"
@@ -272,7 +272,7 @@ class Sampled:
         if self.counts.dtype.is_complex or self.counts.dtype == torch.bool:
             raise TypeError(f"Sampled: counts must be numbers, got {self.counts.dtype}")
         checked.one_device("Sampled", indices=self.indices, counts=self.counts)
-        if checks._may_read(self.counts) and (self.counts < 0).any():
+        if checks.may_read(self.counts) and (self.counts < 0).any():
             raise ValueError(
                 f"Sampled: counts must be >= 0, got {self.counts[self.counts < 0][0].item()}"
             )

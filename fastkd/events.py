@@ -1,0 +1,294 @@
+"""Teachers of which some entries are known: the listed ones, and all others as one event.
+
+A divergence of K + 1 events is the same sum as one of V, over probabilities that are listed or
+added up. With phi its terms, g = d phi / d log q and G the sum of g over the events,
+
+    dD/dz_v = (g_v - q_v G) / T                        where v is listed
+    dD/dz_v = q_v (g_rest / q_rest - G) / T            elsewhere
+
+so the student's row is read for its sum over what is not listed, and written once. The terms are
+the textbook's, in fp64: there are few. Cross-entropy and entropy are the backend's, of a problem
+without a teacher.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import checks
+from .divergences import Divergence, plogr
+from .operands import Sampled, TopK
+from .problem import AGREEMENT, KD, TEACHER_ENTROPY, Coefficients, Events, Problem
+from .settings import Settings
+
+NOTHING = -1  # an index where nothing is listed
+# Bytes of a chunk of rows of the student.
+GPU_BYTES, CPU_BYTES = 256 << 20, 8 << 20
+
+
+def events_of(
+    teacher: TopK | Sampled, given: Settings, labels: Tensor | None, columns: int
+) -> Events:
+    """What a teacher lists, each id once, and the log-mass of all else, in fp64."""
+    indices = teacher.indices.flatten(0, -2).long()
+    if checks.may_read(indices) and (indices >= columns).any():
+        raise ValueError(
+            f"teacher lists id {indices.max().item()}, and the vocabulary has {columns} entries: "
+            "map its ids to the student's"
+        )
+    if isinstance(teacher, Sampled):
+        indices, counts = _added_up(indices, teacher.counts.flatten(0, -2).double())
+        lp = (counts / counts.sum(-1, keepdim=True)).log()
+        return _closed(indices, lp)
+    indices = torch.where(_repeated(indices), NOTHING, indices)
+    lp = teacher.log_probs.flatten(0, -2).double()
+    lp = torch.where(indices == NOTHING, -math.inf, lp)
+    if teacher.tail == "renormalize":
+        warm = given.temperature if given.teacher_temperature is None else given.teacher_temperature
+        if isinstance(warm, Tensor):
+            warm = warm.detach().double().reshape(-1, 1) if warm.dim() else warm.detach().double()
+        return _closed(indices, (lp / warm).log_softmax(-1))
+    if teacher.tail == "drop":
+        return Events(indices, lp, None)
+    if teacher.tail_log_prob is None:
+        rest = _log_of_rest(lp)
+    else:
+        rest = teacher.tail_log_prob.flatten().double()
+    if teacher.tail == "bucket":  # what was stored in few bits adds up to 1 again
+        total = torch.cat([lp, rest[:, None]], -1).logsumexp(-1)
+        return Events(indices, lp - total[:, None], rest - total)
+    assert labels is not None
+    label = labels.flatten().long()[:, None]
+    here = indices == label
+    lp = torch.cat([lp, rest[:, None]], -1)
+    lp[:, -1] = torch.logaddexp(rest, torch.where(here, lp[:, :-1], -math.inf).logsumexp(-1))
+    indices = torch.cat([torch.where(here, NOTHING, indices), label.clamp(min=NOTHING)], -1)
+    return _closed(indices, lp)
+
+
+def _closed(indices: Tensor, lp: Tensor) -> Events:
+    """Nothing is left for the rest, but in rows where nothing is listed: there it is all."""
+    empty = (indices == NOTHING).all(-1)
+    return Events(indices, lp, torch.where(empty, 0.0, -math.inf).to(lp.dtype))
+
+
+def _log_of_rest(lp: Tensor) -> Tensor:
+    """log(1 - sum p), -inf where rounding leaves nothing."""
+    listed = lp.logsumexp(-1).clamp(max=0.0)
+    return torch.where(listed > -0.7, (-listed.expm1()).log(), (-listed.exp()).log1p())
+
+
+def _repeated(indices: Tensor) -> Tensor:
+    """Ids that stood in their row before, bool."""
+    ordered, order = indices.sort(dim=-1, stable=True)
+    same = F.pad(ordered.diff(dim=-1) == 0, (1, 0))
+    return torch.zeros_like(same).scatter_(-1, order, same)
+
+
+def _added_up(indices: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Each id once, with the sum of its counts."""
+    ordered, order = indices.sort(-1)
+    place = F.pad((ordered.diff(dim=-1) != 0).cumsum(-1), (1, 0))
+    counts = counts.gather(-1, order).where(ordered != NOTHING, 0.0)
+    sums = torch.zeros_like(counts).scatter_add_(-1, place, counts)
+    return torch.full_like(indices, NOTHING).scatter_(-1, place, ordered), sums
+
+
+class Listed(NamedTuple):
+    """A backend's functions (see problem.py) for problems whose teacher is Events."""
+
+    backend: Any
+
+    def forward(self, problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
+        if problem.labels is None and not entropy and not metrics:
+            values = problem.student_temperature.new_zeros(1, problem.rows)
+            state = values.new_empty(0, problem.rows)
+        else:
+            alone = _alone(problem)
+            values, state = self.backend.forward(alone, entropy, metrics)
+        for rows, part in _chunks(problem):
+            _Terms.of(part).write(values, rows)
+        return values, state
+
+    def backward(
+        self,
+        problem: Problem,
+        state: Tensor,
+        upstream: Coefficients,
+        gradient: bool,
+        temperature: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        base = heat = None
+        if upstream.ce is not None or upstream.entropy is not None:
+            base, heat = self.backend.backward(
+                _alone(problem), state, upstream, gradient, temperature
+            )
+        out = _new_gradient(problem) if gradient and base is None else base
+        heat = upstream.kd.new_zeros(problem.rows) if temperature and heat is None else heat
+        for rows, part in _chunks(problem):
+            found, hot = _Terms.of(part).gradient(part, upstream.kd[rows], temperature)
+            if out is not None:
+                _write(problem, out, rows, found, base)
+            if heat is not None:
+                heat[rows] += hot
+        return out, heat
+
+    def fused(
+        self, problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        base, loss = None, torch.zeros_like(coefficients.kd)
+        values = loss.new_zeros(1, problem.rows)
+        if metrics or coefficients.ce is not None or coefficients.entropy is not None:
+            alone = _alone(problem)
+            loss, figures, base = self.backend.fused(alone, coefficients, metrics, None)
+            values = values if figures is None else figures
+        if out is None:
+            out = _new_gradient(problem) if base is None else base
+        for rows, part in _chunks(problem):
+            terms = _Terms.of(part)
+            terms.write(values, rows)
+            found, _ = terms.gradient(part, coefficients.kd[rows], False)
+            _write(problem, out, rows, found, base)
+        kd = Coefficients(coefficients.kd, None, None).weigh(values)
+        return loss + kd, values if metrics else None, out
+
+
+# --- chunks of rows --------------------------------------------------------------------------
+
+
+def _chunks(problem: Problem) -> Iterator[tuple[slice, Problem]]:
+    budget = GPU_BYTES if problem.student_temperature.is_cuda else CPU_BYTES
+    size = max(1, budget // (problem.vocab_size * problem.student_temperature.element_size()))
+    for start in range(0, problem.rows, size):
+        rows = slice(start, min(start + size, problem.rows))
+        yield rows, problem.part(rows)
+
+
+def _alone(problem: Problem) -> Problem:
+    """The student's terms: of a teacher that is its equal, from which it does not differ."""
+    return problem._replace(teacher=problem.student, divergence="forward_kl")
+
+
+def _new_gradient(problem: Problem) -> Tensor:
+    return torch.empty_like(problem.student, memory_format=torch.contiguous_format)
+
+
+def _write(problem: Problem, out: Tensor, rows: slice, found: Tensor, base: Tensor | None) -> None:
+    """The gradient of some rows, over what may be their logits; base: of the other terms."""
+    shape = problem.student.shape
+    if base is not None:
+        found += base.view(shape)[0, rows, : problem.vocab_size]
+    place = out.view(shape)[0, rows]
+    place[:, : problem.vocab_size] = found
+    place[:, problem.vocab_size :] = 0
+
+
+# --- the events of a chunk -------------------------------------------------------------------
+
+
+class _Terms(NamedTuple):
+    """The divergence of R rows, and what its gradient needs; events are in fp64."""
+
+    value: Tensor  # [R]
+    slope: Tensor  # g, [R, K + 1]; 0 where nothing is listed
+    lp: Tensor  # log-probabilities of the events, [R, K + 1]
+    lq: Tensor
+    listed: Tensor  # [R, K], columns: where the listed ones are; V where nothing is listed
+    logits: Tensor  # of the student, [R, K]
+    best: Tensor  # whether a listed logit is the student's largest, [R, K]
+    rest: Tensor  # exp((z - shift) / T) of what is not listed, else 0: [R, V + 1]
+    shift: Tensor  # [R, 1]
+    total: Tensor  # the sum of `rest`, [R, 1], fp64
+    counted: Tensor | None  # [R, 1]
+
+    @staticmethod
+    def of(part: Problem) -> _Terms:
+        columns, events = part.vocab_size, part.teacher
+        counted = None if part.counted is None else part.counted[:, None]
+        T = part.student_temperature[:, None]
+        z = T.new_empty(part.rows, columns + 1)  # the last takes what padding marks
+        z[:, :columns] = part.student[0, :, :columns]
+        z[:, columns] = -math.inf
+        if counted is not None:  # what does not count may hold NaN
+            z.masked_fill_(~counted, 0.0)
+        index = torch.where(events.indices == NOTHING, columns, events.indices)
+        logits = z.gather(-1, index)
+        z.scatter_(-1, index, -math.inf)
+        highest = z.amax(-1, keepdim=True)
+        best = logits >= torch.maximum(highest, logits.amax(-1, keepdim=True))
+        shift = torch.where(highest == -math.inf, 0.0, highest)
+        rest = z.sub_(shift).div_(T).exp_()
+        total = rest.sum(-1, keepdim=True).double()
+
+        warm = T.double()
+        scores = torch.cat([logits.double() / warm, shift / warm + total.log()], -1)
+        lq = scores - scores.logsumexp(-1, keepdim=True)
+        lp = events.log_probs.double()
+        out = index == columns
+        if events.rest is None:
+            lp, out = F.pad(lp, (0, 1)), F.pad(out, (0, 1), value=True)
+        else:
+            lp = torch.cat([lp, events.rest.double()[:, None]], -1)
+            out = F.pad(out, (0, 1))
+        if counted is not None:
+            out = out | ~counted
+        value, slope = _value_and_slope(part, lp, lq, out)
+        return _Terms(value, slope, lp, lq, index, logits, best, rest, shift, total, counted)
+
+    def write(self, values: Tensor, rows: slice) -> None:
+        """The figures of these rows, as far as they are wanted."""
+        values[KD, rows] = self.value.to(values.dtype)
+        if len(values) > TEACHER_ENTROPY:
+            entropy = -plogr(self.lp, self.lp).sum(-1)
+            top = self.lp[:, :-1] == self.lp[:, :-1].amax(-1, keepdim=True)
+            agree = (top & self.best & (self.listed < self.rest.size(1) - 1)).any(-1)
+            for kind, figure in ((TEACHER_ENTROPY, entropy), (AGREEMENT, agree)):
+                figure = figure.to(values.dtype)
+                if self.counted is not None:
+                    figure = torch.where(self.counted[:, 0], figure, 0.0)
+                values[kind, rows] = figure
+
+    def gradient(self, part: Problem, kd: Tensor, temperature: bool) -> tuple[Tensor, Tensor]:
+        """To the logits, [R, V], for upstream gradients [R]; and to the temperature of each row."""
+        T = part.student_temperature[:, None].double()
+        kd = torch.where(self.value.isinf() & ~self.slope.isfinite().all(-1), 0.0, kd)[:, None]
+        slope = torch.where(kd == 0, 0.0, self.slope)
+        q, total = self.lq.exp(), slope.sum(-1, keepdim=True)
+        events = torch.where(kd == 0, 0.0, kd * (slope - q * total) / T)  # [R, K + 1]
+        hot = part.student_temperature
+        scale = torch.where(self.total > 0, events[:, -1:] / self.total, 0.0).to(hot.dtype)
+        heat = kd.new_zeros(0)
+        if temperature:
+            heat = self._temperature(events, scale, T).to(hot.dtype)
+        dense = self.rest.mul_(scale)
+        dense.scatter_(-1, self.listed, events[:, :-1].to(hot.dtype))
+        return dense[:, :-1], heat
+
+    def _temperature(self, events: Tensor, scale: Tensor, T: Tensor) -> Tensor:
+        """-1 / T sum z dD/dz, with the logits measured from `shift`, as the gradient's sum is 0."""
+        depth = self.rest.log() * T.to(self.rest.dtype)  # z - shift
+        unlisted = torch.where(self.rest > 0, self.rest * scale * depth, 0.0).sum(-1)
+        apart = (self.logits - self.shift).double()
+        listed = torch.where(events[:, :-1] == 0, 0.0, events[:, :-1] * apart).sum(-1)
+        return -(unlisted.double() + listed) / T[:, 0]
+
+
+def _value_and_slope(part: Problem, lp: Tensor, lq: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the divergence, [R] and [R, K + 1]; `out`: what is no event."""
+    kind, a, b = Divergence.of_name(part.divergence), part.a, part.b
+    lp, lq = torch.where(out, 0.0, lp), torch.where(out, 0.0, lq)
+
+    def total(lq: Tensor) -> tuple[Tensor, Tensor]:
+        terms = torch.where(out, 0.0, kind.value(lp, lq, a, b))
+        rows = kind.outer(terms.sum(-1), a, b)
+        rows = torch.where(out.all(-1), 0.0, rows)
+        return rows.sum(), rows
+
+    slope, rows = torch.func.grad(total, has_aux=True)(lq)
+    return rows, torch.where(out, 0.0, slope)

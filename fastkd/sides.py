@@ -1,0 +1,66 @@
+"""A student or a teacher as the checks look at it, and as a Problem holds it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .events import events_of
+from .linear import head_of
+from .operands import LinearHead, Sampled, TopK
+from .operators import readable
+from .settings import Settings
+
+
+def outline(operand: Any, width: int = 0) -> Tensor:
+    """Logits, or a tensor of their shape, dtype and device that takes no memory.
+
+    width: the columns of what has none of its own, as a teacher that lists some entries.
+    """
+    if isinstance(operand, LinearHead):
+        dtype = torch.promote_types(operand.hidden.dtype, operand.weight.dtype)
+        sources = [operand.hidden, operand.weight, operand.bias]
+        shape = operand.shape
+    elif isinstance(operand, (TopK, Sampled)):
+        dtype, shape = torch.float32, torch.Size((*operand.shape[:-1], width))
+        sources = [operand.log_probs] if isinstance(operand, TopK) else []
+        sources = [operand.indices, *sources]
+    else:
+        return operand
+    trains = any(x is not None and x.requires_grad for x in sources)
+    first: Any = sources[0]
+    outline: Tensor = first.detach().new_empty((), dtype=dtype).expand(shape)
+    return outline.requires_grad_(trains)
+
+
+def check(given: Settings, student: Any, teacher: Any, labels: Tensor | None) -> None:
+    """Refuses what an operand that is not logits cannot serve."""
+    if given.inplace and isinstance(student, LinearHead):
+        raise ValueError("inplace=True overwrites logits, and a LinearHead has none: leave it out")
+    if isinstance(student, (TopK, Sampled)):
+        raise TypeError("student must be logits or a LinearHead, got a TopK or Sampled teacher")
+    if not isinstance(teacher, (TopK, Sampled)):
+        return
+    kind = type(teacher).__name__
+    for name, wanted in (("standardize=True", given.standardize), ("Bernoulli()", given.sigmoids)):
+        if wanted:
+            raise ValueError(f"{name} needs the teacher's logits, and a {kind} has none")
+    if given.teacher_grad:
+        raise ValueError(f"teacher_grad=True: a {kind} has no logits to train; leave it out")
+    if given.backend == "reference":
+        raise NotImplementedError(f"backend='reference' has no {kind}: pass backend='torch'")
+    if isinstance(teacher, TopK) and teacher.tail == "label" and labels is None:
+        raise ValueError("TopK(tail='label') gives the rest to the true token: pass labels")
+    checks.one_temperature(kind, getattr(teacher, "tail", ""), given.temperatures)
+
+
+def side_of(operand: Any, given: Settings, labels: Tensor | None, columns: int, engine: str) -> Any:
+    """Logits, a Head or Events."""
+    if isinstance(operand, LinearHead):
+        return operand.logits() if engine == "reference" else head_of(operand)
+    if isinstance(operand, (TopK, Sampled)):
+        return events_of(operand, given, labels, columns)
+    return readable(operand)
