@@ -26,6 +26,8 @@ DIVERGENCES = [
     fastkd.Renyi(alpha=0.5),
     fastkd.Renyi(alpha=2.0),
 ]
+# One of each class, for paths where a case is dear, as Triton's interpreter.
+KINDS = list({type(divergence): divergence for divergence in DIVERGENCES}.values())
 # Those that masks cannot make infinite.
 BOUNDED = [
     d

@@ -11,12 +11,20 @@ from torch import Tensor
 import fastkd
 from fastkd.checks import HAS_TRITON
 from tests import oracle
+from tests.cases import DIVERGENCES, KINDS
 from tests.closeness import assert_close, assert_zero
 from tests.conftest import DEVICE
 
 NO_TRITON = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 FUSED = ["torch", pytest.param("triton", marks=NO_TRITON)]
 BACKENDS = ["reference", *FUSED]
+# Every divergence on the backends, but on Triton, where the interpreter runs it, one of a class.
+_EVERY = [(divergence, "torch") for divergence in DIVERGENCES] + [
+    pytest.param(divergence, "triton", marks=NO_TRITON) for divergence in KINDS
+]
+_NAIVE = [(divergence, "reference") for divergence in DIVERGENCES]
+EVERY = pytest.mark.parametrize(("divergence", "backend"), _EVERY, ids=str)
+EVERY_AND_REFERENCE = pytest.mark.parametrize(("divergence", "backend"), _NAIVE + _EVERY, ids=str)
 # Settings that choose how a loss is computed, and mean nothing to what it is.
 PATH = {"backend", "gradient", "inplace", "teacher_grad", "return_metrics"}
 
@@ -92,7 +100,7 @@ def everything(student: Tensor, teacher: Tensor, *rest, backend: str | None, **s
         loss, metrics = fastkd.distillation_loss(
             *sides, teacher_grad=True, return_metrics=True, backend=backend, **given
         )
-    upstream = torch.linspace(-1.5, 1.0, max(loss.numel(), 1), device=loss.device)
+    upstream = -torch.linspace(0.3, 2.0, max(loss.numel(), 1), device=loss.device)
     found = torch.autograd.grad(
         loss, list(leaves.values()), upstream.view(loss.shape).to(loss), materialize_grads=True
     )

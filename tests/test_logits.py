@@ -10,10 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastkd
-from tests.cases import DIVERGENCES, logits
+from tests.cases import DIVERGENCES, KINDS, logits
 from tests.closeness import assert_close, assert_zero
 from tests.conftest import DEVICE
-from tests.running import BACKENDS, FUSED, check, run, truth
+from tests.running import (
+    BACKENDS,
+    EVERY,
+    EVERY_AND_REFERENCE,
+    FUSED,
+    NO_TRITON,
+    check,
+    check_everything,
+    run,
+    truth,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MODES = ["forward", "backward"]
@@ -28,9 +38,8 @@ def _labels(rows: int, vocab: int) -> torch.Tensor:
 # --- against the truth -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", FUSED)
+@EVERY
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_every_divergence(divergence, mode, backend):
     student, teacher = (x.float() for x in logits(5, 37))
     for temperature in (1.0, 2.5):
@@ -40,17 +49,32 @@ def test_every_divergence(divergence, mode, backend):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", FUSED)
+def _options(columns: int) -> dict:
+    return {
+        "temperature": 1.7, "teacher_temperature": 0.8, "alpha": 0.3, "label_smoothing": 0.1,
+        "entropy_weight": -0.2, "weight": torch.rand(6) + 0.1, "vocab_size": columns,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
-def test_every_option_together(divergence, mode, backend):
+def test_every_option_together(divergence, mode):
     student, teacher = (x.float() for x in logits(6, 23))
-    check(
-        student, teacher, _labels(6, 20),
-        divergence=divergence, temperature=1.7, teacher_temperature=0.8, alpha=0.3,
-        label_smoothing=0.1, entropy_weight=-0.2, weight=torch.rand(6) + 0.1, vocab_size=20,
-        gradient=mode, backend=backend,
-    )  # fmt: skip
+    settings = {"divergence": divergence, "gradient": mode, "backend": "torch", **_options(20)}
+    check(student, teacher, _labels(6, 20), **settings)
+
+
+@NO_TRITON
+@pytest.mark.parametrize(
+    ("plan", "mode"), [("resident", "backward"), ("sweep", "forward"), ("split", "backward")]
+)
+@pytest.mark.parametrize("divergence", KINDS, ids=str)
+def test_every_option_together_on_every_schedule(divergence, plan, mode, force):
+    """Two full tiles, a tail, and padding."""
+    force(plan)
+    student, teacher = (x.float() for x in logits(6, 78))
+    settings = {"divergence": divergence, "gradient": mode, "backend": "triton", **_options(75)}
+    check(student, teacher, _labels(6, 75), **settings)
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -107,8 +131,7 @@ def test_high_temperature(backend):
     assert loss.item() == pytest.approx(true.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@EVERY
 def test_common_offsets_and_far_apart_logits(divergence, backend):
     student, teacher = (x.float() for x in logits(4, 40, noise=6, scale=6))
     check(student + 100, teacher - 50, divergence=divergence, backend=backend)
@@ -117,10 +140,8 @@ def test_common_offsets_and_far_apart_logits(divergence, backend):
 # --- temperatures, teacher, weights ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize("lift", [60.0, 86.0])
-@pytest.mark.parametrize("vocab", [10, 1000])
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@EVERY
+@pytest.mark.parametrize(("vocab", "lift"), [(10, 86.0), (1000, 60.0)])
 def test_first_columns_far_below_the_others(divergence, vocab, lift, backend):
     """Where the shift of a row is found, and by how much its terms may exceed 1."""
     rows = 8
@@ -136,32 +157,18 @@ def test_first_columns_far_below_the_others(divergence, vocab, lift, backend):
     assert_close(gradient, true_gradient, "gradient")
 
 
-@pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("per_row", [True, False])
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@EVERY
+@pytest.mark.parametrize(("per_row", "shared"), [(True, False), (False, True)])
 def test_gradients_to_everything(divergence, per_row, shared, backend):
-    """Student, teacher, both temperatures and the weights, at a random upstream gradient."""
     student, teacher = logits(5, 12)
-    temperature = torch.rand(5 if per_row else ()) + 1.5
-    teacher_temperature = None if shared else torch.rand(5 if per_row else ()) + 0.8
-    weight, upstream = torch.rand(5) + 0.2, torch.randn(5)
-    results = []
-    for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
-        leaves = [
-            None if x is None else x.float().to(DEVICE, dtype).requires_grad_()
-            for x in (student, teacher, temperature, teacher_temperature, weight)
-        ]
-        loss = fastkd.distillation_loss(
-            leaves[0], leaves[1], torch.arange(5, device=DEVICE),
-            divergence=divergence, temperature=leaves[2], teacher_temperature=leaves[3],
-            weight=leaves[4], alpha=0.7, entropy_weight=0.1, reduction="none",
-            teacher_grad=True, backend=name,
-        )  # fmt: skip
-        leaves = [leaf for leaf in leaves if leaf is not None]
-        results.append(torch.autograd.grad(loss, leaves, upstream.to(loss)))
-    for ours, true in zip(*results, strict=True):
-        assert_close(ours, true, "gradient")
+    settings = {"temperature": torch.rand(5 if per_row else ()) + 1.5}
+    if not shared:
+        settings["teacher_temperature"] = torch.rand(5 if per_row else ()) + 0.8
+    check_everything(
+        student.float(), teacher.float(), torch.arange(5), divergence=divergence, alpha=0.7,
+        entropy_weight=0.1, weight=torch.rand(5) + 0.2, reduction="none", backend=backend,
+        **settings,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
@@ -195,8 +202,7 @@ def test_per_row_temperatures_are_those_of_each_row(backend):
 # --- properties ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@EVERY_AND_REFERENCE
 def test_zero_where_student_is_teacher(divergence, backend):
     student = logits(4, 33)[0].float()
     loss, gradient = run(student, student, divergence=divergence, temperature=1.3, backend=backend)
@@ -208,8 +214,7 @@ def test_zero_where_student_is_teacher(divergence, backend):
         assert_zero(gradient)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@EVERY_AND_REFERENCE
 def test_never_negative_and_rows_of_the_gradient_sum_to_zero(divergence, backend):
     student, teacher = (x.float() for x in logits(16, 21))
     loss, gradient = run(
@@ -220,8 +225,7 @@ def test_never_negative_and_rows_of_the_gradient_sum_to_zero(divergence, backend
     assert gradient.sum(-1).abs().max() <= 1e-5 * gradient.abs().max()
 
 
-@pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@EVERY
 def test_shift_permutation_and_scale(divergence, backend):
     student, teacher = (x.float() for x in logits(4, 19))
     loss, gradient = run(student, teacher, divergence=divergence, temperature=2.0, backend=backend)
@@ -267,9 +271,8 @@ def test_the_upstream_gradient_scales(backend):
 # --- masks -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", FUSED)
+@EVERY
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_masked_entries(divergence, mode, backend):
     """-inf on either side, on both, on whole columns: the truth's values, +inf included."""
     student, teacher = logits(6, 11)
@@ -290,8 +293,7 @@ def test_masked_entries(divergence, mode, backend):
             assert_zero(gradient)
 
 
-@pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@EVERY
 @pytest.mark.parametrize("depth", [-1e4, torch.finfo(torch.float32).min])
 def test_one_side_masked_by_a_number_the_other_by_infinity(depth, divergence, backend):
     """As where both sides say -inf: 0 times an infinite logarithm is 0.
@@ -324,8 +326,7 @@ def test_student_mask_alone_gives_infinite_loss_and_finite_gradient(backend):
     assert_close(gradient, (z.softmax(-1) - y.softmax(-1)).double(), "gradient")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@EVERY_AND_REFERENCE
 def test_rows_without_a_finite_logit_count_zero(divergence, backend):
     student, teacher = (x.float() for x in logits(4, 7))
     student[0] = teacher[1] = -math.inf
