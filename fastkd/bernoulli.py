@@ -106,12 +106,15 @@ def _blocks(problem: Problem) -> Iterator[_Block]:
         for start in range(0, inner_rows, step):
             inner = slice(start, min(start + step, inner_rows))
             rows = slice(outer * inner_rows + inner.start, outer * inner_rows + inner.stop)
-            z, y = (
+            sides = [
                 x[outer, inner, : problem.vocab_size].double().clamp(-CERTAIN, CERTAIN)
                 for x in (problem.student, problem.teacher)
-            )
-            rate = student_rate[rows]
-            student, teacher = _Heads(z * rate), _Heads(y.mul_(teacher_rate[rows]))
+                if x is not None
+            ]
+            z, rate = sides[0], student_rate[rows]
+            student = teacher = _Heads(z * rate)  # without a teacher, the divergence is 0
+            if len(sides) > 1:
+                teacher = _Heads(sides[1].mul_(teacher_rate[rows]))
             yield _Block(outer, inner, rows, z, rate, student, teacher)
 
 

@@ -24,7 +24,7 @@ HEAVY = 2.0**64
 # The mass of a student below it, whose largest term is 1, is nearly certain: its gradient may be a
 # difference of numbers that are larger by the inverse of what is missing to certainty.
 # So it may be where the divergence is above the second, or its slope this near to its bound.
-CERTAIN, LARGE, NEARLY = 1 + 2.0**-9, 256.0, 1 - 2.0**-9
+CERTAIN, LARGE, NEARLY = 1 + 2.0**-9, 256.0, 1 - 2.0**-6
 # The least scale, 1 / T over the width of a row, at which fp32 has room for logits over it.
 LEAST_SCALE = 1e-30
 # In fp64, a divergence below CLOSE loses digits; where its log-ratios spread by less than SPREAD,
@@ -63,7 +63,7 @@ def fused(
     inplace = out is not None
     out = _new_gradient(problem) if out is None else out.view(problem.student.shape)
     target = out[..., : problem.vocab_size]
-    alone = coefficients.ce is None and coefficients.entropy is None
+    alone = (coefficients.ce is None or problem.teacher is None) and coefficients.entropy is None
     room = target if alone and not inplace else None
     values = _new_values(problem, coefficients.kinds(metrics))
     kept = values.unbind()
@@ -91,8 +91,8 @@ class _Terms(NamedTuple):
     """What a block has to offer: [R] values by their names in problem.py, and [R, V] pieces."""
 
     values: dict[int, Tensor]
-    pair: Pair
-    pull: Pull
+    pair: Pair  # without a teacher, of the student twice
+    pull: Pull | None  # None: no teacher
     unit: Softmax | None  # the student's at temperature 1; None: no cross-entropy
     counts: Tensor | None  # [R, 1], bool: rows with a logit on either side; None: all
 
@@ -117,9 +117,11 @@ class _Solver:
         self.problem, self.entropy, self.metrics = problem, entropy, metrics
         self.room, self.inplace = room, inplace
         self.again: Tensor | None = None  # [N], bool: rows to come in fp64 when all others are done
-        self.sides = [x[..., : problem.vocab_size] for x in (problem.student, problem.teacher)]
+        sides = (problem.student, problem.teacher)
+        self.sides = [x[..., : problem.vocab_size] for x in sides if x is not None]
         self.kind = Divergence.of_name(problem.divergence)
-        self.guarded = gradient and self.kind.cancels  # against a student that is nearly certain
+        # Against a student that is nearly certain.
+        self.guarded = gradient and self.kind.cancels and problem.teacher is not None
         self.exact_scales = _scales(problem)
         self.scales = [
             scale.to(problem.dtype) if isinstance(scale, Tensor) else scale
@@ -171,8 +173,11 @@ class _Solver:
         """Rows whose divergence is small or infinite, whose terms are too large, whose student is
         nearly certain, or whose figures are not finite; None: no row.
         """
-        check, pair, sums = terms.values[KD], terms.pair, terms.pull.total
-        near, far = self.kind.near, LARGE if self.guarded else FAR
+        sums: float | Tensor = 0.0
+        check, pair = terms.values[KD], terms.pair
+        near, far = -torch.inf, LARGE if self.guarded else FAR
+        if terms.pull is not None:
+            near, sums = self.kind.near, terms.pull.total
         mass = torch.maximum(pair.student.mass, pair.teacher.mass)
         if terms.unit is not None:
             mass = torch.maximum(mass, terms.unit.mass)
@@ -182,10 +187,10 @@ class _Solver:
             check = torch.where(pair.student.mass[:, 0] < CERTAIN, 0.0, check)
         if isinstance(pair.student_scale, Tensor):
             check = torch.where(pair.student_scale[:, 0] > LEAST_SCALE, check, 0.0)
-        if self.guarded and isinstance(sums, Tensor):
-            most = NEARLY * self.kind.most(self.problem.a, self.problem.b)
-            check = torch.where(sums[:, 0].abs() > most, 0.0, check)
         if isinstance(sums, Tensor):
+            bound = self.kind.most(self.problem.a, self.problem.b)
+            if self.guarded and bound < torch.inf:
+                check = torch.where(sums[:, 0].abs() > NEARLY * bound, 0.0, check)
             check = torch.add(check, sums[:, 0], alpha=0)
         for kind in terms.values.keys() - {KD}:
             check = torch.add(check, terms.values[kind], alpha=0)
@@ -200,7 +205,8 @@ class _Solver:
     def plain_terms(self, rows: Rows) -> _Terms:
         """In the dtype of the problem."""
         self.store.start(rows.size)
-        logits, buffers = self.logits(rows), [self.store.new(), self.store.new()]
+        logits = self.logits(rows)
+        buffers = [self.store.new() for _ in logits]
         for side, buffer in enumerate(buffers):
             if logits[side].dtype != buffer.dtype:
                 logits[side] = buffer.copy_(logits[side])
@@ -215,8 +221,10 @@ class _Solver:
         scales: list[float | Tensor],
     ) -> _Terms:
         """With the buffers of the depths, which may be the logits themselves."""
-        problem, (z, y) = self.problem, logits
+        problem, z, y = self.problem, logits[0], logits[-1]
         scales = [_of_rows(scale, rows) for scale in scales]
+        if problem.teacher is None and not self.entropy:
+            scales = [1.0]  # only the cross-entropy is wanted
         values, unit = {}, None
         if self.metrics:
             agree = (z == z.amax(-1, keepdim=True)) & (y == y.amax(-1, keepdim=True))
@@ -228,7 +236,9 @@ class _Solver:
         room = None if self.room is None else _place(self.room, rows, store.dtype)
         whole = self.guarded or self.entropy
         q = Softmax.of(z, scales[0], depths[0], store.new() if room is None else room, whole)
-        p = Softmax.of(y, scales[-1], depths[1], store.new())
+        p = q
+        if problem.teacher is not None:
+            p = Softmax.of(y, scales[-1], depths[1], store.new())
         if problem.labels is not None:
             unit = q if unit is None else unit
             values[CE] = _cross_entropy(unit, problem.labels[rows.flat], problem.label_smoothing)
@@ -237,6 +247,9 @@ class _Solver:
         if self.metrics:
             values[TEACHER_ENTROPY] = _entropy(p, store.new())
         pair = Pair(q, p, scales[0], store.new)
+        if problem.teacher is None:
+            values[KD] = torch.zeros_like(q.mass[:, 0])
+            return _Terms(values, pair, None, unit, None)
         value, pull = self.kind.value_and_pull(pair, problem.a, problem.b)
         values[KD] = value[:, 0]
         return _Terms(values, pair, pull, unit, None)
@@ -252,17 +265,24 @@ class _Solver:
             kind: torch.where(value > FAR, torch.inf, value).where(counts, 0.0)
             for kind, value in values.items()
         }
-        dead = ~counts  # rows without gradient
-        infinite = values[KD].abs() == torch.inf
+        if pull is not None:
+            pull = self.mended(rows, values[KD], pair, pull, ~counts)
+        return _Terms(values, pair, pull, unit, None if counts.all() else counts[:, None])
+
+    def mended(self, rows: Rows, values: Tensor, pair: Pair, pull: Pull, dead: Tensor) -> Pull:
+        """What plain formulas do not give: no pull of dead rows, [R], nor of infinite ones."""
+        infinite = values.abs() > FAR
         if infinite.any():
             size = pull.terms.abs().amax(-1, keepdim=True) * pull.factor
-            dead |= infinite & ~(size.abs() < FAR)[:, 0]
-        close = values[KD].abs() < CLOSE
+            dead = dead | infinite & ~(size.abs() < FAR)[:, 0]
+        close = values.abs() < CLOSE
         if close.any():
-            pull = self.close(rows, close, values[KD], pair, pull)
-        if dead.any():
-            pull = _without(pull, dead[:, None])
-        return _Terms(values, pair, pull, unit, None if counts.all() else counts[:, None])
+            pull = self.close(rows, close, values, pair, pull)
+        if values.isnan().any():  # and so is all of the gradient, which shows it
+            pull = pull._replace(
+                factor=pull.factor * torch.where(values.isnan(), values, 1)[:, None]
+            )
+        return _without(pull, dead[:, None]) if dead.any() else pull
 
     def close(self, rows: Rows, close: Tensor, values: Tensor, pair: Pair, pull: Pull) -> Pull:
         """Puts in the first term of rows that differ little: at high temperatures, say."""
@@ -360,9 +380,12 @@ def _gradient(
     """Writes the block's gradient to the student's logits [O, I, V], and to its temperature."""
     place = None
     if out is not None and terms.counts is None:
-        place = _place(out, rows, terms.pull.terms.dtype)
-    gradient = _tempered_gradient(rows, terms, weights, place)
-    if temperature is not None or problem.moments is not None:
+        place = _place(out, rows, terms.pair.student.terms.dtype)
+    gradient = terms.pair.new() if place is None else place
+    tempered = terms.pull is not None or weights.entropy is not None
+    if tempered:
+        _tempered_gradient(rows, terms, weights, gradient)
+    if tempered and (temperature is not None or problem.moments is not None):
         heat, degrees = _heat(gradient, terms), problem.student_temperature[rows.flat, None]
         moments = None if problem.moments is None else problem.moments[0, :, rows.flat, None]
         if temperature is not None:
@@ -371,7 +394,7 @@ def _gradient(
         if moments is not None:
             _add_pull(gradient, heat, moments, degrees, terms)
     if weights.ce is not None:
-        _add_cross_entropy_gradient(gradient, problem, rows, terms, weights.ce)
+        _cross_entropy_gradient(gradient, problem, rows, terms, weights.ce, add=tempered)
     if terms.counts is not None:
         gradient = torch.where(terms.counts, gradient, 0.0)
     if out is not None and place is None:
@@ -385,20 +408,19 @@ def _place(out: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor | None:
     return out[rows.outer, rows.inner]
 
 
-def _tempered_gradient(
-    rows: Rows, terms: _Terms, weights: Coefficients, out: Tensor | None
-) -> Tensor:
-    """Of divergence and entropy."""
+def _tempered_gradient(rows: Rows, terms: _Terms, weights: Coefficients, gradient: Tensor) -> None:
+    """Writes that of divergence and entropy."""
     pair, pull, q = terms.pair, terms.pull, terms.pair.student
-    weight = _of_rows(weights.kd, rows)
-    factor = weight * pull.total / q.mass
-    gradient = torch.mul(q.terms, factor, out=pair.new() if out is None else out)
-    gradient.addcmul_(pull.terms, weight * pull.factor, value=-1)
+    if pull is None:
+        gradient.zero_()
+    else:
+        weight = _of_rows(weights.kd, rows)
+        torch.mul(q.terms, weight * pull.total / q.mass, out=gradient)
+        gradient.addcmul_(pull.terms, weight * pull.factor, value=-1)
     if weights.entropy is not None:
         lq_plus_entropy = LN2 * (q.depth - _mean_depth(q, pair.new()))
         weight = _of_rows(weights.entropy, rows) / q.mass
         gradient.addcmul_(lq_plus_entropy.mul_(q.terms), weight, value=-1)
-    return gradient
 
 
 def _heat(gradient: Tensor, terms: _Terms) -> Tensor:
@@ -421,13 +443,18 @@ def _add_pull(
     gradient.addcmul_(centred.mul_(pull.to(dtype)), (-heat * temperature).to(dtype))
 
 
-def _add_cross_entropy_gradient(
-    gradient: Tensor, problem: Problem, rows: Rows, terms: _Terms, weights: Tensor
+def _cross_entropy_gradient(
+    gradient: Tensor, problem: Problem, rows: Rows, terms: _Terms, weights: Tensor, add: bool
 ) -> None:
+    """Adds it, or writes it."""
     assert terms.unit is not None
     assert problem.labels is not None
     weight, smoothing = _of_rows(weights, rows).to(gradient.dtype), problem.label_smoothing
-    gradient.addcmul_(terms.unit.terms, weight / terms.unit.mass)
+    size = (weight / terms.unit.mass).to(gradient.dtype)
+    if add:
+        gradient.addcmul_(terms.unit.terms, size)
+    else:
+        torch.mul(terms.unit.terms, size, out=gradient)
     labels = problem.labels[rows.flat, None]
     gradient.scatter_add_(-1, labels, ((smoothing - 1) * weight).expand(labels.shape))
     if smoothing:

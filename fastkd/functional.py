@@ -111,7 +111,8 @@ def distillation_loss(
         scale_by_temperature: multiply the divergence by T_s * T_t, which keeps the size of its
             gradient (TVD: by the square root). False is the convention of TRL, verl, torchtune.
         standardize: True takes p and q of z-scores, softmax((z - mean) / (std + 1e-7) / T), with
-            mean and std (n - 1 in the variance) over the row's entries that are not -inf. The
+            mean and std (n - 1 in the variance) over the row's entries that are not -inf. A finite
+            number is a logit like any other, were it the lowest of its dtype: mask by -inf. The
             loss then depends on the scale of neither side; divergence, entropies and metrics are
             those of the z-scores, the cross-entropy that of the logits. A row of equal logits is
             uniform and gets no gradient (below 1e-30).

@@ -27,8 +27,10 @@ BLOCK_ELEMENTS = 1 << 18  # of rows that are worked off at once, and stay in the
 
 def standardized(problem: Problem, backend: str) -> Problem:
     """The same problem with its moments, which carry no graph: the backends add their share."""
+    student = problem.student.detach()
+    teacher = student if problem.teacher is None else problem.teacher.detach()
     moments = _moments(
-        problem.student.detach(), problem.teacher.detach(), problem.counted, problem.vocab_size,
+        student, teacher, problem.counted, problem.vocab_size,
         backend,
     )  # fmt: skip
     return problem._replace(moments=moments)

@@ -63,14 +63,17 @@ def _rounded(problem: Problem, rows: list[Tensor | None]) -> list[Tensor | None]
 
 
 def _divergence(problem: Problem, lp: Tensor, lq: Tensor) -> Tensor:
-    """Of each row; where it is infinite and its derivative has no value, that is 0."""
+    """Of each row. Where it is infinite, a slope without a value is 0; where it is NaN, NaN."""
+    if problem.teacher is None:
+        return torch.zeros_like(lq[:, 0])
     kind, a, b = Divergence.of_name(problem.divergence), problem.a, problem.b
 
     def defined(slope: Tensor | None) -> Tensor | None:
         if slope is None:
             return None
         dead = (value.detach().abs() > most) & ~(slope.abs() < most).all(-1)
-        return torch.where(dead[:, None], 0.0, slope)
+        slope = torch.where(dead[:, None], 0.0, slope)
+        return torch.where(value.detach().isnan()[:, None], math.nan, slope)
 
     for side in (lp, lq):
         if side.requires_grad:
@@ -120,9 +123,9 @@ def _bernoulli(problem: Problem, entropy: bool, metrics: bool) -> list[Tensor | 
     value, student_entropy, teacher_entropy = (torch.zeros_like(z) for _ in range(3))
     for sign in (1, -1):  # yes and no
         lq, lp = F.logsigmoid(sign * q), F.logsigmoid(sign * p)
-        if problem.a:
+        if problem.a and problem.teacher is not None:
             value = value + problem.a * plogr(lp, lp - lq)
-        if problem.b:
+        if problem.b and problem.teacher is not None:
             value = value + problem.b * plogr(lq, lq - lp)
         student_entropy = student_entropy - plogr(lq, lq)
         teacher_entropy = teacher_entropy - plogr(lp, lp)

@@ -24,7 +24,8 @@ class JSD(Divergence):
     ends as those divergences instead.
 
     Args:
-        beta: weight of the teacher, in (0, 1).
+        beta: weight of the teacher, in (0, 1). Losses and gradients have four digits at least for
+            weights as near to the ends as 1e-3, and tend to the limits beyond.
 
     Source: Lin 1991; Agarwal et al. 2024 (GKD), arXiv 2306.13649.
 
@@ -82,7 +83,8 @@ class SkewKL(Divergence):
     Bounded by -log(alpha), so masks of the student are safe. alpha = 0 is forward KL.
 
     Args:
-        alpha: share of the teacher in the mixture, in [0, 1).
+        alpha: share of the teacher in the mixture, in [0, 1). Losses and gradients have four
+            digits at least for shares as near to the ends as 1e-3, and tend to the limits beyond.
 
     Source: Ko et al. 2024 (DistiLLM), arXiv 2402.03898.
 
@@ -133,7 +135,8 @@ class SkewReverseKL(Divergence):
     Bounded by -log(alpha), so masks of the teacher are safe. alpha = 0 is reverse KL.
 
     Args:
-        alpha: share of the student in the mixture, in [0, 1).
+        alpha: share of the student in the mixture, in [0, 1). Losses and gradients have four
+            digits at least for shares as near to the ends as 1e-3, and tend to the limits beyond.
 
     Source: Ko et al. 2024 (DistiLLM), arXiv 2402.03898.
 

@@ -25,7 +25,8 @@ class AlphaDivergence(Divergence):
     infinite or its sum leaves the range of fp32.
 
     Args:
-        alpha: the order a, finite, neither 0 nor 1.
+        alpha: the order a, finite, neither 0 nor 1. Losses and gradients have four digits at
+            least for orders as near to these as 1e-3, and tend to the limits beyond.
 
     Source: Amari 1985; Cichocki & Amari 2010.
 
@@ -82,7 +83,8 @@ class Renyi(Divergence):
     masks an entry that the teacher does not.
 
     Args:
-        alpha: the order a, positive, finite, not 1.
+        alpha: the order a, positive, finite, not 1. Losses and gradients have four digits at least
+            for orders as near to 0 and 1 as 1e-3, and tend to the limits beyond.
 
     Source: Renyi 1961; van Erven & Harremoes 2014, arXiv 1206.2459.
 

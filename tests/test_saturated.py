@@ -1,0 +1,77 @@
+"""A student that is nearly certain, as it is on its own samples, against a broad teacher.
+
+What then remains of the gradient is a small difference of large numbers: it is held to a share of
+each row's own largest entry.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import fastkd
+from tests.cases import DIVERGENCES
+from tests.closeness import assert_close
+from tests.running import run, truth
+
+BACKENDS = ["reference", "torch"]
+
+
+def saturated(rest, columns=40, first=17):
+    """Two rows, all but `rest` of whose probability is on one entry."""
+    student, teacher = 0.3 * torch.randn(2, columns), torch.randn(2, columns)
+    student[:, first] += math.log((columns - 1) / rest)
+    return student, teacher
+
+
+def check_rows(student, teacher, backend, path=(), **settings):
+    """Value, and gradient row by row."""
+    loss, gradient = run(student, teacher, backend=backend, **dict(path), **settings)
+    true, true_gradient = truth(student, teacher, **settings)
+    assert_close(loss, true)
+    for ours, row in zip(gradient, true_gradient, strict=True):
+        assert_close(ours, row, "gradient")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rest", [1e-1, 1e-2, 4e-3, 1e-3, 1e-4, 1e-5, 1e-6])
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_rows_of_a_certain_student(divergence, rest, backend):
+    student, teacher = saturated(rest)
+    settings = {"divergence": divergence, "reduction": "none"}
+    check_rows(student, teacher, backend, **settings)
+    check_rows(2 * student, teacher, backend, temperature=torch.full((2,), 2.0), **settings)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("first", [3, 500])
+@pytest.mark.parametrize(
+    "divergence",
+    [fastkd.ReverseKL(), fastkd.JSD(0.5), fastkd.SkewReverseKL(0.1), fastkd.TVD()],
+    ids=str,
+)
+def test_together_with_the_loss(divergence, first, backend):
+    """Certain in the first columns, which are searched for the largest logit, and beyond them."""
+    student, teacher = saturated(1e-5, columns=700, first=first)
+    path = {"gradient": "forward"} if backend == "torch" else {}
+    check_rows(student, teacher, backend, path, divergence=divergence, reduction="sum")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_entries_alike(backend):
+    """No entry is certain, but on both the slope is the same."""
+    student, teacher = saturated(1e-4)
+    for side in (student, teacher):
+        side[:, 3] = side[:, 17]
+    check_rows(student, teacher, backend, divergence="tvd")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("depth", [-1e4, -1e30])
+def test_a_teacher_that_masks_by_a_number(depth, backend):
+    """All entries but one: reverse KL is large, and nearly alike on all that the student has."""
+    student, teacher = torch.randn(2, 9), torch.randn(2, 9)
+    teacher[:, 1:] = depth
+    check_rows(student, teacher, backend, divergence="reverse_kl", temperature=0.5, reduction="sum")
