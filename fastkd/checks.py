@@ -131,13 +131,21 @@ def labels(tensor: Any, student: Tensor, vocab_size: int, ignore_index: int) -> 
             f"labels must be class indices in int64 or int32, got {tensor.dtype}; soft labels are "
             "a teacher: pass their logarithm as `teacher`"
         )
-    if may_read(tensor):
+    if may_read(tensor) and not _within(tensor, vocab_size):
         wrong = (tensor != ignore_index) & ((tensor < 0) | (tensor >= vocab_size))
         if wrong.any():
             raise ValueError(
                 f"labels must lie in [0, {vocab_size}) or be ignore_index={ignore_index}, got "
                 f"{tensor[wrong][0].item()}"
             )
+
+
+def _within(tensor: Tensor, size: int) -> bool:
+    """Whether all indices, of which none may be ignored, lie in [0, size)."""
+    if not tensor.numel():
+        return True
+    least, most = tensor.aminmax()
+    return bool(least >= 0 and most < size)
 
 
 def multi_hot(tensor: Any, student: Tensor, vocab_size: int) -> None:

@@ -116,7 +116,8 @@ def distillation_loss(
             loss then depends on the scale of neither side; divergence, entropies and metrics are
             those of the z-scores, the cross-entropy that of the logits. A row of equal logits is
             uniform and gets no gradient (below 1e-30).
-        alpha: share of the divergence, in [0, 1]; below 1 needs labels.
+        alpha: share of the divergence, in [0, 1]; below 1 needs labels. At 0 the teacher is read
+            for metrics only, and gets a gradient of 0 if it trains.
         label_smoothing: of the cross-entropy, in [0, 1], as in F.cross_entropy.
         entropy_weight: factor of the student's entropy: > 0 sharpens, < 0 is a confidence penalty.
         ignore_index: rows with this label count nowhere; they may hold NaN.
@@ -175,7 +176,7 @@ def distillation_loss(
     operands = student, teacher
     sides.check(given, student, teacher, labels)
     student = sides.outline(student)
-    teacher = sides.outline(teacher, student.size(-1))
+    teacher = sides.outline(teacher, student)
     columns = checks.logits(student, teacher, given.vocab_size)
     for name, value in given.temperatures.items():
         checks.temperature_rows(name, value, student)
@@ -215,10 +216,11 @@ def distillation_loss(
         factor = scalar(factor, dtype, student.device)
     factors = factors_of_terms(given, row_weight)
     labelled = given.alpha < 1 or kind.label_aware or return_metrics
+    reads_teacher = backend != "reference" or _reads_teacher(given, teacher)
     problem = Problem.of(
         given,
         sides.side_of(operands[0], given, labels, columns, backend),
-        sides.side_of(operands[1], given, labels, columns, backend),
+        sides.side_of(operands[1], given, labels, columns, backend) if reads_teacher else None,
         labels if labelled else None, counted, columns, dtype,
     )  # fmt: skip
     if standardize and linear.chunked(problem):
@@ -237,8 +239,8 @@ def distillation_loss(
             values = reference.losses(problem, entropy_weight != 0, return_metrics, standardize)
         else:
             values, *_ = autograd.Rows.apply(
-                entropy_weight != 0, return_metrics, backend, *_dual(kind, others, backend),
-                *_flat(problem),
+                entropy_weight != 0, return_metrics, backend,
+                *_dual(problem, kind, others, backend), *_flat(problem),
             )  # fmt: skip
         rows = weighted(values, factors) * factor
         loss = rows.view(shape) if reduction == "none" else rows.sum()
@@ -261,12 +263,20 @@ def _coefficients(
     ]
 
 
-def _dual(kind: Divergence, others: Mapping[str, Any], backend: str) -> tuple[str, Tensor | None]:
+def _reads_teacher(given: Settings, teacher: Tensor) -> bool:
+    """Not where alpha is 0 and nobody asks for its figures or for a gradient that is 0."""
+    trains = checks.trains(teacher) or checks.trains(given.teacher_temperature)
+    return given.alpha > 0 or given.return_metrics or trains
+
+
+def _dual(
+    problem: Problem, kind: Divergence, others: Mapping[str, Any], backend: str
+) -> tuple[str, Tensor | None]:
     """The divergence with the roles exchanged, where teacher or its temperature trains."""
     names = ["teacher", "teacher_temperature"]
     if others["teacher_temperature"] is None:
         names.append("temperature")
-    if not any(checks.trains(others[name]) for name in names):
+    if problem.teacher is None or not any(checks.trains(others[name]) for name in names):
         return "", None
     name, (a, b), factor = kind.dual()
     if backend == "triton" and not Divergence.of_name(name).has_device_function:

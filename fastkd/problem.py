@@ -298,6 +298,8 @@ def as_rows(*tensors: Tensor) -> list[Tensor]:
 
 def _seams(tensor: Tensor) -> list[int]:
     """The leading dimensions that do not merge with the one before."""
+    if tensor.dim() < 3:
+        return []
     leading = range(tensor.dim() - 1)
     dims = [(i, tensor.size(i), tensor.stride(i)) for i in leading if tensor.size(i) != 1]
     return [i for (_, _, before), (i, size, stride) in pairwise(dims) if before != size * stride]

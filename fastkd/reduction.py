@@ -80,7 +80,7 @@ def factor_of_rows(
     counts = counted if row_weight is None else row_weight
     if counts is None:
         return 1 / max(student.numel() // student.size(-1), 1)
-    total = counts.sum().to(dtype)
+    total = counts.sum(dtype=dtype)
     return 1 / torch.where(total == 0, 1.0, total)
 
 

@@ -15,16 +15,17 @@ from .operators import readable
 from .settings import Settings
 
 
-def outline(operand: Any, width: int = 0) -> Tensor:
+def outline(operand: Any, student: Any = None) -> Tensor:
     """Logits, or a tensor of their shape, dtype and device that takes no memory.
 
-    width: the columns of what has none of its own, as a teacher that lists some entries.
+    student: whose columns what has none of its own takes, a teacher that lists some entries.
     """
     if isinstance(operand, LinearHead):
         dtype = torch.promote_types(operand.hidden.dtype, operand.weight.dtype)
         sources = [operand.hidden, operand.weight, operand.bias]
         shape = operand.shape
     elif isinstance(operand, (TopK, Sampled)):
+        width = student.size(-1) if isinstance(student, Tensor) and student.dim() else 0
         dtype, shape = torch.float32, torch.Size((*operand.shape[:-1], width))
         sources = [operand.log_probs] if isinstance(operand, TopK) else []
         sources = [operand.indices, *sources]
