@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from . import __version__, doctor
-from .cache import cli as cache
+from .distill import caching
 from .distill import cli as distill
 from .distill.recipes import cli as recipes
 
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands.add_parser("doctor", help=doctor.__doc__, description=doctor.__doc__)
     command.set_defaults(run=lambda options: doctor.run())
     distill.add(commands)
-    cache.add(commands)
+    caching.add(commands)
     recipes.add(commands)
     options = parser.parse_args(arguments)
     return options.run(options) or 0

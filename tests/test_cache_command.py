@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastkd import __main__, cache
-from fastkd.cache.cli import check_head, head_of
+from fastkd.distill.caching import check_head, head_of
 from fastkd.distill.errors import RunError
 from fastkd.operands import LinearHead, Sampled, TopK
 from tests.closeness import assert_close

@@ -7,7 +7,7 @@
 """
 
 from .format import CacheError, Manifest
-from .layouts import Best, Draws, Full, Hidden
+from .layouts import Best, Draws, Full, Hidden, Layout
 from .reader import TeacherCache
 from .writer import write
 
@@ -17,6 +17,7 @@ __all__ = [
     "Draws",
     "Full",
     "Hidden",
+    "Layout",
     "Manifest",
     "TeacherCache",
     "write",

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.distill import storage
 from fastkd.operands import LinearHead
 
 from . import corpus
@@ -55,6 +54,8 @@ def write(
         CacheError: the folder holds another cache; the message says in what it differs.
         fastkd.distill.errors.RunError: the folder cannot be written, or another run is using it.
     """
+    from fastkd.distill import storage  # a folder of one run, and files that are whole or not there
+
     if len(tokens) == 0:
         raise ValueError("tokens must be [N, T] with N >= 1, got no rows")
     positions = len(tokens[0])
@@ -74,7 +75,8 @@ def write(
         else:
             storage.write(folder / MANIFEST, manifest.text())
         if isinstance(layout, Hidden) and not _whole(folder, manifest, HEAD):
-            _write_head(folder, manifest, teacher, corpus.rows(tokens, range(1)))
+            data = _head(manifest, teacher, corpus.rows(tokens, range(1)))
+            storage.write(shard_path(folder, HEAD), data)
         for shard in range(manifest.shards):
             rows = manifest.shard_rows(shard)
             if not _whole(folder, manifest, shard):
@@ -109,7 +111,7 @@ def _whole(folder: Path, manifest: Manifest, shard: int | str) -> bool:
     return True
 
 
-def _write_head(folder: Path, manifest: Manifest, teacher: Any, tokens: Tensor) -> None:
+def _head(manifest: Manifest, teacher: Any, tokens: Tensor) -> bytes:
     head = _run(teacher, tokens, range(1))
     if not isinstance(head, LinearHead):
         raise TypeError(f"a cache of hidden states needs LinearHeads, got {type(head).__name__}")
@@ -119,7 +121,7 @@ def _write_head(folder: Path, manifest: Manifest, teacher: Any, tokens: Tensor) 
     for name in ("logit_scale", "logit_softcap"):
         if getattr(head, name) is not None:
             tensors[name] = torch.tensor(getattr(head, name), dtype=torch.float64)
-    storage.write(shard_path(folder, HEAD), to_bytes(tensors, manifest, HEAD))
+    return to_bytes(tensors, manifest, HEAD)
 
 
 def _observe(manifest: Manifest, teacher: Any, tokens: Tensor, rows: range) -> Tensors:

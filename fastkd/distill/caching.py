@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 import torch
 from torch import Tensor
 
-from fastkd.distill import cli, models, report, sequences, settings
-from fastkd.distill.default_job import pick
-from fastkd.distill.errors import RunError, hush_torchao, needs
-from fastkd.distill.user_models import precision, text
+from fastkd.cache import Best, CacheError, Draws, Full, Hidden, Layout, write
 from fastkd.operands import LinearHead
 
-from .format import CacheError
-from .layouts import Best, Draws, Full, Hidden, Layout
-from .writer import write
+from . import cli, models, report, sequences, settings
+from .default_job import pick
+from .errors import RunError, hush_torchao, needs
+from .user_models import precision, text
 
 if TYPE_CHECKING:
     from datasets import Dataset
