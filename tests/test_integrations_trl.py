@@ -15,7 +15,8 @@ trl = pytest.importorskip("trl")
 
 import fastkd.integrations  # noqa: E402
 import fastkd.integrations.trl as integration  # noqa: E402
-from fastkd.integrations import chunked, numbers  # noqa: E402
+import fastkd.linear  # noqa: E402
+from fastkd.integrations import numbers  # noqa: E402
 from tests import environments  # noqa: E402
 from tests.closeness import assert_close, assert_zero  # noqa: E402
 
@@ -184,7 +185,8 @@ def test_chunks_of_a_head(beta, scale, softcap, biased, monkeypatch):
     for side in (student, teacher):
         side.append(torch.randn(vocabulary) if biased else None)
     upstream = torch.randn(rows)
-    monkeypatch.setattr(chunked, "CHUNK", 4 * vocabulary)  # a last chunk of one row
+    monkeypatch.setattr(fastkd.linear, "LEAST_ROWS", 4)  # a last chunk of one row
+    monkeypatch.setattr(fastkd.linear, "CPU_BYTES", 1)
 
     def run(apply, dtype):
         sides = [[x if x is None else x.to(dtype).clone() for x in s] for s in (student, teacher)]

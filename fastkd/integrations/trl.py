@@ -5,7 +5,7 @@ TRL's trainers go on as they are, and call fastkd for their divergence:
     trainer          what is replaced                          what TRL goes on to compute
     GKD, GOLD        generalized_jsd_loss                      GOLD: across tokenizers
     IW-OPD           generalized_jsd_loss                      loss_top_k > 0 (its default is 1)
-    Distillation     ChunkedDivergenceFunction
+    Distillation     ChunkedDivergenceFunction                 under DeepSpeed ZeRO-3
     SDFT, SDPO       divergences of logits, of top-k sets      the sampled token
 
 At beta = 0 and 1 TRL switches to forward and reverse KL, and so does this; in between its
@@ -31,8 +31,9 @@ from torch import Tensor
 
 from fastkd.divergences import JSD, Divergence
 from fastkd.functional import distillation_loss
+from fastkd.operands import LinearHead
 
-from . import chunked, numbers, require
+from . import numbers, require
 
 OLDEST, BELOW = "1.12", "2"
 LOGITS = ("student_logits", "teacher_logits")
@@ -225,8 +226,8 @@ def _rows(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     )
 
 
-def _chunked(own: Any) -> type:
-    gather = _imported("trl.trainer.utils").maybe_gather_lm_head_ctx
+def _heads(own: Any) -> type:
+    zero3 = _imported("transformers.integrations.deepspeed").is_deepspeed_zero3_enabled
 
     class ChunkedDivergence:
         """Takes the place of TRL's autograd Function of this signature."""
@@ -241,18 +242,28 @@ def _chunked(own: Any) -> type:
             teacher_logit_scale: float = 1.0,
             teacher_final_logit_softcapping: float | None = None,
         ) -> tuple[Tensor, Tensor]:  # fmt: skip
-            return chunked.divergence(
-                chunked.Head(
+            """The divergence of each row and the student's entropy there, fp32 [N]."""
+            if zero3():  # the backward would find the heads in pieces
+                return own.apply(
+                    student_hidden, student_weight, student_bias,
+                    teacher_hidden, teacher_weight, teacher_bias, beta, temperature,
+                    student_logit_scale, student_final_logit_softcapping,
+                    teacher_logit_scale, teacher_final_logit_softcapping,
+                )  # fmt: skip
+            bias = None if teacher_bias is None else teacher_bias.detach()
+            rows, metrics = distillation_loss(
+                LinearHead(
                     student_hidden, student_weight, student_bias,
                     student_logit_scale, student_final_logit_softcapping,
                 ),
-                chunked.Head(
-                    teacher_hidden, teacher_weight, teacher_bias,
+                LinearHead(
+                    teacher_hidden.detach(), teacher_weight.detach(), bias,
                     teacher_logit_scale, teacher_final_logit_softcapping,
                 ),
-                gather, divergence=divergence_of(beta), temperature=temperature,
-                scale_by_temperature=False,
+                divergence=divergence_of(beta), temperature=temperature,
+                scale_by_temperature=False, reduction="none", return_metrics=True,
             )  # fmt: skip
+            return rows, metrics.student_entropy
 
     return ChunkedDivergence
 
@@ -279,7 +290,7 @@ PLACES = (
          "teacher_bias", "beta", "temperature", "student_logit_scale",
          "student_final_logit_softcapping", "teacher_logit_scale",
          "teacher_final_logit_softcapping"),
-        _chunked, since="1.15",
+        _heads, since="1.15",
     ),
     *(
         Place(
