@@ -152,9 +152,9 @@ def _pieces(problem: Problem, size: int) -> Iterator[Any]:
     if problem.counted is not None:
         counted = problem.counted.nonzero()[:, 0]
         if 4 * len(counted) < 3 * problem.rows:
-            yield from counted.split(size) if len(counted) else ()
+            yield from counted.split(size)  # of nothing, nothing once: a backend's fields are seen
             return
-    for start in range(0, problem.rows, size):
+    for start in range(0, max(problem.rows, 1), size):
         yield slice(start, min(start + size, problem.rows))
 
 
