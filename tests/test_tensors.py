@@ -335,3 +335,52 @@ def test_bad_items(items, message):
         fastkd.distillation_loss(
             student, teacher, num_items=items.to(DEVICE) if torch.is_tensor(items) else items
         )
+
+
+# --- operands that are not logits ------------------------------------------------------------
+
+
+def _head(teacher):
+    return fastkd.LinearHead(teacher, torch.eye(V, device=DEVICE) + 0.1)
+
+
+def _top_k(teacher):
+    log_probs, indices = teacher.log_softmax(-1).topk(4)
+    return fastkd.TopK(indices, log_probs)
+
+
+def _sampled(teacher):
+    indices = teacher.topk(3).indices
+    return fastkd.Sampled(indices, torch.ones_like(indices, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("gradient", ["forward", "backward"])
+@pytest.mark.parametrize("kind", [_head, _top_k, _sampled])
+def test_other_operands_from_inference_mode_and_beside_a_default_device(kind, gradient):
+    student, teacher, labels = _operands()
+    with torch.inference_mode():
+        inferred = kind(teacher.clone())
+    results = []
+    for operand, device in ((kind(teacher), DEVICE), (inferred, "meta")):
+        leaf = student.clone().requires_grad_()
+        with torch.device(device):
+            loss = fastkd.distillation_loss(leaf, operand, labels, alpha=0.5, gradient=gradient)
+            results.append((loss, *torch.autograd.grad(loss, leaf)))
+    for plain, ours in zip(*results, strict=True):
+        assert plain.abs().max() > 1e-3
+        assert torch.equal(plain, ours)
+
+
+def test_a_head_of_the_student_beside_a_default_device():
+    student, teacher, labels = _operands()
+    results = []
+    for device in (DEVICE, "meta"):
+        hidden = student.clone().requires_grad_()
+        weight = (torch.eye(V, device=DEVICE) + 0.1).requires_grad_()
+        with torch.device(device):
+            loss = fastkd.distillation_loss(
+                fastkd.LinearHead(hidden, weight), teacher, labels, alpha=0.5, standardize=True
+            )
+            results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+    for plain, ours in zip(*results, strict=True):
+        assert torch.equal(plain, ours)
