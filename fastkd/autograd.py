@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, operators
+from . import operators, tracing
 from .operators import readable, signed
 from .problem import CE, ENTROPY, KD, Coefficients, Problem, sources, unpacked_numbers
 
@@ -150,7 +150,7 @@ class Fused(torch.autograd.Function):
         loss, values, found = operators.backend(name, problem).fused(
             problem, Coefficients(kd, ce, entropy), metrics, out
         )
-        if out is not None and not checks.watched():  # a kernel does not count a new version
+        if out is not None and not tracing.watched():  # a kernel does not count a new version
             torch.autograd.graph.increment_version(out)
         values = loss.new_empty(0) if values is None else values
         return loss.sum(), values, *_listed(found, problem.student, True)  # type: ignore[return-value]

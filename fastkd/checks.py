@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from .divergences import Divergence
+from .tracing import may_read, opaque, traced, trained_of, trains, watched
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 GRADIENTS = ("auto", "forward", "backward")
 BACKENDS = ("auto", "triton", "torch", "reference")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-DEBUG = os.environ.get("FASTKD_DEBUG") == "1"
 
 
 def choice(name: str, value: Any, options: Sequence[str]) -> None:
@@ -388,31 +388,3 @@ def backend(name: str, student: Tensor, teacher: Tensor, has_device_function: bo
     if double:
         raise NotImplementedError("backend='triton' has no float64: pass backend='torch'")
     return name
-
-
-def trains(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled()
-
-
-def trained_of(operands: dict[str, Any]) -> list[str]:
-    return [name for name, value in operands.items() if trains(value)]
-
-
-def traced() -> bool:
-    """Whether the compiler or a functorch transform looks on, for which values are not there."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def watched() -> bool:
-    """Whether any of these or a dispatch mode looks on, which may have no values either."""
-    return traced() or torch._C._len_torch_dispatch_stack() > 0
-
-
-def opaque(tensor: Tensor) -> bool:
-    """Whether a tensor holds no numbers of its own: fake, on the meta device, or a wrapper."""
-    return tensor.is_meta or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
-
-
-def may_read(tensor: Tensor) -> bool:
-    """Whether looking at values costs no synchronisation, or was asked for."""
-    return not (watched() or opaque(tensor)) and (tensor.device.type == "cpu" or DEBUG)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import autograd, checks, linear, moments, reference, sides
+from . import autograd, checks, linear, moments, reference, sides, tracing
 from .divergences import Divergence
 from .operands import Student, Teacher
 from .operators import readable
@@ -265,7 +265,7 @@ def _coefficients(
 
 def _reads_teacher(given: Settings, teacher: Tensor) -> bool:
     """Not where alpha is 0 and nobody asks for its figures or for a gradient that is 0."""
-    trains = checks.trains(teacher) or checks.trains(given.teacher_temperature)
+    trains = tracing.trains(teacher) or tracing.trains(given.teacher_temperature)
     return given.alpha > 0 or given.return_metrics or trains
 
 
@@ -276,7 +276,7 @@ def _dual(
     names = ["teacher", "teacher_temperature"]
     if others["teacher_temperature"] is None:
         names.append("temperature")
-    if problem.teacher is None or not any(checks.trains(others[name]) for name in names):
+    if problem.teacher is None or not any(tracing.trains(others[name]) for name in names):
         return "", None
     name, (a, b), factor = kind.dual()
     if backend == "triton" and not Divergence.of_name(name).has_device_function:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import checks
+from . import tracing
 from .divergences import Divergence
 from .problem import Coefficients, Events, Head, Problem, sources
 
@@ -34,7 +34,7 @@ class Operator:
         self.register_fake = self.traced.register_fake
 
     def __call__(self, *arguments: Any) -> Any:
-        watched = checks.watched() or checks.opaque(arguments[0])
+        watched = tracing.watched() or tracing.opaque(arguments[0])
         return (self.traced if watched else self.function)(*arguments)
 
 
@@ -51,7 +51,7 @@ Gradients = list[Tensor]  # one for each source of the student
 
 def backend(name: str, problem: Problem) -> Any:
     """What computes the problem: a module, or its operators where a tracer looks on."""
-    if checks.watched() or checks.opaque(sources(problem.student)[0]):
+    if tracing.watched() or tracing.opaque(sources(problem.student)[0]):
         return Traced(name)
     return _module(name, problem)
 
@@ -260,7 +260,7 @@ def readable(value: Any) -> Any:
         value = value.resolve_neg()
     if not value.is_inference() or torch.is_inference_mode_enabled():
         return value
-    if checks.opaque(value):
+    if tracing.opaque(value):
         return value.clone()
     alias = torch.empty(0, dtype=value.dtype, device=value.device)
     return alias.set_(value.untyped_storage(), value.storage_offset(), value.size(), value.stride())

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
+from . import tracing
 
 if TYPE_CHECKING:
     from .settings import Settings
@@ -332,5 +332,5 @@ def packed_numbers(*values: float) -> Tensor:
 
 def unpacked_numbers(numbers: Tensor) -> Sequence[Any]:
     """Floats; 0-d tensors where a tracer looks on, which hands them on and has no values."""
-    unread = checks.watched() or checks.opaque(numbers)
+    unread = tracing.watched() or tracing.opaque(numbers)
     return numbers.unbind() if unread else numbers.tolist()

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, tracing
 from .divergences import Divergence
 
 FLAGS = ("scale_by_temperature", "standardize", "teacher_grad", "inplace", "return_metrics")
@@ -108,7 +108,7 @@ class Settings(NamedTuple):
             self.gradient == "auto"
             and self.reduction != "none"
             and student.dtype != torch.float16
-            and checks.trains(student)
-            and not checks.trained_of(others)
+            and tracing.trains(student)
+            and not tracing.trained_of(others)
         )
         return "forward" if held else "backward"

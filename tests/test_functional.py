@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import fastkd
-from fastkd import checks
+from fastkd import tracing
 from tests.cases import logits
 from tests.closeness import assert_close, assert_zero
 from tests.conftest import DEVICE
@@ -334,7 +334,7 @@ def test_bad_input_is_refused(pair, kind, message, change):
 
 
 def test_labels_out_of_range_are_refused_where_looking_is_free(pair, monkeypatch):
-    monkeypatch.setattr(checks, "DEBUG", True)
+    monkeypatch.setattr(tracing, "DEBUG", True)
     for labels in (_labels(0, 1, V, 2), _labels(0, 1, -1, 2)):
         with pytest.raises(ValueError, match=r"\[0, 10\) or be ignore_index=-100"):
             fastkd.distillation_loss(*pair, labels, alpha=0.5)
