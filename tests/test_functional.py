@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import fastkd
-from fastkd import tracing
+from fastkd import checks, tracing
 from tests.cases import logits
 from tests.closeness import assert_close, assert_zero
 from tests.conftest import DEVICE
