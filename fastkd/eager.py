@@ -246,7 +246,9 @@ class _Solver:
             values[ENTROPY] = _entropy(q, store.new())
         if self.metrics:
             values[TEACHER_ENTROPY] = _entropy(p, store.new())
-        pair = Pair(q, p, scales[0], store.new)
+        labels = problem.labels if self.kind.label_aware else None
+        labels = None if labels is None else labels[rows.flat]
+        pair = Pair(q, p, scales[0], store.new, labels)
         if problem.teacher is None:
             values[KD] = torch.zeros_like(q.mass[:, 0])
             return _Terms(values, pair, None, unit, None)

@@ -216,7 +216,7 @@ def distillation_loss(
         factor = scalar(factor, dtype, student.device)
     factors = factors_of_terms(given, row_weight)
     labelled = given.alpha < 1 or kind.label_aware or return_metrics
-    reads_teacher = backend != "reference" or _reads_teacher(given, teacher)
+    reads_teacher = backend == "triton" or _reads_teacher(given, teacher)
     problem = Problem.of(
         given,
         sides.side_of(operands[0], given, labels, columns, backend),

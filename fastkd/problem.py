@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import tracing
+from .divergences import Divergence
 
 if TYPE_CHECKING:
     from .settings import Settings
@@ -197,7 +198,7 @@ class Problem(NamedTuple):
             teacher=self.student,
             student_temperature=first if second is None else second,
             teacher_temperature=None if second is None else first,
-            labels=None,
+            labels=self.labels if Divergence.of_name(divergence).label_aware else None,
             label_smoothing=0.0,
             divergence=divergence,
             a=a,

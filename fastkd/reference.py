@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .divergences import Bernoulli, Divergence, plogr
+from .divergences import Divergence, plogr
 from .moments import EPS, FLAT
 from .problem import Problem
 
@@ -17,7 +17,7 @@ def losses(
     problem: Problem, entropy: bool, metrics: bool, standardize: bool
 ) -> list[Tensor | None]:
     """The rows of `values` (see problem.py), each [N] or None, differentiable."""
-    if problem.divergence == Bernoulli.name:
+    if Divergence.of_name(problem.divergence).rows == "bernoulli":
         return _bernoulli(problem, entropy, metrics)
     z, y = _logits(problem)
     counts = ~((z == -math.inf).all(-1) | (y == -math.inf).all(-1))
@@ -31,15 +31,17 @@ def losses(
     lq = _log_softmax(scores[0], student_temperature)
     lp = _log_softmax(scores[1], teacher_temperature)
 
+    labels = None
+    if problem.labels is not None:
+        labels = torch.where(counts, problem.labels, 0).long()
     rows: list[Tensor | None] = [
-        _divergence(problem, lp, lq),
+        _divergence(problem, lp, lq, labels),
         None,
         -plogr(lq, lq).sum(-1) if entropy or metrics else None,
         -plogr(lp, lp).sum(-1) if metrics else None,
         _agreement(z, y) if metrics else None,
     ]
-    if problem.labels is not None:
-        labels = torch.where(counts, problem.labels, 0).long()
+    if labels is not None:
         rows[1] = F.cross_entropy(
             z, labels, reduction="none", label_smoothing=problem.label_smoothing
         )
@@ -62,7 +64,7 @@ def _rounded(problem: Problem, rows: list[Tensor | None]) -> list[Tensor | None]
     return [None if row is None else row.to(problem.dtype) for row in rows]
 
 
-def _divergence(problem: Problem, lp: Tensor, lq: Tensor) -> Tensor:
+def _divergence(problem: Problem, lp: Tensor, lq: Tensor, labels: Tensor | None) -> Tensor:
     """Of each row. Where it is infinite, a slope without a value is 0; where it is NaN, NaN."""
     if problem.teacher is None:
         return torch.zeros_like(lq[:, 0])
@@ -78,7 +80,7 @@ def _divergence(problem: Problem, lp: Tensor, lq: Tensor) -> Tensor:
     for side in (lp, lq):
         if side.requires_grad:
             side.register_hook(defined)
-    value, most = kind.of_rows(lp, lq, a, b), torch.finfo(problem.dtype).max
+    value, most = kind.of_rows(lp, lq, a, b, labels), torch.finfo(problem.dtype).max
     return value
 
 

@@ -46,7 +46,14 @@ def check(given: Settings, student: Any, teacher: Any, labels: Tensor | None) ->
     if not isinstance(teacher, (TopK, Sampled)):
         return
     kind = type(teacher).__name__
-    for name, wanted in (("standardize=True", given.standardize), ("Bernoulli()", given.sigmoids)):
+    for name, wanted in (
+        ("standardize=True", given.standardize),
+        ("Bernoulli()", given.sigmoids),
+        (
+            f"{type(given.divergence).__name__}, which looks at labels,",
+            given.divergence.label_aware,
+        ),
+    ):
         if wanted:
             raise ValueError(f"{name} needs the teacher's logits, and a {kind} has none")
     if given.teacher_grad:

@@ -14,7 +14,7 @@ from tests.closeness import assert_close
 from tests.conftest import DEVICE
 
 N, V = 5, 12
-BACKENDS = ["reference"]
+BACKENDS = ["reference", "torch"]
 DIVERGENCES = ["forward_kl", fastkd.JSD(0.3), fastkd.Renyi(0.4), "tvd"]
 
 

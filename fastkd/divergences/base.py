@@ -53,7 +53,8 @@ class Divergence:
     # A fastkd.kernels.divergences.Device, for the Triton backend.
     device: ClassVar[Any] = None
 
-    # Whether it looks at the label of a row, which it then needs.
+    # Whether it looks at the label of a row, which it then needs: `outer` is then given, besides,
+    # the log-probabilities that teacher and student give it.
     label_aware: ClassVar[bool] = False
     # The modules of a backend that compute it: "logits", rows of a softmax, or "bernoulli".
     rows: ClassVar[str] = "logits"
@@ -93,14 +94,20 @@ class Divergence:
         raise NotImplementedError
 
     @staticmethod
-    def outer(total: Tensor, a: float, b: float) -> Tensor:
+    def outer(total: Tensor, a: float, b: float, *label: Tensor) -> Tensor:
         """What the sum of the textbook values is mapped through; increasing."""
         return total
 
     @classmethod
-    def of_rows(cls, lp: Tensor, lq: Tensor, a: float, b: float) -> Tensor:
+    def of_rows(
+        cls, lp: Tensor, lq: Tensor, a: float, b: float, labels: Tensor | None = None
+    ) -> Tensor:
         """The divergence of rows [R, V] by its textbook values, [R]."""
-        return cls.outer(cls.value(lp, lq, a, b).sum(-1), a, b)
+        sums = cls.value(lp, lq, a, b).sum(-1)
+        if not cls.label_aware or labels is None:
+            return cls.outer(sums, a, b)
+        at = labels.long()[:, None]
+        return cls.outer(sums, a, b, lp.gather(-1, at)[:, 0], lq.gather(-1, at)[:, 0])
 
     @staticmethod
     def most(a: float, b: float) -> float:
@@ -123,7 +130,7 @@ class Divergence:
         """
         lp, leaf = (rows.detach() for rows in pair.logs())
         with _autograd():
-            value = cls.of_rows(lp, leaf.requires_grad_(), a, b)[:, None]
+            value = cls.of_rows(lp, leaf.requires_grad_(), a, b, pair.labels)[:, None]
             (slope,) = torch.autograd.grad(value.sum(), leaf)
         return value.detach(), Pull(slope, -1.0, -total(slope))
 
@@ -132,8 +139,9 @@ class Divergence:
         kind, name = type(self), _exchanged(self.name)
         if name not in Divergence._classes:
             value = staticmethod(lambda lp, lq, a, b: kind.value(lq, lp, a, b))
-            members = {"name": name, "value": value, "outer": staticmethod(kind.outer)}
-            members["__module__"] = kind.__module__
+            outer = staticmethod(lambda sums, a, b, *label: kind.outer(sums, a, b, *label[::-1]))
+            members = {"name": name, "value": value, "outer": outer}
+            members |= {"label_aware": kind.label_aware, "__module__": kind.__module__}
             type(f"{kind.__name__}Dual", (Divergence,), members)
         return name, self.parameters, 1.0
 

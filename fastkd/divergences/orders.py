@@ -120,7 +120,7 @@ class Renyi(Divergence):
         return total.log() / (a - 1)
 
     @classmethod
-    def of_rows(cls, lp, lq, a, b):
+    def of_rows(cls, lp, lq, a, b, labels=None):
         return _log_escort(lp, lq, a).logsumexp(-1) / (a - 1)
 
     @staticmethod

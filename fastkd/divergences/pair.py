@@ -77,6 +77,7 @@ class Pair:
     `student_scale` is 1 / T: a number where all rows share it, else [R, 1]. `new()` is a buffer
     [R, V], for `out=`, from a store that outlasts the rows: fresh memory costs more than
     arithmetic. Nothing reads the teacher's depth after the divergence: it may be overwritten.
+    `labels`, [R], are there for divergences that look at them.
     """
 
     def __init__(
@@ -85,8 +86,9 @@ class Pair:
         teacher: Softmax,
         student_scale: float | Tensor,
         new: Callable[[], Tensor],
+        labels: Tensor | None = None,
     ) -> None:
-        self.student, self.teacher = student, teacher
+        self.student, self.teacher, self.labels = student, teacher, labels
         self.student_scale, self.new = student_scale, new
         self.gap = self._gap()
 

@@ -1,0 +1,110 @@
+"""A divergence that looks at the label of a row, as DKD does: one of a test's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastkd
+from fastkd.divergences import plogr
+from tests.cases import logits
+from tests.closeness import assert_close
+from tests.conftest import DEVICE
+
+N, V = 6, 12
+LABELS = torch.tensor([3, 0, -100, 11, 7, 2], device=DEVICE)
+
+
+class Decoupled(fastkd.Divergence):
+    """a * KL of (label, rest) + b * KL of the rest alone (Zhao et al. 2022, arXiv 2203.08679)."""
+
+    name = "decoupled"
+    label_aware = True
+    parameters = (0.7, 1.3)
+
+    @staticmethod
+    def value(lp, lq, a, b):
+        return plogr(lp, lp - lq)
+
+    @staticmethod
+    def outer(total, a, b, lp, lq):
+        p, rest_p, rest_q = lp.exp(), torch.log1p(-lp.exp()), torch.log1p(-lq.exp())
+        known = p * (lp - lq)
+        target = known + (1 - p) * (rest_p - rest_q)
+        rest = (total - known) / (1 - p) - rest_p + rest_q
+        return a * target + b * rest
+
+
+def _exact(student, teacher, temperature, own):
+    """By the events themselves: the label's column and the others, normalised anew."""
+    counts = LABELS != -100
+    z, y, labels = student[counts] / temperature, teacher[counts] / own, LABELS[counts]
+    label = torch.nn.functional.one_hot(labels, V).bool()
+    sides = []
+    for side in (z, y):
+        p = side.softmax(-1)
+        known = p[label]
+        rest = side[~label].view(-1, V - 1).log_softmax(-1)
+        sides.append((torch.stack([known, 1 - known], -1).log(), rest))
+    (pair_q, rest_q), (pair_p, rest_p) = sides
+    target = (pair_p.exp() * (pair_p - pair_q)).sum(-1)
+    others = (rest_p.exp() * (rest_p - rest_q)).sum(-1)
+    scale = temperature * own
+    return (scale * (0.7 * target + 1.3 * others)).mean()
+
+
+def _leaves():
+    student, teacher = (x.float().to(DEVICE) for x in logits(N, V))
+    student[2] = torch.nan
+    return [student, teacher, torch.tensor(2.0, device=DEVICE), torch.tensor(1.5, device=DEVICE)]
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+def test_value_and_gradient(mode, backend):
+    student, teacher, temperature, own = _leaves()
+    leaf = student.clone().requires_grad_()
+    loss = fastkd.distillation_loss(
+        leaf, teacher, LABELS, divergence=Decoupled(), temperature=temperature,
+        teacher_temperature=own, gradient=mode, backend=backend,
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    exact = student.double().requires_grad_()
+    true = _exact(exact, teacher.double(), temperature.double(), own.double())
+    assert_close(loss, true)
+    (true_gradient,) = torch.autograd.grad(true, exact)
+    assert_close(gradient, torch.nan_to_num(true_gradient), "gradient")
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_gradients_of_teacher_and_temperatures(backend):
+    leaves = [x.requires_grad_() for x in _leaves()]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    loss = fastkd.distillation_loss(
+        leaves[0], leaves[1], LABELS, divergence=Decoupled(), temperature=leaves[2],
+        teacher_temperature=leaves[3], teacher_grad=True, backend=backend,
+    )  # fmt: skip
+    ours = torch.autograd.grad(loss, leaves)
+    for one, true in zip(ours, torch.autograd.grad(_exact(*exact), exact), strict=True):
+        assert_close(one, torch.nan_to_num(true), "gradient")
+
+
+def test_a_head_beside_it():
+    teacher = _leaves()[1]
+    hidden = torch.randn(N, V, device=DEVICE).requires_grad_()
+    settings = {"divergence": Decoupled(), "temperature": 2.0, "backend": "torch"}
+    head = fastkd.LinearHead(hidden, torch.eye(V, device=DEVICE))
+    loss = fastkd.distillation_loss(head, teacher, LABELS, **settings)
+    plain = fastkd.distillation_loss(hidden, teacher, LABELS, **settings)
+    assert_close(loss, plain.double())
+    ours, theirs = (torch.autograd.grad(x, hidden)[0] for x in (loss, plain))
+    assert_close(ours, theirs.double(), "gradient")
+
+
+def test_needs_labels_and_logits():
+    student, teacher, *_ = _leaves()
+    with pytest.raises(ValueError, match="Decoupled looks at the label of each row: pass labels"):
+        fastkd.distillation_loss(student, teacher, divergence=Decoupled())
+    top = fastkd.TopK(torch.zeros(N, 1, dtype=torch.long), torch.full((N, 1), -1.0))
+    with pytest.raises(ValueError, match="Decoupled, which looks at labels, needs the teacher's"):
+        fastkd.distillation_loss(student, top, LABELS, divergence=Decoupled())
