@@ -21,6 +21,7 @@ from .tracing import may_read, opaque, traced, trained_of, trains, watched
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 GRADIENTS = ("auto", "forward", "backward")
 BACKENDS = ("auto", "triton", "torch", "reference")
+HOTTEST = 1e18  # whose square leaves fp32 room for what multiplies it
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -191,12 +192,19 @@ def temperature(name: str, value: Any) -> Any:
         value = number(name, value)
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be finite and > 0, got {value!r}")
+        if value > HOTTEST:
+            raise ValueError(
+                f"{name} must be at most {HOTTEST:g}, got {value!r}: the loss, scaled by T^2, has "
+                "its limit long before"
+            )
         return value
     dense(name, value)
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating-point, got {value.dtype}")
-    if may_read(value) and not ((value > 0) & (value < math.inf)).all():
-        raise ValueError(f"{name} must be finite and > 0 in every row, got {value}")
+    if may_read(value) and not ((value > 0) & (value <= HOTTEST)).all():
+        raise ValueError(
+            f"{name} must be finite and > 0 in every row, at most {HOTTEST:g}, got {value}"
+        )
     return value
 
 

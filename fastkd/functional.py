@@ -104,9 +104,10 @@ def distillation_loss(
             `JSD(beta)`, `SkewKL(alpha)`, `SkewReverseKL(alpha)`, `AlphaDivergence(alpha)`,
             `Renyi(alpha)`, `Jeffreys(forward, reverse)`, one of your own (`Divergence`), or, for
             multi-label heads, `Bernoulli()`: see there what changes.
-        temperature: T_s > 0, the student's: a float, a 0-d tensor, or one per row [...]. A tensor
-            that requires a gradient gets one. A 0-d tensor may stay on the CPU while the logits are
-            on a GPU: its number goes along with a kernel, and only its gradient waits for the GPU.
+        temperature: T_s > 0, at most 1e18, the student's: a float, a 0-d tensor, or one per row
+            [...]. A tensor that requires a gradient gets one. A 0-d tensor may stay on the CPU
+            while the logits are on a GPU: its number goes along with a kernel, and only its
+            gradient waits for the GPU.
         teacher_temperature: T_t, likewise. None: the same as the student's.
         scale_by_temperature: multiply the divergence by T_s * T_t, which keeps the size of its
             gradient (TVD: by the square root). False is the convention of TRL, verl, torchtune.

@@ -322,6 +322,8 @@ def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> T
         return torch.ones((), dtype=dtype, device=device) * value.to(dtype)
     if torch.compiler.is_compiling():  # torch.full would compile again for each value
         return torch.ones((), dtype=dtype, device=device) * value
+    if abs(value) > torch.finfo(dtype).max:  # which torch.full refuses
+        value = math.copysign(math.inf, value)
     return torch.full((), value, dtype=dtype, device=device)
 
 

@@ -301,6 +301,8 @@ ERRORS = [
     (ValueError, "temperature must be finite and > 0, got 0", {"temperature": 0}),
     (ValueError, "temperature must be finite and > 0, got nan", {"temperature": math.nan}),
     (ValueError, "teacher_temperature must be .* got -1.0", {"teacher_temperature": -1.0}),
+    (ValueError, "temperature must be at most 1e.18, got 1e.20", {"temperature": 1e20}),
+    (ValueError, "> 0 in every row, at most 1e.18", {"temperature": torch.tensor(1e20)}),
     (TypeError, "temperature must be a number", {"temperature": "2"}),
     (TypeError, "temperature must be floating-point", {"temperature": torch.tensor(2)}),
     (ValueError, r"shape of the rows, \(4,\)", {"temperature": torch.ones(3)}),
@@ -412,3 +414,11 @@ def test_a_zero_weight_row_gets_a_gradient_of_zero(pair):
     fastkd.distillation_loss(student, pair[1], weight=weight).backward()
     assert_zero(student.grad[1])
     assert student.grad[0].abs().max() > 0
+
+
+def test_factors_beyond_fp32_are_infinite(pair):
+    labels = torch.zeros(N, dtype=torch.long, device=DEVICE)
+    loss = fastkd.distillation_loss(*pair, labels, entropy_weight=1e300)
+    assert loss.item() == math.inf
+    leaf = pair[0].requires_grad_()
+    assert fastkd.distillation_loss(leaf, pair[1], num_items=1e-300).item() == math.inf
