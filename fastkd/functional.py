@@ -77,6 +77,7 @@ def distillation_loss(
     inplace: bool = False,
     backend: str = "auto",
     return_metrics: bool = False,
+    dim: int = -1,
 ) -> Tensor | tuple[Tensor, Metrics]:
     r"""Knowledge-distillation loss of a student against a teacher.
 
@@ -142,6 +143,8 @@ def distillation_loss(
         backend: "triton" (GPU), "torch" (any device), "reference" (naive, differentiated by
             autograd), or "auto": triton on a GPU where it can run, else torch.
         return_metrics: return (loss, Metrics) instead.
+        dim: the classes' dimension. Dense predictions [B, C, H, W] have 1, and rows [B, H, W]; they
+            are read without a copy in torch.channels_last.
 
     Returns:
         The loss, fp32 (fp64 for fp64 logits): 0-d, or [...] with reduction="none". With all rows
@@ -171,9 +174,12 @@ def distillation_loss(
         scale_by_temperature=scale_by_temperature, standardize=standardize, alpha=alpha,
         label_smoothing=label_smoothing, entropy_weight=entropy_weight, ignore_index=ignore_index,
         reduction=reduction, vocab_size=vocab_size, teacher_grad=teacher_grad, gradient=gradient,
-        inplace=inplace, backend=backend, return_metrics=return_metrics,
+        inplace=inplace, backend=backend, return_metrics=return_metrics, dim=dim,
     )  # fmt: skip
     kind = given.divergence
+    student, teacher = (sides.classes_last(x, given.dim) for x in (student, teacher))
+    if labels is not None and given.sigmoids:
+        labels = sides.classes_last(labels, given.dim)
     operands = student, teacher
     sides.check(given, student, teacher, labels)
     student = sides.outline(student)

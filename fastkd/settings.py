@@ -33,6 +33,7 @@ class Keywords(TypedDict, total=False):
     gradient: str
     inplace: bool
     backend: str
+    dim: int
 
 
 class Settings(NamedTuple):
@@ -54,6 +55,7 @@ class Settings(NamedTuple):
     inplace: bool
     backend: str
     return_metrics: bool
+    dim: int
 
     @staticmethod
     def of(**values: Any) -> Settings:
@@ -71,6 +73,7 @@ class Settings(NamedTuple):
             ("label_smoothing", checks.unit),
             ("entropy_weight", checks.finite),
             ("ignore_index", checks.whole),
+            ("dim", checks.whole),
             ("vocab_size", checks.at_least_one),
         ):
             if values[name] is not None or name not in ("teacher_temperature", "vocab_size"):
@@ -78,6 +81,10 @@ class Settings(NamedTuple):
         given = Settings(**values)
         if given.sigmoids:
             checks.multi_label(given.standardize, given.label_smoothing, given.ignore_index)
+        if given.inplace and given.dim != -1:
+            raise ValueError(
+                f"inplace=True needs the classes last, got dim={given.dim}: leave it out"
+            )
         checks.held_gradient(given.reduction, given.inplace, given.gradient)
         if given.holds_gradient:
             checks.student_alone(given.temperatures)

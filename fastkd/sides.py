@@ -15,6 +15,15 @@ from .operators import readable
 from .settings import Settings
 
 
+def classes_last(operand: Any, dim: int) -> Any:
+    """Logits [..., V]; of what has no tensor of logits the classes are last."""
+    if not isinstance(operand, Tensor) or dim == -1 or dim == operand.dim() - 1:
+        return operand
+    if not -operand.dim() <= dim < operand.dim():
+        raise ValueError(f"dim={dim} is none of the {operand.dim()} dimensions of the logits")
+    return operand.movedim(dim, -1)
+
+
 def outline(operand: Any, student: Any = None) -> Tensor:
     """Logits, or a tensor of their shape, dtype and device that takes no memory.
 
