@@ -18,9 +18,8 @@ from .problem import Problem
 EPS = 1e-7  # added to the standard deviation
 # The width of a row without spread: the softmax is uniform over its entries, the gradient gone.
 FLAT = 1e30
-# In fp32, the std of a row is right between these, and where it is no rounding of the mean; above,
-# rows are masked by large numbers, which hide what they mask unless fp64 holds both.
-LEAST_STD, MOST_STD, NEAR_ROUNDING = 1e-14, 1e3, 1e-4
+# In fp32, the std of a row is right between these, and where it is no rounding of the mean.
+LEAST_STD, MOST_STD, NEAR_ROUNDING = 1e-14, 1e17, 1e-4
 MOST_PULL = 1e37
 BLOCK_ELEMENTS = 1 << 18  # of rows that are worked off at once, and stay in the cache
 

@@ -69,9 +69,10 @@ def test_two_entries_alike(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("depth", [-1e4, -1e30])
+@pytest.mark.parametrize("depth", [-1e4, -1e9])
 def test_a_teacher_that_masks_by_a_number(depth, backend):
     """All entries but one: reverse KL is large, and nearly alike on all that the student has."""
     student, teacher = torch.randn(2, 9), torch.randn(2, 9)
+    student[:, 0] = -40.0
     teacher[:, 1:] = depth
     check_rows(student, teacher, backend, divergence="reverse_kl", temperature=0.5, reduction="sum")
