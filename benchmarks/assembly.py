@@ -49,6 +49,7 @@ class Isa(NamedTuple):
     """How to read one kind of machine code."""
 
     load: re.Pattern[str]
+    kept: re.Pattern[str]  # a load with a word to the cache
     store: re.Pattern[str]
     widths: dict[str, int]  # bytes of an access by what its mnemonic holds; else 4
     exp2: re.Pattern[str]
@@ -60,6 +61,7 @@ class Isa(NamedTuple):
 
 SASS = Isa(
     re.compile(r"\bLDG\S*"),
+    re.compile(r"\bLDG\S*\.E[FL]\b"),
     re.compile(r"\bSTG\S*"),
     {".128": 16, ".64": 8, ".U16": 2, ".S16": 2, ".U8": 1, ".S8": 1},
     re.compile(r"\bMUFU\.EX2\b"),
@@ -69,6 +71,7 @@ SASS = Isa(
     re.compile(r"\bF(ADD|MUL|FMA)\b"),
 )
 GCN = Isa(
+    re.compile(r"\b(global|buffer)_load_\S+"),
     re.compile(r"\b(global|buffer)_load_\S+"),
     re.compile(r"\b(global|buffer)_store_\S+"),
     {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "short": 2, "byte": 1},
@@ -163,7 +166,9 @@ def _read(
         if any(isa.load.search(line) for line in body)
         and any(isa.arithmetic.search(line) for line in body)
     ]
-    counted = [_count(body, isa) for body in tiles]
+    # Every sweep tells the cache how to keep what it loads, but one that few rows take.
+    swept = [body for body in tiles if any(isa.kept.search(line) for line in body)]
+    counted = [_count(body, isa) for body in swept or tiles]
     whole = [line for _, line in lines]
     return Binary(
         name, constants, grid, metadata.num_warps, getattr(metadata, "num_ctas", 1), registers,
@@ -213,7 +218,16 @@ def _loops(lines: list[Line], jumps: list[tuple[int, int]]) -> list[list[str]]:
 
 
 def _main(lines: list[Line]) -> list[str]:
-    """Up to the first stretch whose tile is masked, where a stretch before has it unmasked."""
+    """Up to the first stretch whose tile is masked, where a stretch before has it unmasked.
+
+    Without what a branch passes over that touches no memory: arithmetic that few rows need.
+    """
+    for at, line in lines:
+        jump = _BRANCH.search(line)
+        if jump and int(jump[1], 16) > at:
+            over = [text for place, text in lines if at < place < int(jump[1], 16)]
+            if not any(re.search(r"\b(LDG|STG|LDS|STS|BAR|BRA|EXIT)\b", text) for text in over):
+                lines = [one for one in lines if not at < one[0] < int(jump[1], 16)]
     landings = {int(jump[1], 16) for _, line in lines if (jump := _BRANCH.search(line))}
     stretches: list[list[str]] = [[]]
     for at, line in lines:

@@ -149,7 +149,7 @@ def _(*arguments: Any) -> Any:
     problem, (entropy, metrics, name) = _split(arguments)
     long = entropy or metrics or problem.labels is not None
     standardized = problem.standardize or problem.moments is not None
-    saved = 9 if standardized else 7 if long else 5
+    saved = 10 if standardized else 8 if long else 6
     events = isinstance(problem.teacher, Events) and not long
     if name == "torch" or events or Divergence.of_name(problem.divergence).rows == "bernoulli":
         saved = 0

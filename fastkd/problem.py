@@ -30,10 +30,12 @@ CPU = torch.device("cpu")
 # Rows of `values`, fp32 [1, N], [3, N] where ce or entropy is wanted, [5, N] with metrics.
 KD, CE, ENTROPY, TEACHER_ENTROPY, AGREEMENT = range(5)
 
-# Rows of `state`, fp32 [5, N], [7, N] where ce or entropy is wanted, [9, N] where the logits are
+# Rows of `state`, fp32 [6, N], [8, N] where ce or entropy is wanted, [10, N] where the logits are
 # standardised: the last two are -T times the derivatives of kd and entropy to T. max is of the raw
-# logits, sum is of exp((logit - max) / T), constant is c of table 1, unit_sum the sum at T = 1.
-STUDENT_MAX, STUDENT_SUM, TEACHER_MAX, TEACHER_SUM, CONSTANT, STUDENT_ENTROPY, UNIT_SUM = range(7)
+# logits, sum is of exp((logit - max) / T), constant is c of table 1, rest what it lacks, unit_sum
+# the sum at T = 1.
+STUDENT_MAX, STUDENT_SUM, TEACHER_MAX, TEACHER_SUM, CONSTANT, REST = range(6)
+STUDENT_ENTROPY, UNIT_SUM = 6, 7
 
 # Rows of `moments`, of the n finite entries of a row: their mean; the width std + eps, by which a
 # backend multiplies the temperature, whose gradient it still gives; the pull 1 / ((n - 1) std), by

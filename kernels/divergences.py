@@ -226,14 +226,35 @@ def skew_kl(lp, lq, p, q, d, d2, c, a, b):
 @triton.jit
 def skew_reverse_kl(lp, lq, p, q, d, d2, c, a, b):
     x = log_ratio(q, d2)
-    e, rise, m = powers(x, a, b)
+    _, rise, m = powers(x, a, b)
     rise *= b
     log_m = log_of(m, x, a)
     far = b * (p - q) - LN2 * (q * log_m)
+    value = tl.where(tl.abs(rise) < NEAR_RATIO, (q * rise) * (rise * log_bend(rise)), far)
+    # log(m / q) + a (q / m - 1); near 0 by the cumulants of a coin, as K(x) - K'(x) + K'(0).
+    k = a * b
+    skew = 2.0 * a - 1.0
+    k3 = k * skew
+    k4 = k * (1.0 - 6.0 * k)
+    k5 = k3 * (1.0 - 12.0 * k)
+    S: tl.constexpr = LN2 * LN2
+    y = S * LN2 / 6 * (k3 - k4) + x * (S * S / 24 * (k4 - k5))
+    y = x * (LN2 * (b * b) + x * (S / 2 * (k - k3) + x * y))
+    slope = tl.where(tl.abs(x) < NEAR_LOG, y, LN2 * log_m + a * (reciprocal(m) - 1.0))
+    return value, q * (slope * -1.0 - c)
+
+
+@triton.jit
+def skew_reverse_kl_near_one(lp, lq, p, q, d, d2, c, a, b):
+    """Where m is nearly q, at a distance that is of second order in b."""
+    x = log_ratio(q, d2)
+    e, rise, m = powers(x, a, b)
+    rise *= b
+    log_m = fast_log2(m)
     near = tl.abs(rise) < NEAR_RATIO
     bent = rise * log_bend(rise)
-    value = tl.where(near, (q * rise) * bent, far)
-    # log(m / q) + a (q / m - 1), in which the first orders of rise cancel.
+    value = tl.where(near, (q * rise) * bent, b * (p - q) - LN2 * (q * log_m))
+    # log(m / q) + a (q / m - 1), whose first orders in rise cancel.
     share = reciprocal(m)
     slope = tl.where(near, rise * (b * e * share - bent), LN2 * log_m + a * (share - 1.0))
     return value, q * (slope * -1.0 - c)
@@ -335,6 +356,7 @@ NEAR_END = 1 / 16
 NEAR_ZERO = {"jsd": Device(jsd_ends), "alpha": Device(alpha_near_zero, constant=SLOPE_SUM)}
 NEAR_ONE = {
     "jsd": Device(jsd_ends),
+    "skew_reverse_kl": Device(skew_reverse_kl_near_one),
     "alpha": Device(alpha_near_one),
     "renyi": Device(renyi_near_one, renyi_outer),
 }

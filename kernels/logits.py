@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.divergences import LOG_MIXTURE, REVERSE_KL, Divergence
+from fastkd.divergences import LOG_MIXTURE, REVERSE_KL, SLOPE_SUM, Divergence
 from fastkd.kernels import phases as P
 from fastkd.kernels import rows as R
 from fastkd.kernels.divergences import device_of
@@ -46,7 +46,7 @@ def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Ten
     """(values, state) of `problem.py`."""
     long = problem.labels is not None or entropy or metrics
     values = _per_row(problem, 5 if metrics else 3 if long else 1)
-    state = _per_row(problem, 9 if problem.moments is not None else 7 if long else 5)
+    state = _per_row(problem, 10 if problem.moments is not None else 8 if long else 6)
     _run(problem, P.STATISTICS, entropy, metrics, state=state, values=values)
     return values, state
 
@@ -156,6 +156,7 @@ def _run(
     want |= R.ENTROPY.value * (entropy or metrics)
     want |= R.TEACHER_ENTROPY.value * metrics
     want |= R.LEVER.value * (problem.moments is not None)
+    want |= R.REST.value * (constant in (REVERSE_KL, SLOPE_SUM))
     alone = first.value == P.STATISTICS.value and gradient is None and not metrics
     swept = plan.kind == "sweep" and plan.splits == 1 and problem.moments is None
     want |= R.KL.value * (alone and swept and problem.divergence in ("forward_kl", "reverse_kl"))
@@ -195,7 +196,10 @@ def _run(
             if plan.splits > 1 and first.value == P.STATISTICS.value:
                 shape = (rows, P.FIELDS.value, plan.splits)
                 scratch = torch.empty(shape, dtype=torch.float32, device=device)
-                phases = [(phase, phase) for phase in (P.STATISTICS, P.SUMS, P.GRADIENT)]
+                kinds = [P.STATISTICS, P.SUMS, P.REFINEMENT, P.GRADIENT]
+                if not want & R.REST.value:
+                    kinds.remove(P.REFINEMENT)
+                phases = [(phase, phase) for phase in kinds]
             for begin, end in phases:
                 sweep[(rows, plan.splits)](
                     FIRST=begin, LAST=end, SPLITS=plan.splits, VECTOR=plan.vector,

@@ -22,10 +22,15 @@ from fastkd.kernels.tuning import schedule
 
 EPS = tl.constexpr(moments.EPS)
 FLAT = tl.constexpr(moments.FLAT)
+LARGEST = tl.constexpr(3e38)
 
 
 class Piece(NamedTuple):
-    """Of a piece of a row, without its -inf: count, mean, sum of squares about it, bounds."""
+    """Of a piece of a row, without its -inf: count, mean, sum of squares about it, bounds.
+
+    Mean and squares are those of the logits over 2^exponent, which is above all of them: so that
+    the squares of the largest numbers do not overflow, nor those of the smallest vanish.
+    """
 
     count: Any
     origin: Any
@@ -33,24 +38,45 @@ class Piece(NamedTuple):
     square: Any
     least: Any
     most: Any
+    exponent: Any
 
 
 @triton.jit
 def _empty(LANES: tl.constexpr):
     zero = tl.zeros([LANES, 1], tl.float32)
-    return Piece(zero, zero, zero, zero, zero + float("inf"), zero - float("inf"))
+    return Piece(zero, zero, zero, zero, zero + float("inf"), zero - float("inf"), zero - 126.0)
+
+
+@triton.jit
+def _exponent(least, most):
+    """Of the power of two above -least and most, as far as it and its inverse are normal."""
+    bits = tl.maximum(tl.abs(least), tl.abs(most)).to(tl.int32, bitcast=True)
+    return tl.minimum(tl.maximum((bits >> 23) - 126, -126), 126).to(tl.float32)
+
+
+@triton.jit
+def _over(piece, exponent):
+    by = tl.exp2(piece.exponent - exponent)
+    return Piece(
+        piece.count, piece.origin * by, piece.mean * by, piece.square * (by * by), piece.least,
+        piece.most, exponent,
+    )  # fmt: skip
 
 
 @triton.jit
 def _add(piece, x):
     """The pieces [lanes, 1] with a tile added."""
     kept = x != -float("inf")
+    least = tl.min(tl.where(kept, x, float("inf")), 1, keep_dims=True)
+    most = tl.maximum(piece.most, tl.max(x, 1, keep_dims=True))
+    least = tl.minimum(piece.least, least)
+    piece = _over(piece, tl.maximum(piece.exponent, _exponent(least, most)))
+    x *= tl.exp2(-piece.exponent)
     n = tl.sum(kept.to(tl.float32), 1, keep_dims=True)
     each = 1.0 / tl.maximum(n, 1.0)
     m = tl.sum(tl.where(kept, x, 0.0), 1, keep_dims=True) * each
     centred = tl.where(kept, x - m, 0.0)
     rest = tl.sum(centred, 1, keep_dims=True) * each  # that m lacks
-    least = tl.min(tl.where(kept, x, float("inf")), 1, keep_dims=True)
     origin = tl.where(piece.count > 0, piece.origin, m)
     count = piece.count + n
     share = n / tl.maximum(count, 1.0)
@@ -59,13 +85,14 @@ def _add(piece, x):
     spread += delta * delta * (piece.count * share)
     return Piece(
         count, origin, piece.mean + delta * share, piece.square + spread,
-        tl.minimum(piece.least, least), tl.maximum(piece.most, tl.max(x, 1, keep_dims=True)),
+        least, most, piece.exponent,
     )  # fmt: skip
 
 
 @triton.jit
 def _collapse(piece):
     """The whole from its lanes: scalars."""
+    piece = _over(piece, tl.max(piece.exponent))
     count = tl.sum(piece.count)
     n = tl.maximum(count, 1.0)
     origin = tl.sum(piece.count * piece.origin) / n
@@ -73,16 +100,21 @@ def _collapse(piece):
     mean = tl.sum(piece.count * means) / n
     off = means - mean
     square = tl.sum(piece.square + piece.count * off * off)
-    return Piece(count, origin, mean, square, tl.min(piece.least), tl.max(piece.most))
+    return Piece(
+        count, origin, mean, square, tl.min(piece.least), tl.max(piece.most),
+        tl.max(piece.exponent),
+    )  # fmt: skip
 
 
 @triton.jit
 def _write(out, index, rows, piece, exists):
     spread, free = piece.most > piece.least, tl.maximum(piece.count - 1.0, 1.0)
-    std = tl.sqrt(piece.square / free)
+    unit, scaled = tl.exp2(piece.exponent), tl.sqrt(piece.square / free)
+    std = scaled * unit
     width = tl.where(spread, std + EPS, FLAT)
-    pull = tl.where(spread, 1.0 / tl.where(spread, free * std, 1.0), 0.0)
-    tl.store(out + index, piece.origin + piece.mean, mask=exists)
+    pull = tl.exp2(-piece.exponent) * (1.0 / tl.where(spread, free * scaled, 1.0))
+    pull = tl.where(spread, tl.minimum(pull, LARGEST), 0.0)
+    tl.store(out + index, (piece.origin + piece.mean) * unit, mask=exists)
     tl.store(out + rows + index, width, mask=exists)
     tl.store(out + 2 * rows + index, pull, mask=exists)
 

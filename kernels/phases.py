@@ -11,12 +11,13 @@ from fastkd.kernels import rows as R
 
 THREAD = tl.constexpr(16)  # entries of a tile per thread, as tuning.py has them
 # What the pieces of a row hand on, in its order, and the places in it.
-HANDED_ON = (*R.Statistics._fields, "label_logit", *R.Sums._fields)
+HANDED_ON = (*R.Statistics._fields, "label_logit", *R.Sums._fields, "rest")
 LABEL = tl.constexpr(HANDED_ON.index("label_logit"))
 FIRST_SUM, FIELDS = tl.constexpr(LABEL.value + 1), tl.constexpr(len(HANDED_ON))
+REST = tl.constexpr(FIELDS.value - 1)
 
 # The phases of a row, in their order.
-STATISTICS, SUMS, GRADIENT = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+STATISTICS, SUMS, REFINEMENT, GRADIENT = map(tl.constexpr, (1, 2, 3, 4))
 
 # Numbers whose every value would otherwise compile anew where it is 1 or a multiple of 16. Of the
 # strides between rows a kernel knows what `aligned` tells it: were they found to be multiples of
@@ -105,19 +106,25 @@ def factor(pointer, stride, index, live):
 
 
 @triton.jit
+def inverse(width):
+    """1 / width, whose reciprocal may lie below what the hardware's gives."""
+    return A.reciprocal(width * 2.0**-40) * 2.0**-40
+
+
+@triton.jit
 def temper_of(s_pointer, s_stride, t_pointer, t_stride, moments, index, rows, live, a):
     s_rate = A.reciprocal(row_load(s_pointer, index * s_stride, live, 1.0))
     t_rate = s_rate
     if t_pointer is not None:
         t_rate = A.reciprocal(row_load(t_pointer, index * t_stride, live, 1.0))
-    mean, pull = 0.0, 0.0
+    mean, pull, s_width = 0.0, 0.0, 1.0
     if moments is not None:
         mean = row_load(moments, index, live, 0.0)
-        s_width = A.reciprocal(row_load(moments + rows, index, live, 1.0))
-        t_width = A.reciprocal(row_load(moments + 4 * rows, index, live, 1.0))
-        pull = row_load(moments + 2 * rows, index, live, 0.0) * s_width
+        s_width = inverse(row_load(moments + rows, index, live, 1.0))
+        t_width = inverse(row_load(moments + 4 * rows, index, live, 1.0))
+        pull = row_load(moments + 2 * rows, index, live, 0.0)
         s_rate, t_rate = s_rate * s_width, t_rate * t_width
-    return R.Temper(s_rate, t_rate, s_rate * A.LOG2E, t_rate * A.LOG2E, a, mean, pull)
+    return R.Temper(s_rate, t_rate, s_rate * A.LOG2E, t_rate * A.LOG2E, a, mean, pull, s_width)
 
 
 @triton.jit
@@ -126,15 +133,17 @@ def restore(state, index, rows, live, WANT: tl.constexpr):
     state += index
     entropy, unit = 0.0, 1.0
     if (R.UNIT + R.ENTROPY) & WANT:
-        entropy = row_load(state, 5 * rows, live, 0.0)
-        unit = row_load(state, 6 * rows, live, 1.0)
+        entropy = row_load(state, 6 * rows, live, 0.0)
+        unit = row_load(state, 7 * rows, live, 1.0)
     s_max, s_sum = row_load(state, 0, live, 0.0), row_load(state, rows, live, 1.0)
     t_max, t_sum = row_load(state, 2 * rows, live, 0.0), row_load(state, 3 * rows, live, 1.0)
     c = row_load(state, 4 * rows, live, 0.0)
     row = R.row_of(s_max, t_max, s_sum, t_sum, c, entropy, unit)
+    if R.REST & WANT:
+        row = with_rest(row, row_load(state, 5 * rows, live, 0.0))
     if R.LEVER & WANT:
-        lever = row_load(state, 7 * rows, live, 0.0)
-        row = with_levers(row, lever, row_load(state, 8 * rows, live, 0.0))
+        lever = row_load(state, 8 * rows, live, 0.0)
+        row = with_levers(row, lever, row_load(state, 9 * rows, live, 0.0))
     return row
 
 
@@ -181,12 +190,14 @@ def write_row(
         row_store(state + 2 * rows, row.t_max, index, live)
         row_store(state + 3 * rows, stats.t_sum, index, live)
         row_store(state + 4 * rows, row.c, index, live)
+        if R.REST & WANT:
+            row_store(state + 5 * rows, row.rest, index, live)
         if (R.UNIT + R.ENTROPY) & WANT:
-            row_store(state + 5 * rows, row.entropy, index, live)
-            row_store(state + 6 * rows, stats.unit, index, live)
+            row_store(state + 6 * rows, row.entropy, index, live)
+            row_store(state + 7 * rows, stats.unit, index, live)
         if R.LEVER & WANT:
-            row_store(state + 7 * rows, row.lever, index, live)
-            row_store(state + 8 * rows, row.entropy_lever, index, live)
+            row_store(state + 8 * rows, row.lever, index, live)
+            row_store(state + 9 * rows, row.entropy_lever, index, live)
     if loss is not None:
         total = tl.where(kd != 0, kd * kd_value, 0.0) + tl.where(ce != 0, ce * hard, 0.0)
         total += tl.where(entropy != 0, entropy * row.entropy, 0.0)
@@ -239,7 +250,7 @@ def collapse_sums(sums, WANT: tl.constexpr):
 @triton.jit
 def with_constant(row, c):
     return R.Row(
-        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, c,
+        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, c, row.rest,
         row.entropy, row.t_entropy, row.unit_log, row.alive, row.lever, row.entropy_lever,
     )  # fmt: skip
 
@@ -247,8 +258,16 @@ def with_constant(row, c):
 @triton.jit
 def with_levers(row, lever, entropy_lever):
     return R.Row(
-        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, row.c,
+        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, row.c, row.rest,
         row.entropy, row.t_entropy, row.unit_log, row.alive, lever, entropy_lever,
+    )  # fmt: skip
+
+
+@triton.jit
+def with_rest(row, rest):
+    return R.Row(
+        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, row.c, rest,
+        row.entropy, row.t_entropy, row.unit_log, row.alive, row.lever, row.entropy_lever,
     )  # fmt: skip
 
 
@@ -267,6 +286,20 @@ def with_sums(row, sums, CONSTANT: tl.constexpr, WANT: tl.constexpr):
     return row
 
 
+@triton.jit
+def saturated(stats, row):
+    """Whether the student's maximum has nearly all of the probability, and c is finite."""
+    return (stats.s_sum < R.SATURATED) & row.alive & A.finite(row.c)
+
+
+@triton.jit
+def rest_of(z, y, row, temper, a, b, DIVERGENCE: tl.constexpr, SAME: tl.constexpr):
+    """What a tile adds to that which c lacks: the mean of the slopes less c."""
+    lp, lq, p, q, d, d2 = R.elements(z, y, row, temper, SAME)
+    _, slope = DIVERGENCE(lp, lq, p, q, d, d2, row.c, a, b)
+    return tl.sum(slope, 1, keep_dims=True)
+
+
 # --- the gradient -----------------------------------------------------------------------------
 
 
@@ -280,6 +313,8 @@ def gradient_tile(
     lp, lq, p, q, d, d2 = R.elements(z, y, row, temper, SAME)
     defined = row.alive & (tl.abs(row.c) != float("inf"))
     value, slope = DIVERGENCE(lp, lq, p, q, d, d2, tl.where(defined, row.c, 0.0), a, b)
+    if R.REST & WANT:
+        slope -= q * row.rest
     lever = tl.where(defined & (kd != 0), kd * row.lever, 0.0)
     kd = tl.where(defined, kd * temper.s_rate, 0.0)
     gradient = kd * tl.where(kd != 0, slope, 0.0)
@@ -290,7 +325,9 @@ def gradient_tile(
         gradient -= tl.where(q > 0, (entropy * temper.s_rate) * q * depth, 0.0)
     tempered = gradient
     if R.LEVER & WANT:  # through the standard deviation
-        gradient -= tl.where(z != -float("inf"), lever * temper.pull * (z - temper.mean), 0.0)
+        gradient -= tl.where(
+            z != -float("inf"), (lever * temper.width) * (temper.pull * (z - temper.mean)), 0.0
+        )
     if CE:
         unit = tl.exp2((z - row.s_max) * A.LOG2E - row.unit_log)
         ce = tl.where(label >= 0, ce, float("nan"))
@@ -345,6 +382,13 @@ def sum_step(sums, student, teacher, at, inside, row, temper, a, b,
 
 
 @triton.jit
+def rest_step(lacking, student, teacher, at, inside, row, temper, a, b,
+              DIVERGENCE: tl.constexpr, SAME: tl.constexpr):  # fmt: skip
+    z, y = load(student, at, inside, ""), load(teacher, at, inside, "")
+    return lacking + rest_of(z, y, row, temper, a, b, DIVERGENCE, SAME)
+
+
+@triton.jit
 def gradient_step(
     sums, heat, student, teacher, gradient, at, inside, row, temper, label, columns, smoothing,
     kd, ce, entropy, a, b, VALUE: tl.constexpr, HEAT: tl.constexpr, WANT: tl.constexpr,
@@ -396,10 +440,10 @@ def read_statistics(scratch, temper, WANT: tl.constexpr, SPLITS: tl.constexpr):
 
 @triton.jit
 def write_sums(scratch, sums, SPLITS: tl.constexpr):
-    for i in tl.static_range(FIRST_SUM, FIELDS):
+    for i in tl.static_range(FIRST_SUM, REST):
         tl.store(scratch + i * SPLITS, sums[i - FIRST_SUM])
 
 
 @triton.jit
 def read_sums(scratch, WANT: tl.constexpr, SPLITS: tl.constexpr):
-    return collapse_sums(R.Sums(*read_fields(scratch, FIRST_SUM, FIELDS, SPLITS)), WANT)
+    return collapse_sums(R.Sums(*read_fields(scratch, FIRST_SUM, REST, SPLITS)), WANT)

@@ -116,6 +116,14 @@ def resident(
             sums = P.add_sums(sums, zs[i], ys[i], value, slope, row, WANT)
             sums = P.add_levers(sums, slope, q, lq, row, WANT)
         row = P.with_sums(row, sums, CONSTANT, WANT)
+        if R.REST & WANT:
+            saturated = P.saturated(stats, row)
+            rest = tl.zeros([LANES, 1], tl.float32)
+            if tl.max(saturated.to(tl.int32)) > 0:
+                for i in tl.static_range(len(PARTS)):
+                    rest += P.rest_of(zs[i], ys[i], row, temper, a, b, DIVERGENCE, SAME)
+                rest = tl.where(saturated, rest, 0.0)
+            row = P.with_rest(row, rest)
         P.write_row(
             index, rows, live, stats, row, sums, hard, kd, k_ce, k_entropy, a, b,
             values, state, loss, WANT, OUTER,

@@ -25,6 +25,10 @@ ENTROPY = tl.constexpr(16)
 TEACHER_ENTROPY = tl.constexpr(32)
 LEVER = tl.constexpr(64)  # in the sweep of sums
 KL = tl.constexpr(128)  # the value of a Kullback-Leibler divergence
+REST = tl.constexpr(256)  # what c lacks, in a sweep of rows whose student is saturated
+# The sum of a saturated row: its maximum has nearly all of the probability, and in its gradient two
+# numbers nearly cancel, its slope and the mean of all slopes.
+SATURATED = tl.constexpr(1.1)
 # Keeps the sum of a row's finite logits finite.
 SHARE = tl.constexpr(2.0**-24)
 # A KL divergence beyond this is right to 1e-5 from the first sweep's sums, which cancel.
@@ -34,7 +38,7 @@ CLEAR = tl.constexpr(0.1)
 class Temper(NamedTuple):
     """The temperatures of a row: rate = 1 / T, scale = log2(e) / T; a of the divergence.
 
-    mean and pull of the student's row where its logits are standardised, else 0.
+    mean, pull and 1 / width of the student's row where its logits are standardised.
     """
 
     s_rate: Any
@@ -44,6 +48,7 @@ class Temper(NamedTuple):
     a: Any
     mean: Any
     pull: Any
+    width: Any
 
 
 class Statistics(NamedTuple):
@@ -75,6 +80,7 @@ class Row(NamedTuple):
     t_log: Any
     gap: Any  # log(t_sum / s_sum)
     c: Any  # the constant of table 1
+    rest: Any  # what c lacks
     entropy: Any
     t_entropy: Any
     unit_log: Any
@@ -303,7 +309,7 @@ def row_of(s_max, t_max, s_sum, t_sum, c, entropy, unit):
     gap = tl.where(t_sum < s_sum, -gap, gap) + s_sum * 0.0 + t_sum * 0.0
     zero = tl.zeros_like(s_max)
     return Row(
-        s_max, t_max, log2(s_sum), log2(t_sum), gap, c, entropy, zero,
+        s_max, t_max, log2(s_sum), log2(t_sum), gap, c, zero, entropy, zero,
         log2(positive(unit)), alive, zero, zero,
     )  # fmt: skip
 
@@ -329,8 +335,8 @@ def summarize(stats, temper, CONSTANT: tl.constexpr, WANT: tl.constexpr):
         t_entropy = (row.t_log - stats.t_entropy / positive(stats.t_sum)) * LN2
         t_entropy = tl.where(row.alive, t_entropy, 0.0)
     return Row(
-        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, c, entropy, t_entropy, row.unit_log,
-        row.alive, row.lever, row.entropy_lever,
+        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, c, row.rest, entropy, t_entropy,
+        row.unit_log, row.alive, row.lever, row.entropy_lever,
     )  # fmt: skip
 
 

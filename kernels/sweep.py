@@ -144,15 +144,42 @@ def sweep(
             sums = P.with_value(sums, tl.where(clear, known, sums.value))
         if LAST == P.SUMS:
             P.write_sums(scratch + split, sums, SPLITS)
-    elif FIRST == P.GRADIENT and not BACKWARD:
+    elif FIRST > P.SUMS and not BACKWARD:
         sums = P.read_sums(scratch, WANT, SPLITS)
+
+    if LAST > P.SUMS and not BACKWARD:
+        if not LATE:
+            row = P.with_sums(row, sums, CONSTANT, WANT)
+        if R.REST & WANT:
+            if FIRST == P.GRADIENT:
+                rest = tl.sum(P.field(scratch, P.REST, SPLITS))
+            else:
+                lacking = tl.zeros([LANES, 1], tl.float32)
+                if P.saturated(stats, row):
+                    if SHIFTED:
+                        if headed:
+                            at = begin + offsets
+                            inside = (at >= shift) & (at < end)
+                            lacking = P.rest_step(lacking, student, teacher, at, inside, row,
+                                                temper, a, b, DIVERGENCE, SAME)  # fmt: skip
+                    for i in range(full):
+                        at = head + i * BLOCK + offsets
+                        lacking = P.rest_step(lacking, student, teacher, at, None, row, temper,
+                                            a, b, DIVERGENCE, SAME)  # fmt: skip
+                    if tail < end:
+                        at = tail + offsets
+                        lacking = P.rest_step(lacking, student, teacher, at, at < end, row, temper,
+                                            a, b, DIVERGENCE, SAME)  # fmt: skip
+                rest = tl.sum(lacking)
+            row = P.with_rest(row, rest)
+        if LAST == P.REFINEMENT:
+            tl.store(scratch + P.REST * SPLITS + split, row.rest)
 
     # Only now: scalars that lived through the sweeps above would be spilled.
     k_kd = P.factor(kd, kd_stride, index, None)
     k_ce = P.factor(ce, ce_stride, index, None)
     k_entropy = P.factor(entropy, entropy_stride, index, None)
     if LAST == P.GRADIENT and not BACKWARD and not LATE:
-        row = P.with_sums(row, sums, CONSTANT, WANT)
         if split == 0:
             P.write_row(
                 index, rows, None, stats, row, sums, hard,

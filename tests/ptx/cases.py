@@ -57,16 +57,16 @@ def few() -> list[Case]:
 
 def _loss(
     divergence: fastkd.Divergence, shape: tuple[int, int, int], dtype: torch.dtype, mode: str,
-    place: str, kind: str, seed: int = 0, masked: bool = False, upstream: float = 1.0,
+    place: str, kind: str, seed: int = 0, nature: str = "", upstream: float = 1.0,
     teacher_dtype: torch.dtype | None = None,
 ) -> Case:  # fmt: skip
     if dtype == FP16 and mode in ("fused", "inplace"):
         mode = "backward"  # which fastkd asks for, as the loss scale comes in between
     words = [
         str(divergence), "x".join(map(str, shape)), NAMES[dtype], mode, place, kind,
-        *(["masked"] if masked else []), *([NAMES[teacher_dtype]] if teacher_dtype else []),
+        *([nature] if nature else []), *([NAMES[teacher_dtype]] if teacher_dtype else []),
     ]  # fmt: skip
-    run = loss(divergence, shape, dtype, mode, place, kind, seed, masked, upstream, teacher_dtype)
+    run = loss(divergence, shape, dtype, mode, place, kind, seed, nature, upstream, teacher_dtype)
     return Case(" ".join(words), run)
 
 
@@ -164,9 +164,13 @@ def divergences() -> Iterator[Case]:
                 continue
             turn += 1
             kind = KINDS[turn % len(KINDS)] if turn % 3 else "plain"
-            masked = divergence.name in ("jsd", "tvd") and n % 2 == 0
+            nature = "masked" if divergence.name in ("jsd", "tvd") and n % 2 == 0 else ""
             dtype, place = DTYPES[(d + n) % 3], _place(mode, turn)
-            yield _loss(divergence, shape, dtype, mode, place, kind, turn, masked)
+            yield _loss(divergence, shape, dtype, mode, place, kind, turn, nature)
+    for n, columns in enumerate((10, 100, 1000, 5000, 16389)):
+        for divergence in (fastkd.ReverseKL(), JSD):
+            shape, dtype = (2, 3, columns), (BF16, FP32)[n % 2]
+            yield _loss(divergence, shape, dtype, "inplace", "plain", "plain", n, "saturated")
     for divergence in ENDS:
         yield _loss(divergence, (1, 2, 5000), FP32, "inplace", "plain", "plain")
 

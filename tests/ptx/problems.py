@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import mmap
 from collections.abc import Callable
 from typing import Any
@@ -22,12 +23,19 @@ Run = Callable[[], list[str]]
 # --- operands ------------------------------------------------------------------------------------
 
 
-def logits(shape: tuple[int, ...], seed: int, masked: bool = False) -> tuple[Tensor, Tensor]:
-    """Student and teacher in fp32; masked: a tenth of the columns of a row are -inf on both."""
+def logits(shape: tuple[int, ...], seed: int, nature: str = "") -> tuple[Tensor, Tensor]:
+    """Student and teacher in fp32.
+
+    nature: "masked", a tenth of the columns of a row are -inf on both sides; "saturated", the
+    student of every other row has all but 1e-5 of its probability on one column.
+    """
     generator = torch.Generator().manual_seed(seed)
     teacher = torch.randn(shape, generator=generator) * 2
     student = teacher + torch.randn(shape, generator=generator)
-    if masked:
+    if nature == "saturated":
+        rows = student.view(-1, shape[-1])[::2]
+        rows[:, shape[-1] // 3] = rows.logsumexp(-1) + math.log(1e5)
+    if nature == "masked":
         mask = torch.rand(shape, generator=generator) < 0.1
         mask[..., 0] = mask[..., -1] = False
         student[mask] = teacher[mask] = -torch.inf
@@ -143,13 +151,13 @@ def settings(kind: str, rows: tuple[int, int], columns: int, seed: int) -> dict[
 
 def loss(
     divergence: fastkd.Divergence, shape: tuple[int, int, int], dtype: torch.dtype, mode: str,
-    place: str, kind: str, seed: int, masked: bool = False, upstream: float = 1.0,
+    place: str, kind: str, seed: int, nature: str = "", upstream: float = 1.0,
     teacher_dtype: torch.dtype | None = None,
 ) -> Run:  # fmt: skip
     """mode: what the student gets; see `_ours`."""
 
     def run() -> list[str]:
-        student, teacher = logits(shape, seed, masked)
+        student, teacher = logits(shape, seed, nature)
         student, teacher = student.to(dtype), teacher.to(teacher_dtype or dtype)
         options = settings(kind, shape[:2], shape[2], seed)
         z, y = placed(student, place, 0), placed(teacher, place, 1)
