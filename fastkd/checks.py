@@ -112,6 +112,11 @@ def logits(student: Any, teacher: Any, vocab_size: Any) -> int:
     return vocab_size
 
 
+def beside(name: str, tensor: Tensor, student: Tensor) -> None:
+    if tensor.device != student.device:
+        raise ValueError(f"{name} is on {tensor.device}, the logits on {student.device}: move it")
+
+
 def per_row(name: str, tensor: Any, student: Tensor) -> None:
     rows = student.shape[:-1]
     if not isinstance(tensor, Tensor):
@@ -121,8 +126,14 @@ def per_row(name: str, tensor: Any, student: Tensor) -> None:
         raise ValueError(
             f"{name} must have the shape of the rows, {tuple(rows)}, got {tuple(tensor.shape)}"
         )
-    if tensor.device != student.device:
-        raise ValueError(f"{name} is on {tensor.device}, the logits on {student.device}: move it")
+    beside(name, tensor, student)
+
+
+def needed_labels(labels: Any, alpha: float, divergence: Divergence) -> None:
+    if labels is None and alpha < 1:
+        raise ValueError(f"alpha={alpha} mixes in a cross-entropy, which needs labels: pass them")
+    if labels is None and divergence.label_aware:
+        raise ValueError(f"{divergence} looks at the label of each row: pass labels")
 
 
 def labels(tensor: Any, student: Tensor, vocab_size: int, ignore_index: int) -> None:
@@ -159,8 +170,7 @@ def multi_hot(tensor: Any, student: Tensor, vocab_size: int) -> None:
             f"labels of Bernoulli() are multi-hot, {shape}, got {tuple(tensor.shape)} in "
             f"{tensor.dtype}: F.one_hot makes such of class indices"
         )
-    if tensor.device != student.device:
-        raise ValueError(f"labels is on {tensor.device}, the logits on {student.device}: move it")
+    beside("labels", tensor, student)
     if may_read(tensor) and not ((tensor >= 0) & (tensor <= 1)).all():
         raise ValueError(
             f"labels of Bernoulli() must lie in [0, 1], got {tensor.min().item()} to "
@@ -206,20 +216,6 @@ def temperature(name: str, value: Any) -> Any:
             f"{name} must be finite and > 0 in every row, at most {HOTTEST:g}, got {value}"
         )
     return value
-
-
-def one_temperature(kind: str, tail: str, temperatures: dict[str, Any]) -> None:
-    """Refuses a temperature at which the mass of what the teacher does not list is unknown."""
-    if tail == "renormalize":
-        return
-    name = "temperature" if temperatures["teacher_temperature"] is None else "teacher_temperature"
-    value = temperatures[name]
-    if isinstance(value, Tensor) or value != 1:
-        other = "" if kind == "Sampled" else ", or TopK(tail='renormalize')"
-        raise ValueError(
-            f"{name}={value!r} is the teacher's too, and what a {kind} does not list has no known "
-            f"mass but at 1: pass teacher_temperature=1.0{other}"
-        )
 
 
 def temperature_rows(name: str, value: Any, student: Tensor) -> None:
@@ -360,7 +356,7 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
         return False
     if one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
         return False
-    (start, stop), (first, last) = (_bytes(tensor) for tensor in (one, other))
+    (start, stop), (first, last) = _bytes(one), _bytes(other)
     return start < last and first < stop
 
 

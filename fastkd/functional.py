@@ -176,67 +176,46 @@ def distillation_loss(
         reduction=reduction, vocab_size=vocab_size, teacher_grad=teacher_grad, gradient=gradient,
         inplace=inplace, backend=backend, return_metrics=return_metrics, dim=dim,
     )  # fmt: skip
-    kind = given.divergence
     student, teacher = (sides.classes_last(x, given.dim) for x in (student, teacher))
     if labels is not None and given.sigmoids:
         labels = sides.classes_last(labels, given.dim)
-    operands = student, teacher
     sides.check(given, student, teacher, labels)
-    student = sides.outline(student)
-    teacher = sides.outline(teacher, student)
-    columns = checks.logits(student, teacher, given.vocab_size)
-    for name, value in given.temperatures.items():
-        checks.temperature_rows(name, value, student)
-    if labels is None and given.alpha < 1:
-        raise ValueError(f"alpha={alpha} mixes in a cross-entropy, which needs labels: pass them")
-    if labels is None and kind.label_aware:
-        raise ValueError(f"{type(kind).__name__} looks at the label of each row: pass labels")
-    if labels is not None and given.sigmoids:
-        checks.multi_hot(labels, student, columns)
-    elif labels is not None:
-        checks.labels(labels, student, columns, given.ignore_index)
-    if weight is not None:
-        checks.weight(weight, student)
+    outlines = sides.outlines(student, teacher)
+    columns = _check(given, *outlines, labels, weight)
     if num_items is not None:
-        num_items = checks.num_items(num_items, reduction, student)
-    checks.teacher_gradient(teacher, teacher_grad)
-    if backend == "auto" and student.is_cuda and not kind.has_device_function:
-        warnings.warn(f"{type(kind).__name__} has no device function: using torch", stacklevel=2)
-    backend = checks.backend(backend, student, teacher, kind.has_device_function)
-    others = {"teacher": teacher, "weight": weight, **given.temperatures}
-    mode = given.gradient_mode(student, others)
-    trains = student.requires_grad and torch.is_grad_enabled()
+        num_items = checks.num_items(num_items, reduction, outlines[0])
+    backend = _backend(given, *outlines)
+    others = {"teacher": outlines[1], "weight": weight, **given.temperatures}
+    held = given.gradient_mode(outlines[0], others) == "forward" and backend != "reference"
+    trains = tracing.trains(outlines[0])
     if inplace and trains:
-        checks.inplace(student, {"labels": labels, **others})
+        checks.inplace(outlines[0], {"labels": labels, **others})
 
-    labels, weight = map(readable, (labels, weight))
-    given = given._replace(
-        temperature=readable(given.temperature),
-        teacher_temperature=readable(given.teacher_temperature),
-    )
-    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    given, labels, weight = given.readable(), readable(labels), readable(weight)
+    dtype = torch.float32
+    for outline in outlines:
+        dtype = torch.promote_types(dtype, outline.dtype)
     counted, row_weight = rows_that_count(
         None if given.sigmoids else labels, weight, given.ignore_index, dtype
     )
-    factor = factor_of_rows(reduction, num_items, counted, row_weight, student, dtype)
+    factor = factor_of_rows(reduction, num_items, counted, row_weight, outlines[0], dtype)
     if torch.compiler.is_compiling():
-        factor = scalar(factor, dtype, student.device)
+        factor = scalar(factor, dtype, outlines[0].device)
     factors = factors_of_terms(given, row_weight)
-    labelled = given.alpha < 1 or kind.label_aware or return_metrics
-    reads_teacher = backend == "triton" or _reads_teacher(given, teacher)
+    reads_teacher = backend == "triton" or _reads_teacher(given, outlines[1])
     problem = Problem.of(
         given,
-        sides.side_of(operands[0], given, labels, columns, backend),
-        sides.side_of(operands[1], given, labels, columns, backend) if reads_teacher else None,
-        labels if labelled else None, counted, columns, dtype,
+        sides.side_of(student, given, labels, columns, backend),
+        sides.side_of(teacher, given, labels, columns, backend) if reads_teacher else None,
+        labels if _reads_labels(given) else None, counted, columns, dtype,
     )  # fmt: skip
     if standardize and linear.chunked(problem):
         problem = problem._replace(standardize=True)
     elif standardize and backend != "reference":
         problem = moments.standardized(problem, backend)
 
-    shape = student.shape[:-1]
-    if mode == "forward" and trains and backend != "reference":
+    shape = outlines[0].shape[:-1]
+    if held and trains:
         loss, values, *_ = autograd.Fused.apply(
             inplace, return_metrics, backend, *_coefficients(factors, factor, problem),
             *_flat(problem),
@@ -247,11 +226,48 @@ def distillation_loss(
         else:
             values, *_ = autograd.Rows.apply(
                 entropy_weight != 0, return_metrics, backend,
-                *_dual(problem, kind, others, backend), *_flat(problem),
+                *_dual(problem, given.divergence, others, backend), *_flat(problem),
             )  # fmt: skip
         rows = weighted(values, factors) * factor
         loss = rows.view(shape) if reduction == "none" else rows.sum()
     return (loss, Metrics.of(values, shape, labels)) if return_metrics else loss
+
+
+def _check(
+    given: Settings, student: Tensor, teacher: Tensor, labels: Tensor | None, weight: Tensor | None
+) -> int:
+    """Refuses operands that do not go together; the number of columns that are vocabulary."""
+    columns = checks.logits(student, teacher, given.vocab_size)
+    for name, value in given.temperatures.items():
+        checks.temperature_rows(name, value, student)
+    checks.needed_labels(labels, given.alpha, given.divergence)
+    if labels is not None and given.sigmoids:
+        checks.multi_hot(labels, student, columns)
+    elif labels is not None:
+        checks.labels(labels, student, columns, given.ignore_index)
+    if weight is not None:
+        checks.weight(weight, student)
+    checks.teacher_gradient(teacher, given.teacher_grad)
+    return columns
+
+
+def _backend(given: Settings, student: Tensor, teacher: Tensor) -> str:
+    """The backend that runs."""
+    kind = given.divergence
+    if given.backend == "auto" and student.is_cuda and not kind.has_device_function:
+        warnings.warn(f"{type(kind).__name__} has no device function: using torch", stacklevel=3)
+    return checks.backend(given.backend, student, teacher, kind.has_device_function)
+
+
+def _reads_labels(given: Settings) -> bool:
+    """Labels that no term needs only say which rows count."""
+    return given.alpha < 1 or given.return_metrics or given.divergence.label_aware
+
+
+def _reads_teacher(given: Settings, teacher: Tensor) -> bool:
+    """Not where alpha is 0 and nobody asks for its figures or for a gradient that is 0."""
+    trains = tracing.trains(teacher) or tracing.trains(given.teacher_temperature)
+    return given.alpha > 0 or given.return_metrics or trains
 
 
 def _flat(problem: Problem) -> list[Any]:
@@ -268,12 +284,6 @@ def _coefficients(
         None if term is None else per_row(term * factor, problem.rows, problem.dtype, device)
         for term in factors
     ]
-
-
-def _reads_teacher(given: Settings, teacher: Tensor) -> bool:
-    """Not where alpha is 0 and nobody asks for its figures or for a gradient that is 0."""
-    trains = tracing.trains(teacher) or tracing.trains(given.teacher_temperature)
-    return given.alpha > 0 or given.return_metrics or trains
 
 
 def _dual(

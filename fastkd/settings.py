@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import checks, tracing
 from .divergences import Divergence
+from .operators import readable
 
 FLAGS = ("scale_by_temperature", "standardize", "teacher_grad", "inplace", "return_metrics")
 
@@ -89,6 +90,10 @@ class Settings(NamedTuple):
         if given.holds_gradient:
             checks.student_alone(given.temperatures)
         return given
+
+    def readable(self) -> Settings:
+        """With temperatures that a kernel may read and autograd may save."""
+        return self._replace(**{name: readable(value) for name, value in self.temperatures.items()})
 
     @property
     def sigmoids(self) -> bool:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks
 from .events import events_of
 from .linear import head_of
 from .operands import LinearHead, Sampled, TopK
@@ -46,6 +45,11 @@ def outline(operand: Any, student: Any = None) -> Tensor:
     return outline.requires_grad_(trains)
 
 
+def outlines(student: Any, teacher: Any) -> tuple[Tensor, Tensor]:
+    first = outline(student)
+    return first, outline(teacher, first)
+
+
 def check(given: Settings, student: Any, teacher: Any, labels: Tensor | None) -> None:
     """Refuses what an operand that is not logits cannot serve."""
     if given.inplace and isinstance(student, LinearHead):
@@ -71,7 +75,21 @@ def check(given: Settings, student: Any, teacher: Any, labels: Tensor | None) ->
         raise NotImplementedError(f"backend='reference' has no {kind}: pass backend='torch'")
     if isinstance(teacher, TopK) and teacher.tail == "label" and labels is None:
         raise ValueError("TopK(tail='label') gives the rest to the true token: pass labels")
-    checks.one_temperature(kind, getattr(teacher, "tail", ""), given.temperatures)
+    _one_temperature(kind, getattr(teacher, "tail", ""), given.temperatures)
+
+
+def _one_temperature(kind: str, tail: str, temperatures: dict[str, Any]) -> None:
+    """Refuses a temperature at which the mass of what the teacher does not list is unknown."""
+    if tail == "renormalize":
+        return
+    name = "temperature" if temperatures["teacher_temperature"] is None else "teacher_temperature"
+    value = temperatures[name]
+    if isinstance(value, Tensor) or value != 1:
+        other = "" if kind == "Sampled" else ", or TopK(tail='renormalize')"
+        raise ValueError(
+            f"{name}={value!r} is the teacher's too, and what a {kind} does not list has no known "
+            f"mass but at 1: pass teacher_temperature=1.0{other}"
+        )
 
 
 def side_of(operand: Any, given: Settings, labels: Tensor | None, columns: int, engine: str) -> Any:

@@ -103,7 +103,7 @@ def test_a_head_beside_it():
 
 def test_needs_labels_and_logits():
     student, teacher, *_ = _leaves()
-    with pytest.raises(ValueError, match="Decoupled looks at the label of each row: pass labels"):
+    with pytest.raises(ValueError, match=r"Decoupled.* looks at the label of each row"):
         fastkd.distillation_loss(student, teacher, divergence=Decoupled())
     top = fastkd.TopK(torch.zeros(N, 1, dtype=torch.long), torch.full((N, 1), -1.0))
     with pytest.raises(ValueError, match="Decoupled, which looks at labels, needs the teacher's"):
