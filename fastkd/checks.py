@@ -269,6 +269,8 @@ def flag(name: str, value: Any) -> None:
 
 
 def num_items(value: Any, reduction: str, student: Tensor) -> Any:
+    if value is None:
+        return None
     if reduction != "mean":
         raise ValueError(f"num_items replaces the divisor of reduction='mean', got {reduction!r}")
     if not isinstance(value, Tensor):

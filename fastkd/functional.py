@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -177,13 +178,11 @@ def distillation_loss(
         inplace=inplace, backend=backend, return_metrics=return_metrics, dim=dim,
     )  # fmt: skip
     student, teacher = (sides.classes_last(x, given.dim) for x in (student, teacher))
-    if labels is not None and given.sigmoids:
-        labels = sides.classes_last(labels, given.dim)
+    labels = sides.classes_last(labels, given.dim) if given.sigmoids else labels
     sides.check(given, student, teacher, labels)
     outlines = sides.outlines(student, teacher)
     columns = _check(given, *outlines, labels, weight)
-    if num_items is not None:
-        num_items = checks.num_items(num_items, reduction, outlines[0])
+    num_items = checks.num_items(num_items, reduction, outlines[0])
     backend = _backend(given, *outlines)
     others = {"teacher": outlines[1], "weight": weight, **given.temperatures}
     held = given.gradient_mode(outlines[0], others) == "forward" and backend != "reference"
@@ -192,9 +191,7 @@ def distillation_loss(
         checks.inplace(outlines[0], {"labels": labels, **others})
 
     given, labels, weight = given.readable(), readable(labels), readable(weight)
-    dtype = torch.float32
-    for outline in outlines:
-        dtype = torch.promote_types(dtype, outline.dtype)
+    dtype = reduce(torch.promote_types, (x.dtype for x in outlines), torch.float32)
     counted, row_weight = rows_that_count(
         None if given.sigmoids else labels, weight, given.ignore_index, dtype
     )
