@@ -48,14 +48,15 @@ def divergence(value: Any) -> Divergence:
         raise TypeError(
             f"divergence must be a name or a fastkd.Divergence, got {type(value).__name__}"
         )
-    plain = ("forward_kl", "reverse_kl", "jeffreys", "tvd")
-    if value not in plain and value in Divergence._classes:
+    if value not in Divergence._classes:
+        choice("divergence", value, Divergence.names())
+    kind = Divergence.of_name(value)
+    if not kind.by_name:
         raise ValueError(
             f"divergence {value!r} has a parameter: pass an object, such as "
-            f"fastkd.{Divergence._classes[value].__name__}()"
+            f"fastkd.{kind.__name__}()"
         )
-    choice("divergence", value, plain)
-    return Divergence.of_name(value)()
+    return kind()
 
 
 def dense(name: str, tensor: Tensor) -> None:

@@ -59,3 +59,20 @@ def test_an_object_of_the_class_before_is_refused():
     _define("outdated", 2.0)
     with pytest.raises(ValueError, match="defined again: make the object anew"):
         fastkd.distillation_loss(STUDENT, TEACHER, divergence=old)
+
+
+def test_a_class_of_ones_own_by_name():
+    class Halved(fastkd.Divergence):
+        name = "halved"
+        by_name = True
+
+        @staticmethod
+        def value(lp, lq, a, b):
+            return (lp.exp() - lq.exp()) ** 2 / 2
+
+    assert torch.equal(
+        fastkd.distillation_loss(STUDENT, TEACHER, divergence="halved"),
+        fastkd.distillation_loss(STUDENT, TEACHER, divergence=Halved()),
+    )
+    with pytest.raises(ValueError, match=r"tvd.*halved, got 'halve'; did you mean 'halved'"):
+        fastkd.distillation_loss(STUDENT, TEACHER, divergence="halve")

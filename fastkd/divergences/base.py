@@ -53,6 +53,8 @@ class Divergence:
     # A fastkd.kernels.divergences.Device, for the Triton backend.
     device: ClassVar[Any] = None
 
+    # Whether its name stands for the object without arguments.
+    by_name: ClassVar[bool] = False
     # Whether it looks at the label of a row, which it then needs: `outer` is then given, besides,
     # the log-probabilities that teacher and student give it.
     label_aware: ClassVar[bool] = False
@@ -144,6 +146,11 @@ class Divergence:
             members |= {"label_aware": kind.label_aware, "__module__": kind.__module__}
             type(f"{kind.__name__}Dual", (Divergence,), members)
         return name, self.parameters, 1.0
+
+    @staticmethod
+    def names() -> list[str]:
+        """Those that stand for an object."""
+        return [name for name, kind in Divergence._classes.items() if kind.by_name]
 
     @staticmethod
     def of_name(name: str) -> type[Divergence]:

@@ -42,4 +42,5 @@ class Bernoulli(Jeffreys):
     reverse: float = 0.0
 
     name = "bernoulli"
+    by_name = False
     rows = "bernoulli"

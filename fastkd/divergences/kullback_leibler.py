@@ -29,6 +29,7 @@ class ForwardKL(Divergence):
     """
 
     name = "forward_kl"
+    by_name = True
     near = 1 / 128  # above it, off by 1e-4 of itself at most
     constant = NONE
     cancels = False
@@ -66,6 +67,7 @@ class ReverseKL(Divergence):
     """
 
     name = "reverse_kl"
+    by_name = True
     near = 1 / 128  # above it, off by 1e-4 of itself at most
     constant = REVERSE_KL
 
@@ -106,6 +108,7 @@ class Jeffreys(Divergence):
     reverse: float = 1.0
 
     name = "jeffreys"
+    by_name = True
     near = 1 / 128  # above it, off by 1e-4 of itself at most
     constant = REVERSE_KL
 

@@ -202,6 +202,7 @@ class TVD(Divergence):
     """
 
     name = "tvd"
+    by_name = True
     temperature_power = 1
 
     @staticmethod
