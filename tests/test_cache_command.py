@@ -163,3 +163,63 @@ def test_heads_that_scale_or_cap_their_logits(kind, options):
         for name, value in (("logit_scale", 2.0), ("logit_softcap", 0.5)):
             with pytest.raises(RunError, match="are not those of its hidden states"):
                 check_head({**head, name: value}, states, truth)
+
+
+# --- fastkd distill --teacher-cache -------------------------------------------------------------
+
+
+def distil(home, out, *options):
+    return __main__.main(
+        ["distill", "--student", str(home / "other"), "--data", str(home / "text.txt"), "--out",
+         str(out), "--sequence-length", str(T), "--device", "cpu", "--threads", "1",
+         "--precision", "fp32", "--batch-size", "4", "--steps", "4", "--log-every", "1",
+         "--temperature", "1", *options]
+    )  # fmt: skip
+
+
+def losses(out):
+    import csv
+
+    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    return torch.tensor([float(row["loss"]) for row in rows if row["loss"]]).double()
+
+
+@pytest.mark.slow
+def test_a_cache_trains_as_its_teacher_does(home, tmp_path):
+    pytest.importorskip("matplotlib")
+    online = tmp_path / "online"
+    assert distil(home, online, "--teacher", str(home / "teacher")) == 0
+    truth = losses(online)
+    assert len(truth) == 4
+    for kind, error in ((("--hidden",), 1e-5), (("--full",), 2e-3), (("--top-k", "400"), 2e-3)):
+        kept, out = tmp_path / f"kept{kind[0]}", tmp_path / f"out{kind[0]}"
+        assert run(home, kept, *kind) == 0
+        assert distil(home, out, "--teacher-cache", str(kept)) == 0
+        assert (losses(out) - truth).abs().max() < error * truth.max()
+    few, out = tmp_path / "few", tmp_path / "out-few"
+    assert run(home, few, "--top-k", "8") == 0
+    assert distil(home, out, "--teacher-cache", str(few)) == 0
+    assert (losses(out) < truth).all()  # fewer events, a smaller divergence
+    assert "distilled from teacher" in (out / "student" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_cache_that_does_not_fit_is_one_line(home, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    kept, out = tmp_path / "kept", tmp_path / "out"
+    assert run(home, kept, "--top-k", "8") == 0
+    of_cache = ("--teacher-cache", str(kept))
+
+    def refused(message, *options):
+        capsys.readouterr()
+        assert distil(home, out, *of_cache, *options) in (1, 2)
+        assert message in capsys.readouterr().err.splitlines()[-1]
+        assert not (out / "student").exists()
+
+    refused("is of another corpus, or of another tokenizer", "--sequence-length", "8")
+    refused("is of another corpus, or of another tokenizer", "--seed", "7")
+    refused("knows its teacher at T = 1 alone: --teacher-temperature 1", "--temperature", "2")
+    refused("leave one of them out", "--teacher", str(home / "teacher"))
+    refused("did you mean 'renormalize'", "--teacher-tail", "renormalise")
+    (kept / "00000.safetensors").write_bytes(b"x")
+    refused("00000.safetensors is broken")

@@ -35,6 +35,7 @@ class TeacherCache:
     Args:
         path: the folder.
         tail: that of the TopKs.
+        device: where the tensors go.
 
     Attributes:
         manifest: what is cached, and of which teacher: see `Manifest`.
@@ -53,11 +54,14 @@ class TeacherCache:
         torch.Size([2, 8, 4])
     """
 
-    def __init__(self, path: str | Path, tail: str = "bucket") -> None:
+    def __init__(
+        self, path: str | Path, tail: str = "bucket", device: torch.device | str = "cpu"
+    ) -> None:
         checks.choice("tail", tail, TAILS)
-        self.path, self.tail = Path(path), tail
+        self.path, self.tail, self.device = Path(path), tail, torch.device(device)
         self.manifest = Manifest.read(self.path)
         self._shards: dict[int | str, Tensors] = {}
+        self._head: dict[str, Any] | None = None
         missing = [shard for shard in range(len(self.shards)) if not self.shards[shard].exists()]
         if missing:
             raise CacheError(
@@ -75,9 +79,12 @@ class TeacherCache:
     def __getitem__(self, rows: Rows) -> TopK | Sampled | LinearHead | Tensor:
         layout, size = self.manifest.layout, self.manifest.vocab_size
         found = self._gather(rows, lambda shard, own: layout.decode(shard, own, size))
+        found = {name: tensor.to(self.device) for name, tensor in found.items()}
         if isinstance(layout, Hidden):
-            head = {name: _number(tensor) for name, tensor in self._shard(HEAD).items()}
-            return LinearHead(found["hidden"], **head)
+            if self._head is None:  # moved once
+                stored = self._shard(HEAD)
+                self._head = {name: self._setting(tensor) for name, tensor in stored.items()}
+            return LinearHead(found["hidden"], **self._head)
         return layout.operand(found, self.tail)
 
     def tokens(self, rows: Rows) -> Tensor:
@@ -109,8 +116,16 @@ class TeacherCache:
         size = sum(path.stat().st_size for path in self.shards)
         return size / (self.manifest.rows * self.manifest.positions)
 
-    def __reduce__(self) -> tuple[type[TeacherCache], tuple[Path, str]]:
-        return type(self), (self.path, self.tail)  # a worker maps the files itself
+    def to(self, device: torch.device | str) -> TeacherCache:
+        """The same with its tensors on a device."""
+        return TeacherCache(self.path, self.tail, device)
+
+    def __reduce__(self) -> tuple[type[TeacherCache], tuple[Path, str, torch.device]]:
+        return type(self), (self.path, self.tail, self.device)  # a worker maps the files itself
+
+    def _setting(self, tensor: Tensor) -> Any:
+        """A number of the head, or one of its tensors."""
+        return tensor.to(self.device) if tensor.dim() else tensor.item()
 
     def _shard(self, shard: int | str) -> Tensors:
         if shard not in self._shards:
@@ -134,8 +149,3 @@ class TeacherCache:
         order = torch.argsort(torch.argsort(shard, stable=True))
         found = {name: tensor[order] for name, tensor in found.items()}
         return {name: tensor[0] for name, tensor in found.items()} if one else found
-
-
-def _number(tensor: Tensor) -> Any:
-    """A setting of the head, or one of its tensors."""
-    return tensor if tensor.dim() else tensor.item()

@@ -7,7 +7,7 @@ import dataclasses
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -16,12 +16,10 @@ from fastkd.cache import Best, CacheError, Draws, Full, Hidden, Layout, write
 from fastkd.operands import LinearHead
 
 from . import cli, models, report, sequences, settings
+from .cached import APART, TOKENIZER, Corpus
 from .default_job import pick
 from .errors import RunError, hush_torchao, needs
 from .user_models import precision, text
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 CACHE = "Write what a teacher says of a text once, to train from it without the teacher."
 ABOUT_CACHE = """
@@ -102,42 +100,30 @@ def run(chosen: settings.UserModels, kept: Layout, folder: Path) -> None:
             chosen, tokenizer, Path(temporary) / "tokens", lambda count: None
         )
         corpus = Corpus(training, held_out)
+        teacher = Teacher(model, corpus, hidden=isinstance(kept, Hidden))
         about = {
             "teacher": chosen.teacher,
             "weights": models.fingerprint(model),
             "held_out_rows": len(held_out),
+            APART: teacher.separate,
         }
         bar = bars.add_task("sequences", total=len(corpus), text="")
         cache = write(
             folder,
             kept,
             corpus,
-            Teacher(model, corpus, hidden=isinstance(kept, Hidden)),
+            teacher,
             vocab_size,
             batch_size=chosen.batch_size,
             about=about,
             progress=lambda rows: bars.update(bar, completed=rows),
         )
+    tokenizer.save_pretrained(folder / TOKENIZER)
     print(
         f"{len(cache):,} sequences of {cache.manifest.positions} tokens, the last "
         f"{len(held_out):,} held out; {cache.bytes_per_token():.1f} bytes per token, where logits "
         f"in bf16 take {2 * vocab_size:,}\n\nSaved: {folder}/"
     )
-
-
-class Corpus:
-    """The sequences to train on, and after them those to evaluate on."""
-
-    def __init__(self, training: Dataset, held_out: Dataset) -> None:
-        from datasets import concatenate_datasets
-
-        self.rows = concatenate_datasets([training, held_out])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, rows: int | list[int]) -> Any:
-        return self.rows[rows]["input_ids"]
 
 
 class Teacher:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import files, storage
+from .cached import ROW
 from .documents import Counts, Document, Reader
 from .errors import RunError
 from .settings import UserModels
@@ -165,6 +166,8 @@ def collate(rows: list[Packed], separate: bool) -> dict[str, Tensor]:
     if separate:
         places = torch.arange(ids.size(1)).expand_as(ids)
         batch["position_ids"] = places - (places * begins).cummax(-1).values
+    if ROW in rows[0]:
+        batch[ROW] = torch.tensor([row[ROW] for row in rows])
     return batch
 
 

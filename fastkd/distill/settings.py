@@ -111,6 +111,10 @@ class UserModels(Common):
     """The user's models: Hugging Face causal language models."""
 
     teacher: str = setting("", "folder or hub name of the teacher")
+    teacher_cache: str = setting("", "folder of fastkd cache, in place of --teacher")
+    teacher_tail: str = setting(
+        "bucket", "what a cached top-k does not list: bucket, renormalize, drop or label"
+    )
     student: str = setting("", "folder, hub name, or config.json (a new student) of the student")
     steps: int = setting(0, "optimizer steps; 0: as many as --epochs takes")
     epochs: float = setting(1.0, "passes over the data")
@@ -151,8 +155,11 @@ class UserModels(Common):
 
     def check(self) -> None:
         super().check()
+        if self.teacher and self.teacher_cache:
+            raise Usage("--teacher-cache stands in place of --teacher: leave one of them out")
+        known("teacher_tail", self.teacher_tail, ("bucket", "renormalize", "drop", "label"))
         for name in ("teacher", "student", "data"):
-            if not getattr(self, name):
+            if not getattr(self, name) and not (name == "teacher" and self.teacher_cache):
                 raise Usage(f"--{name} is missing: --teacher, --student and --data go together")
         if not 0 < self.epochs < math.inf:
             raise Usage(f"epochs must be positive and finite, got {self.epochs}")

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import card, models, report, sequences, settings, storage
+from fastkd.cache import CacheError, TeacherCache
+
+from . import cached, card, models, report, sequences, settings, storage
 from .default_job import Stop, pick
 from .errors import Interrupted, RunError, Usage, hush_torchao, needs, one_line
 
@@ -35,7 +37,8 @@ def run(chosen: settings.UserModels, folder: Path, *, resume: bool = False) -> d
     """
     first = os.environ.get("RANK", "0") == "0"
     if first:
-        report.say(f"reading teacher {chosen.teacher} and student {chosen.student}")
+        teacher = chosen.teacher or chosen.teacher_cache
+        report.say(f"reading teacher {teacher} and student {chosen.student}")
     hush_torchao()
     needs("transformers", "datasets", "accelerate", "rich", "matplotlib", *chosen.report_to)
     from .watch import Watch
@@ -75,6 +78,7 @@ def run(chosen: settings.UserModels, folder: Path, *, resume: bool = False) -> d
     figures = {
         "before": plain(evaluated[0]),
         "after": plain(evaluated[-1]),
+        "teacher": chosen.teacher or job.teacher.manifest.about.get("teacher", "a teacher"),
         "settings": asdict(chosen),
         "vocab_size": job.vocab_size,
         "data": asdict(job.counts),
@@ -112,20 +116,24 @@ class Job:
             torch.set_num_threads(chosen.threads)
         self.device = pick(chosen.device)
         self.dtype = precision(chosen.precision, self.device)
-        self.tokens = models.common_tokenizer(chosen.teacher, chosen.student)
+        cache = cached.opened(chosen) if chosen.teacher_cache else None
+        source = chosen.teacher if cache is None else str(cache.path / cached.TOKENIZER)
+        self.tokens = models.common_tokenizer(source, chosen.student)
         if chosen.chat_template:
             self.tokens.chat_template = text(chosen.chat_template)
         self.vocab_size = models.vocabulary(self.tokens, chosen.vocab_size)
-        for name in ("teacher", "student"):
+        for name in ("teacher", "student") if cache is None else ("student",):
             shape = models.configuration(getattr(chosen, name))
             models.check_width(name, shape, self.vocab_size)
             models.check_positions(name, shape, chosen.sequence_length)
-        self.teacher = models.load(chosen.teacher, self.dtype)
+        self.teacher = models.load(chosen.teacher, self.dtype) if cache is None else cache
         processes = PartialState(cpu=self.device.type == "cpu")
         with processes.main_process_first():
             self.training, self.held_out, self.counts = sequences.prepare(
                 chosen, self.tokens, tokens, tell
             )
+        if cache is not None:
+            self.training, self.held_out = cached.with_rows(cache, self.training, self.held_out)
 
     def trainer(
         self, chosen: settings.UserModels, folder: Path, student: str = "", **arguments: Any
@@ -136,7 +144,7 @@ class Job:
         from fastkd.integrations.transformers import DistillationTrainer
 
         model, self.came_in = models.student(student or chosen.student, chosen.seed)
-        self.separate = all(map(models.keeps_documents_apart, (self.teacher, model)))
+        self.separate = all(map(_keeps_documents_apart, (self.teacher, model)))
         if chosen.checkpointing:
             model.train()
             # transformers 5.23 renamed it.
@@ -221,18 +229,29 @@ def _announcement(
     job: Job, chosen: settings.UserModels, trainer: DistillationTrainer, folder: Path
 ) -> str:
     """What is about to happen, and what was left out."""
-    sizes = [_size(model) for model in (job.teacher, trainer.model)]
+    teacher, size = job.teacher, _size(trainer.model)
+    known = (
+        f"teacher known by its {teacher.manifest.layout.kind}"
+        if isinstance(teacher, TeacherCache)
+        else f"teacher of {_size(teacher):,} parameters"
+    )
     length, passes = chosen.sequence_length, f"{chosen.epochs:g} passes"
     how = "apart" if job.separate else "not kept apart, which one of the models cannot do"
     lines = [
         f"{len(job.training):,} sequences of {length} tokens to train on, {len(job.held_out):,} "
         f"held out, from {job.counts.documents:,} documents, {how}",
         *job.counts.remarks(length),
-        f"teacher of {sizes[0]:,} parameters, student of {sizes[1]:,}, in {job.dtype} on "
+        f"{known}, student of {size:,} parameters, in {job.dtype} on "
         f"{trainer.args.device.type}; {f'{chosen.steps:,} steps' if chosen.steps else passes}, "
         f"into {folder}/".replace("torch.", ""),
     ]
     return "\n".join(lines)
+
+
+def _keeps_documents_apart(model: Any) -> bool:
+    if isinstance(model, TeacherCache):
+        return bool(model.manifest.about.get(cached.APART))
+    return models.keeps_documents_apart(model)
 
 
 def _size(model: Any) -> int:
@@ -255,7 +274,9 @@ def _state(checkpoint: Path | None) -> TrainerState | None:
 
 def _same_teacher(teacher: Any, path: Path) -> None:
     """Refuses to go on with another teacher than the run began with."""
-    found = json.dumps({"teacher": models.fingerprint(teacher)})
+    cache = isinstance(teacher, TeacherCache)
+    key = teacher.manifest.key() if cache else models.fingerprint(teacher)
+    found = json.dumps({"teacher": key})
     if not path.exists():
         storage.write(path, found)
     elif path.read_text() != found:
@@ -272,6 +293,8 @@ def _train(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except RunError:
         raise
+    except CacheError as error:
+        raise RunError(str(error)) from None
     except Exception as error:
         if checkpoint and not watch.began:  # each part of it fails in its own way
             raise _broken(checkpoint, error) from None

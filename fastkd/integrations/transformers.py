@@ -17,10 +17,13 @@ require("accelerate", "1.10", "2", extra="distill")
 
 from transformers import Trainer  # noqa: E402
 
+from fastkd.cache import TeacherCache  # noqa: E402
 from fastkd.functional import Metrics, distillation_loss  # noqa: E402
+from fastkd.operands import LinearHead, Sampled, TopK  # noqa: E402
 
 Settings = Callable[[int, int], Mapping[str, Any]]
 TARGETS = ("labels", "shift_labels")
+ROW = "row"  # of a batch: the rows of a TeacherCache
 
 
 class DistillationTrainer(Trainer):
@@ -34,7 +37,8 @@ class DistillationTrainer(Trainer):
     Args:
         teacher: a model whose logits are over the student's vocabulary. It is moved to the
             student's device, frozen, and set to evaluation. None takes the student itself with
-            its peft adapters off: one copy of the weights.
+            its peft adapters off: one copy of the weights. A `fastkd.TeacherCache` is asked for
+            the rows that a batch names as `row`, [B].
         loss: arguments of `distillation_loss`; or a function of (step, steps of the run) that
             returns them, so that a schedule goes on where a resumed run does.
         vocab_size: columns from here on are padding.
@@ -88,10 +92,11 @@ class DistillationTrainer(Trainer):
         self.vocab_size = vocab_size
         self.shift = is_causal(self.model) if shift is None else shift
         self.step_figures: dict[int, Tensor] = {}  # the latest step's, summed over its batches
-        self.teacher = teacher
+        cached = isinstance(teacher, TeacherCache)
+        self.teacher = teacher.to(self.args.device) if cached else teacher
         if teacher is None:
             _check_adapters(self.model)
-        else:
+        elif not cached:
             freeze(teacher, self.args.device)
 
     def compute_loss(
@@ -132,7 +137,9 @@ class DistillationTrainer(Trainer):
             return model(**model_inputs(inputs, self.model))
 
     @torch.no_grad()
-    def teacher_logits(self, inputs: Mapping[str, Any]) -> Tensor:
+    def teacher_logits(self, inputs: Mapping[str, Any]) -> Tensor | LinearHead | TopK | Sampled:
+        if isinstance(self.teacher, TeacherCache):
+            return self.teacher[inputs[ROW].cpu()]
         if self.teacher is not None:
             return self.teacher(**model_inputs(inputs, self.teacher)).logits
         student = self.accelerator.unwrap_model(self.model)
@@ -298,7 +305,8 @@ def targets(inputs: Mapping[str, Any], shift: bool) -> Tensor:
 
 def model_inputs(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
     """A batch without what only the model's own loss would take, nor a cache of the keys."""
-    others = {k: v for k, v in inputs.items() if k not in (*TARGETS, "num_items_in_batch")}
+    ours = (*TARGETS, ROW, "num_items_in_batch")
+    others = {k: v for k, v in inputs.items() if k not in ours}
     if "use_cache" in inspect.signature(_base(model).forward).parameters:
         others["use_cache"] = False
     return others
