@@ -17,9 +17,9 @@ from .problem import CE, ENTROPY, KD, Coefficients, Problem, sources, unpacked_n
 class Rows(torch.autograd.Function):
     """gradient="backward": per-row values, recomputed in the backward from the saved logits.
 
-    rows(entropy, metrics, backend, dual, dual_numbers, *problem.pack()) -> values, with the tensors
-    last, one by one. `dual` is the name of the divergence with the roles exchanged, and its numbers
-    are a, b and the factor: D(p, q) = factor * dual(q, p). "": nothing needs it.
+    rows(entropy, metrics, backend, dual, dual_numbers, *problem.flat()) -> values. `dual` is the
+    name of the divergence with the roles exchanged, and its numbers are a, b and the factor:
+    D(p, q) = factor * dual(q, p). "": nothing needs it.
     """
 
     @staticmethod
@@ -125,8 +125,7 @@ def _listed(found: Any, side: Any, wanted: bool) -> list[Any]:
 class Fused(torch.autograd.Function):
     """gradient="forward": the weighted loss and its gradient at once; the backward only scales.
 
-    fused(inplace, metrics, backend, *coefficients, *problem.pack()) -> loss, values, *gradients,
-    with the problem's tensors last, one by one.
+    fused(inplace, metrics, backend, *coefficients, *problem.flat()) -> loss, values, *gradients.
     """
 
     @staticmethod

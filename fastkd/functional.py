@@ -215,7 +215,7 @@ def distillation_loss(
     if held and trains:
         loss, values, *_ = autograd.Fused.apply(
             inplace, return_metrics, backend, *_coefficients(factors, factor, problem),
-            *_flat(problem),
+            *problem.flat(),
         )  # fmt: skip
     else:
         if backend == "reference":
@@ -223,7 +223,7 @@ def distillation_loss(
         else:
             values, *_ = autograd.Rows.apply(
                 entropy_weight != 0, return_metrics, backend,
-                *_dual(problem, given.divergence, others, backend), *_flat(problem),
+                *_dual(problem, given.divergence, others, backend), *problem.flat(),
             )  # fmt: skip
         rows = weighted(values, factors) * factor
         loss = rows.view(shape) if reduction == "none" else rows.sum()
@@ -265,12 +265,6 @@ def _reads_teacher(given: Settings, teacher: Tensor) -> bool:
     """Not where alpha is 0 and nobody asks for its figures or for a gradient that is 0."""
     trains = tracing.trains(teacher) or tracing.trains(given.teacher_temperature)
     return given.alpha > 0 or given.return_metrics or trains
-
-
-def _flat(problem: Problem) -> list[Any]:
-    """A problem as arguments of an autograd Function, which looks for tensors one by one."""
-    tensors, *rest = problem.pack()
-    return [*rest, *tensors]
 
 
 def _coefficients(

@@ -222,6 +222,11 @@ class Problem(NamedTuple):
         spec = "|".join((*kinds, flags, self.merge, self.divergence))
         return Packed(tensors, packed_numbers(*numbers), self.vocab_size, spec)
 
+    def flat(self) -> list[Any]:
+        """For an autograd Function, which looks for tensors one by one: they come last."""
+        tensors, *rest = self.pack()
+        return [*rest, *tensors]
+
     @staticmethod
     def unpack(
         tensors: Sequence[Tensor | None], numbers: Tensor, vocab_size: int, spec: str

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 DEBUG = os.environ.get("FASTKD_DEBUG") == "1"
 
@@ -26,7 +27,7 @@ def traced() -> bool:
 
 def watched() -> bool:
     """Whether any of these or a dispatch mode looks on, which may have no values either."""
-    return traced() or torch._C._len_torch_dispatch_stack() > 0
+    return traced() or _get_current_dispatch_mode() is not None
 
 
 def opaque(tensor: Tensor) -> bool:
