@@ -98,7 +98,8 @@ def distillation_loss(
             `LinearHead`, hidden states with their output head, whose logits are made for a chunk
             of rows at a time.
         teacher: logits [..., V], of any of these dtypes, or a `LinearHead`, or what is known of a
-            teacher: `TopK`, `Sampled`. Log-probabilities are logits too.
+            teacher: `TopK`, `Sampled`. Log-probabilities are logits too. Tensors made under
+            torch.inference_mode are taken, but by torch.compile, which cannot save them.
         labels: class indices [...], int64 or int32. They feed the cross-entropy and say, by
             `ignore_index`, which rows count. No shift is applied. With `Bernoulli()`, multi-hot
             [..., V] in [0, 1].
@@ -199,7 +200,7 @@ def distillation_loss(
     if torch.compiler.is_compiling():
         factor = scalar(factor, dtype, outlines[0].device)
     factors = factors_of_terms(given, row_weight)
-    reads_teacher = backend == "triton" or _reads_teacher(given, outlines[1])
+    reads_teacher = _reads_teacher(given, outlines[1])
     problem = Problem.of(
         given,
         sides.side_of(student, given, labels, columns, backend),

@@ -17,7 +17,7 @@ from fastkd.bernoulli import new_gradient
 from fastkd.kernels import arithmetic as A
 from fastkd.kernels import phases as P
 from fastkd.kernels.divergences import NEAR, NEAR_RATIO, bend
-from fastkd.kernels.logits import strides_of
+from fastkd.kernels.logits import strides_of, two_sides
 from fastkd.kernels.tuning import schedule
 from fastkd.problem import Coefficients, Problem
 
@@ -246,6 +246,7 @@ def _run(
     gradient: Tensor | None = None, heat: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The first `kinds` of `values`, the gradient, and the temperatures' where heat is wanted."""
+    problem = two_sides(problem)
     student, teacher, rows = problem.student, problem.teacher, problem.rows
     width, device, columns = student.size(-1), student.device, problem.vocab_size
     itemsize = min(student.element_size(), teacher.element_size())

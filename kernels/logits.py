@@ -111,6 +111,13 @@ def strides_of(x: Tensor) -> tuple[int, int, int]:
     return outer, x.stride(1), max(x.size(1), 1)
 
 
+def two_sides(problem: Problem) -> Problem:
+    """Beside no teacher the student again: its tiles are at hand, and the divergence is 0."""
+    if problem.teacher is not None:
+        return problem
+    return problem._replace(teacher=problem.student, teacher_temperature=None)
+
+
 def _run(
     problem: Problem, first: tl.constexpr, entropy: bool, metrics: bool,
     factors: Coefficients | None = None, state: Tensor | None = None,
@@ -118,6 +125,7 @@ def _run(
     heat: bool = False,
 ) -> Tensor | None:  # fmt: skip
     """Launches the phases from `first` on; the temperatures' gradient where heat is wanted."""
+    problem = two_sides(problem)
     student, teacher, rows = problem.student, problem.teacher, problem.rows
     width, device = student.size(-1), student.device
     kind = Divergence.of_name(problem.divergence)

@@ -12,9 +12,9 @@ import fastkd
 from tests.cases import logits
 from tests.closeness import assert_close
 from tests.conftest import DEVICE
+from tests.running import BACKENDS, FUSED
 
 N, V = 5, 12
-BACKENDS = ["reference", "torch"]
 DIVERGENCES = ["forward_kl", fastkd.JSD(0.3), fastkd.Renyi(0.4), "tvd"]
 
 
@@ -86,7 +86,7 @@ def test_a_head_of_the_teacher_is_not_multiplied(backend):
     assert_close(loss, F.cross_entropy(student.double(), LABELS))
 
 
-@pytest.mark.parametrize("backend", ["torch"])
+@pytest.mark.parametrize("backend", FUSED)
 def test_a_teacher_that_trains_gets_a_gradient_of_zero(backend):
     student, teacher = _student(), _student()
     temperature = torch.tensor(2.0, device=DEVICE, requires_grad=True)
@@ -107,3 +107,17 @@ def test_metrics_are_those_of_the_teacher(backend):
     assert half.kd.max() > 1e-2
     for one, other in zip(none, half, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_in_place(backend):
+    leaf = _student()
+    student, teacher = leaf * 1.0, torch.full((N, V), math.nan, device=DEVICE)
+    loss = fastkd.distillation_loss(
+        student, teacher, LABELS, alpha=0.0, inplace=True, backend=backend
+    )
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    exact = leaf.detach().double().requires_grad_()
+    true = F.cross_entropy(exact, LABELS)
+    assert_close(loss, true)
+    assert_close(gradient, torch.autograd.grad(true, exact)[0], "gradient")
