@@ -41,15 +41,15 @@ def main():
             max_steps=100,
             per_device_train_batch_size=8,
             gradient_accumulation_steps=2,  # changes nothing in the gradient
-            learning_rate=1e-2,
+            learning_rate=2e-2,
             logging_steps=50,  # loss, and by token kd, ce, entropies, agreement
             save_strategy="no",
             report_to="none",
             use_cpu=True,
         )
         trainer = DistillationTrainer(
-            model=model(16, 0.02),
-            teacher=model(32, 0.3),
+            model=model(24, 0.02),
+            teacher=model(32, 0.2),
             loss={"temperature": 2.0, "alpha": 1.0},
             args=arguments,
             train_dataset=rows(256),
