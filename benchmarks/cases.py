@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastkd.divergences import BUILT_IN
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PASSES = ("forward", "backward", "full", "replay")
 
@@ -72,10 +74,7 @@ class Selection(NamedTuple):
     providers: tuple[str, ...]
 
 
-OTHERS = (
-    "reverse_kl", "forward_kl+ce", "jsd", "skew_kl", "skew_reverse_kl", "jeffreys", "tvd",
-    "alpha", "renyi",
-)  # fmt: skip
+OTHERS = ("forward_kl+ce", *(name for name in BUILT_IN if name != "forward_kl"))
 
 # --- the CPU's table ---------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 import fastkd
+from fastkd.divergences import BUILT_IN
 from fastkd.kernels import tuning
 from fastkd.problem import Coefficients, Problem
 
@@ -27,10 +28,7 @@ from .assembly import Binary, binaries, replaced
 from .report import table
 
 TARGETS = tuple(model.GPUS)
-NAMES = (
-    "forward_kl", "reverse_kl", "jeffreys", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "alpha",
-    "renyi",
-)  # fmt: skip
+NAMES = tuple(BUILT_IN)
 EVERYTHING = (*NAMES, "kl_div")
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -482,7 +480,9 @@ def _report(
         f"{header['commit'] or 'unknown'}\n- `{command}`",
         table((COLUMNS, *sorted(lines))),
     ]
-    known = [name for name in names if name in NAMES]
+    from .textbook import TABLE
+
+    known = [name for name in names if name in TABLE]
     parts += [
         "## What values that do not cancel cost",
         "Instructions of the sweep, against the same kernel with the textbook's values.",

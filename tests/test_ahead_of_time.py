@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="the kernels need triton")
 import triton
 
 from benchmarks.compiled import configurations, tasks
+from fastkd.divergences import BUILT_IN, SLOPE_SUM
 
 ROOT = Path(__file__).parents[1]
 # SASS instructions per position on sm_90 in bf16, over all sweeps: loss and gradient in one launch,
@@ -35,6 +36,8 @@ BUDGET = {
     "alpha": (85, 37, 7.1875, 0),
     "renyi": (85, 36, 7.1875, 0),
 }
+# A divergence without a line of its own may cost as much as the dearest, until it has one.
+DEAREST = tuple(map(max, zip(*BUDGET.values(), strict=True)))
 # A row in registers, by its width, per column that its parts hold: what is computed once per row
 # weighs more where it is short.
 RESIDENT = {
@@ -48,6 +51,7 @@ NARROW = {
     "skew_kl": (92, 78), "skew_reverse_kl": (99, 85), "tvd": (74, 58), "alpha": (111, 94.5),
     "renyi": (111, 94),
 }  # fmt: skip
+DEAREST_SHORT = tuple(map(max, zip(*NARROW.values(), strict=True)))
 # kl_div, per entry: at most two gradients from one upstream value, in fp32 by an exact logarithm.
 ENTRIES = {"bf16": 24, "fp32": 42}
 # All options at once add this much to a sweep.
@@ -153,20 +157,21 @@ def test_enough_warps_fit_a_processor(target, name, compiled):
 @HOPPER
 def test_instructions_per_position(target, name, compiled):
     work = {kernel["configuration"]: kernel["work"] for kernel in compiled[target, name]}
-    fused, backward, exp2, log2 = BUDGET[name]
+    fused, backward, exp2, log2 = BUDGET.get(name, DEAREST)
     assert 0 < work["sweep"]["instructions"] <= fused
     assert 0 < work["fp32"]["instructions"] <= fused
     assert 0 < work["odd"]["instructions"] <= fused + 2
     assert 0 < work["backward"]["instructions"] <= backward
     assert 0 < work["everything"]["instructions"] <= fused + OPTIONS
-    assert work["sweep"]["exp2"] == pytest.approx(exp2, abs=0.01)
-    assert work["sweep"]["log2"] == pytest.approx(log2, abs=0.01)
+    if name in BUDGET:
+        assert work["sweep"]["exp2"] == pytest.approx(exp2, abs=0.01)
+        assert work["sweep"]["log2"] == pytest.approx(log2, abs=0.01)
 
 
 @HOPPER
 def test_every_operand_is_read_once_per_sweep(target, name, compiled):
     work = {kernel["configuration"]: kernel["work"] for kernel in compiled[target, name]}
-    sweeps = 3 if BUDGET[name][2] in (5.125, 7.125, 8.125) else 2
+    sweeps = 3 if BUILT_IN[name].constant == SLOPE_SUM else 2
     assert work["sweep"]["loads"] == [4] * sweeps
     assert work["sweep"]["stored"] == 2
     assert work["backward"]["loads"] == [4]
@@ -184,7 +189,7 @@ def test_instructions_of_resident_rows(target, name, compiled):
 @HOPPER
 def test_instructions_of_short_rows(target, name, compiled):
     work = {kernel["configuration"]: kernel["work"] for kernel in compiled[target, name]}
-    ten, hundred = NARROW[name]
+    ten, hundred = NARROW.get(name, DEAREST_SHORT)
     assert 0 < work["ten columns"]["instructions"] <= ten
     assert 0 < work["hundred columns"]["instructions"] <= hundred
 

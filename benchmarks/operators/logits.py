@@ -14,24 +14,12 @@ from torch import Tensor
 import fastkd
 from benchmarks.cases import Case
 from benchmarks.providers import NotOffered, Provider, by_name, compiled
+from fastkd.divergences import BUILT_IN
 
 from .base import Operands, Operator
 
 IGNORED = -100
-KINDS: dict[str, fastkd.Divergence] = {
-    kind.name: kind
-    for kind in (
-        fastkd.ForwardKL(),
-        fastkd.ReverseKL(),
-        fastkd.Jeffreys(),
-        fastkd.JSD(beta=0.5),
-        fastkd.SkewKL(alpha=0.1),
-        fastkd.SkewReverseKL(alpha=0.1),
-        fastkd.TVD(),
-        fastkd.AlphaDivergence(alpha=0.5),
-        fastkd.Renyi(alpha=0.5),
-    )
-}
+KINDS = {name: kind() for name, kind in BUILT_IN.items()}  # with their default parameters
 WITH_LABELS = "+ce"  # half divergence, half cross-entropy
 
 

@@ -12,7 +12,11 @@ from .mixtures import JSD, TVD, SkewKL, SkewReverseKL
 from .orders import AlphaDivergence, Renyi
 from .pair import FATHOM, LN2, MASKED, Pair, Pull, Softmax, plogr, total
 
+# Those of a softmax that fastkd brings, by name: what is compiled, budgeted and benchmarked.
+BUILT_IN = {n: kind for n, kind in Divergence._classes.items() if kind.rows == "logits"}
+
 __all__ = [
+    "BUILT_IN",
     "FATHOM",
     "JSD",
     "LN2",
