@@ -174,6 +174,26 @@ def test_rows_in_any_order_from_any_shard(kind, tmp_path):
             kept[wrong]
 
 
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_the_default_device_is_not_that_of_a_cache(kind, tmp_path):
+    plain = write(tmp_path / "plain", kind)
+    with torch.device("meta"):
+        ours = write(tmp_path / "ours", kind)
+        assert torch.equal(ours.tokens([3, 1]), IDS[[3, 1]])
+        found = ours[3:5]
+    assert files(tmp_path / "ours") == files(tmp_path / "plain")
+    expected = plain[3:5]
+    if not isinstance(found, torch.Tensor):
+        found, expected = vars(found), vars(expected)
+        assert all(
+            torch.equal(found[name], tensor)
+            for name, tensor in expected.items()
+            if isinstance(tensor, torch.Tensor)
+        )
+    else:
+        assert torch.equal(found, expected)
+
+
 def test_padding_columns_are_not_looked_at(tmp_path):
     wide = torch.cat([TABLE, torch.full((V, 20), 99.0)], -1)
     kept = cache.write(tmp_path / "wide", cache.Best(5), IDS, lambda ids, rows: wide[ids], V)

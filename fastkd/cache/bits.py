@@ -24,13 +24,13 @@ def pack(numbers: Tensor, bits: int) -> Tensor:
     [213, 1]
     """
     parts = []
-    places = torch.arange(bits)
-    powers = 2 ** torch.arange(8, dtype=torch.uint8)
+    places = torch.arange(bits, device="cpu")
+    powers = 2 ** torch.arange(8, dtype=torch.uint8, device="cpu")
     for some in numbers.split(1 << 16):  # a multiple of 8 numbers is a whole number of bytes
         digits = (some.long()[:, None] >> places & 1).to(torch.uint8).flatten()
         digits = torch.cat([digits, digits.new_zeros(-len(digits) % 8)])
         parts.append((digits.view(-1, 8) * powers).sum(-1, dtype=torch.uint8))
-    return torch.cat([*parts, torch.zeros(SPARE, dtype=torch.uint8)])
+    return torch.cat([*parts, torch.zeros(SPARE, dtype=torch.uint8, device="cpu")])
 
 
 def unpack(data: Tensor, places: Tensor, bits: int) -> Tensor:

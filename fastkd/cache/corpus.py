@@ -30,4 +30,4 @@ def rows(tokens: Tensor | Rows, wanted: range) -> Tensor:
     """Some of the corpus, int64 [n, T]."""
     if isinstance(tokens, Tensor):
         return tokens[wanted.start : wanted.stop].long().cpu()
-    return torch.as_tensor(tokens[list(wanted)], dtype=torch.long)
+    return torch.as_tensor(tokens[list(wanted)], dtype=torch.long, device="cpu")

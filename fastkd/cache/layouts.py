@@ -58,8 +58,10 @@ class Best:
 
     def decode(self, shard: Tensors, rows: Tensor, vocab_size: int) -> Tensors:
         positions = shard["tail"].size(1)
-        first = (rows[:, None] * positions + torch.arange(positions)) * self.k
-        ids = unpack(shard["ids"], first[..., None] + torch.arange(self.k), width(vocab_size))
+        first = (rows[:, None] * positions + torch.arange(positions, device="cpu")) * self.k
+        ids = unpack(
+            shard["ids"], first[..., None] + torch.arange(self.k, device="cpu"), width(vocab_size)
+        )
         log_probs = shard["log_probs"][rows].float()
         if self.log_prob_bits == 8:
             log_probs = (log_probs / 255).square() * shard["least"][rows].float()[..., None]
@@ -103,7 +105,7 @@ class Draws:
         distinct = shard["distinct"].long()
         ends = distinct.flatten().cumsum(0).view_as(distinct)[rows]
         distinct = distinct[rows]
-        place = torch.arange(int(distinct.max()))
+        place = torch.arange(int(distinct.max()), device="cpu")
         kept = place < distinct[..., None]
         where = torch.where(kept, (ends - distinct)[..., None] + place, 0)
         numbers = unpack(shard["draws"], where, width(vocab_size * self.samples))

@@ -91,7 +91,8 @@ class TeacherCache:
         """The tokens that the teacher saw, int64 [n, T], or [T]."""
 
         def decode(shard: Tensors, own: Tensor) -> Tensors:
-            places = own[:, None] * self.manifest.positions + torch.arange(self.manifest.positions)
+            positions = self.manifest.positions
+            places = own[:, None] * positions + torch.arange(positions, device="cpu")
             return {"tokens": unpack(shard["tokens"], places, width(self.manifest.vocab_size))}
 
         return self._gather(rows, decode)["tokens"]
@@ -137,7 +138,8 @@ class TeacherCache:
         if isinstance(rows, slice):
             rows = range(*rows.indices(len(self)))
         one = isinstance(rows, int)
-        wanted = torch.as_tensor([rows] if one else list(rows), dtype=torch.long)  # type: ignore[arg-type]
+        listed: list[Any] = [rows] if one else list(rows)  # type: ignore[arg-type, list-item]
+        wanted = torch.as_tensor(listed, dtype=torch.long, device="cpu")
         wanted = torch.where(wanted < 0, wanted + len(self), wanted)
         if wanted.numel() == 0 or wanted.min() < 0 or wanted.max() >= len(self):
             raise IndexError(f"rows must be some of 0 to {len(self) - 1}, got {rows}")

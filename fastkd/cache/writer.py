@@ -120,7 +120,7 @@ def _head(manifest: Manifest, teacher: Any, tokens: Tensor) -> bytes:
         tensors["bias"] = head.bias[: manifest.vocab_size]
     for name in ("logit_scale", "logit_softcap"):
         if getattr(head, name) is not None:
-            tensors[name] = torch.tensor(getattr(head, name), dtype=torch.float64)
+            tensors[name] = torch.tensor(getattr(head, name), dtype=torch.float64, device="cpu")
     return to_bytes(tensors, manifest, HEAD)
 
 
