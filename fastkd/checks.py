@@ -320,12 +320,12 @@ def student_alone(operands: dict[str, Any]) -> None:
         )
 
 
-def not_half(student: Tensor) -> None:
-    if student.dtype == torch.float16:
+def not_half(half: bool) -> None:
+    if half:
         raise ValueError(
             "gradient='forward' and inplace=True would round a float16 gradient before the loss "
             "scale lifts it, which makes small entries 0: pass gradient='backward', or "
-            "student.float()"
+            "a student in float32"
         )
 
 

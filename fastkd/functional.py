@@ -186,7 +186,7 @@ def distillation_loss(
     num_items = checks.num_items(num_items, reduction, outlines[0])
     backend = _backend(given, *outlines)
     others = {"teacher": outlines[1], "weight": weight, **given.temperatures}
-    held = given.gradient_mode(outlines[0], others) == "forward" and backend != "reference"
+    mode = given.gradient_mode(outlines[0], sides.in_half(student), others)
     trains = tracing.trains(outlines[0])
     if inplace and trains:
         checks.inplace(outlines[0], {"labels": labels, **others})
@@ -213,7 +213,7 @@ def distillation_loss(
         problem = moments.standardized(problem, backend)
 
     shape = outlines[0].shape[:-1]
-    if held and trains:
+    if mode == "forward" and trains and backend != "reference":
         loss, values, *_ = autograd.Fused.apply(
             inplace, return_metrics, backend, *_coefficients(factors, factor, problem),
             *problem.flat(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, TypedDict
 
-import torch
 from torch import Tensor
 
 from . import checks, tracing
@@ -110,16 +109,20 @@ class Settings(NamedTuple):
         names = ("temperature", "teacher_temperature")
         return {name: getattr(self, name) for name in names}
 
-    def gradient_mode(self, student: Tensor, others: dict[str, Any]) -> str:
-        """'forward' or 'backward'; `others` are the operands besides that may train."""
+    def gradient_mode(self, student: Tensor, half: bool, others: dict[str, Any]) -> str:
+        """'forward' or 'backward'.
+
+        half: whether a gradient of the student's would be held in float16.
+        others: the operands besides that may train.
+        """
         if self.holds_gradient:
-            checks.not_half(student)
+            checks.not_half(half)
             checks.student_alone(others)
             return "forward"
         held = (
             self.gradient == "auto"
             and self.reduction != "none"
-            and student.dtype != torch.float16
+            and not half
             and tracing.trains(student)
             and not tracing.trained_of(others)
         )

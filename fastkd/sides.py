@@ -50,6 +50,14 @@ def outlines(student: Any, teacher: Any) -> tuple[Tensor, Tensor]:
     return first, outline(teacher, first)
 
 
+def in_half(student: Any) -> bool:
+    """Whether a gradient of the student's would be held in float16."""
+    if not isinstance(student, LinearHead):
+        return student.dtype == torch.float16
+    sources = (student.hidden, student.weight, student.bias)
+    return any(x is not None and x.requires_grad and x.dtype == torch.float16 for x in sources)
+
+
 def check(given: Settings, student: Any, teacher: Any, labels: Tensor | None) -> None:
     """Refuses what an operand that is not logits cannot serve."""
     if given.inplace and isinstance(student, LinearHead):

@@ -41,6 +41,24 @@ def test_a_held_float16_gradient_is_refused(held, backend):
             fastkd.distillation_loss(leaf * 1.0, teacher, backend=backend, **held)
 
 
+@pytest.mark.parametrize("half", ["hidden", "weight"])
+def test_a_head_s_float16_gradient_is_rounded_after_the_loss_scale(half):
+    """As under autocast: hidden states in float16, and a weight in float32 beside them."""
+    operands = {"hidden": torch.randn(2, 8), "weight": torch.randn(1000, 8) * 0.1}
+    operands[half] = operands[half].half()
+    teacher = (torch.randn(2, 1000) * 0.1).to(DEVICE)
+    leaves = {name: x.to(DEVICE).requires_grad_() for name, x in operands.items()}
+    settings = {"num_items": 100_000, "temperature": 2.0}
+    loss = fastkd.distillation_loss(fastkd.LinearHead(**leaves), teacher, **settings)
+    (ours,) = torch.autograd.grad(loss * 2**20, leaves[half])
+    exact = {name: x.detach().double().requires_grad_() for name, x in leaves.items()}
+    loss = fastkd.distillation_loss(exact["hidden"] @ exact["weight"].T, teacher, **settings)
+    (true,) = torch.autograd.grad(loss * 2**20, exact[half])
+    assert_close(ours, true, "gradient", true.half())
+    with pytest.raises(ValueError, match="before the loss scale"):
+        fastkd.distillation_loss(fastkd.LinearHead(**leaves), teacher, gradient="forward")
+
+
 def _teachers(student):
     """Tensors that share memory with the student's logits."""
     return {
