@@ -5,15 +5,13 @@ With p = target, or exp(target) for a target in log space, each entry has
     value = p (log p - input)    d value / d input = -p    d value / d target = log p - input + 1
 
 (the last times p in log space), all 0 where p = 0. The operators below run the kernels of
-`kernels/elementwise.py` on CUDA devices and PyTorch elsewhere and in fp64.
+`kernels/elementwise.py` on CUDA devices, and `eager/elementwise.py` elsewhere and in fp64.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from . import checks
+from .eager import elementwise as eager
 from .operators import operator, readable, signed
 
 __all__ = ["kl_div"]
@@ -31,12 +30,9 @@ MEAN_WARNING = (
     "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
 )
 
-LOG2E = 1 / math.log(2)
 # Asked once, since the compiler of PyTorch 2.11 cannot trace the question.
 DEVICES = ("cpu", "cuda", "hpu", "ipu", "maia", "mps", "mtia", "privateuseone", "xla", "xpu")
 AUTOCASTS = [device for device in DEVICES if torch.amp.is_autocast_available(device)]
-# Elements per piece on the CPU: temporaries that the cache holds, enough work for every thread.
-PIECE = 2**19
 
 
 def kl_div(
@@ -87,7 +83,7 @@ def kl_div(
     input, target = readable(input), readable(target)
     kind = _reduction_kind(size_average, reduce, reduction)
     dtype = _result_type(input, target)
-    compute = _at_least_fp32(dtype)
+    compute = eager.at_least_fp32(dtype)
     # The gradient of a repeated operand is summed before it is rounded.
     x, t = (o if o.shape == shape else o.to(compute).expand(shape) for o in (input, target))
     loss = _KLDiv.apply(x, t, log_target, kind != NONE, dtype if kind == NONE else compute)
@@ -124,7 +120,7 @@ def _result_type(input: Tensor, target: Tensor) -> torch.dtype:
     else:  # a 0-d tensor does not promote the other
         dtype = input.dtype if input.dim() > 0 else target.dtype
     autocast = device in AUTOCASTS and torch.is_autocast_enabled(device)
-    return _at_least_fp32(dtype) if autocast else dtype
+    return eager.at_least_fp32(dtype) if autocast else dtype
 
 
 def _check(input: Tensor, target: Tensor) -> torch.Size:
@@ -151,57 +147,6 @@ def _check(input: Tensor, target: Tensor) -> torch.Size:
         ) from None
 
 
-# --- the formulas ----------------------------------------------------------------------------
-
-
-def _log_ratio(input: Tensor, target: Tensor, log_target: bool) -> tuple[Tensor, Tensor]:
-    """p and log p - input, which is 0 where p is 0; differentiable there too."""
-    p = _exp(target) if log_target else target
-    empty = p == 0
-    log_p = target if log_target else torch.where(empty, 1.0, target).log()
-    return p, torch.where(empty, 0.0, log_p - input)
-
-
-def _value(input: Tensor, target: Tensor, log_target: bool, dtype: torch.dtype) -> Tensor:
-    p, log_ratio = _log_ratio(input.to(dtype), target.to(dtype), log_target)
-    return p * log_ratio
-
-
-def _total(input: Tensor, target: Tensor, log_target: bool, dtype: torch.dtype) -> Tensor:
-    """The sum of the values: by the plain formula, again where that fails, as at p = 0."""
-    x, t = input.to(dtype), target.to(dtype)
-    if not t.is_cuda:
-        p, values = (_exp(t), t - x) if log_target else (t, t.log().sub_(x))
-        total = values.mul_(p).sum()
-        if total.isfinite():
-            return total
-    return _value(x, t, log_target, dtype).sum()
-
-
-def _to_input(minus: Tensor, target: Tensor, log_target: bool, out: Tensor | None = None) -> Tensor:
-    """The gradient of the input; minus: the negative of the upstream gradient, or one for all."""
-    dtype = _at_least_fp32(minus.dtype)
-    t = target.to(dtype)
-    return torch.mul(_exp(t) if log_target else t, minus.to(dtype), out=out)
-
-
-def _to_target(minus: Tensor, input: Tensor, target: Tensor, log_target: bool) -> Tensor:
-    dtype = _at_least_fp32(minus.dtype)
-    p, log_ratio = _log_ratio(input.to(dtype), target.to(dtype), log_target)
-    slope = -1 - log_ratio
-    slope = p * slope if log_target else torch.where(p == 0, 0.0, slope)
-    return (slope * minus.to(dtype)).to(target.dtype)
-
-
-def _exp(x: Tensor) -> Tensor:
-    """On a CPU exp2 takes a quarter of the time of exp. Off by 6e-8 * abs(x) in fp32, relative."""
-    return (x * LOG2E).exp2_()
-
-
-def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 # --- the operators: opaque to the compiler, one body per backend -----------------------------
 
 
@@ -215,18 +160,8 @@ def _forward(
     """The values in `dtype`, or with `reduce` their sum; operands of one shape."""
     out = None if reduce else input.new_empty(input.shape, dtype=dtype)
     x, t, o = _as_matrices(input, target, out)
-    if _on_triton(x, t):
-        from .kernels import elementwise
-
-        total = elementwise.forward(x, t, o, log_target)
-        return total if out is None else out
-    compute = _at_least_fp32(dtype)
-    if out is None:
-        sums = [_total(xs, ts, log_target, compute) for xs, ts in _pieces(x, t)]
-        return torch.stack(sums).sum()
-    for xs, ts, os in _pieces(x, t, o):
-        os.copy_(_value(xs, ts, log_target, compute))
-    return out
+    total = _backend(x, t).forward(x, t, o, log_target)
+    return total if out is None else out
 
 
 @_forward.register_fake
@@ -248,21 +183,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """Of the input, if `input_dtype` is given, and of the target, if `input` is, else empty."""
     to_input, to_target = _empty_gradients(upstream, input, target, log_target, input_dtype)
-    triton = _on_triton(upstream, target)
     g, x, t, dx, dt = _as_matrices(
-        (upstream if triton else -upstream).expand(target.shape), input, target,
+        upstream.expand(target.shape), input, target,
         None if input_dtype is None else to_input, None if input is None else to_target,
     )  # fmt: skip
-    if triton:
-        from .kernels import elementwise
-
-        elementwise.backward(g, x, t, dx, dt, log_target)
-        return to_input, to_target
-    for gs, xs, ts, dxs, dts in _pieces(g, x, t, dx, dt):
-        if dxs is not None:
-            _to_input(gs, ts, log_target, dxs)
-        if dts is not None:
-            dts.copy_(_to_target(gs, xs, ts, log_target))
+    _backend(g, t).backward(g, x, t, dx, dt, log_target)
     return to_input, to_target
 
 
@@ -272,6 +197,15 @@ def _empty_gradients(upstream, input, target, log_target, input_dtype):
         target.new_empty(0 if input_dtype is None else target.shape, dtype=input_dtype),
         target.new_empty(0 if input is None else target.shape),
     )
+
+
+def _backend(*matrices: Tensor) -> Any:
+    """The module that computes them."""
+    if not _on_triton(*matrices):
+        return eager
+    from .kernels import elementwise
+
+    return elementwise
 
 
 def _on_triton(*matrices: Tensor) -> bool:
@@ -289,16 +223,6 @@ def _as_matrices(*tensors: Tensor | None) -> list[Any]:
     split = 0 if flat else -1
     sizes = math.prod(shape[:split]), math.prod(shape[split:])
     return [None if t is None else t.reshape(sizes) for t in tensors]
-
-
-def _pieces(*matrices: Any) -> Iterable[tuple[Any, ...]]:
-    """Blocks of rows, or of the only row, whose temporaries stay in the cache of a CPU."""
-    rows, columns = matrices[0].shape
-    if matrices[0].device.type != "cpu" or rows * columns <= PIECE:
-        return [matrices]
-    dim, size = (1, PIECE) if rows == 1 else (0, max(1, PIECE // columns))
-    pieces = (repeat(None) if m is None else m.split(size, dim) for m in matrices)
-    return zip(*pieces, strict=False)  # repeat has no end
 
 
 # --- autograd --------------------------------------------------------------------------------
@@ -323,9 +247,9 @@ class _KLDiv(torch.autograd.Function):
         to_input = to_target = None
         if torch.is_grad_enabled():  # of differentiable operations, as it will be differentiated
             if ctx.input_dtype is not None:
-                to_input = _to_input(-upstream, target, ctx.log_target).to(ctx.input_dtype)
+                to_input = eager.to_input(-upstream, target, ctx.log_target).to(ctx.input_dtype)
             if input is not None:
-                to_target = _to_target(-upstream, input, target, ctx.log_target)
+                to_target = eager.to_target(-upstream, input, target, ctx.log_target)
         else:
             to_input, to_target = _backward(
                 readable(upstream), input, target, ctx.log_target, ctx.input_dtype

@@ -72,8 +72,8 @@ def _module(name: str, problem: Problem) -> Any:
 
 
 MODULES = {
-    ("torch", "logits"): "fastkd.eager",
-    ("torch", "bernoulli"): "fastkd.bernoulli",
+    ("torch", "logits"): "fastkd.eager.logits",
+    ("torch", "bernoulli"): "fastkd.eager.bernoulli",
     ("triton", "logits"): "fastkd.kernels.logits",
     ("triton", "bernoulli"): "fastkd.kernels.bernoulli",
 }

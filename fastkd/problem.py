@@ -1,6 +1,6 @@
 """What the eager path and the kernels are asked to compute: one type, three functions each.
 
-`eager.py` and `kernels/logits.py` both offer
+`eager/logits.py` and `kernels/logits.py` both offer
 
     forward(problem, entropy, metrics)            -> values, state
     backward(problem, state, upstream, gradient, temperature) -> gradient | None, temperature rows
@@ -41,6 +41,9 @@ STUDENT_ENTROPY, UNIT_SUM = 6, 7
 # backend multiplies the temperature, whose gradient it still gives; the pull 1 / ((n - 1) std), by
 # which the derivative of the width is pull * (logit - mean).
 MEAN, WIDTH, PULL = range(3)
+EPS = 1e-7  # added to the standard deviation
+# The width of a row without spread: the softmax is uniform over its entries, the gradient gone.
+FLAT = 1e30
 
 
 class Coefficients(NamedTuple):

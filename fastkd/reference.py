@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .divergences import Divergence, plogr
-from .moments import EPS, FLAT
-from .problem import Problem
+from .problem import EPS, FLAT, Problem
 
 
 def losses(

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.bernoulli import new_gradient
 from fastkd.kernels import arithmetic as A
 from fastkd.kernels import phases as P
 from fastkd.kernels.divergences import NEAR, NEAR_RATIO, bend
@@ -228,7 +227,7 @@ def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Ten
 def backward(
     problem: Problem, state: Tensor, upstream: Coefficients, gradient: bool, temperature: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    out = new_gradient(problem.student) if gradient else None
+    out = _new_gradient(problem) if gradient else None
     _, heat = _run(problem, 0, upstream, out, temperature)
     return out, heat if temperature else None
 
@@ -236,9 +235,13 @@ def backward(
 def fused(
     problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    gradient = new_gradient(problem.student) if out is None else out
+    gradient = _new_gradient(problem) if out is None else out
     values, _ = _run(problem, coefficients.kinds(metrics), coefficients, gradient)
     return coefficients.weigh(values), values if metrics else None, gradient
+
+
+def _new_gradient(problem: Problem) -> Tensor:
+    return torch.empty_like(problem.student, memory_format=torch.contiguous_format)
 
 
 def _run(

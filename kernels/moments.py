@@ -15,13 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd import moments
+from fastkd import problem
 from fastkd.kernels import phases as P
 from fastkd.kernels.logits import strides_of
 from fastkd.kernels.tuning import schedule
 
-EPS = tl.constexpr(moments.EPS)
-FLAT = tl.constexpr(moments.FLAT)
+EPS = tl.constexpr(problem.EPS)
+FLAT = tl.constexpr(problem.FLAT)
 LARGEST = tl.constexpr(3e38)
 
 

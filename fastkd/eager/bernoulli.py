@@ -1,8 +1,8 @@
-"""The PyTorch path of multi-label heads: blocks of rows, closed forms, fp64 inside.
+"""The PyTorch backend of multi-label heads: blocks of rows, closed forms, fp64 inside.
 
-It offers what `problem.py` asks for. No entry depends on another: there are no row statistics, and
-`state` is empty. fp64 leaves the plain formulas as many digits as fp32 logits hold; +-1e200 stands
-for an infinite logit, and times 0 is 0.
+No entry depends on another: there are no row statistics, and `state` is empty. fp64 leaves the
+plain formulas as many digits as fp32 logits hold; +-1e200 stands for an infinite logit, and times 0
+is 0.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import AGREEMENT, CE, ENTROPY, KD, TEACHER_ENTROPY, Coefficients, Problem
+from fastkd.problem import AGREEMENT, CE, ENTROPY, KD, TEACHER_ENTROPY, Coefficients, Problem
 
 BLOCK_ELEMENTS = 1 << 15  # in fp64, with some ten temporaries
 CERTAIN = 1e200
@@ -34,7 +34,7 @@ def backward(
     problem: Problem, state: Tensor, upstream: Coefficients, gradient: bool, temperature: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradient of the student's logits, in their dtype, and of each row's temperature."""
-    out = new_gradient(problem.student) if gradient else None
+    out = _new_gradient(problem) if gradient else None
     heat = upstream.kd.new_zeros(problem.rows) if temperature else None
     for block in _blocks(problem):
         _gradient(problem, block, upstream, out, heat)
@@ -45,7 +45,7 @@ def fused(
     problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Weighted loss rows, `values` with metrics, and the gradient of the sum of those rows."""
-    target = new_gradient(problem.student) if out is None else out.view(problem.student.shape)
+    target = _new_gradient(problem) if out is None else out.view(problem.student.shape)
     kinds = coefficients.kinds(metrics)
     values = problem.student.new_zeros(kinds, problem.rows, dtype=problem.dtype)
     for block in _blocks(problem):
@@ -55,8 +55,8 @@ def fused(
     return coefficients.weigh(values), values if metrics else None, target
 
 
-def new_gradient(student: Tensor) -> Tensor:
-    return torch.empty_like(student, memory_format=torch.contiguous_format)
+def _new_gradient(problem: Problem) -> Tensor:
+    return torch.empty_like(problem.student, memory_format=torch.contiguous_format)
 
 
 # --- blocks -----------------------------------------------------------------------------------

@@ -1,20 +1,21 @@
-"""The PyTorch path: blocks of rows in the cache, closed-form gradients, no [N, V] temporaries.
+"""The terms of a block of rows: values, softmaxes and slopes, in fp32, and again in fp64.
 
-Its formulas are plain ones in fp32. The rows where these lose digits, because the divergence is
+The formulas are plain ones in fp32. The rows where these lose digits, because the divergence is
 small, or fail, because of a mask, show by their value, and are done again in fp64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .blocks import Rows, Store, blocks, largest, marked
-from .divergences import FATHOM, LN2, MASKED, Divergence, Pair, Pull, Softmax, total
-from .problem import AGREEMENT, CE, ENTROPY, KD, TEACHER_ENTROPY, WIDTH, Coefficients, Problem
+from fastkd.divergences import LN2, MASKED, Divergence, Pair, Pull, Softmax, total
+from fastkd.problem import AGREEMENT, CE, ENTROPY, KD, TEACHER_ENTROPY, WIDTH, Problem
+
+from .blocks import Rows, Store, blocks, largest, marked, place_of
 
 # From here on a value is infinite: the largest of fp32. What stands for -inf is far beyond.
 FAR = torch.finfo(torch.float32).max
@@ -32,62 +33,7 @@ LEAST_SCALE = 1e-30
 CLOSE, SPREAD, ROUNDING = 1e-13, 1e-7, 1e-15
 
 
-def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
-    """`values`, and an empty `state`: the backward recomputes from the logits."""
-    kinds = 5 if metrics else 3 if entropy or problem.labels is not None else 1
-    values = _new_values(problem, kinds)
-    kept = values.unbind()
-    for rows, terms in _Solver(problem, entropy, metrics, gradient=False):
-        _store(kept, rows, terms)
-    return values, values.new_empty(0, problem.rows)
-
-
-def backward(
-    problem: Problem, state: Tensor, upstream: Coefficients, gradient: bool, temperature: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradient of the student's logits, in their dtype, and of each row's temperature."""
-    out = _new_gradient(problem) if gradient else None
-    target = None if out is None else out[..., : problem.vocab_size]
-    heat = upstream.kd.new_zeros(problem.rows) if temperature else None
-    solver = _Solver(problem, upstream.entropy is not None, False, gradient=True)
-    weights = _weights(upstream, solver.scales[0])
-    for rows, terms in solver:
-        _gradient(problem, rows, terms, weights, target, heat)
-    return out, heat
-
-
-def fused(
-    problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Weighted loss rows, `values` with metrics, and the gradient of the sum of those rows."""
-    inplace = out is not None
-    out = _new_gradient(problem) if out is None else out.view(problem.student.shape)
-    target = out[..., : problem.vocab_size]
-    alone = (coefficients.ce is None or problem.teacher is None) and coefficients.entropy is None
-    room = target if alone and not inplace else None
-    values = _new_values(problem, coefficients.kinds(metrics))
-    kept = values.unbind()
-    entropy = coefficients.entropy is not None
-    solver = _Solver(problem, entropy, metrics, True, room, inplace)
-    weights = _weights(coefficients, solver.scales[0])
-    for rows, terms in solver:
-        _store(kept, rows, terms)
-        _gradient(problem, rows, terms, weights, target, None)
-    if inplace:
-        _blank(problem, out)
-    return coefficients.weigh(values), values if metrics else None, out
-
-
-def scale_(gradient: Tensor, upstream: Tensor) -> None:
-    """Multiplies in place, and touches nothing where the factor is seen to be 1."""
-    if not upstream.is_cpu or upstream.item() != 1:
-        gradient.mul_(upstream)
-
-
-# --- one block ------------------------------------------------------------------------------
-
-
-class _Terms(NamedTuple):
+class Terms(NamedTuple):
     """What a block has to offer: [R] values by their names in problem.py, and [R, V] pieces."""
 
     values: dict[int, Tensor]
@@ -97,7 +43,7 @@ class _Terms(NamedTuple):
     counts: Tensor | None  # [R, 1], bool: rows with a logit on either side; None: all
 
 
-class _Solver:
+class Solver:
     """The terms of all rows that count, block by block; of rows given twice, the second hold.
 
     gradient: whether they are to be good for it.
@@ -131,7 +77,7 @@ class _Solver:
             Store(problem, dtype) for dtype in (problem.dtype, torch.float64)
         )
 
-    def __iter__(self) -> Iterator[tuple[Rows, _Terms]]:
+    def __iter__(self) -> Iterator[tuple[Rows, Terms]]:
         size = largest(self.problem)
         half = -(-size // 2)  # fp64 takes twice the memory
         double = self.problem.dtype == torch.float64
@@ -153,8 +99,8 @@ class _Solver:
                 yield rows, self.exact_terms(rows)
 
     def settled(
-        self, rows: Rows, terms: _Terms, doubtful: Tensor | None
-    ) -> Iterator[tuple[Rows, _Terms]]:
+        self, rows: Rows, terms: Terms, doubtful: Tensor | None
+    ) -> Iterator[tuple[Rows, Terms]]:
         """The terms of a block, and those of its doubtful rows, which may come later."""
         if doubtful is None:
             yield rows, terms
@@ -169,7 +115,7 @@ class _Solver:
             self.again[rows.flat] = doubtful
             yield rows, terms
 
-    def doubtful(self, terms: _Terms) -> Tensor | None:
+    def doubtful(self, terms: Terms) -> Tensor | None:
         """Rows whose divergence is small or infinite, whose terms are too large, whose student is
         nearly certain, or whose figures are not finite; None: no row.
         """
@@ -202,7 +148,7 @@ class _Solver:
     def logits(self, rows: Rows) -> list[Tensor]:
         return [side[rows.outer, rows.inner] for side in self.sides]
 
-    def plain_terms(self, rows: Rows) -> _Terms:
+    def plain_terms(self, rows: Rows) -> Terms:
         """In the dtype of the problem."""
         self.store.start(rows.size)
         logits = self.logits(rows)
@@ -219,10 +165,10 @@ class _Solver:
         depths: list[Tensor],
         store: Store,
         scales: list[float | Tensor],
-    ) -> _Terms:
+    ) -> Terms:
         """With the buffers of the depths, which may be the logits themselves."""
         problem, z, y = self.problem, logits[0], logits[-1]
-        scales = [_of_rows(scale, rows) for scale in scales]
+        scales = [of_rows(scale, rows) for scale in scales]
         if problem.teacher is None and not self.entropy:
             scales = [1.0]  # only the cross-entropy is wanted
         values, unit = {}, None
@@ -233,7 +179,7 @@ class _Solver:
         if problem.labels is not None and not at_one:
             unit = Softmax.of(z, 1.0, store.new(), store.new())
 
-        room = None if self.room is None else _place(self.room, rows, store.dtype)
+        room = None if self.room is None else place_of(self.room, rows, store.dtype)
         whole = self.guarded or self.entropy
         q = Softmax.of(z, scales[0], depths[0], store.new() if room is None else room, whole)
         p = q
@@ -251,12 +197,12 @@ class _Solver:
         pair = Pair(q, p, scales[0], store.new, labels)
         if problem.teacher is None:
             values[KD] = torch.zeros_like(q.mass[:, 0])
-            return _Terms(values, pair, None, unit, None)
+            return Terms(values, pair, None, unit, None)
         value, pull = self.kind.value_and_pull(pair, problem.a, problem.b)
         values[KD] = value[:, 0]
-        return _Terms(values, pair, pull, unit, None)
+        return Terms(values, pair, pull, unit, None)
 
-    def exact_terms(self, rows: Rows) -> _Terms:
+    def exact_terms(self, rows: Rows) -> Terms:
         """The terms in fp64, with a number for -inf, which times 0 is 0; its traces are removed."""
         store = self.exact_store
         store.start(rows.size)
@@ -269,7 +215,7 @@ class _Solver:
         }
         if pull is not None:
             pull = self.mended(rows, values[KD], pair, pull, ~counts)
-        return _Terms(values, pair, pull, unit, None if counts.all() else counts[:, None])
+        return Terms(values, pair, pull, unit, None if counts.all() else counts[:, None])
 
     def mended(self, rows: Rows, values: Tensor, pair: Pair, pull: Pull, dead: Tensor) -> Pull:
         """What plain formulas do not give: no pull of dead rows, [R], nor of infinite ones."""
@@ -291,7 +237,7 @@ class _Solver:
         values.masked_fill_(values.abs() < ROUNDING, 0.0)
         some = close.nonzero()[:, 0]
         z, y = (side[some].double().clamp_min_(MASKED) for side in self.logits(rows))
-        scales = [_of_rows(scale, rows) for scale in self.exact_scales]
+        scales = [of_rows(scale, rows) for scale in self.exact_scales]
         scales = [scale[some] if isinstance(scale, Tensor) else scale for scale in scales]
         q, mass = pair.student.terms[some], pair.student.mass[some]
         d = (y - y.amax(-1, keepdim=True)) * scales[-1]
@@ -327,10 +273,10 @@ def _scales(problem: Problem) -> list[float | Tensor]:
     if problem.moments is not None:
         widths = problem.moments[:, WIDTH].double()
         return [1 / (temperatures[i].double() * widths[i])[:, None] for i in (0, -1)]
-    return [1 / (t[0].item() if _shared(t) else t.double()[:, None]) for t in temperatures]
+    return [1 / (t[0].item() if shared(t) else t.double()[:, None]) for t in temperatures]
 
 
-def _shared(rows: Tensor) -> bool:
+def shared(rows: Tensor) -> bool:
     """Whether [N] is one number, expanded."""
     return rows.stride(0) == 0 and len(rows) > 0
 
@@ -343,10 +289,10 @@ def _cross_entropy(unit: Softmax, labels: Tensor, smoothing: float) -> Tensor:
 
 
 def _entropy(side: Softmax, spare: Tensor) -> Tensor:
-    return (side.log_mass - LN2 * _mean_depth(side, spare))[:, 0]
+    return (side.log_mass - LN2 * mean_depth(side, spare))[:, 0]
 
 
-def _mean_depth(side: Softmax, spare: Tensor) -> Tensor:
+def mean_depth(side: Softmax, spare: Tensor) -> Tensor:
     return torch.mul(side.terms, side.depth, out=spare).sum(-1, keepdim=True) / side.mass
 
 
@@ -354,133 +300,6 @@ def _most(doubtful: Tensor | None) -> bool:
     return doubtful is not None and 2 * doubtful.count_nonzero().item() > len(doubtful)
 
 
-# --- its gradient -----------------------------------------------------------------------------
-
-
-def _weights(upstream: Coefficients, scale: float | Tensor) -> Coefficients:
-    """For the gradient by logits: [N, 1], or 0-d where all rows share it; scale: the student's."""
-    kd, ce, entropy = (
-        rows if rows is None else rows[0] if _shared(rows) else rows[:, None] for rows in upstream
-    )
-    assert kd is not None
-    return Coefficients(kd * scale, ce, None if entropy is None else entropy * scale)
-
-
-def _of_rows(factor: Any, rows: Rows) -> Any:
+def of_rows(factor: Any, rows: Rows) -> Any:
     """Of these rows: [R, 1]; a number, or a 0-d tensor, is that of all."""
     return factor[rows.flat] if isinstance(factor, Tensor) and factor.dim() else factor
-
-
-def _gradient(
-    problem: Problem,
-    rows: Rows,
-    terms: _Terms,
-    weights: Coefficients,
-    out: Tensor | None,
-    temperature: Tensor | None,
-) -> None:
-    """Writes the block's gradient to the student's logits [O, I, V], and to its temperature."""
-    place = None
-    if out is not None and terms.counts is None:
-        place = _place(out, rows, terms.pair.student.terms.dtype)
-    gradient = terms.pair.new() if place is None else place
-    tempered = terms.pull is not None or weights.entropy is not None
-    if tempered:
-        _tempered_gradient(rows, terms, weights, gradient)
-    if tempered and (temperature is not None or problem.moments is not None):
-        heat, degrees = _heat(gradient, terms), problem.student_temperature[rows.flat, None]
-        moments = None if problem.moments is None else problem.moments[0, :, rows.flat, None]
-        if temperature is not None:
-            slope = -heat if moments is None else -heat * moments[WIDTH]
-            temperature[rows.flat] = slope[:, 0].to(temperature.dtype)
-        if moments is not None:
-            _add_pull(gradient, heat, moments, degrees, terms)
-    if weights.ce is not None:
-        _cross_entropy_gradient(gradient, problem, rows, terms, weights.ce, add=tempered)
-    if terms.counts is not None:
-        gradient = torch.where(terms.counts, gradient, 0.0)
-    if out is not None and place is None:
-        out[rows.outer, rows.inner] = gradient.to(out.dtype)
-
-
-def _place(out: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor | None:
-    """Where the rows' gradient goes, if it can be computed there: a pass less."""
-    if out.dtype != dtype or not isinstance(rows.inner, slice):
-        return None
-    return out[rows.outer, rows.inner]
-
-
-def _tempered_gradient(rows: Rows, terms: _Terms, weights: Coefficients, gradient: Tensor) -> None:
-    """Writes that of divergence and entropy."""
-    pair, pull, q = terms.pair, terms.pull, terms.pair.student
-    if pull is None:
-        gradient.zero_()
-    else:
-        weight = _of_rows(weights.kd, rows)
-        torch.mul(q.terms, weight * pull.total / q.mass, out=gradient)
-        gradient.addcmul_(pull.terms, weight * pull.factor, value=-1)
-    if weights.entropy is not None:
-        lq_plus_entropy = LN2 * (q.depth - _mean_depth(q, pair.new()))
-        weight = _of_rows(weights.entropy, rows) / q.mass
-        gradient.addcmul_(lq_plus_entropy.mul_(q.terms), weight, value=-1)
-
-
-def _heat(gradient: Tensor, terms: _Terms) -> Tensor:
-    """Minus the derivative to T, over the width where the logits are standardised, [R, 1]."""
-    depths, new = terms.pair.student.depth, terms.pair.new
-    # The gradient's rows sum to 0: measuring the logits from their maximum changes nothing.
-    depth = torch.mul(depths, gradient, out=new()).masked_fill_(depths <= FATHOM, 0.0)
-    heat = LN2 * depth.sum(-1, keepdim=True)
-    return heat if terms.counts is None else torch.where(terms.counts, heat, 0.0)
-
-
-def _add_pull(
-    gradient: Tensor, heat: Tensor, moments: Tensor, temperature: Tensor, terms: _Terms
-) -> None:
-    """What goes through the width of standardised logits; with the rows' moments and T."""
-    side, scale = terms.pair.student, terms.pair.student_scale
-    (mean, _, pull), dtype = moments, gradient.dtype
-    centred = torch.mul(side.depth, LN2 / scale, out=terms.pair.new())
-    centred.add_((side.top - mean).to(dtype)).masked_fill_(side.depth <= FATHOM, 0.0)
-    gradient.addcmul_(centred.mul_(pull.to(dtype)), (-heat * temperature).to(dtype))
-
-
-def _cross_entropy_gradient(
-    gradient: Tensor, problem: Problem, rows: Rows, terms: _Terms, weights: Tensor, add: bool
-) -> None:
-    """Adds it, or writes it."""
-    assert terms.unit is not None
-    assert problem.labels is not None
-    weight, smoothing = _of_rows(weights, rows).to(gradient.dtype), problem.label_smoothing
-    size = (weight / terms.unit.mass).to(gradient.dtype)
-    if add:
-        gradient.addcmul_(terms.unit.terms, size)
-    else:
-        torch.mul(terms.unit.terms, size, out=gradient)
-    labels = problem.labels[rows.flat, None]
-    gradient.scatter_add_(-1, labels, ((smoothing - 1) * weight).expand(labels.shape))
-    if smoothing:
-        gradient.sub_(weight * (smoothing / problem.vocab_size))
-
-
-def _new_values(problem: Problem, kinds: int) -> Tensor:
-    return problem.student.new_zeros(kinds, problem.rows, dtype=problem.dtype)
-
-
-def _new_gradient(problem: Problem) -> Tensor:
-    out = torch.empty_like(problem.student, memory_format=torch.contiguous_format)
-    _blank(problem, out)
-    return out
-
-
-def _blank(problem: Problem, out: Tensor) -> None:
-    """Sets to 0 what no block writes: the padding, and the rows that do not count."""
-    out[..., problem.vocab_size :] = 0
-    if problem.counted is not None and not problem.counted.all():
-        out[~problem.counted.view(out.shape[:2])] = 0
-
-
-def _store(values: Sequence[Tensor], rows: Rows, terms: _Terms) -> None:
-    for kind, value in terms.values.items():
-        if kind < len(values):
-            values[kind][rows.flat] = value.to(values[kind].dtype)

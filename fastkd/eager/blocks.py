@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import Problem
+from fastkd.problem import Problem
 
 # Elements of a block: its buffers then fit the last cache, and a call's overhead is small; fewer,
 # but not fewer than the second, where a block would be more than an eighth of the problem, so that
@@ -74,6 +74,13 @@ def marked(problem: Problem, mask: Tensor, step: int) -> Iterator[Rows]:
     flat = mask.nonzero()[:, 0]
     inner_rows = problem.student.size(1)
     return Rows(flat // inner_rows, flat % inner_rows, flat).parts(step)
+
+
+def place_of(out: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor | None:
+    """Where the rows' gradient goes, if it can be computed there: a pass less."""
+    if out.dtype != dtype or not isinstance(rows.inner, slice):
+        return None
+    return out[rows.outer, rows.inner]
 
 
 class Store:
