@@ -110,7 +110,7 @@ class Listed(NamedTuple):
             values = problem.student_temperature.new_zeros(1, problem.rows)
             state = values.new_empty(0, problem.rows)
         else:
-            alone = _alone(problem)
+            alone = problem._replace(teacher=None)
             values, state = self.backend.forward(alone, entropy, metrics)
         for rows, part in _chunks(problem):
             _Terms.of(part).write(values, rows)
@@ -127,7 +127,7 @@ class Listed(NamedTuple):
         base = heat = None
         if upstream.ce is not None or upstream.entropy is not None:
             base, heat = self.backend.backward(
-                _alone(problem), state, upstream, gradient, temperature
+                problem._replace(teacher=None), state, upstream, gradient, temperature
             )
         out = _new_gradient(problem) if gradient and base is None else base
         heat = upstream.kd.new_zeros(problem.rows) if temperature and heat is None else heat
@@ -145,7 +145,7 @@ class Listed(NamedTuple):
         base, loss = None, torch.zeros_like(coefficients.kd)
         values = loss.new_zeros(1, problem.rows)
         if metrics or coefficients.ce is not None or coefficients.entropy is not None:
-            alone = _alone(problem)
+            alone = problem._replace(teacher=None)
             loss, figures, base = self.backend.fused(alone, coefficients, metrics, None)
             values = values if figures is None else figures
         if out is None:
@@ -168,11 +168,6 @@ def _chunks(problem: Problem) -> Iterator[tuple[slice, Problem]]:
     for start in range(0, problem.rows, size):
         rows = slice(start, min(start + size, problem.rows))
         yield rows, problem.part(rows)
-
-
-def _alone(problem: Problem) -> Problem:
-    """The student's terms: of a teacher that is its equal, from which it does not differ."""
-    return problem._replace(teacher=problem.student, divergence="forward_kl")
 
 
 def _new_gradient(problem: Problem) -> Tensor:
