@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import fastkd
+from tests import oracle
 from tests.cases import logits
 from tests.closeness import assert_close, assert_zero
 from tests.conftest import DEVICE
@@ -29,21 +30,22 @@ def rows_of(
 ):  # fmt: skip
     """The loss of each row, in fp64: every class is a row of two, [logit, 0], of a softmax."""
     z, y = z.double(), y.double()
-    per_class = [
+    heats = [
         t[..., None].expand(z.shape) if isinstance(t, torch.Tensor) and t.dim() else t
         for t in (temperature, teacher_temperature)
     ]
-    loss = alpha * fastkd.distillation_loss(
+    per_class, _ = oracle.distillation_loss(
         F.pad(z[..., None], (0, 1)), F.pad(y[..., None], (0, 1)),
-        divergence=fastkd.Jeffreys(*weights), temperature=per_class[0],
-        teacher_temperature=per_class[1], scale_by_temperature=scale_by_temperature,
-        reduction="none", teacher_grad=True, backend="reference",
-    ).sum(-1)  # fmt: skip
+        divergence=("jeffreys", dict(zip(("forward", "reverse"), weights, strict=True))),
+        temperature=heats[0], teacher_temperature=heats[1],
+        scale_by_temperature=scale_by_temperature, reduction="none",
+    )  # fmt: skip
+    loss = alpha * per_class.sum(-1)
     if alpha < 1:
         hard = F.binary_cross_entropy_with_logits(z, labels.double(), reduction="none")
         loss = loss + (1 - alpha) * hard.sum(-1)
     if entropy_weight:
-        heat = per_class[0].double() if isinstance(per_class[0], torch.Tensor) else per_class[0]
+        heat = heats[0].double() if isinstance(heats[0], torch.Tensor) else heats[0]
         loss = loss + entropy_weight * entropy_of((z / heat).sigmoid())
     return loss
 

@@ -19,6 +19,7 @@ from torch.library import opcheck
 from fastkd import elementwise
 from fastkd.eager import elementwise as eager
 from fastkd.elementwise import kl_div
+from tests import oracle
 from tests.closeness import assert_close, assert_zero
 
 ROOT = Path(__file__).parents[1]
@@ -102,6 +103,25 @@ def test_reductions(backend, reduction, flags, log_target):
     # (True, None) with "batchmean" divides twice, (None, False) divides the unreduced tensor.
     options = {"size_average": flags[0], "reduce": flags[1], "reduction": reduction}
     check(*pair((4, 5), log_target=log_target), log_target=log_target, **options)
+
+
+@quiet
+@pytest.mark.parametrize("log_target", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    "shapes", [((3, 5), (3, 5)), ((1, 5), (3, 5)), ((2, 3, 5), (5,)), ((), ())]
+)
+def test_definition(backend, shapes, reduction, log_target):
+    """By the oracle, with targets of 0 too."""
+    input, target = pair(*shapes, log_target=log_target)
+    if target.dim():
+        target[..., 1] = -INF if log_target else 0.0
+    options = {"reduction": reduction, "log_target": log_target}
+    upstream = torch.rand(oracle.kl_div(input, target, **options).shape, device=DEVICE) + 0.5
+    ours = run(kl_div, input, target, upstream, **options)
+    truth = run(oracle.kl_div, input.double(), target.double(), upstream, **options)
+    for kind, a, t in zip(("value", "gradient", "gradient"), ours, truth, strict=True):
+        assert_close(a, t, kind)
 
 
 @pytest.mark.parametrize("reduction", [*REDUCTIONS, "elementwise_mean"])

@@ -14,7 +14,17 @@ from fastkd.checks import HAS_TRITON
 from tests.cases import DIVERGENCES, logits
 from tests.closeness import assert_close, assert_zero
 from tests.conftest import DEVICE
-from tests.running import BACKENDS, FUSED, NO_TRITON, check, run, truth
+from tests.running import (
+    BACKENDS,
+    EVERY,
+    FUSED,
+    NO_TRITON,
+    check,
+    check_everything,
+    defined,
+    run,
+    truth,
+)
 from tests.schedules import SCHEDULES
 
 MODES = ["forward", "backward"]
@@ -48,9 +58,8 @@ def test_the_definition(backend):
     assert_close(loss, 9 * F.kl_div(log_q, p, reduction="batchmean"))
 
 
-@pytest.mark.parametrize("backend", FUSED)
+@EVERY
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_every_option_together(divergence, mode, backend):
     student, teacher = (x.float() for x in logits(6, 23, scale=4.0))
     labels = torch.tensor([0, -100, 3, 19, 7, 2])
@@ -93,30 +102,18 @@ def test_every_dtype(dtype, mode, backend):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", FUSED)
+@EVERY
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_gradients_of_teacher_temperatures_and_weight(divergence, shared, backend):
     student, teacher = (x.float() for x in logits(5, 40))
     student[3, :9] = teacher[3, :9] = -math.inf
-    results = []
-    for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
-        temperature, weight = torch.tensor(1.7), torch.tensor([0.5, 2.0, 1.0, 0.3, 0.0])
-        rows = None if shared else torch.tensor([0.5, 1.0, 2.0, 1.3, 0.9])
-        leaves = [
-            None if x is None else x.to(DEVICE, dtype).requires_grad_()
-            for x in (student, teacher, temperature, rows, weight)
-        ]
-        loss = fastkd.distillation_loss(
-            leaves[0], leaves[1], torch.arange(5, device=DEVICE), divergence=divergence,
-            temperature=leaves[2], teacher_temperature=leaves[3], weight=leaves[4], alpha=0.7,
-            entropy_weight=0.1, reduction="none", standardize=True, teacher_grad=True, backend=name,
-        )  # fmt: skip
-        leaves = [leaf for leaf in leaves if leaf is not None]
-        upstream = torch.tensor([1.0, -0.5, 2.0, 0.3, 1.0])
-        results.append(torch.autograd.grad(loss, leaves, upstream.to(loss)))
-    for ours, true in zip(*results, strict=True):
-        assert_close(ours, true, "gradient")
+    settings = {"temperature": torch.tensor(1.7), "weight": torch.tensor([0.5, 2, 1, 0.3, 0])}
+    if not shared:
+        settings["teacher_temperature"] = torch.tensor([0.5, 1.0, 2.0, 1.3, 0.9])
+    check_everything(
+        student, teacher, torch.arange(5), divergence=divergence, alpha=0.7, entropy_weight=0.1,
+        reduction="none", standardize=True, backend=backend, **settings,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -143,9 +140,7 @@ def test_metrics_are_those_of_the_scores(backend):
     _, metrics = fastkd.distillation_loss(
         student, teacher, labels, standardize=True, backend=backend, **settings
     )
-    _, plain = fastkd.distillation_loss(
-        standardized(student), standardized(teacher), backend="reference", **settings
-    )
+    _, plain = defined(standardized(student), standardized(teacher), **settings)
     for name in ("kd", "student_entropy", "teacher_entropy", "agreement"):
         assert_close(getattr(metrics, name), getattr(plain, name))
     assert_close(metrics.ce, F.cross_entropy(student.double(), labels, reduction="none"))
