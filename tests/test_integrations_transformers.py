@@ -219,6 +219,13 @@ def test_bf16_is_near(variant, truth, tmp_path):
         assert error < 0.1, name  # zeros are off by 1, a factor of 2 by as much
 
 
+def test_a_student_in_float16_is_trained(truth, tmp_path):
+    """Not in place, where its gradient would be rounded too early."""
+    found = gradient(trainer_of("trainer", tmp_path, llama(0).half()))
+    for name, weights in truth[1].items():
+        assert (found[name].double() - weights).norm() < 0.1 * weights.norm(), name
+
+
 @pytest.mark.full
 def test_a_compiled_student_gets_the_same_gradient(truth, tmp_path):
     check_gradient(gradient(trainer_of("trainer", tmp_path, torch_compile=True)), truth[1])

@@ -117,7 +117,8 @@ class DistillationTrainer(Trainer):
                 "vocab_size": self.vocab_size,
                 "num_items": num_items_in_batch,
                 "label_smoothing": self.args.label_smoothing_factor,
-                "inplace": not return_outputs,  # nobody reads the student's logits again
+                # Nobody reads the student's logits again; fp16 gradients wait for the loss scale.
+                "inplace": not return_outputs and outputs.logits.dtype != torch.float16,
                 "return_metrics": True,
                 **self.loss(self.state.global_step, self.state.max_steps),
             },
