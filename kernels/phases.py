@@ -31,6 +31,8 @@ VARYING = (
     "entropy_stride", "student_first", "teacher_first", "gradient_first", *ROW_STRIDES,
 )  # fmt: skip
 
+PINNED = tl.constexpr(not A.INTERPRETED.value and triton.__version__.startswith("3.6."))
+
 # --- loads and stores ------------------------------------------------------------------------
 
 
@@ -149,6 +151,11 @@ def restore(state, index, rows, live, WANT: tl.constexpr):
 
 @triton.jit
 def row_store(pointer, x, index, live):
+    """One number per row. Triton 3.6 fails where it moves what changes a number's layout to before
+    the operations that made it, hence there none is seen."""
+    if PINNED:
+        move: tl.constexpr = "mov.b32 $0, $1;"
+        x = tl.inline_asm_elementwise(move, "=r,r", [tl.cast(x, tl.float32)], tl.float32, False, 1)
     tl.store(pointer + index, x, mask=live)
 
 

@@ -1,4 +1,6 @@
-"""The oldest Triton that pyproject.toml allows, in an environment of its own."""
+"""The oldest Triton that pyproject.toml allows and the newest, each in an environment of its own."""
+
+from __future__ import annotations
 
 import os
 import subprocess
@@ -11,32 +13,45 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 # The interpreter of Triton 3.6 does not know NumPy 2.4.
-OLDEST = ("triton==3.6.0", "numpy<2.4")
+OLDEST, NEWEST = ("triton==3.6.0", "numpy<2.4"), ("triton==3.9.0",)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(packages, module, *arguments): `python -m`, with these before all that is here."""
+
+    def run_(packages: tuple[str, ...], *command: str) -> None:
+        venv.create(tmp_path, symlinks=True)
+        python = tmp_path / "bin" / "python"
+        pip = (sys.executable, "-m", "pip", "--python", python, "--retries", "1", "install")
+        done = subprocess.run([*pip, *packages], capture_output=True, text=True)
+        if done.returncode and "CI" not in os.environ:
+            pytest.skip(f"{' and '.join(packages)} cannot be installed here: {done.stderr[-300:]}")
+        assert done.returncode == 0, done.stderr
+
+        # torch and pytest come from this environment, behind the new one's own packages.
+        (site,) = tmp_path.glob("lib/python*/site-packages")
+        (site / "behind.pth").write_text(str(Path(torch.__file__).parents[1]))
+        version = "import triton; print(triton.__version__)"
+        used = subprocess.run([python, "-c", version], capture_output=True, text=True, check=True)
+        assert f"triton=={used.stdout.strip()}" == packages[0]
+
+        environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+        done = subprocess.run(
+            [python, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+    return run_
 
 
 @pytest.mark.slow
-def test_kernels_run_and_compile_under_the_oldest_triton(tmp_path):
-    venv.create(tmp_path, symlinks=True)
-    python = tmp_path / "bin" / "python"
-    pip = (sys.executable, "-m", "pip", "--python", python, "--retries", "1")
-    installed = subprocess.run([*pip, "install", *OLDEST], capture_output=True, text=True)
-    if installed.returncode and "CI" not in os.environ:
-        pytest.skip(f"{' and '.join(OLDEST)} cannot be installed here: {installed.stderr[-300:]}")
-    assert installed.returncode == 0, installed.stderr
-
-    # torch and pytest come from this environment, behind the new one's own packages.
-    (site,) = tmp_path.glob("lib/python*/site-packages")
-    (site / "behind.pth").write_text(str(Path(torch.__file__).parents[1]))
-    versions = "import numpy, triton; print(triton.__version__, numpy.__version__ < '2.4')"
-    used = subprocess.run([python, "-c", versions], capture_output=True, text=True, check=True)
-    assert used.stdout.split() == ["3.6.0", "True"]
-
+def test_kernels_run_and_compile_under_the_oldest_triton(run):
     tests = ("tests/test_kernels.py", "tests/test_ahead_of_time.py", "--quick")
-    done = subprocess.run(
-        [python, "-m", "pytest", "-p", "no:cacheprovider", *tests],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    run(OLDEST, "pytest", "-p", "no:cacheprovider", *tests)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packages", [OLDEST, NEWEST], ids=" ".join)
+def test_every_launch_compiles(packages, run, request):
+    run(packages, "tests.ptx.scan", *([] if request.config.getoption("--full") else ["--few"]))

@@ -192,8 +192,8 @@ def edges() -> Iterator[Case]:
     for n, columns in enumerate(widths):
         kind = ("plain", "full")[n % 2]
         yield _loss(FORWARD_KL, (1, 3, columns), DTYPES[n % 3], "inplace", "plain", kind, columns)
-    widths = (4097, 4104, 8191, 8192, 8193, 12288, 12289, 16384, 16385, 20000, 33000)
-    for n, columns in enumerate(widths):
+    longer = (4097, 4104, 8191, 8192, 8193, 12288, 12289, 16384, 16385, 20000, 33000)
+    for n, columns in enumerate(longer):
         place, kind = ("plain", "slice")[n % 2], ("plain", "full")[n // 2 % 2]
         yield _loss(JSD, (1, 2, columns), DTYPES[n % 3], "fused", place, kind, columns)
     for columns in (16391, 33000, 70001):

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .cases import BF16, FORWARD_KL, FP32
 from .gpu import Gpu
+from .machine import Kernel
 from .problems import loss
 
 
@@ -128,13 +129,17 @@ def _without_barriers(gpu: Gpu, kind: str, columns: int) -> list[str]:
         gpu.dropped = lambda kernel: -1
 
 
+def _one_barrier(kernel: Kernel, place: int) -> Callable[[Kernel], int]:
+    return lambda one: place if one is kernel else -1
+
+
 def _each_barrier(gpu: Gpu) -> list[str]:
     """Each barrier of a sweep by itself; some of them may be superfluous."""
     _problem(gpu, "full", 5000)
     kernel = gpu.last["sweep"]
     places, seen = kernel.places("BAR"), 0
     for place in places:
-        gpu.dropped = lambda one, place=place: place if one is kernel else -1
+        gpu.dropped = _one_barrier(kernel, place)
         seen += bool(_problem(gpu, "full", 5000))
     gpu.dropped = lambda one: -1
     return [f"{'most' if 2 * seen >= len(places) else 'few'} seen: {seen} of {len(places)}"]

@@ -154,9 +154,9 @@ class Gpu:
                 np.lib.stride_tricks.as_strided(
                     writable[x.storage_offset() :], tuple(x.shape), tuple(x.stride())
                 )[...] = 1
-            tensor, written = self.fresh.get(base, (None, None))
-            if tensor is None or tensor.element_size() != cell:
-                written = np.ones(count, np.uint8)
+            written = np.ones(count, np.uint8)
+            if base in self.fresh and len(self.fresh[base][1]) == count:
+                written = self.fresh[base][1]
             found.append(Allocation(name, base, cell, writable, written))
         return found
 
@@ -216,13 +216,18 @@ def _pretend() -> None:
     schedule = tuning.schedule
 
     def on_gpu(rows: int, columns: int, itemsize: int, _: Any, **more: bool) -> Any:
-        return schedule(rows, columns, itemsize, Device(), **more)
+        device: Any = Device()
+        return schedule(rows, columns, itemsize, device, **more)
 
-    for module in (bernoulli, logits, moments):
-        module.schedule = on_gpu
-    for module in (tuning, logits):
-        module.multiprocessors = lambda _: PROCESSORS
-    tuning.is_nvidia = lambda _, generation: generation <= 9
-    elementwise_kernels.elementwise = lambda _: tuning.ELEMENTWISE
-    elementwise._on_triton = lambda *operands: operands[0].dtype != torch.float64
-    checks.backend = lambda name, *_: name
+    replaced = {
+        "schedule": (on_gpu, (bernoulli, logits, moments)),
+        "multiprocessors": (lambda _: PROCESSORS, (tuning, logits)),
+        "is_nvidia": (lambda _, generation: generation <= 9, (tuning,)),
+        "elementwise": (lambda _: tuning.ELEMENTWISE, (elementwise_kernels,)),
+        "_on_triton": (lambda *operands: operands[0].dtype != torch.float64, (elementwise,)),
+        "backend": (lambda name, *_: name, (checks,)),
+    }
+    for name, (new, owners) in replaced.items():
+        for owner in owners:
+            getattr(owner, name)  # raises where it has gone
+            setattr(owner, name, new)

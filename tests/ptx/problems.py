@@ -130,7 +130,7 @@ def settings(kind: str, rows: tuple[int, int], columns: int, seed: int) -> dict[
         "labels": labels, "label_smoothing": 0.1, "alpha": 0.6, "entropy_weight": 0.05,
         "return_metrics": True,
     }  # fmt: skip
-    return {
+    made: dict[str, Callable[[], dict[str, Any]]] = {
         "plain": lambda: {"temperature": 2.0},
         "rows": lambda: {"temperature": each(), "scale_by_temperature": False},
         "labels": lambda: {"temperature": 1.0, "labels": labels.int(), "alpha": 0.5},
@@ -146,7 +146,8 @@ def settings(kind: str, rows: tuple[int, int], columns: int, seed: int) -> dict[
             "teacher_temperature": each() + 0.2,
             "weight": (torch.arange(flat.numel()) % 3 != 1).float().view(rows),
         },
-    }[kind]()  # fmt: skip
+    }  # fmt: skip
+    return made[kind]()
 
 
 def loss(
@@ -244,7 +245,8 @@ def _outcome(
     if metrics is not None:
         shown = metrics._asdict().items()
         found |= {f"metric {name}": x for name, x in shown if x is not None}
-    return found | {f"gradient of {name}": x.grad for name, x in leaves.items()}
+    grads = {f"gradient of {name}": x.grad for name, x in leaves.items()}
+    return found | {name: x for name, x in grads.items() if x is not None}
 
 
 # --- launchers -----------------------------------------------------------------------------------
@@ -287,6 +289,7 @@ def in_place(
         )  # fmt: skip
         true = true.flatten() * (1.75 if labelled else 1.25)
         true.sum().backward()
+        assert leaf.grad is not None
         wrong = mismatch("loss", value, true, "value")
         wrong += mismatch("gradient", gradient.view(shape), leaf.grad, "gradient")
         wrong += mismatch("memory beside the slice", memory[beside] - 7, torch.zeros(1), "value")
@@ -326,7 +329,7 @@ def kl_div(
             if trains:
                 value.backward(torch.full_like(value, 1.5))
             grads = {f"gradient of {name}": leaves[name].grad for name in trains}
-            return {"loss": value.detach(), **grads}
+            return {"loss": value.detach()} | {k: x for k, x in grads.items() if x is not None}
 
         return compared(
             outcome(fastkd.kl_div, x, t), outcome(oracle.kl_div, x.double(), t.double())
