@@ -101,9 +101,8 @@ def _collapse(piece):
     off = means - mean
     square = tl.sum(piece.square + piece.count * off * off)
     return Piece(
-        count, origin, mean, square, tl.min(piece.least), tl.max(piece.most),
-        tl.max(piece.exponent),
-    )  # fmt: skip
+        count, origin, mean, square, tl.min(piece.least), tl.max(piece.most), piece.exponent
+    )
 
 
 @triton.jit

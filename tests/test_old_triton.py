@@ -1,4 +1,4 @@
-"""The oldest Triton that pyproject.toml allows and the newest, each in an environment of its own."""
+"""The oldest Triton that pyproject.toml allows and the newest, in environments of their own."""
 
 from __future__ import annotations
 

@@ -112,7 +112,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             call.run()
             wrong = list(compiler.findings)
-        except Exception as error:
+        except Exception as found:
+            error: BaseException = found
+            while error.__cause__ is not None:
+                error = error.__cause__
             wrong = [f"{type(error).__name__}: {error}"]
         results[call.name] = wrong
         if wrong:
