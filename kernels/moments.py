@@ -49,8 +49,10 @@ def _empty(LANES: tl.constexpr):
 
 @triton.jit
 def _exponent(least, most):
-    """Of the power of two above -least and most, as far as it and its inverse are normal."""
-    bits = tl.maximum(tl.abs(least), tl.abs(most)).to(tl.int32, bitcast=True)
+    """Of the power of two above -least and most, as far as it and its inverse are normal; the
+    least one where all is masked, so that lanes that have entries decide."""
+    size = tl.where(least <= most, tl.maximum(tl.abs(least), tl.abs(most)), 0.0)
+    bits = size.to(tl.int32, bitcast=True)
     return tl.minimum(tl.maximum((bits >> 23) - 126, -126), 126).to(tl.float32)
 
 

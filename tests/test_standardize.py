@@ -296,3 +296,15 @@ def test_moments_of_every_schedule(plan, force):
     out, true = (moments._moments(x, y, counted, 70, b) for b in ("triton", "torch"))
     for field in range(3):
         assert_close(out[:, field], true[:, field].double())
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+@pytest.mark.parametrize("plan", SCHEDULES)
+def test_moments_where_a_thread_meets_masked_columns_first(plan, force):
+    force(plan)
+    x, y = torch.randn(2, 1, 3, 75, device=DEVICE)
+    x[..., :20] = -math.inf
+    out = moments._moments(x, y, None, 75, "triton")
+    kept = x[0, :, 20:].double()
+    assert_close(out[0, 0], kept.mean(-1))
+    assert_close(out[0, 1], kept.std(-1) + 1e-7)
