@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
+import fastkd  # noqa: E402
 import fastkd.integrations.trl as integration  # noqa: E402
 from fastkd.integrations import numbers  # noqa: E402
 
@@ -134,3 +135,41 @@ def test_it_trains_to_the_same_losses(trainer, tokens, tmp_path, monkeypatch):
     for mine, wanted, before in zip(our_weights, their_weights, start, strict=True):
         torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-3)
         assert (mine - before).abs().max() > 5e-3
+
+
+def test_gkd_and_distillation_trainer_take_the_same_steps(tokens, tmp_path):
+    """Off-policy, on the same chats: one curve, and one student."""
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    from fastkd.integrations.transformers import DistillationTrainer
+
+    common = {
+        "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "seed": 3,
+        "logging_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True,
+        "save_strategy": "no", "gradient_accumulation_steps": 2,
+    }  # fmt: skip
+    chats = datasets.Dataset.from_dict(CHATS)
+    gkd = GKDTrainer(
+        model(tokens, 16, 0), model(tokens, 32, 1), processing_class=tokens, train_dataset=chats,
+        args=GKDConfig(str(tmp_path / "gkd"), lmbda=0.0, beta=0.3, bf16=False, **common),
+    )  # fmt: skip
+
+    def collate(rows):
+        batch = gkd.data_collator(rows)
+        return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+
+    ours = DistillationTrainer(
+        model=model(tokens, 16, 0), teacher=model(tokens, 32, 1), train_dataset=chats,
+        loss={"divergence": fastkd.JSD(0.3)}, data_collator=collate,
+        args=transformers.TrainingArguments(
+            str(tmp_path / "ours"), remove_unused_columns=False, **common
+        ),
+    )  # fmt: skip
+    curves = []
+    for trainer in (gkd, ours):
+        trainer.train()
+        curves.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-3)
+    assert curves[0][-1] < 0.9 * curves[0][0]
+    for mine, wanted in zip(ours.model.parameters(), gkd.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-3)
