@@ -25,6 +25,7 @@ RECIPES = {
     "compress": "pruning and quantisation, and what distillation brings back",
     "federated": "one teacher made of clients with private, unequal data: mixed, weighted, routed",
     "multimodal": "a teacher that sees two views of what its student sees one; another modality",
+    "sparse": "a teacher known by its best entries, by draws, or by all, out of a cache",
 }
 
 
