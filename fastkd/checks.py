@@ -229,7 +229,7 @@ def temperature_rows(name: str, value: Any, student: Tensor) -> None:
 
 def number(name: str, value: Any) -> Any:
     """The number in Python's own type; a compiler's symbol remains one."""
-    if isinstance(value, (torch.SymFloat, torch.SymInt)) or type(value) in (int, float):
+    if type(value) in (int, float) or isinstance(value, (torch.SymFloat, torch.SymInt)):
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
@@ -265,7 +265,7 @@ def finite(name: str, value: Any) -> Any:
 
 
 def flag(name: str, value: Any) -> None:
-    if isinstance(value, Tensor) or value not in (True, False):
+    if type(value) is not bool and (isinstance(value, Tensor) or value not in (True, False)):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 

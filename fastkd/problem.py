@@ -297,6 +297,8 @@ def _one_dimension(side: Any) -> Any:
 
 def as_rows(*tensors: Tensor) -> list[Tensor]:
     """Views [O, I, width] with one split for all; a copy only where the strides allow none."""
+    if all(t.dim() == 2 and t.stride(1) == 1 for t in tensors):
+        return [t[None] for t in tensors]
     tensors = tuple(t if t.stride(-1) == 1 or t.size(-1) == 1 else t.contiguous() for t in tensors)
     seams = {seam for tensor in tensors for seam in _seams(tensor)}
     if len(seams) > 1:
@@ -309,8 +311,6 @@ def as_rows(*tensors: Tensor) -> list[Tensor]:
 
 def _seams(tensor: Tensor) -> list[int]:
     """The leading dimensions that do not merge with the one before."""
-    if tensor.dim() < 3:
-        return []
     leading = range(tensor.dim() - 1)
     dims = [(i, tensor.size(i), tensor.stride(i)) for i in leading if tensor.size(i) != 1]
     return [i for (_, _, before), (i, size, stride) in pairwise(dims) if before != size * stride]

@@ -81,7 +81,7 @@ def factor_of_rows(
     if counts is None:
         return 1 / max(student.numel() // student.size(-1), 1)
     total = counts.sum(dtype=dtype)
-    return 1 / torch.where(total == 0, 1.0, total)
+    return torch.where(total == 0, 1.0, total).reciprocal()
 
 
 def divisor(

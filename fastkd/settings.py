@@ -92,7 +92,12 @@ class Settings(NamedTuple):
 
     def readable(self) -> Settings:
         """With temperatures that a kernel may read and autograd may save."""
-        return self._replace(**{name: readable(value) for name, value in self.temperatures.items()})
+        found = {
+            name: readable(value)
+            for name, value in self.temperatures.items()
+            if isinstance(value, Tensor)
+        }
+        return self._replace(**found) if found else self
 
     @property
     def sigmoids(self) -> bool:
