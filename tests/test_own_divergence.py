@@ -8,6 +8,7 @@ import torch
 import fastkd
 from fastkd.divergences import Divergence
 from tests.cases import logits
+from tests.closeness import assert_close
 
 STUDENT, TEACHER = logits(4, 10)
 
@@ -76,3 +77,47 @@ def test_a_class_of_ones_own_by_name():
     )
     with pytest.raises(ValueError, match=r"tvd.*halved, got 'halve'; did you mean 'halved'"):
         fastkd.distillation_loss(STUDENT, TEACHER, divergence="halve")
+
+
+class ChangedInPlace(fastkd.Divergence):
+    """Squared differences, the first three doubled by way of a view."""
+
+    name = "changed_in_place"
+
+    @staticmethod
+    def value(lp, lq, a, b):
+        difference = lp.exp() - lq.exp()
+        difference[:, :3] *= 2
+        return difference**2
+
+
+def _changed_in_place(student):
+    difference = TEACHER.softmax(-1) - student.softmax(-1)
+    factors = torch.tensor([2.0] * 3 + [1.0] * 7, dtype=student.dtype)
+    return (factors * difference).square().sum(-1).mean()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_view_changed_in_place(compiled):
+    """An operator runs with the dispatch keys excluded by which autograd follows views."""
+
+    def loss(student):
+        return fastkd.distillation_loss(
+            student, TEACHER, divergence=ChangedInPlace(), backend="torch"
+        )
+
+    if compiled:
+        loss = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    student = STUDENT.clone().requires_grad_()
+    (ours,) = torch.autograd.grad(loss(student), student)
+    exact = STUDENT.double().requires_grad_()
+    (truth,) = torch.autograd.grad(_changed_in_place(exact), exact)
+    assert_close(ours, truth, "gradient")
+
+
+def test_in_inference_mode():
+    kind = ChangedInPlace()
+    with torch.inference_mode():
+        student, teacher = STUDENT.clone(), TEACHER.clone()
+        loss = fastkd.distillation_loss(student, teacher, divergence=kind, backend="torch")
+    assert_close(loss, _changed_in_place(STUDENT.double()))

@@ -130,9 +130,11 @@ class Divergence:
         Plain formulas serve: a row where they lose digits, or meet -inf, comes again in fp64, with
         -1e300 for -inf. Nothing that belongs to the pair may be changed, but the teacher's depth.
         """
-        lp, leaf = (rows.detach() for rows in pair.logs())
+        rows = pair.logs()
         with _autograd():
-            value = cls.of_rows(lp, leaf.requires_grad_(), a, b, pair.labels)[:, None]
+            lp, leaf = (_differentiable(side) for side in rows)
+            labels = None if pair.labels is None else _differentiable(pair.labels)
+            value = cls.of_rows(lp, leaf.requires_grad_(), a, b, labels)[:, None]
             (slope,) = torch.autograd.grad(value.sum(), leaf)
         return value.detach(), Pull(slope, -1.0, -total(slope))
 
@@ -164,10 +166,16 @@ def _exchanged(name: str) -> str:
 
 @contextlib.contextmanager
 def _autograd() -> Iterator[None]:
-    """Autograd inside an operator, whose body the dispatcher runs with autograd's keys excluded."""
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for key in ("AutogradFunctionality", "ADInplaceOrView"):
-        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
-    included = torch._C._dispatch_tls_local_include_set()
-    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+    """Autograd inside an operator, whose body the dispatcher runs with autograd's keys excluded.
+
+    torch.func.grad is no help in a compiled function, which excludes functorch's keys too. No
+    public context takes in ADInplaceOrView, without which a view changed in place goes unseen.
+    """
+    views = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False)
+    with torch.inference_mode(False), views:
         yield
+
+
+def _differentiable(rows: Tensor) -> Tensor:
+    """The same without a graph; autograd saves no tensor from inference mode."""
+    return rows.clone() if rows.is_inference() else rows.detach()
