@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import fastkd
-from tests.running import everything
+from tests.conftest import DEVICE
+from tests.running import NO_TRITON, everything
 
 VALUE, GRADIENT = 1e-4, 1e-4  # relative; of a gradient to the row's largest entry
 LEAST = 1e-9  # of a value: below it there are no digits to promise
 # Of a gradient's natural size, 1 / temperature: what is smaller is what nearly equal terms leave.
-FLOOR = 1e-6
+FLOOR = 3e-6
 TINY = torch.finfo(torch.float32).tiny
 LOWEST = torch.finfo(torch.float32).min
 HUGE = 1e30  # a value beyond it is a mask's own number
@@ -112,3 +113,13 @@ CASES = st.sampled_from(DIVERGENCES), rows(), temperatures(), st.booleans()
 @given(*CASES)
 def test_on_torch(divergence, sides, heat, standardize):
     check(divergence, sides, heat, standardize, "torch")
+
+
+@NO_TRITON
+@settings(
+    max_examples=8 if DEVICE == "cpu" else 300, deadline=None, derandomize=True,
+    phases=[Phase.generate],  # to shrink takes minutes in the interpreter
+)  # fmt: skip
+@given(*CASES)
+def test_on_triton(divergence, sides, heat, standardize):
+    check(divergence, sides, heat, standardize, "triton")
