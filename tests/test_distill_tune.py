@@ -63,7 +63,10 @@ def test_a_search_is_kept_and_added_to_and_what_it_finds_has_its_error(
     assert "Tune: 2 trials" in printed
     assert "Tune: 3 trials" in printed
     assert re.search(r"Found: --temperature=\S+ --alpha=\S+ --divergence=\w+", printed)
-    assert re.search(r"On new seeds its loss is (NOT )?lower .* by over two standard", printed)
+    number = r"[+-]\d+\.\d{4}"
+    for rival in ("as given", "hard labels"):
+        verdict = rf"is (NOT lower|lower|HIGHER) than that of {rival}: {number} \(95 %: {number} to"
+        assert re.search(verdict, printed)
     assert re.search(r"found +\d\.\d{4} ± \d\.\d{4} +[+-]\d\.\d{4} ± \d\.\d{4}\n", printed)
     rows = {row["setting"]: row for row in found["tables"][0]["rows"]}
     assert set(rows) == {"as given", "hard labels", "found"}
@@ -80,18 +83,26 @@ def test_a_search_is_kept_and_added_to_and_what_it_finds_has_its_error(
 
 
 @pytest.mark.parametrize(
-    ("gains", "verdict"), [((0.2, 0.3, 0.25), "is lower"), ((0.9, -0.2, 0.1), "is NOT lower")]
+    ("gains", "verdict"),
+    [
+        ((0.2, 0.3, 0.25), "is lower"),
+        ((0.9, -0.2, 0.1), "is NOT lower"),  # as much on average, by one lucky seed
+        ((0.2, 0.3), "is NOT lower"),  # 5 standard errors, of which two seeds need 12.7
+        ((-0.2, -0.3, -0.25), "is HIGHER"),
+    ],
 )
 def test_a_gain_counts_only_beyond_its_error_over_the_seeds(gains, verdict):
-    """Both gain a quarter of a nat on average; the second by one lucky seed."""
+    """Against the settings as given and against hard labels, each by itself."""
     study = optuna.create_study()
-    levels = (5.0, 9.0, 7.0)  # the seeds differ by far more than the settings
+    levels = (5.0, 9.0, 7.0)[: len(gains)]  # the seeds differ by far more than the settings
     found = {
         "as given": [{LOSS: level, KL: 1.0} for level in levels],
+        "hard labels": [{LOSS: level + 1.0 + i / 99, KL: 1.0} for i, level in enumerate(levels)],
         "found": [{LOSS: a - b, KL: 1.0} for a, b in zip(levels, gains, strict=True)],
     }
-    report = _result(study, Search(seeds=3), "--alpha=1", found)
-    assert f"its loss {verdict} than that of the settings as given" in str(report)
+    said = str(_result(study, Search(seeds=len(gains)), "--alpha=1", found))
+    assert f"{verdict} than that of as given: " in said
+    assert "is lower than that of hard labels: " in said
 
 
 def test_models_of_the_user(home, tmp_path, capsys):

@@ -2,8 +2,8 @@
 
 Each trial trains a student per seed; its value is the mean of their losses on held-out text. The
 best is then trained again on seeds that the search has not seen, beside the settings as given and
-hard labels only: the paired differences on those seeds, with their standard errors, are the result.
-What one seed alone prefers is noise.
+hard labels only: the paired differences on those seeds, with their intervals of confidence, are the
+result. What one seed alone prefers is noise.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from . import corpus, default_job, report, user_models
 from .errors import Interrupted, RunError, Usage, hush_torchao, needs
 from .methods import FASTKD
-from .recipes.report import Report, Table, bars
+from .recipes.report import Report, Table, bars, mean_and_error
 from .settings import Common, DefaultJob, Search, UserModels, toml
 from .train import Training
 
@@ -200,16 +200,30 @@ def _result(
             ("KL to the teacher on held-out text, nats per token", KL),
         )
     )
-    mean, error = loss.difference(FOUND)
-    verdict = "is" if mean < -2 * error else "is NOT"
+    scores = loss.scores
+    verdicts = [_verdict(scores[FOUND] - scores[rival], rival) for rival in (GIVEN, HARD)]
     return Report(
         f"Tune: {len(_finished(study))} trials by {search.sampler}, {search.seeds} seeds each, "
         f"then {search.seeds} others",
         [loss, kl],
-        text=f"Found: {best}\nOn new seeds its loss {verdict} lower than that of the settings "
-        f"{GIVEN} by over two standard errors.",
+        text="\n".join([f"Found: {best}", "On new seeds its loss", *verdicts]),
         draw=lambda figure: draw(figure, study, loss),
     )
+
+
+def _verdict(differences: torch.Tensor, rival: str) -> str:
+    """What the seeds show of a difference, by its interval of confidence.
+
+    Student's t has the factor: of two seeds the interval is 12.7 standard errors to each side, not
+    two.
+    """
+    from scipy.stats import t
+
+    mean, error = mean_and_error(differences)
+    reach = t.ppf(0.975, len(differences) - 1) * error
+    shown = "is lower" if mean + reach < 0 else "is HIGHER" if mean - reach > 0 else "is NOT lower"
+    interval = f"{mean - reach:+.4f} to {mean + reach:+.4f}"
+    return f"  {shown} than that of {rival}: {mean:+.4f} (95 %: {interval})"
 
 
 def _scores(found: dict[str, list[dict[str, float]]], figure: str) -> dict[str, torch.Tensor]:
