@@ -21,7 +21,14 @@ for module in ("matplotlib", "rich", "safetensors", "tokenizers"):
     pytest.importorskip(module)
 
 ROOT = Path(__file__).parents[1]
-TINY = ["--steps=2", "--teacher-steps=1", "--teacher-width=8", "--student-width=8", "--device=cpu"]
+TINY = [
+    "--students=1",
+    "--steps=2",
+    "--teacher-steps=1",
+    "--teacher-width=8",
+    "--student-width=8",
+    "--device=cpu",
+]
 
 
 @pytest.fixture
@@ -60,6 +67,7 @@ def one_line(capsys):
         (["--entropy-weight=inf"], 2, "entropy_weight must be finite, got inf"),
         (["--alpha=2"], 2, "alpha must lie in [0, 1], got 2.0"),
         (["--steps=0"], 2, "steps must be at least 1, got 0"),
+        (["--student-share=0"], 2, "student_share must lie in (0, 1], got 0.0"),
         (["--batch-size=-1"], 2, "batch_size must be at least 1, got -1"),
         (["--student-width=9"], 2, "student_width must be a multiple of heads=4"),
         (["--divergence=forwrd_kl"], 2, "did you mean 'forward_kl'?"),

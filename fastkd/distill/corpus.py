@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +32,10 @@ class Corpus:
         ids = torch.cat([self.training, self.validation])
         return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
 
+    def share(self, part: float) -> Corpus:
+        """As if only the first part of the text were there to train on."""
+        return replace(self, training=self.training[: round(part * len(self.training))])
+
     def batch(self, seed: int, step: int, size: int, length: int) -> tuple[Tensor, Tensor]:
         """Inputs and next tokens [size, length]; a function of seed and step alone."""
         draw = random.Random(f"{seed} {step}")
@@ -48,8 +52,11 @@ class Corpus:
         )
 
 
-def prepare(data: Sequence[str], vocabulary: int, length: int) -> Corpus:
-    """Reads, splits, trains the tokenizer on the training part alone, and tokenizes."""
+def prepare(data: Sequence[str], vocabulary: int, length: int, share: float = 1.0) -> Corpus:
+    """Reads, splits, trains the tokenizer on the training part alone, and tokenizes.
+
+    Of the training part, a share must be long enough.
+    """
     from tokenizers import ByteLevelBPETokenizer
 
     training, validation = split(paragraphs(read(data) if data else bundled()))
@@ -61,9 +68,10 @@ def prepare(data: Sequence[str], vocabulary: int, length: int) -> Corpus:
         tokenizer.get_vocab_size(),
         tokenizer.to_str(),
     )
-    if min(len(corpus.training), len(corpus.validation)) <= length:
+    least = len(corpus.share(share).training)
+    if min(least, len(corpus.validation)) <= length:
         raise RunError(
-            f"the text is too short: {len(corpus.training)} tokens to train on and "
+            f"the text is too short: {least} tokens for the students to train on and "
             f"{len(corpus.validation)} held out, where more than sequence_length={length} of each "
             "are needed"
         )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import platform
+import statistics
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,49 +17,90 @@ import torch
 from fastkd.doctor import versions
 
 from . import storage
-from .methods import EAGER, FASTKD, HARD, other_name
+from .methods import EAGER, FASTKD, HARD, LONGER, other_name
 from .picture import BLUE, GRAY, ORANGE, png
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from .train import Training
+    from .default_job import Experiment
 
 Figures = dict[str, Any]
+MEANS = ("validation_loss", "kl_to_teacher", "agreement")
 COLUMNS = ("step", "way", "temperature", "loss", "validation_loss", "kl_to_teacher", "agreement")
+EXPERIMENT = (*COLUMNS, "seed", "learning_rate")
 
 
 @dataclass(frozen=True)
 class Result:
-    """The figures at the end, by method of training; the teacher's are under 'teacher'."""
+    """The figures at the end.
+
+    Attributes:
+        students: by name, means over the seeds; `losses` has them one by one, `spread` their
+            standard deviation.
+        other: what fastkd is compared with.
+        difference: of the two losses on the same logits: relative, the largest of all steps.
+        drift: likewise, of the two students, each with the weights that its method gave it.
+        margin: nats of held-out text by which fastkd is below the better of the hard labels, in
+            the mean over the seeds; `margin_error` is its standard error, None of a single seed.
+        samples: what each says after `prompt`.
+    """
 
     students: dict[str, Figures]
     teacher: Figures
-    other: str  # what fastkd is compared with
-    difference: float  # of the two losses on the same logits: relative, the largest of all steps
-    drift: float  # likewise, of the two students, each with the weights that its way gave it
+    other: str
+    difference: float
+    drift: float
     agrees: bool
-    margin: float  # nats of held-out text by which fastkd is below hard labels
+    margin: float
+    margin_error: float | None
+    prompt: str
+    samples: dict[str, str]
 
     @classmethod
-    def of(cls, training: Training, tolerance: float) -> Result:
-        found, costs = training.evaluate(), training.costs()
-        students = {method: {**found[method], **costs[method]} for method in training.students}
+    def of(cls, experiment: Experiment, tolerance: float) -> Result:
+        from tokenizers import Tokenizer
+
+        students = {name: _means(experiment.chosen(name)) for name in (HARD, LONGER, EAGER, FASTKD)}
+        (teacher,) = experiment.of("teacher")
+        first = experiment.chosen(FASTKD)[0]
+        best = min((HARD, LONGER), key=lambda name: students[name]["validation_loss"])
+        pairs = zip(students[best]["losses"], students[FASTKD]["losses"], strict=True)
+        margins = [hard - fastkd for hard, fastkd in pairs]
+        error = statistics.stdev(margins) / len(margins) ** 0.5 if len(margins) > 1 else None
+        decode = Tokenizer.from_str(experiment.text.tokenizer).decode
+        spoken = {"teacher": teacher, best: experiment.chosen(best)[0], FASTKD: first}
         return cls(
             students,
-            {**found["teacher"], "parameters": training.teacher.size()},
-            other_name(training.settings.loss(step=0, steps=1)),
-            training.difference,
-            training.drift,
-            training.difference <= tolerance,
-            found[HARD]["validation_loss"] - found[FASTKD]["validation_loss"],
+            {name: teacher[name] for name in (*MEANS, "steps")}
+            | {"parameters": experiment.training.teacher.size()},
+            other_name(experiment.settings.loss(step=0, steps=1)),
+            first["difference"],
+            first["drift"],
+            first["difference"] <= tolerance,
+            statistics.mean(margins),
+            error,
+            decode(experiment.text.validation[:8].tolist()),
+            {name: decode(each["sample"]) for name, each in spoken.items()},
         )
+
+
+def _means(seeds: list[Figures]) -> Figures:
+    """Of students that differ in their seed: means over all, costs of the first."""
+    losses = [each["validation_loss"] for each in seeds]
+    names = ("learning_rate", "steps", "step_ms", "loss_ms", "loss_share", "loss_peak_bytes")
+    return {
+        **{name: statistics.mean(each[name] for each in seeds) for name in MEANS},
+        "spread": statistics.stdev(losses) if len(losses) > 1 else 0.0,
+        "losses": losses,
+        **{name: seeds[0][name] for name in names},
+    }
 
 
 # --- files -----------------------------------------------------------------------------------
 
 
-def save(result: Result, training: Training, folder: Path) -> None:
+def save(result: Result, experiment: Experiment, folder: Path) -> None:
     """All files of the run. metrics.json comes last: where it is, the run is whole.
 
     metrics.csv, the student and the tokenizer are the same to the bit in every run of these
@@ -65,16 +108,14 @@ def save(result: Result, training: Training, folder: Path) -> None:
     """
     from safetensors.torch import save as safetensors
 
-    student = training.students[FASTKD].state_dict()
-    weights = {name: weight.cpu().contiguous() for name, weight in student.items()}
-    storage.write(folder / "student.safetensors", safetensors(weights))
-    storage.write(folder / "tokenizer.json", training.corpus.tokenizer)
-    storage.write(folder / "metrics.csv", table(training.rows))
-    storage.write(folder / "curves.png", picture(result, training))
+    storage.write(folder / "student.safetensors", safetensors(experiment.student))
+    storage.write(folder / "tokenizer.json", experiment.text.tokenizer)
+    storage.write(folder / "metrics.csv", table(experiment.rows(), EXPERIMENT))
+    storage.write(folder / "curves.png", picture(result, experiment))
     values = {
         **asdict(result),
-        "settings": asdict(training.settings),
-        "machine": machine(training.device),
+        "settings": asdict(experiment.settings),
+        "machine": machine(experiment.device),
     }
     storage.write(folder / storage.METRICS, storage.json_text(values))
 
@@ -88,9 +129,9 @@ def machine(device: torch.device) -> Figures:
     }
 
 
-def table(rows: list[Figures], header: bool = True) -> str:
+def table(rows: list[Figures], columns: Sequence[str] = COLUMNS, *, header: bool = True) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     if header:
         writer.writeheader()
     writer.writerows(rows)
@@ -106,9 +147,10 @@ def rows(path: Path) -> list[Figures]:
         ]
 
 
-def picture(result: Result, training: Training) -> bytes:
+def picture(result: Result, experiment: Experiment) -> bytes:
     """Held-out loss, the two curves that must be one, and where the time of a step goes."""
-    return png(lambda figure: _compare(figure, result, training.rows))
+    rows = [row for name in (HARD, EAGER, FASTKD) for row in experiment.chosen(name)[0]["rows"]]
+    return png(lambda figure: _compare(figure, result, rows))
 
 
 def _compare(figure: Any, result: Result, rows: list[Figures]) -> None:
@@ -133,7 +175,8 @@ def _compare(figure: Any, result: Result, rows: list[Figures]) -> None:
         )
         label = f"{figures['loss_ms']:.1f} of {figures['step_ms']:.0f} ms"
         times.bar_label(bar, [label], padding=5, color="#555a61")
-    teacher = result.teacher["validation_loss"]
+    teacher, longer = result.teacher["validation_loss"], result.students[LONGER]["validation_loss"]
+    held_out.axhline(longer, color=GRAY, lw=1, ls="--", label=LONGER)
     held_out.axhline(teacher, color="black", lw=1, ls=":", label="teacher")
     held_out.set(title="Loss on held-out text", xlabel="step", ylabel="nats per token")
     losses.set(title="Distillation loss in training", xlabel="step")
@@ -182,16 +225,15 @@ def evaluation(step: int, figures: Figures) -> str:
     return f"step {step}: held-out loss {loss:.4f}, KL {kl:.4f}, agreement {agreement:.1%}"
 
 
-def announce(training: Training, folder: Path) -> None:
+def announce(experiment: Experiment, folder: Path) -> None:
     """What is about to happen; where there is no terminal, no bar will say so."""
-    from rich.console import Console
-
-    corpus, device, (student, *_) = training.corpus, training.device, training.students.values()
-    Console(stderr=True, highlight=False).print(
-        f"{len(corpus.training):,} tokens to train on, {len(corpus.validation):,} held out; "
-        f"teacher of {training.teacher.size():,} parameters, students of {student.size():,}; "
-        f"on {device.type}, into {folder}/",
-        soft_wrap=True,
+    chosen, text = experiment.settings, experiment.text
+    lesson = experiment.text.share(chosen.student_share)
+    say(
+        f"a teacher of {experiment.training.teacher.size():,} parameters learns from "
+        f"{len(text.training):,} tokens, {chosen.students} seeds of students from "
+        f"{len(lesson.training):,} of these; {len(text.validation):,} are held out; "
+        f"on {experiment.device.type}, into {folder}/"
     )
 
 
@@ -223,37 +265,49 @@ def show(result: Result, folder: Path) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    grid = Table(title="Held-out text, and what a step costs")
+    grid = Table(title="Held-out text, and what training costs")
     grid.add_column("")
-    for name in ("loss", "KL to\nteacher", "top-1\nagreement", "step\nms", "loss's\nshare"):
+    for name in (
+        "loss", "±", "KL to\nteacher", "top-1\nagreement", "steps", "seconds", "loss's\nshare",
+    ):  # fmt: skip
         grid.add_column(name, justify="right")
     grid.add_column("loss's peak\nmemory MiB", justify="right")
-    grid.add_row("teacher", f"{result.teacher['validation_loss']:.3f}", *("",) * 5)
-    for method, figures in result.students.items():
+    teacher = result.teacher
+    grid.add_row("teacher", f"{teacher['validation_loss']:.3f}", *[""] * 3, str(teacher["steps"]))
+    for name, figures in result.students.items():
         grid.add_row(
-            result.other if method == EAGER else method,
+            result.other if name == EAGER else name,
             f"{figures['validation_loss']:.3f}",
+            f"{figures['spread']:.3f}" if len(figures["losses"]) > 1 else "",
             f"{figures['kl_to_teacher']:.3f}",
             f"{figures['agreement']:.1%}",
-            f"{figures['step_ms']:.1f}",
+            str(figures["steps"]),
+            f"{figures['steps'] * figures['step_ms'] / 1e3:.1f}",
             f"{figures['loss_share']:.0%}",
             f"{figures['loss_peak_bytes'] / 2**20:.1f}",
         )
     console.print(grid)
+    for line in _verdicts(result):
+        console.print(line, soft_wrap=True, markup=False)
+    console.print(f"Saved: {folder}/", soft_wrap=True)
+
+
+def _verdicts(result: Result) -> Iterator[str]:
     verdict = "agree" if result.agrees else "DO NOT AGREE"
-    console.print(
+    yield (
         f"fastkd and {result.other} {verdict}: in every step, on the same logits, their losses "
         f"differ by at most {result.difference:.0e}; their two curves, by {result.drift:.0e} "
-        "(relative).",
-        soft_wrap=True,
+        "(relative)."
     )
     gain = "below" if result.margin > 0 else "ABOVE"
-    console.print(
-        f"After equal steps the student of fastkd is {abs(result.margin):.3f} nats per token "
-        f"{gain} the one of hard labels only, on held-out text.",
-        soft_wrap=True,
+    error = f" ± {result.margin_error:.3f}" if result.margin_error is not None else ""
+    yield (
+        f"The student of fastkd is {abs(result.margin):.3f}{error} nats per token {gain} the "
+        f"better one of hard labels only, over {len(result.students[FASTKD]['losses'])} seeds. "
+        "Hard labels had the best of three learning rates, and once twice the steps."
     )
-    console.print(f"Saved: {folder}/", soft_wrap=True)
+    for name, text in result.samples.items():
+        yield f"{name}: {result.prompt}|{text}".replace("\n", " ")
 
 
 def show_user_models(figures: Figures, student: Path) -> None:

@@ -91,6 +91,8 @@ class DefaultJob(Common):
     """The default job: teacher and student are small GPTs, trained here."""
 
     vocabulary: int = setting(2048, "tokens of the tokenizer that is trained on the text")
+    student_share: float = setting(0.1, "share of the text that the students see; the teacher: all")
+    students: int = setting(3, "seeds that students of each method begin with")
     teacher_steps: int = setting(600, "optimizer steps of the teacher")
     teacher_width: int = setting(128, "of its hidden states")
     teacher_layers: int = setting(2, "of its transformer")
@@ -101,6 +103,8 @@ class DefaultJob(Common):
 
     def check(self) -> None:
         super().check()
+        if not 0 < self.student_share <= 1:
+            raise Usage(f"student_share must lie in (0, 1], got {self.student_share}")
         for name in ("teacher_width", "student_width"):
             if getattr(self, name) % self.heads:
                 raise Usage(f"{name} must be a multiple of heads={self.heads}")

@@ -45,6 +45,7 @@ class Training:
         names: Sequence[str] = (HARD, EAGER, FASTKD),
     ) -> None:
         self.settings, self.corpus, self.device = chosen, corpus, device
+        self.lesson = corpus.share(chosen.student_share)  # what the students see
         self.teacher = self._model(chosen.teacher_width, chosen.teacher_layers)
         self.students = {
             method: self._model(chosen.student_width, chosen.student_layers) for method in names
@@ -80,7 +81,8 @@ class Training:
     def _batch(self, which: int, step: int) -> tuple[Tensor, Tensor]:
         chosen = self.settings
         seed = 10 * chosen.seed + which
-        ids, labels = self.corpus.batch(seed, step, chosen.batch_size, chosen.sequence_length)
+        text = self.corpus if which == TEACHER_BATCHES else self.lesson
+        ids, labels = text.batch(seed, step, chosen.batch_size, chosen.sequence_length)
         return ids.to(self.device), labels.to(self.device).flatten()
 
     def _update(self, name: str, step: int, steps: int) -> None:
@@ -150,7 +152,13 @@ class Training:
         found = self.evaluate() if evaluated else {}
         temperature = chosen.loss(self.step - 1, chosen.steps)["temperature"]
         for method, value in values.items():
-            row = {"step": self.step, "way": method, "loss": value}
+            row = {
+                "step": self.step,
+                "way": method,
+                "loss": value,
+                "seed": chosen.seed,
+                "learning_rate": chosen.learning_rate,
+            }
             if needs_teacher(method):
                 row["temperature"] = temperature
             self.rows.append({**row, **found.get(method, {})})
@@ -178,12 +186,22 @@ class Training:
             for name, total in sums.items()
         }
 
+    @torch.no_grad()
+    def sample(self, model: GPT, prompt: Tensor, count: int) -> Tensor:
+        """Token ids [count] that the model says after the prompt [n], at a temperature of 0.7."""
+        draw, ids = torch.Generator().manual_seed(self.settings.seed), prompt
+        for _ in range(count):
+            seen = ids[-self.settings.sequence_length :].to(self.device)
+            probabilities = (model(seen[None])[0, -1].cpu() / 0.7).softmax(-1)
+            ids = torch.cat([ids, probabilities.multinomial(1, generator=draw)])
+        return ids[len(prompt) :]
+
     def costs(self) -> dict[str, dict[str, float]]:
         """By method: milliseconds of a step, the share of the loss in it, and its peak bytes."""
         ids, labels = self._batch(STUDENT_BATCHES, 0)
         with torch.no_grad():
             teacher = self.teacher(ids).flatten(0, 1)
-            student = self.students[FASTKD](ids).flatten(0, 1)
+            student = next(iter(self.students.values()))(ids).flatten(0, 1)
         found = {}
         for method in self.students:
             total, part = (

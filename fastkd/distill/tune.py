@@ -114,7 +114,9 @@ def _default_job(chosen: DefaultJob) -> Train:
     """The default job: one teacher, trained now."""
     needs("tokenizers")
     device = default_job.pick(chosen.device)
-    text = corpus.prepare(chosen.data, chosen.vocabulary, chosen.sequence_length)
+    text = corpus.prepare(
+        chosen.data, chosen.vocabulary, chosen.sequence_length, chosen.student_share
+    )
     first = Training(chosen, text, device, names=())
     while first.teacher_step < chosen.teacher_steps:
         first.train_teacher()
