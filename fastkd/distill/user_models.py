@@ -45,24 +45,26 @@ def run(chosen: settings.UserModels, folder: Path, *, resume: bool = False) -> d
 
     checkpoint = storage.last_checkpoint(folder) if resume else None
     state = _state(checkpoint)
-    if state is None and (folder / STUDENT).exists():
-        raise RunError(f"{folder / STUDENT} is there, and not from this run: move it away")
     over = state is not None and state.global_step >= state.max_steps
-    with _nothing_left_if_it_fails(folder / TOKENS, first and not resume):
+    for path in (folder / STUDENT, folder / BEST):
+        if first and path.exists() and not over:
+            raise RunError(f"{path} is there, and not from this run: move it away")
+    with _nothing_left_if_it_fails(folder, first and not resume):
+        if first and not resume:
+            storage.write(folder / storage.CONFIG, settings.toml(chosen))
         with report.bars() as bars:
             bar = bars.add_task("text", total=None, visible=first, text="")
             job = Job(chosen, folder / TOKENS, lambda count: bars.update(bar, completed=count))
         trainer = job.trainer(
             chosen,
             folder,
-            student=str(checkpoint) if over else chosen.student,
+            student=str(checkpoint) if over else "",
             save_strategy="steps",
             eval_strategy="steps",
             eval_on_start=checkpoint is None,
         )
     if first:
         _same_teacher(job.teacher, folder / INPUTS)
-        storage.write(folder / storage.CONFIG, settings.toml(chosen))
     if state is not None and over:  # it was killed while the result was saved
         trainer.state = state
     else:
@@ -94,7 +96,8 @@ def _nothing_left_if_it_fails(folder: Path, new: bool) -> Iterator[None]:
         yield
     except BaseException:
         if new:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder / TOKENS, ignore_errors=True)
+            (folder / storage.CONFIG).unlink(missing_ok=True)
         raise
 
 
@@ -143,7 +146,9 @@ class Job:
 
         from fastkd.integrations.transformers import DistillationTrainer
 
-        model, self.came_in = models.student(student or chosen.student, chosen.seed)
+        model, self.came_in = models.student(chosen.student, chosen.seed)
+        if student:
+            model, _ = models.student(student, chosen.seed)
         self.separate = all(map(_keeps_documents_apart, (self.teacher, model)))
         if chosen.checkpointing:
             model.train()
