@@ -97,7 +97,7 @@ def test_a_gain_counts_only_beyond_its_error_over_the_seeds(gains, verdict):
     levels = (5.0, 9.0, 7.0)[: len(gains)]  # the seeds differ by far more than the settings
     found = {
         "as given": [{LOSS: level, KL: 1.0} for level in levels],
-        "hard labels": [{LOSS: level + 1.0 + i / 99, KL: 1.0} for i, level in enumerate(levels)],
+        "hard labels": [{LOSS: level + 5.0 + i / 99, KL: 1.0} for i, level in enumerate(levels)],
         "found": [{LOSS: a - b, KL: 1.0} for a, b in zip(levels, gains, strict=True)],
     }
     said = str(_result(study, Search(seeds=len(gains)), "--alpha=1", found))

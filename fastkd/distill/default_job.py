@@ -9,6 +9,7 @@ than theirs.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -138,6 +139,11 @@ class Experiment:
         for method, model in {**training.students, TEACHER: training.teacher}.items():
             if (method == TEACHER) != (part.name == TEACHER):
                 continue
+            loss = found[method]["validation_loss"]
+            if not math.isfinite(loss):
+                raise RunError(
+                    f"the loss of {method} on held-out text is {loss}: lower the learning rate"
+                )
             outcome[LONGER if part.name == LONGER else method] = {
                 **found[method],
                 **costs.get(method, {}),
@@ -211,6 +217,7 @@ def train(experiment: Experiment, folder: Path, stop: Stop) -> None:
                 bars.update(bar, advance=1, text=f"{part.name}: loss {said}")
                 _keep(experiment, folder, stop, step % part.settings.save_every == 0)
             experiment.end_part()
+            _keep(experiment, folder, stop, due=True)
             before += step
 
 

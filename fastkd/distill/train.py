@@ -34,6 +34,12 @@ def rate(step: int, steps: int, peak: float) -> float:
     return peak * min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+def _finite(name: str, loss: float, step: int) -> float:
+    if not math.isfinite(loss):
+        raise RunError(f"the loss of {name} is {loss} at step {step}: lower the learning rate")
+    return loss
+
+
 class Training:
     """Teacher, students, and all that was measured; each step is a function of what it holds."""
 
@@ -100,7 +106,7 @@ class Training:
         loss.backward()
         self._update("teacher", self.teacher_step, self.settings.teacher_steps)
         self.teacher_step += 1
-        return loss.item()
+        return _finite("the teacher", loss.item(), self.teacher_step)
 
     def train_students(self) -> dict[str, float]:
         """One step of each student, on the same batch; their losses."""
@@ -124,12 +130,7 @@ class Training:
             self._update(method, self.step, self.settings.steps)
             total = measure.now(self.device) - started + needs_teacher(method) * of_teacher
             self.seconds[method].append([total, after - before])
-            values[method] = value.item()
-            if not math.isfinite(values[method]):
-                raise RunError(
-                    f"the loss of {method} is {values[method]} at step {self.step + 1}: "
-                    "lower the learning rate"
-                )
+            values[method] = _finite(method, value.item(), self.step + 1)
             if method == FASTKD and EAGER in names:
                 with torch.no_grad():
                     other = losses[EAGER](logits.detach().flatten(0, 1), teacher, labels).item()
