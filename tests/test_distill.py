@@ -80,7 +80,7 @@ def test_a_row_for_each_logged_step_of_each_student(finished):
         assert [int(row["step"]) for row in rows] == steps
         assert {int(row["step"]) for row in rows if row["validation_loss"]} == {5, 10, 12}
     assert [int(row["step"]) for row in rows_of(finished, seed="1")] == [1, 2, 4, 6, 8, 10, 12]
-    rates = [4e-3 * factor for factor in (0.25, 0.5, 1)]
+    rates = [4e-3 * factor for factor in default_job.RATES]
     for way, wanted in (("hard labels", steps), ("hard labels, twice as long", longer)):
         rows = rows_of(finished, way)
         assert [float(row["learning_rate"]) for row in rows] == pytest.approx(

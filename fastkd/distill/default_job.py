@@ -31,7 +31,7 @@ from .train import Training
 # fp32 on the same logits, in any step.
 TOLERANCE = 1e-5
 # Of the learning rate of the distilled students: what hard labels try.
-RATES = (0.25, 0.5, 1.0)
+RATES = (0.1, 0.3, 1.0)
 TEACHER = "teacher"
 
 
@@ -105,7 +105,7 @@ class Experiment:
         return parts
 
     def best_rate(self, name: str) -> float:
-        """Of the first seed; the first rate, until that is known."""
+        """Of the first seed; that of the distilled students, until it is known."""
         first = [each for each in self.of(name) if each["seed"] == self.settings.seed]
         best = min(first, key=lambda each: each["validation_loss"], default=None)
         return best["learning_rate"] if best else self.settings.learning_rate
