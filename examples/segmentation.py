@@ -18,9 +18,8 @@ def network(width):
 
 
 def loss_of(student, teacher, labels, **settings):
-    """From [B, C, H, W] and [B, H, W]: a view with the classes last."""
-    student, teacher = (logits.permute(0, 2, 3, 1) for logits in (student, teacher))
-    return fastkd.distillation_loss(student, teacher, labels, ignore_index=VOID, **settings)
+    """From [B, C, H, W] and [B, H, W]."""
+    return fastkd.distillation_loss(student, teacher, labels, dim=1, ignore_index=VOID, **settings)
 
 
 def main():
