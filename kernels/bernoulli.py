@@ -20,6 +20,9 @@ from fastkd.kernels.logits import strides_of, two_sides
 from fastkd.kernels.tuning import schedule
 from fastkd.problem import Coefficients, Problem
 
+# Beyond this difference of logits a reverse divergence takes its direct form.
+APART = tl.constexpr(64.0)
+
 
 @triton.jit
 def _logistic(x, DIGITS: tl.constexpr):
@@ -56,7 +59,10 @@ def _divergence(z, y, h, q_log, q_small, q_large, p_log, s, a, b, REVERSE: tl.co
     if REVERSE:
         certain = tl.abs(z) == float("inf")
         both = tl.where(rise != 0, rise * h, 0.0) - forward
-        value += b * tl.where(certain, p_log - tl.where(z > 0, y, 0.0), both)
+        # Far apart, the two would cancel: q h + log(1 - q) - log(1 - s).
+        apart = tl.where(z > 0, -rest * z - q * y, tl.where(q != 0, q * h, 0.0)) - q_log
+        apart = tl.where(certain, tl.where(z > 0, -y, 0.0), apart) + p_log
+        value += b * tl.where(certain | (tl.abs(h) > APART), apart, both)
         slope += b * tl.where(tl.abs(h) < float("inf"), bell * h, 0.0)
     return value, tl.where(up, -slope, slope), bell
 
@@ -90,8 +96,8 @@ def _step(
     z, y = P.load(student, at, inside, "evict_first"), P.load(teacher, at, inside, "evict_first")
     tempered, tempered_teacher = z * s_rate, y * t_rate
     h = (z - y) * s_rate if SAME else tempered - tempered_teacher
-    q_small, q_large, q_log = _logistic(tempered, VALUES > 1)
-    p_small, _, p_log = _logistic(tempered_teacher, VALUES > 3)
+    q_small, q_large, q_log = _logistic(tempered, VALUES > 1 or (REVERSE and VALUES > 0))
+    p_small, _, p_log = _logistic(tempered_teacher, VALUES > 3 or (REVERSE and VALUES > 0))
     value, slope, bell = _divergence(
         tempered, tempered_teacher, h, q_log, q_small, q_large, p_log, p_small, a, b,
         REVERSE,

@@ -294,9 +294,10 @@ def with_sums(row, sums, CONSTANT: tl.constexpr, WANT: tl.constexpr):
 
 
 @triton.jit
-def saturated(stats, row):
-    """Whether the student's maximum has nearly all of the probability, and c is finite."""
-    return (stats.s_sum < R.SATURATED) & row.alive & A.finite(row.c)
+def lacking(stats, row, temper):
+    """Whether c may lack digits that the gradient needs, and is finite."""
+    few = (stats.s_sum < R.SATURATED) | R.huge(stats, temper)
+    return few & row.alive & A.finite(row.c)
 
 
 @triton.jit

@@ -117,12 +117,12 @@ def resident(
             sums = P.add_levers(sums, slope, q, lq, row, WANT)
         row = P.with_sums(row, sums, CONSTANT, WANT)
         if R.REST & WANT:
-            saturated = P.saturated(stats, row)
+            lacking = P.lacking(stats, row, temper)
             rest = tl.zeros([LANES, 1], tl.float32)
-            if tl.max(saturated.to(tl.int32)) > 0:
+            if tl.max(lacking.to(tl.int32)) > 0:
                 for i in tl.static_range(len(PARTS)):
                     rest += P.rest_of(zs[i], ys[i], row, temper, a, b, DIVERGENCE, SAME)
-                rest = tl.where(saturated, rest, 0.0)
+                rest = tl.where(lacking, rest, 0.0)
             row = P.with_rest(row, rest)
         P.write_row(
             index, rows, live, stats, row, sums, hard, kd, k_ce, k_entropy, a, b,

@@ -29,6 +29,8 @@ REST = tl.constexpr(256)  # what c lacks, in a sweep of rows whose student is sa
 # The sum of a saturated row: its maximum has nearly all of the probability, and in its gradient two
 # numbers nearly cancel, its slope and the mean of all slopes.
 SATURATED = tl.constexpr(1.1)
+# Scaled logits of this size are rounded by up to 64.
+HUGE = tl.constexpr(2.0**30)
 # Keeps the sum of a row's finite logits finite.
 SHARE = tl.constexpr(2.0**-24)
 # A KL divergence beyond this is right to 1e-5 from the first sweep's sums, which cancel.
@@ -194,6 +196,15 @@ def product(x, y):
 
 
 @triton.jit
+def bounded(scale, most):
+    """The scale, or less, so that the maximum's product is rounded by less than 64.
+
+    Of logits beyond, neighbours differ by more than that, and a greater scale changes no sum.
+    """
+    return tl.minimum(scale, reciprocal(tl.abs(most)) * HUGE)
+
+
+@triton.jit
 def add(stats, z, y, inside, temper, WANT: tl.constexpr):
     """Statistics [lanes, 1] with a tile added; `settle` them at the end.
 
@@ -202,11 +213,12 @@ def add(stats, z, y, inside, temper, WANT: tl.constexpr):
     """
     s_max = tl.maximum(stats.s_max, tl.max(z, 1, keep_dims=True))
     t_max = tl.maximum(stats.t_max, tl.max(y, 1, keep_dims=True))
-    s_top, t_top = product(s_max, temper.s_scale), product(t_max, temper.t_scale)
-    ds = product(stats.s_max, temper.s_scale) - s_top
-    dt = product(stats.t_max, temper.t_scale) - t_top
+    s_scale, t_scale = bounded(temper.s_scale, s_max), bounded(temper.t_scale, t_max)
+    s_top, t_top = product(s_max, s_scale), product(t_max, t_scale)
+    ds = product(stats.s_max, s_scale) - s_top
+    dt = product(stats.t_max, t_scale) - t_top
     old = shift(stats, s_max, t_max, ds, dt, temper, WANT)
-    u, v = product_sum(z, temper.s_scale, -s_top), product_sum(y, temper.t_scale, -t_top)
+    u, v = product_sum(z, s_scale, -s_top), product_sum(y, t_scale, -t_top)
     new = measure(z, u, v, inside, s_max, t_max, old.mixture_max, temper, WANT)
     return both(old, new, WANT)
 
@@ -227,8 +239,10 @@ def both(old, new, WANT: tl.constexpr):
 @triton.jit
 def settle(stats, temper, WANT: tl.constexpr):
     """Statistics from `add`, relative to the maxima themselves."""
-    ds = -product_sum(stats.s_max, temper.s_scale, -product(stats.s_max, temper.s_scale))
-    dt = -product_sum(stats.t_max, temper.t_scale, -product(stats.t_max, temper.t_scale))
+    s_scale = bounded(temper.s_scale, stats.s_max)
+    t_scale = bounded(temper.t_scale, stats.t_max)
+    ds = -product_sum(stats.s_max, s_scale, -product(stats.s_max, s_scale))
+    dt = -product_sum(stats.t_max, t_scale, -product(stats.t_max, t_scale))
     ds, dt = tl.where(stats.s_sum > 0, ds, 0.0), tl.where(stats.t_sum > 0, dt, 0.0)
     moved = shift(stats, stats.s_max, stats.t_max, ds, dt, temper, WANT)
     mixture = stats.mixture
@@ -338,6 +352,13 @@ def summarize(stats, temper, CONSTANT: tl.constexpr, WANT: tl.constexpr):
         row.s_max, row.t_max, row.s_log, row.t_log, row.gap, c, row.rest, entropy, t_entropy,
         row.unit_log, row.alive, row.lever, row.entropy_lever,
     )  # fmt: skip
+
+
+@triton.jit
+def huge(stats, temper):
+    """Whether differences of the scaled logits were bounded in the first sweep."""
+    s, t = tl.abs(stats.s_max) * temper.s_scale, tl.abs(stats.t_max) * temper.t_scale
+    return tl.maximum(s, t) > HUGE
 
 
 @triton.jit

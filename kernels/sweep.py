@@ -123,7 +123,7 @@ def sweep(
         rounds, last = full, end
         if R.KL & WANT:
             known = R.kl_of(stats, row, WANT)
-            clear = known > R.CLEAR
+            clear = (known > R.CLEAR) & (R.huge(stats, temper) == 0)
             rounds, last = tl.where(clear, 0, full), tl.where(clear, tail, end)
         if tail < last:
             at = tail + offsets
@@ -155,7 +155,7 @@ def sweep(
                 rest = tl.sum(P.field(scratch, P.REST, SPLITS))
             else:
                 lacking = tl.zeros([LANES, 1], tl.float32)
-                if P.saturated(stats, row):
+                if P.lacking(stats, row, temper):
                     if SHIFTED:
                         if headed:
                             at = begin + offsets
