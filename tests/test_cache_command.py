@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -184,6 +185,12 @@ def losses(out):
     return torch.tensor([float(row["loss"]) for row in rows if row["loss"]]).double()
 
 
+def kl(out):
+    """Of the held-out rows, before training and after."""
+    figures = json.loads((out / "metrics.json").read_text())
+    return [figures[when]["kl_to_teacher"] for when in ("before", "after")]
+
+
 @pytest.mark.slow
 def test_a_cache_trains_as_its_teacher_does(home, tmp_path):
     pytest.importorskip("matplotlib")
@@ -196,6 +203,7 @@ def test_a_cache_trains_as_its_teacher_does(home, tmp_path):
         assert run(home, kept, *kind) == 0
         assert distil(home, out, "--teacher-cache", str(kept)) == 0
         assert (losses(out) - truth).abs().max() < error * truth.max()
+        assert kl(out) == pytest.approx(kl(online), rel=10 * error)
     few, out = tmp_path / "few", tmp_path / "out-few"
     assert run(home, few, "--top-k", "8") == 0
     assert distil(home, out, "--teacher-cache", str(few)) == 0
