@@ -81,7 +81,7 @@ def test_a_row_for_each_logged_step_of_each_student(finished):
         assert {int(row["step"]) for row in rows if row["validation_loss"]} == {5, 10, 12}
     assert [int(row["step"]) for row in rows_of(finished, seed="1")] == [1, 2, 4, 6, 8, 10, 12]
     rates = [4e-3 * factor for factor in default_job.RATES]
-    for way, wanted in (("hard labels", steps), ("hard labels, twice as long", longer)):
+    for way, wanted in (("hard labels", steps), ("hard labels x2", longer)):
         rows = rows_of(finished, way)
         assert [float(row["learning_rate"]) for row in rows] == pytest.approx(
             [rate for rate in rates for _ in wanted]
@@ -97,13 +97,13 @@ def test_the_figures_are_measured_and_agree(finished):
         assert 0 < figures["loss_ms"] < figures["step_ms"]
         assert figures["loss_peak_bytes"] > 0
         assert figures["kl_to_teacher"] > 0
-    assert found["students"]["hard labels, twice as long"]["steps"] == 24
+    assert found["students"]["hard labels x2"]["steps"] == 24
 
 
 def test_hard_labels_have_their_best_rate_and_the_margin_is_over_the_better_of_them(finished):
     found = json.loads((finished / "metrics.json").read_text())
     last = {}
-    for way in ("hard labels", "hard labels, twice as long"):
+    for way in ("hard labels", "hard labels x2"):
         figures = found["students"][way]
         ends = {
             float(row["learning_rate"]): float(row["validation_loss"])

@@ -15,7 +15,7 @@ from fastkd.functional import distillation_loss
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 HARD, EAGER, FASTKD = "hard labels", "F.kl_div", "fastkd"
-LONGER = "hard labels, twice as long"
+LONGER = "hard labels x2"  # with twice the steps
 
 
 def methods(settings: dict[str, Any]) -> dict[str, Loss]:

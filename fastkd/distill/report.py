@@ -261,24 +261,32 @@ def bars() -> Progress:
 
 
 def show(result: Result, folder: Path) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
-    grid = Table(title="Held-out text, and what training costs")
-    grid.add_column("")
+    grid = Table(
+        title="Held-out text, and what training costs",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    grid.add_column("", no_wrap=True)
     for name in (
-        "loss", "±", "KL to\nteacher", "top-1\nagreement", "steps", "seconds", "loss's\nshare",
+        "loss", "KL to\nteacher", "top-1\nagreed", "steps", "seconds", "loss's\nshare",
+        "loss's\nMiB",
     ):  # fmt: skip
-        grid.add_column(name, justify="right")
-    grid.add_column("loss's peak\nmemory MiB", justify="right")
+        grid.add_column(name, justify="right", no_wrap=True)
     teacher = result.teacher
-    grid.add_row("teacher", f"{teacher['validation_loss']:.3f}", *[""] * 3, str(teacher["steps"]))
+    loss = f"{teacher['validation_loss']:.3f}"
+    grid.add_row("teacher", loss, "", "", str(teacher["steps"]))
     for name, figures in result.students.items():
+        seeds = len(figures["losses"])
+        spread = f" ± {figures['spread']:.3f}" if seeds > 1 else ""
         grid.add_row(
             result.other if name == EAGER else name,
-            f"{figures['validation_loss']:.3f}",
-            f"{figures['spread']:.3f}" if len(figures["losses"]) > 1 else "",
+            f"{figures['validation_loss']:.3f}{spread}",
             f"{figures['kl_to_teacher']:.3f}",
             f"{figures['agreement']:.1%}",
             str(figures["steps"]),
@@ -304,7 +312,8 @@ def _verdicts(result: Result) -> Iterator[str]:
     yield (
         f"The student of fastkd is {abs(result.margin):.3f}{error} nats per token {gain} the "
         f"better one of hard labels only, over {len(result.students[FASTKD]['losses'])} seeds. "
-        "Hard labels had the best of three learning rates, and once twice the steps."
+        f"Hard labels had the best of three learning rates, and once twice the steps; of "
+        f"{result.other} there is one seed."
     )
     for name, text in result.samples.items():
         yield f"{name}: {result.prompt}|{text}".replace("\n", " ")
