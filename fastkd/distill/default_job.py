@@ -2,8 +2,8 @@
 
 The students see a share of the text that the teacher saw, which is where distillation is known to
 pay. Hard labels have every advantage: the best of several learning rates, chosen on the held-out
-text itself, and once as many steps as the distilled students, once twice as many, which take longer
-than theirs.
+text itself, and once as many steps as the distilled students, once twice as many, which take about
+as long on an idle core.
 """
 
 from __future__ import annotations
