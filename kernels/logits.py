@@ -21,7 +21,7 @@ from fastkd.kernels import rows as R
 from fastkd.kernels.divergences import device_of
 from fastkd.kernels.resident import resident
 from fastkd.kernels.sweep import sweep
-from fastkd.kernels.tuning import layout, multiprocessors, schedule
+from fastkd.kernels.tuning import layout, multiprocessors, registers, schedule
 from fastkd.problem import WIDTH, Coefficients, Problem
 
 
@@ -208,10 +208,14 @@ def _run(
                 if not want & R.REST.value:
                     kinds.remove(P.REFINEMENT)
                 phases = [(phase, phase) for phase in kinds]
+            shifted, everywhere = begins["SHIFTED"], 3 if gradient is None else 7
+            plain = lean and shifted in (0, everywhere)
+            caps = {} if once else registers(device, problem.divergence, shifted > 0, plain)
             for begin, end in phases:
                 sweep[(rows, plan.splits)](
                     FIRST=begin, LAST=end, SPLITS=plan.splits, VECTOR=plan.vector,
-                    scratch=scratch, span=span, temperature=temperature, **arguments | begins,
+                    scratch=scratch, span=span, temperature=temperature,
+                    **arguments | begins | caps,
                 )  # fmt: skip
     return None if temperature is None else _heat(problem, temperature)
 

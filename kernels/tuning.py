@@ -8,7 +8,7 @@ ahead-of-time tests check. Nothing here has been timed on a GPU yet.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,6 +30,15 @@ ELEMENTWISE = (4096, 8)
 # The thread blocks of a cluster, the columns that each of them holds, and the Triton that has them,
 # from Hopper on.
 CLUSTER, SHARE, CLUSTERS = 16, 8192, (3, 8)
+
+# Registers of a thread of a sweep, at most: 64 let an NVIDIA processor hold 1024 threads, 80 hold
+# 768, 128 hold 512. The least that leaves the loops without spills, by `python -m
+# benchmarks.registers`: of those that would take more, where only the divergence is wanted of rows
+# that begin alike at multiples of 16 bytes; where they begin anywhere; with more to do.
+REGISTERS = {
+    "jsd": 64, "skew_kl": 64, "skew_reverse_kl": 64, "jeffreys": 80, "alpha": 80, "renyi": 80,
+}  # fmt: skip
+ODD_REGISTERS, MORE_REGISTERS = 80, 128
 
 
 class Schedule(NamedTuple):
@@ -115,6 +124,18 @@ def layout(plan: Schedule, columns: int, vector: int, itemsize: int) -> Layout:
         parts.append((begin, size))
         begin += size
     return Layout(tuple(parts), piece, max(piece, WRITTEN // itemsize))
+
+
+def registers(device: torch.device, divergence: str, shifted: bool, plain: bool) -> dict[str, Any]:
+    """Launch options of a sweep that gathers statistics.
+
+    shifted: rows may begin anywhere; plain: alike on all sides, and only the divergence is wanted.
+    """
+    if device.type == "cpu" or not is_nvidia(device, 0):
+        return {}
+    if not plain:
+        return {"maxnreg": MORE_REGISTERS}
+    return {"maxnreg": ODD_REGISTERS if shifted else REGISTERS.get(divergence)}
 
 
 def elementwise(device: torch.device) -> tuple[int, int]:

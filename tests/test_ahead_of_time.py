@@ -56,13 +56,15 @@ DEAREST_SHORT = tuple(map(max, zip(*NARROW.values(), strict=True)))
 ENTRIES = {"bf16": 24, "fp32": 42}
 # All options at once add this much to a sweep.
 OPTIONS = 40
-# Threads that a processor holds, of 2048: enough loads under way. Fewer with all options at once,
-# for the divergences with a mixture among their statistics, and where a row lies in registers.
-THREADS, FEWER = 448, 256
-CROWDED = ("everything", "odd", "slices", "cluster", "resident", "columns")
+# Threads that a processor of sm_90 holds, of 2048, in a sweep: what hides the latency of its loads.
+# Fewer where more is wanted than the divergence of rows that begin alike.
+THREADS, FEWER = 768, 512
+CROWDED = ("everything", "standardized", "slices, own gradient", "split")
+# Where a row lies in registers, or of other targets: all its loads are under way at once.
+LEAST = 256
 # Scalars that ptxas sets aside once per row, outside the loops; which of the kernels that happens
-# to changes with its version.
-SET_ASIDE = 16
+# to changes with its version, and more where a row's first and last columns are masked.
+SET_ASIDE, ODD = 24, 64
 # Triton 3.6 sends short rows through shared memory: with all options, JSD runs out of registers.
 SHORT = 80 if triton.__version__.startswith("3.6.") else SET_ASIDE
 
@@ -109,8 +111,9 @@ def test_every_configuration_is_compiled(target, name, compiled, request):
 def test_no_spills(target, name, compiled):
     for kernel in compiled[target, name]:
         assert all(loop["spills"] == 0 for loop in kernel["loops"]), kernel
-        short = kernel["configuration"] == "everything, hundred columns"
-        assert kernel["all"]["spills"] <= (SHORT if short else SET_ASIDE), kernel
+        allowed = {"everything, hundred columns": SHORT, "odd": ODD}
+        spills = kernel["all"]["spills"]
+        assert spills <= allowed.get(kernel["configuration"], SET_ASIDE), kernel
 
 
 @EVERY
@@ -149,9 +152,9 @@ def test_slices_of_wider_tensors_move_like_whole_ones(compiled):
 def test_enough_warps_fit_a_processor(target, name, compiled):
     for kernel in compiled[target, name]:
         threads = kernel["occupancy"] * kernel["warps"] * (64 if "gfx" in target else 32)
-        crowded = name in ("alpha", "renyi")
-        crowded |= any(word in kernel["configuration"] for word in CROWDED)
-        assert threads >= (FEWER if crowded else THREADS), kernel
+        crowded = kernel["configuration"].startswith(CROWDED)
+        swept = target == "sm_90" and kernel["kernel"] == "sweep"
+        assert threads >= ((FEWER if crowded else THREADS) if swept else LEAST), kernel
 
 
 @HOPPER

@@ -1,0 +1,87 @@
+"""How many registers a sweep needs: `python -m benchmarks.registers`, for tuning.REGISTERS.
+
+Each kernel is compiled once to PTX, then assembled under every candidate of a cap. A line says how
+many threads a processor holds, and what is spilled in loops and in all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from . import compiled, model
+from .assembly import SASS, _compiled, _count, _sass
+from .report import table
+
+TARGET = "sm_90"
+CANDIDATES = (0, 64, 80, 96, 128)  # 0: no cap
+SWEPT = (
+    *(one for one in (*compiled.MAIN, *compiled.MORE) if one.columns > 4096),
+    *(one for one in compiled.OTHERS if one.columns > 4096 and "multi" not in one.name),
+)
+
+
+def assembled(ptx: str, cap: int) -> bytes:
+    """The machine code of a kernel whose threads have at most `cap` registers."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    text = re.sub(r"\.maxnreg \d+\n?", "", ptx)
+    if cap:
+        text = re.sub(r"(\.reqntid [\d, ]+)", rf"\1\n.maxnreg {cap}", text, count=1)
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source.write_text(text)
+        command = (tool, f"--gpu-name={TARGET}a", "-O3", source, "-o", cubin)
+        subprocess.run(command, check=True, capture_output=True)
+        return cubin.read_bytes()
+
+
+def lines(name: str, one: compiled.Configuration) -> list[list[str]]:
+    gpu, call = model.GPUS[TARGET], compiled._call(name, one)
+    found = []
+    for kernel, kind, constants, _, metadata in _compiled(TARGET, call, gpu.processors, 0):
+        if kind != "sweep":
+            continue
+        for cap in CANDIDATES:
+            code, loops, registers = _sass(assembled(kernel.asm["ptx"], cap))
+            threads = 32 * metadata.num_warps
+            threads *= model.occupancy(gpu, registers, metadata.shared, metadata.num_warps)
+            spills = [_count(loop, SASS) for loop in loops]
+            found.append([
+                name, one.name, str(constants.get("SHIFTED", 0)), str(cap or "-"), str(registers),
+                str(threads), str(sum(c.spills for c in spills if c.loaded or c.stored)),
+                str(_count([line for _, line in code], SASS).spills),
+            ])  # fmt: skip
+    return found
+
+
+HEAD = (
+    "divergence", "configuration", "shifted", "cap", "registers", "threads", "spills in loops",
+    "spills",
+)  # fmt: skip
+
+
+def main(arguments: Sequence[str], show: Callable[[str], None] = print) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.registers", description=__doc__)
+    parser.add_argument("--divergence", nargs="+", default=compiled.NAMES, choices=compiled.NAMES)
+    parser.add_argument("--only", nargs="+", default=[one.name for one in SWEPT])
+    options = parser.parse_args(arguments)
+    found = [
+        line
+        for name in options.divergence
+        for one in SWEPT
+        if one.name in options.only
+        for line in lines(name, one)
+    ]
+    show(table((HEAD, *found)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
