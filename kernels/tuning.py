@@ -33,12 +33,14 @@ CLUSTER, SHARE, CLUSTERS = 16, 8192, (3, 8)
 
 # Registers of a thread of a sweep, at most: 64 let an NVIDIA processor hold 1024 threads, 80 hold
 # 768, 128 hold 512. The least that leaves the loops without spills, by `python -m
-# benchmarks.registers`: of those that would take more, where only the divergence is wanted of rows
-# that begin alike at multiples of 16 bytes; where they begin anywhere; with more to do.
-REGISTERS = {
-    "jsd": 64, "skew_kl": 64, "skew_reverse_kl": 64, "jeffreys": 80, "alpha": 80, "renyi": 80,
+# benchmarks.registers`: where only the divergence is wanted of rows that begin alike at multiples
+# of 16 bytes, and with more to do. None: it takes no more of its own.
+REGISTERS: dict[str, tuple[int | None, int | None]] = {
+    "jsd": (64, 128), "skew_kl": (64, 128), "skew_reverse_kl": (64, 128), "jeffreys": (80, None),
+    "alpha": (80, 128), "renyi": (80, 128),
 }  # fmt: skip
-ODD_REGISTERS, MORE_REGISTERS = 80, 128
+OTHERS = (None, 128)
+ODD_REGISTERS = 80  # where rows begin anywhere
 
 
 class Schedule(NamedTuple):
@@ -133,9 +135,8 @@ def registers(device: torch.device, divergence: str, shifted: bool, plain: bool)
     """
     if device.type == "cpu" or not is_nvidia(device, 0):
         return {}
-    if not plain:
-        return {"maxnreg": MORE_REGISTERS}
-    return {"maxnreg": ODD_REGISTERS if shifted else REGISTERS.get(divergence)}
+    least, most = REGISTERS.get(divergence, OTHERS)
+    return {"maxnreg": most if not plain else ODD_REGISTERS if shifted else least}
 
 
 def elementwise(device: torch.device) -> tuple[int, int]:

@@ -64,7 +64,7 @@ CROWDED = ("everything", "standardized", "slices, own gradient", "split")
 LEAST = 256
 # Scalars that ptxas sets aside once per row, outside the loops; which of the kernels that happens
 # to changes with its version, and more where a row's first and last columns are masked.
-SET_ASIDE, ODD = 24, 64
+SET_ASIDE, ODD = 32, 64
 # Triton 3.6 sends short rows through shared memory: with all options, JSD runs out of registers.
 SHORT = 80 if triton.__version__.startswith("3.6.") else SET_ASIDE
 
