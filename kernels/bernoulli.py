@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastkd.kernels import arithmetic as A
+from fastkd.kernels import memory as M
 from fastkd.kernels import phases as P
 from fastkd.kernels.divergences import NEAR, NEAR_RATIO, bend
 from fastkd.kernels.logits import strides_of, two_sides
@@ -93,7 +94,7 @@ def _step(
 ):  # fmt: skip
     """Adds a tile to the sums of kd, ce, entropy, teacher entropy, agreement and heat."""
     kd_sum, ce_sum, entropy_sum, teacher_sum, agreement_sum, heat = sums
-    z, y = P.load(student, at, inside, "evict_first"), P.load(teacher, at, inside, "evict_first")
+    z, y = M.load(student, at, inside, "evict_first"), M.load(teacher, at, inside, "evict_first")
     tempered, tempered_teacher = z * s_rate, y * t_rate
     h = (z - y) * s_rate if SAME else tempered - tempered_teacher
     q_small, q_large, q_log = _logistic(tempered, VALUES > 1 or (REVERSE and VALUES > 0))
@@ -131,7 +132,7 @@ def _step(
     return kd_sum, ce_sum, entropy_sum, teacher_sum, agreement_sum, heat
 
 
-@triton.jit(do_not_specialize=P.VARYING)
+@triton.jit(do_not_specialize=M.VARYING)
 def _bernoulli(
     student, teacher, student_outer, student_inner, teacher_outer, teacher_inner, inner,
     s_temperature, s_temperature_stride, t_temperature, t_temperature_stride,
@@ -158,31 +159,31 @@ def _bernoulli(
         index = tl.program_id(0).to(tl.int64)
         exists = None
         live = None
-    s_rate = 1.0 / P.row_load(s_temperature, index * s_temperature_stride, live, 1.0)
+    s_rate = 1.0 / M.row_load(s_temperature, index * s_temperature_stride, live, 1.0)
     t_rate = s_rate
     if t_temperature is not None:
-        t_rate = 1.0 / P.row_load(t_temperature, index * t_temperature_stride, live, 1.0)
+        t_rate = 1.0 / M.row_load(t_temperature, index * t_temperature_stride, live, 1.0)
     k_kd = P.factor(kd, kd_stride, index, live)
     k_ce = P.factor(ce, ce_stride, index, live)
     k_entropy = P.factor(entropy, entropy_stride, index, live)
-    student += P.row_at(index, student_outer, student_inner, inner, ALIGN)
-    teacher += P.row_at(index, teacher_outer, teacher_inner, inner, ALIGN)
+    student += M.row_at(index, student_outer, student_inner, inner, ALIGN)
+    teacher += M.row_at(index, teacher_outer, teacher_inner, inner, ALIGN)
     if gradient is not None:
-        gradient += P.row_at(index, gradient_outer, gradient_inner, inner, ALIGN)
+        gradient += M.row_at(index, gradient_outer, gradient_inner, inner, ALIGN)
     if labels is not None:
         labels += index * columns
 
     zero = tl.zeros([LANES, 1], tl.float32)
     sums = zero, zero, zero, zero, zero, zero
     if RESIDENT:
-        columns = P.aligned(columns, ALIGN)
+        columns = M.aligned(columns, ALIGN)
         sums = _step(
             sums, student, teacher, labels, gradient, vector, live & (vector < columns),
             s_rate, t_rate, k_kd, k_ce, k_entropy, a, b, VALUES, REVERSE, CE, H, HEAT, SAME,
         )  # fmt: skip
         if gradient is not None:
             nothing = tl.zeros([LANES, VECTOR], gradient.dtype.element_ty)
-            blank = exists & (vector < P.aligned(width, ALIGN))
+            blank = exists & (vector < M.aligned(width, ALIGN))
             tl.store(gradient + vector, nothing, mask=blank & ((vector >= columns) | (live == 0)))
         at = index * SPLITS
     else:
@@ -192,11 +193,11 @@ def _bernoulli(
         end = tl.minimum(begin + span, columns)
         if gradient is not None:
             if split == 0:
-                P.fill_zero(gradient, columns, width, BLOCK)
+                M.fill_zero(gradient, columns, width, BLOCK)
         if counted is not None:
             if tl.load(counted + index) == 0:
                 if gradient is not None:
-                    P.fill_zero(gradient, begin, end, BLOCK)
+                    M.fill_zero(gradient, begin, end, BLOCK)
                 end = begin
         full = (end - begin) // BLOCK
         for i in range(full):

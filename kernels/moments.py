@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastkd import problem
-from fastkd.kernels import phases as P
+from fastkd.kernels import memory as M
 from fastkd.kernels.logits import strides_of
 from fastkd.kernels.tuning import schedule
 
@@ -120,7 +120,7 @@ def _write(out, index, rows, piece, exists):
     tl.store(out + 2 * rows + index, pull, mask=exists)
 
 
-@triton.jit(do_not_specialize=P.VARYING)
+@triton.jit(do_not_specialize=M.VARYING)
 def _moments(
     student, teacher, student_outer, student_inner, teacher_outer, teacher_inner, inner, counted,
     out, rows, columns,
@@ -133,16 +133,16 @@ def _moments(
     if RESIDENT:
         index = index * LANES + lane
         exists = index < rows
-    student += P.row_at(index, student_outer, student_inner, inner, ALIGN)
-    teacher += P.row_at(index, teacher_outer, teacher_inner, inner, ALIGN)
+    student += M.row_at(index, student_outer, student_inner, inner, ALIGN)
+    teacher += M.row_at(index, teacher_outer, teacher_inner, inner, ALIGN)
     s, t = _empty(LANES), _empty(LANES)
     if RESIDENT:
         live = exists
         if counted is not None:
             live &= tl.load(counted + index, mask=exists, other=0) != 0
-        inside = live & (vector < P.aligned(columns, ALIGN))
-        s = _add(s, P.load(student, vector, inside, ""))
-        t = _add(t, P.load(teacher, vector, inside, ""))
+        inside = live & (vector < M.aligned(columns, ALIGN))
+        s = _add(s, M.load(student, vector, inside, ""))
+        t = _add(t, M.load(teacher, vector, inside, ""))
     else:
         BLOCK: tl.constexpr = LANES * VECTOR
         if counted is not None:
@@ -150,12 +150,12 @@ def _moments(
         offsets, full = lane * VECTOR + vector, columns // BLOCK
         for i in range(full):
             at = i * BLOCK + offsets
-            s = _add(s, P.load(student, at, None, "evict_last"))
-            t = _add(t, P.load(teacher, at, None, "evict_last"))
+            s = _add(s, M.load(student, at, None, "evict_last"))
+            t = _add(t, M.load(teacher, at, None, "evict_last"))
         if full * BLOCK < columns:
             at = full * BLOCK + offsets
-            s = _add(s, P.load(student, at, at < columns, "evict_last"))
-            t = _add(t, P.load(teacher, at, at < columns, "evict_last"))
+            s = _add(s, M.load(student, at, at < columns, "evict_last"))
+            t = _add(t, M.load(teacher, at, at < columns, "evict_last"))
         s, t = _collapse(s), _collapse(t)
     _write(out, index, rows, s, exists)
     _write(out + 3 * rows, index, rows, t, exists)

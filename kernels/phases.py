@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.target_info import is_cuda
 
 from fastkd.kernels import arithmetic as A
+from fastkd.kernels import memory as M
 from fastkd.kernels import rows as R
 
 THREAD = tl.constexpr(16)  # entries of a tile per thread, as tuning.py has them
@@ -19,77 +19,13 @@ REST = tl.constexpr(FIELDS.value - 1)
 # The phases of a row, in their order.
 STATISTICS, SUMS, REFINEMENT, GRADIENT = map(tl.constexpr, (1, 2, 3, 4))
 
-# Numbers whose every value would otherwise compile anew where it is 1 or a multiple of 16. Of the
-# strides between rows a kernel knows what `aligned` tells it: were they found to be multiples of
-# 16 where columns are not, Triton would load more at once than the launcher laid a row out for.
-ROW_STRIDES = (
-    "student_outer", "student_inner", "teacher_outer", "teacher_inner", "gradient_outer",
-    "gradient_inner",
-)  # fmt: skip
-VARYING = (
-    "inner", "rows", "s_temperature_stride", "t_temperature_stride", "kd_stride", "ce_stride",
-    "entropy_stride", "student_first", "teacher_first", "gradient_first", *ROW_STRIDES,
-)  # fmt: skip
-
-PINNED = tl.constexpr(not A.INTERPRETED.value and triton.__version__.startswith("3.6."))
-
-# --- loads and stores ------------------------------------------------------------------------
+# --- numbers of a row ------------------------------------------------------------------------
 
 
 @triton.jit
 def singles(a, b, c):
     """In fp32: some compilers pass a Python float in fp64."""
     return tl.cast(a, tl.float32), tl.cast(b, tl.float32), tl.cast(c, tl.float32)
-
-
-@triton.jit
-def widen(x):
-    """In fp32: two instructions for two bf16 in a register, where the compiler makes three."""
-    if not A.INTERPRETED and is_cuda() and x.dtype == tl.bfloat16:
-        pair: tl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
-        return tl.inline_asm_elementwise(pair, "=r,=r,r", [x], tl.float32, True, 2)
-    else:
-        return x.to(tl.float32)
-
-
-@triton.jit
-def load(pointer, at, inside, EVICT: tl.constexpr):
-    """A tile in fp32, -inf outside."""
-    if inside is None:
-        return widen(tl.load(pointer + at, eviction_policy=EVICT))
-    else:
-        x = tl.load(pointer + at, mask=inside, other=-float("inf"), eviction_policy=EVICT)
-        return widen(x)
-
-
-@triton.jit
-def aligned(x, ALIGN: tl.constexpr):
-    """x, which the launcher found to be a multiple of ALIGN: the compiler learns it here."""
-    return x // ALIGN * ALIGN
-
-
-@triton.jit
-def row_at(index, outer, inner_stride, inner, ALIGN: tl.constexpr):
-    """Where row `index` of [outer, inner, columns] begins, in 64 bits; divided in 32 bits.
-
-    inner None: the rows lie at one stride, and nothing is divided.
-    """
-    if inner is None:
-        return index.to(tl.int64) * aligned(inner_stride, ALIGN)
-    else:
-        index = index.to(tl.uint32)
-        o = index // inner.to(tl.uint32)
-        i = (index - o * inner.to(tl.uint32)).to(tl.int64)
-        return o.to(tl.int64) * aligned(outer, ALIGN) + i * aligned(inner_stride, ALIGN)
-
-
-@triton.jit
-def row_load(pointer, at, live, other):
-    """One number per row; `live` None: the row is there."""
-    if live is None:
-        return tl.load(pointer + at)
-    else:
-        return tl.load(pointer + at, mask=live, other=other)
 
 
 @triton.jit
@@ -104,7 +40,7 @@ def factor(pointer, stride, index, live):
     if pointer is None:
         return (index * 0).to(tl.float32)
     else:
-        return row_load(pointer, index * stride, live, 0.0)
+        return M.row_load(pointer, index * stride, live, 0.0)
 
 
 @triton.jit
@@ -115,16 +51,16 @@ def inverse(width):
 
 @triton.jit
 def temper_of(s_pointer, s_stride, t_pointer, t_stride, moments, index, rows, live, a):
-    s_rate = A.reciprocal(row_load(s_pointer, index * s_stride, live, 1.0))
+    s_rate = A.reciprocal(M.row_load(s_pointer, index * s_stride, live, 1.0))
     t_rate = s_rate
     if t_pointer is not None:
-        t_rate = A.reciprocal(row_load(t_pointer, index * t_stride, live, 1.0))
+        t_rate = A.reciprocal(M.row_load(t_pointer, index * t_stride, live, 1.0))
     mean, pull, s_width = 0.0, 0.0, 1.0
     if moments is not None:
-        mean = row_load(moments, index, live, 0.0)
-        s_width = inverse(row_load(moments + rows, index, live, 1.0))
-        t_width = inverse(row_load(moments + 4 * rows, index, live, 1.0))
-        pull = row_load(moments + 2 * rows, index, live, 0.0)
+        mean = M.row_load(moments, index, live, 0.0)
+        s_width = inverse(M.row_load(moments + rows, index, live, 1.0))
+        t_width = inverse(M.row_load(moments + 4 * rows, index, live, 1.0))
+        pull = M.row_load(moments + 2 * rows, index, live, 0.0)
         s_rate, t_rate = s_rate * s_width, t_rate * t_width
     return R.Temper(s_rate, t_rate, s_rate * A.LOG2E, t_rate * A.LOG2E, a, mean, pull, s_width)
 
@@ -135,28 +71,18 @@ def restore(state, index, rows, live, WANT: tl.constexpr):
     state += index
     entropy, unit = 0.0, 1.0
     if (R.UNIT + R.ENTROPY) & WANT:
-        entropy = row_load(state, 6 * rows, live, 0.0)
-        unit = row_load(state, 7 * rows, live, 1.0)
-    s_max, s_sum = row_load(state, 0, live, 0.0), row_load(state, rows, live, 1.0)
-    t_max, t_sum = row_load(state, 2 * rows, live, 0.0), row_load(state, 3 * rows, live, 1.0)
-    c = row_load(state, 4 * rows, live, 0.0)
+        entropy = M.row_load(state, 6 * rows, live, 0.0)
+        unit = M.row_load(state, 7 * rows, live, 1.0)
+    s_max, s_sum = M.row_load(state, 0, live, 0.0), M.row_load(state, rows, live, 1.0)
+    t_max, t_sum = M.row_load(state, 2 * rows, live, 0.0), M.row_load(state, 3 * rows, live, 1.0)
+    c = M.row_load(state, 4 * rows, live, 0.0)
     row = R.row_of(s_max, t_max, s_sum, t_sum, c, entropy, unit)
     if R.REST & WANT:
-        row = with_rest(row, row_load(state, 5 * rows, live, 0.0))
+        row = with_rest(row, M.row_load(state, 5 * rows, live, 0.0))
     if R.LEVER & WANT:
-        lever = row_load(state, 8 * rows, live, 0.0)
-        row = with_levers(row, lever, row_load(state, 9 * rows, live, 0.0))
+        lever = M.row_load(state, 8 * rows, live, 0.0)
+        row = with_levers(row, lever, M.row_load(state, 9 * rows, live, 0.0))
     return row
-
-
-@triton.jit
-def row_store(pointer, x, index, live):
-    """One number per row. Triton 3.6 fails where it moves what changes a number's layout to before
-    the operations that made it, hence there none is seen."""
-    if PINNED:
-        move: tl.constexpr = "mov.b32 $0, $1;"
-        x = tl.inline_asm_elementwise(move, "=r,r", [tl.cast(x, tl.float32)], tl.float32, False, 1)
-    tl.store(pointer + index, x, mask=live)
 
 
 @triton.jit
@@ -183,32 +109,32 @@ def write_row(
     """
     kd_value = tl.where(row.alive, OUTER(sums.value, row.c, a, b), 0.0)
     if values is not None:
-        row_store(values, kd_value, index, live)
+        M.row_store(values, kd_value, index, live)
         if (R.UNIT + R.ENTROPY) & WANT:
-            row_store(values + rows, hard, index, live)
-            row_store(values + 2 * rows, row.entropy, index, live)
+            M.row_store(values + rows, hard, index, live)
+            M.row_store(values + 2 * rows, row.entropy, index, live)
         if R.TEACHER_ENTROPY & WANT:
-            row_store(values + 3 * rows, row.t_entropy, index, live)
+            M.row_store(values + 3 * rows, row.t_entropy, index, live)
             agreement = tl.where(row.alive, sums.agreement, 0.0)
-            row_store(values + 4 * rows, agreement, index, live)
+            M.row_store(values + 4 * rows, agreement, index, live)
     if state is not None:
-        row_store(state, row.s_max, index, live)
-        row_store(state + rows, stats.s_sum, index, live)
-        row_store(state + 2 * rows, row.t_max, index, live)
-        row_store(state + 3 * rows, stats.t_sum, index, live)
-        row_store(state + 4 * rows, row.c, index, live)
+        M.row_store(state, row.s_max, index, live)
+        M.row_store(state + rows, stats.s_sum, index, live)
+        M.row_store(state + 2 * rows, row.t_max, index, live)
+        M.row_store(state + 3 * rows, stats.t_sum, index, live)
+        M.row_store(state + 4 * rows, row.c, index, live)
         if R.REST & WANT:
-            row_store(state + 5 * rows, row.rest, index, live)
+            M.row_store(state + 5 * rows, row.rest, index, live)
         if (R.UNIT + R.ENTROPY) & WANT:
-            row_store(state + 6 * rows, row.entropy, index, live)
-            row_store(state + 7 * rows, stats.unit, index, live)
+            M.row_store(state + 6 * rows, row.entropy, index, live)
+            M.row_store(state + 7 * rows, stats.unit, index, live)
         if R.LEVER & WANT:
-            row_store(state + 8 * rows, row.lever, index, live)
-            row_store(state + 9 * rows, row.entropy_lever, index, live)
+            M.row_store(state + 8 * rows, row.lever, index, live)
+            M.row_store(state + 9 * rows, row.entropy_lever, index, live)
     if loss is not None:
         total = tl.where(kd != 0, kd * kd_value, 0.0) + tl.where(ce != 0, ce * hard, 0.0)
         total += tl.where(entropy != 0, entropy * row.entropy, 0.0)
-        row_store(loss, total, index, live)
+        M.row_store(loss, total, index, live)
 
 
 # --- sums -------------------------------------------------------------------------------------
@@ -353,14 +279,6 @@ def temperature_term(tempered, z, row):
 
 
 @triton.jit
-def fill_zero(pointer, begin, end, BLOCK: tl.constexpr):
-    for start in range(begin, end, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        zero = tl.zeros([BLOCK], pointer.dtype.element_ty)
-        tl.store(pointer + at, zero, mask=at < end)
-
-
-@triton.jit
 def fold(x):
     """A tile with all 16 entries of a thread in one lane, which moves nothing: its maxima are then
     merged once."""
@@ -373,8 +291,8 @@ def fold(x):
 
 @triton.jit
 def statistics_step(stats, student, teacher, at, inside, temper, WANT: tl.constexpr):
-    z = fold(load(student, at, inside, "evict_last"))
-    y = fold(load(teacher, at, inside, "evict_last"))
+    z = fold(M.load(student, at, inside, "evict_last"))
+    y = fold(M.load(teacher, at, inside, "evict_last"))
     return R.add(stats, z, y, inside if inside is None else fold(inside), temper, WANT)
 
 
@@ -382,7 +300,7 @@ def statistics_step(stats, student, teacher, at, inside, temper, WANT: tl.conste
 def sum_step(sums, student, teacher, at, inside, row, temper, a, b,
              WANT: tl.constexpr, DIVERGENCE: tl.constexpr, SAME: tl.constexpr,
              EVICT: tl.constexpr):  # fmt: skip
-    z, y = load(student, at, inside, EVICT), load(teacher, at, inside, EVICT)
+    z, y = M.load(student, at, inside, EVICT), M.load(teacher, at, inside, EVICT)
     lp, lq, p, q, d, d2 = R.elements(z, y, row, temper, SAME)
     value, slope = DIVERGENCE(lp, lq, p, q, d, d2, row.c, a, b)
     sums = add_sums(sums, z, y, value, slope, row, WANT)
@@ -392,7 +310,7 @@ def sum_step(sums, student, teacher, at, inside, row, temper, a, b,
 @triton.jit
 def rest_step(lacking, student, teacher, at, inside, row, temper, a, b,
               DIVERGENCE: tl.constexpr, SAME: tl.constexpr):  # fmt: skip
-    z, y = load(student, at, inside, ""), load(teacher, at, inside, "")
+    z, y = M.load(student, at, inside, ""), M.load(teacher, at, inside, "")
     return lacking + rest_of(z, y, row, temper, a, b, DIVERGENCE, SAME)
 
 
@@ -402,7 +320,7 @@ def gradient_step(
     kd, ce, entropy, a, b, VALUE: tl.constexpr, HEAT: tl.constexpr, WANT: tl.constexpr,
     CE: tl.constexpr, H: tl.constexpr, DIVERGENCE: tl.constexpr, SAME: tl.constexpr,
 ):  # fmt: skip
-    z, y = load(student, at, inside, "evict_first"), load(teacher, at, inside, "evict_first")
+    z, y = M.load(student, at, inside, "evict_first"), M.load(teacher, at, inside, "evict_first")
     g, tempered, value, slope = gradient_tile(
         z, y, at, row, temper, label, columns, smoothing, kd, ce, entropy, a, b,
         WANT, CE, H, DIVERGENCE, SAME,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastkd.kernels import memory as M
 from fastkd.kernels import phases as P
 from fastkd.kernels import rows as R
 
@@ -33,7 +34,7 @@ def load_parts(pointer, live, columns, PARTS: tl.constexpr, PIECE: tl.constexpr)
     parts = ()
     for i in tl.static_range(len(PARTS)):
         column = pieces_of(PARTS, i, PIECE)
-        x = P.load(pointer[None], column, live[None] & (column < columns), "")
+        x = M.load(pointer[None], column, live[None] & (column < columns), "")
         x = tl.reshape(tl.permute(x, [1, 0, 2]), [pointer.shape[0], PARTS[i][1]])
         parts = parts + (x,)  # type: ignore[assignment]  # each of another shape
     return parts
@@ -50,7 +51,7 @@ def store_part(
     tl.store(pointer[None] + column, x, mask=exists[None] & (column < columns))
 
 
-@triton.jit(do_not_specialize=P.VARYING)
+@triton.jit(do_not_specialize=M.VARYING)
 def resident(
     student, teacher, student_outer, student_inner, teacher_outer, teacher_inner, inner,
     s_temperature, s_temperature_stride, t_temperature, t_temperature_stride, moments,
@@ -81,9 +82,9 @@ def resident(
         s_temperature, s_temperature_stride, t_temperature, t_temperature_stride,
         moments, index, rows, live, a,
     )  # fmt: skip
-    columns, width = P.aligned(columns, ALIGN), P.aligned(width, ALIGN)
-    student += P.row_at(index, student_outer, student_inner, inner, ALIGN)
-    teacher += P.row_at(index, teacher_outer, teacher_inner, inner, ALIGN)
+    columns, width = M.aligned(columns, ALIGN), M.aligned(width, ALIGN)
+    student += M.row_at(index, student_outer, student_inner, inner, ALIGN)
+    teacher += M.row_at(index, teacher_outer, teacher_inner, inner, ALIGN)
     zs = load_parts(student, live, columns, PARTS, PIECE)
     ys = load_parts(teacher, live, columns, PARTS, PIECE)
     label, label_logit = tl.zeros([LANES, 1], tl.int32), tl.zeros([LANES, 1], tl.float32)
@@ -130,7 +131,7 @@ def resident(
         )  # fmt: skip
     if gradient is not None or temperature is not None:
         if gradient is not None:
-            gradient += P.row_at(index, gradient_outer, gradient_inner, inner, ALIGN)
+            gradient += M.row_at(index, gradient_outer, gradient_inner, inner, ALIGN)
         heat = tl.zeros([LANES, 1], tl.float32)
         for i in tl.static_range(len(PARTS)):
             column = columns_of(PARTS, i)
@@ -144,4 +145,4 @@ def resident(
             if temperature is not None:
                 heat += P.temperature_term(tempered, zs[i], row)
         if temperature is not None:
-            P.row_store(temperature, -temper.s_rate * heat, index, live)
+            M.row_store(temperature, -temper.s_rate * heat, index, live)

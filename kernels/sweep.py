@@ -5,11 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastkd.kernels import memory as M
 from fastkd.kernels import phases as P
 from fastkd.kernels import rows as R
 
 
-@triton.jit(do_not_specialize=P.VARYING)
+@triton.jit(do_not_specialize=M.VARYING)
 def sweep(
     student, teacher, student_outer, student_inner, teacher_outer, teacher_inner, inner,
     student_first, teacher_first, gradient_first,
@@ -41,15 +42,15 @@ def sweep(
     BACKWARD: tl.constexpr = FIRST == P.GRADIENT and scratch is None
     a, b, smoothing = P.singles(a, b, smoothing)
     index, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    student_at = P.row_at(index, student_outer, student_inner, inner, ALIGN) + student_first
-    teacher_at = P.row_at(index, teacher_outer, teacher_inner, inner, ALIGN) + teacher_first
-    gradient_at = P.row_at(index, gradient_outer, gradient_inner, inner, ALIGN) + gradient_first
+    student_at = M.row_at(index, student_outer, student_inner, inner, ALIGN) + student_first
+    teacher_at = M.row_at(index, teacher_outer, teacher_inner, inner, ALIGN) + teacher_first
+    gradient_at = M.row_at(index, gradient_outer, gradient_inner, inner, ALIGN) + gradient_first
     shift = 0
     if SHIFTED:
         shift = ((student_at if SHIFTED & 1 else teacher_at) % VECTOR).to(tl.int32)
-    student_at = P.aligned(student_at - shift, VECTOR if SHIFTED & 1 else ALIGN)
-    teacher_at = P.aligned(teacher_at - shift, VECTOR if SHIFTED & 2 else ALIGN)
-    gradient_at = P.aligned(gradient_at - shift, VECTOR if SHIFTED & 4 else ALIGN)
+    student_at = M.aligned(student_at - shift, VECTOR if SHIFTED & 1 else ALIGN)
+    teacher_at = M.aligned(teacher_at - shift, VECTOR if SHIFTED & 2 else ALIGN)
+    gradient_at = M.aligned(gradient_at - shift, VECTOR if SHIFTED & 4 else ALIGN)
     # A masked tile where the row does not begin at position 0, full tiles, and a masked tail.
     begin = split * span
     end = tl.minimum(begin + span, shift + columns)
@@ -62,7 +63,7 @@ def sweep(
     if gradient is not None:
         gradient += gradient_at
         if LAST == P.GRADIENT and split == 0:
-            P.fill_zero(gradient, shift + columns, shift + width, BLOCK)
+            M.fill_zero(gradient, shift + columns, shift + width, BLOCK)
 
     live = True
     if BACKWARD:
@@ -73,7 +74,7 @@ def sweep(
         live = live & (tl.load(counted + index) != 0)
     if not live:
         if gradient is not None:
-            P.fill_zero(gradient, tl.maximum(begin, shift), end, BLOCK)
+            M.fill_zero(gradient, tl.maximum(begin, shift), end, BLOCK)
         return
 
     temper = P.temper_of(

@@ -51,7 +51,9 @@ def _softmax(logits, temperature):
 
 @pytest.mark.parametrize("temperature", [1.0, 1e4])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
-@pytest.mark.parametrize(("name", "parameters", "term"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "parameters", "term"), CASES, ids=[f"{name}{given}" for name, given, _ in CASES]
+)
 def test_values_in_60_digits(name, parameters, term, rows, temperature):
     z, y = (torch.tensor([row], dtype=torch.float64) for row in rows)
     ours, _ = oracle.distillation_loss(

@@ -1,0 +1,91 @@
+"""Rows in memory: where they begin, and tiles and numbers of them read and written."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.target_info import is_cuda
+
+from fastkd.kernels import arithmetic as A
+
+# Numbers whose every value would otherwise compile anew where it is 1 or a multiple of 16. Of the
+# strides between rows a kernel knows what `aligned` tells it: were they found to be multiples of
+# 16 where columns are not, Triton would load more at once than the launcher laid a row out for.
+ROW_STRIDES = (
+    "student_outer", "student_inner", "teacher_outer", "teacher_inner", "gradient_outer",
+    "gradient_inner",
+)  # fmt: skip
+VARYING = (
+    "inner", "rows", "s_temperature_stride", "t_temperature_stride", "kd_stride", "ce_stride",
+    "entropy_stride", "student_first", "teacher_first", "gradient_first", *ROW_STRIDES,
+)  # fmt: skip
+
+PINNED = tl.constexpr(not A.INTERPRETED.value and triton.__version__.startswith("3.6."))
+
+
+@triton.jit
+def widen(x):
+    """In fp32: two instructions for two bf16 in a register, where the compiler makes three."""
+    if not A.INTERPRETED and is_cuda() and x.dtype == tl.bfloat16:
+        pair: tl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+        return tl.inline_asm_elementwise(pair, "=r,=r,r", [x], tl.float32, True, 2)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def load(pointer, at, inside, EVICT: tl.constexpr):
+    """A tile in fp32, -inf outside."""
+    if inside is None:
+        return widen(tl.load(pointer + at, eviction_policy=EVICT))
+    else:
+        x = tl.load(pointer + at, mask=inside, other=-float("inf"), eviction_policy=EVICT)
+        return widen(x)
+
+
+@triton.jit
+def aligned(x, ALIGN: tl.constexpr):
+    """x, which the launcher found to be a multiple of ALIGN: the compiler learns it here."""
+    return x // ALIGN * ALIGN
+
+
+@triton.jit
+def row_at(index, outer, inner_stride, inner, ALIGN: tl.constexpr):
+    """Where row `index` of [outer, inner, columns] begins, in 64 bits; divided in 32 bits.
+
+    inner None: the rows lie at one stride, and nothing is divided.
+    """
+    if inner is None:
+        return index.to(tl.int64) * aligned(inner_stride, ALIGN)
+    else:
+        index = index.to(tl.uint32)
+        o = index // inner.to(tl.uint32)
+        i = (index - o * inner.to(tl.uint32)).to(tl.int64)
+        return o.to(tl.int64) * aligned(outer, ALIGN) + i * aligned(inner_stride, ALIGN)
+
+
+@triton.jit
+def row_load(pointer, at, live, other):
+    """One number per row; `live` None: the row is there."""
+    if live is None:
+        return tl.load(pointer + at)
+    else:
+        return tl.load(pointer + at, mask=live, other=other)
+
+
+@triton.jit
+def row_store(pointer, x, index, live):
+    """One number per row. Triton 3.6 fails where it moves what changes a number's layout to before
+    the operations that made it, hence there none is seen."""
+    if PINNED:
+        move: tl.constexpr = "mov.b32 $0, $1;"
+        x = tl.inline_asm_elementwise(move, "=r,r", [tl.cast(x, tl.float32)], tl.float32, False, 1)
+    tl.store(pointer + index, x, mask=live)
+
+
+@triton.jit
+def fill_zero(pointer, begin, end, BLOCK: tl.constexpr):
+    for start in range(begin, end, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        zero = tl.zeros([BLOCK], pointer.dtype.element_ty)
+        tl.store(pointer + at, zero, mask=at < end)
