@@ -85,9 +85,13 @@ def test_a_path_at_fault_fails(fault, monkeypatch, capsys):
     assert "What to do: " in out
 
 
-@pytest.mark.parametrize("arguments", [[], ["nurse"]])
-def test_wrong_commands_print_the_usage(arguments, capsys):
+def test_a_wrong_command_prints_the_usage(capsys):
     with pytest.raises(SystemExit) as ended:
-        __main__.main(arguments)
+        __main__.main(["nurse"])
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith("usage: fastkd")
+
+
+def test_no_command_prints_the_help(capsys):
+    assert __main__.main([]) == 0
+    assert "doctor" in capsys.readouterr().out
