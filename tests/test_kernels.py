@@ -415,7 +415,7 @@ def test_no_rows(device):
     problem = problem_of(torch.empty(1, 0, 7, device=device), torch.empty(1, 0, 7, device=device))
     values, state = logits.forward(problem, entropy=True, metrics=False)
     assert values.shape == (3, 0)
-    assert state.shape == (7, 0)
+    assert state.shape == (8, 0)
     none = Coefficients(torch.ones(0, device=device), None, None)
     gradient, heat = logits.backward(problem, state, none, gradient=True, temperature=True)
     assert gradient.shape == (0, 7)

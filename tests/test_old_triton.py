@@ -45,13 +45,13 @@ def run(tmp_path):
     return run_
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_kernels_run_and_compile_under_the_oldest_triton(run):
     tests = ("tests/test_kernels.py", "tests/test_ahead_of_time.py", "--quick")
     run(OLDEST, "pytest", "-p", "no:cacheprovider", *tests)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("packages", [OLDEST, NEWEST], ids=" ".join)
 def test_every_launch_compiles(packages, run, request):
     run(packages, "tests.ptx.scan", *([] if request.config.getoption("--full") else ["--few"]))

@@ -131,7 +131,7 @@ class _NothingRead(TorchDispatchMode):
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("mode", ["forward", "backward"])
 def test_no_tensor_of_the_options_is_read(mode, backend, monkeypatch):
-    monkeypatch.setattr(checks, "_may_read", lambda *_: False)  # as on a GPU
+    monkeypatch.setattr(checks, "may_read", lambda *_: False)  # as on a GPU
     student, teacher = (x.float().to(DEVICE) for x in logits(4, V))
     student.requires_grad_()
     one = torch.ones((), device=DEVICE)
