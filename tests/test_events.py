@@ -87,6 +87,20 @@ def test_a_bucket_never_exceeds_the_full_divergence(divergence):
         assert (some <= full * (1 + 1e-5) + 1e-7).all()
 
 
+@pytest.mark.parametrize("per_row", [False, True])
+def test_the_temperature_trains(per_row):
+    student, other = logits(ROWS, VOCAB)
+    teacher = fastkd.TopK.from_logits(other, K)
+    warm = torch.rand(ROWS if per_row else ()) + 1
+    exact, ours = (x.requires_grad_() for x in (warm.double(), warm.clone()))
+    q, p = events(student, teacher, exact[:, None] if per_row else exact)
+    rows, _ = defined(q, p, divergence="reverse_kl", reduction="none")
+    (rows * exact).sum().backward()
+    settings = {"divergence": "reverse_kl", "teacher_temperature": 1.0, "reduction": "sum"}
+    fastkd.distillation_loss(student, teacher, temperature=ours, **settings).backward()
+    assert_close(ours.grad, exact.grad, "gradient")
+
+
 def rows_by_name(name):
     """A student and a TopK, of 64 columns."""
     student, other = logits(4, 64)
