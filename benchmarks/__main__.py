@@ -19,7 +19,7 @@ from .ceilings import all_ceilings, copy_bandwidth
 from .operators import OPERATORS
 from .publish import publish
 from .report import comparison, is_ours, markdown
-from .results import BEGUN, FAILED, REFUSED, Results
+from .results import BEGUN, FAILED, REFUSED, RESULTS, Results, check_folder
 from .run import DeviceLost, Settings, groups_of, run
 
 FIXED = ("op", "divergence", "case", "dtype", "passes")
@@ -82,6 +82,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     old = Results.load(options.compare) if options.compare else None
+    if options.out and not options.step:
+        check_folder(options.out, ours=options.resume or bool(options.load))
     if options.load:
         return _report(Results.load(options.load), old, options.out)
     began = time.monotonic()
@@ -94,7 +96,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
 
-    path = options.out / gpu.RESULTS if options.out else None
+    path = options.out / RESULTS if options.out else None
     results = _begin(options, arguments, device, path)
     if options.step == "ceilings":
         print(", ".join(f"{name} {value:.4g}" for name, value in results.ceilings.items()))

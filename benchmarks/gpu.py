@@ -21,7 +21,7 @@ from typing import NamedTuple, TextIO
 from .machine import ROOT
 from .publish import publish
 from .report import is_ours, share_of_copy
-from .results import BEGUN, FAILED, REFUSED, Results
+from .results import BEGUN, FAILED, REFUSED, RESULTS, Results
 
 # Seconds: 8 minutes and 40 seconds in all.
 CEILINGS, TESTS, TABLE = 50, 210, 260
@@ -31,7 +31,7 @@ GRACE = 15
 # A process that says nothing for so long hangs: no group of rows takes longer.
 PATIENCE = 120
 DEVICE_LOST = 3
-RESULTS, SUMMARY, LOG, TEST_LOG = "results.json", "summary.txt", "suite.log", "tests.log"
+SUMMARY, LOG, TEST_LOG = "summary.txt", "suite.log", "tests.log"
 NO_TESTS = 5  # pytest's exit code
 
 
@@ -50,7 +50,6 @@ class Ending(NamedTuple):
 def run_all(out: Path, options: Sequence[str], command: str, rehearsal: bool) -> int:
     """0 if all tests passed and no row of fastkd's was refused or failed, else 1."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / RESULTS).unlink(missing_ok=True)
     if rehearsal:  # of Triton in its interpreter, and of torch.compile without compiling
         os.environ.update(TRITON_INTERPRET="1", TORCHDYNAMO_DISABLE="1")
     common = ["-m", "benchmarks", "--suite", "gpu", "--out", str(out), *options]
@@ -119,7 +118,6 @@ def run_tests(log: Path, rehearsal: bool) -> list[Ending]:
             file.write(f"=== {name}\n{text}\n")
         return Ending(name, ending, time.monotonic() - began)
 
-    log.unlink(missing_ok=True)
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
         return list(pool.map(run_one, names))
 

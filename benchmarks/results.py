@@ -13,6 +13,7 @@ from .measure import Times
 from .truth import Errors
 
 VERSION = 1
+RESULTS = "results.json"
 
 # Of a row: measured; not to be had; wrong; broken; begun, which it stays if the process dies.
 OK, ABSENT, REFUSED, FAILED, BEGUN = "ok", "absent", "refused", "failed", "begun"
@@ -87,6 +88,16 @@ class Results:
             return Results(rows=rows, **data)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is no results file of this suite: {error}") from None
+
+
+def check_folder(folder: Path, *, ours: bool) -> None:
+    """Refuses a folder that holds something; `ours` allows results of this suite."""
+    path = folder / RESULTS
+    if folder.exists() and any(folder.iterdir()):
+        if not (ours and path.exists()):
+            hint = "--resume adds to it" if path.exists() else "choose a new or empty folder"
+            raise ValueError(f"--out {folder} is not empty: {hint}")
+        Results.load(path)
 
 
 def _row(times: list | None, errors: list | None, **others: Any) -> Row:

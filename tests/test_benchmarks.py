@@ -291,6 +291,23 @@ def test_resume_measures_only_what_is_missing(measured, capsys):
     assert after[-1].provider == "fastkd-torch-backward"
 
 
+@pytest.mark.parametrize(
+    ("options", "held", "hint"),
+    [
+        (SMALL, "notes.txt", "choose a new or empty folder"),
+        (SMALL, "results.json", "--resume adds to it"),
+        ([*SMALL, "--resume"], "results.json", "cannot read results"),
+        (["--suite", "gpu", "--dry-run"], "suite.log", "choose a new or empty folder"),
+    ],
+)
+def test_files_of_somebody_else_are_left_as_they_are(tmp_path, capsys, options, held, hint):
+    (tmp_path / held).write_text("mine")
+    with pytest.raises(SystemExit):
+        main([*options, "--out", str(tmp_path)])
+    assert hint in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
 def test_list_names_everything(capsys):
     assert main(["--list"]) == 0
     said = capsys.readouterr().out

@@ -142,6 +142,27 @@ def test_a_missing_extra_says_what_to_install(tmp_path, capsys, monkeypatch):
     assert 'pip install "fastkd[recipes]"' in capsys.readouterr().err
 
 
+def test_a_data_base_of_somebody_else_is_left_as_it_is(text, tmp_path, capsys):
+    """Beside results.json of theirs, too: another program's, and another study of Optuna's."""
+    for out, fill in ((tmp_path / "other", _a_table), (tmp_path / "optuna", _a_study)):
+        out.mkdir()
+        fill(out / "study.db")
+        (out / "results.json").write_text("mine")
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        assert tune("--out", out, "--trials=1", "--seeds=2", "--data", text, *TINY) == 2
+        assert "choose another --out" in capsys.readouterr().err.splitlines()[-1]
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def _a_table(path):
+    with sqlite3.connect(path) as file:
+        file.execute("create table t (x)")
+
+
+def _a_study(path):
+    optuna.create_study(storage=f"sqlite:///{path}", study_name="theirs")
+
+
 def test_ctrl_c_keeps_the_trials(text, tmp_path, capsys, monkeypatch):
     from fastkd.distill import tune as module
 

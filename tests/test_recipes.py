@@ -14,6 +14,7 @@ from tests.closeness import assert_close
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
+from fastkd.__main__ import main
 from fastkd.distill import recipes
 from fastkd.distill.recipes import digits, report
 
@@ -58,6 +59,17 @@ def test_a_recipe_finds_what_is_expected(name, tmp_path):
     assert all(found.claims.values()), str(found)
     off = [s for table in found.tables for s in table.expected if not table.agrees(s)]
     assert off == UNMET.get(name, []), str(found)
+
+
+def test_a_folder_that_holds_something_is_refused_and_left_as_it_is(tmp_path, capsys):
+    (tmp_path / "results.json").write_text("mine")
+    assert main(["recipe", "modes", "--quick", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        f"fastkd recipe: {tmp_path} is not empty: it holds results.json; choose a new or empty "
+        "folder as --out\n"
+    )
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_an_unknown_recipe_is_refused_before_anything_is_made(tmp_path):

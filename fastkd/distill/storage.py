@@ -35,8 +35,7 @@ def new_folder(out: str | None, *, ours: str = "") -> Iterator[Path]:
     which an earlier run of the same command left there to be added to. It goes again if nothing
     came into it.
     """
-    now = datetime.datetime.now()
-    folder = Path(out) if out else Path("runs") / now.strftime("%Y-%m-%d_%H-%M-%S")
+    folder = Path(out) if out else dated()
     with _writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
@@ -53,6 +52,11 @@ def new_folder(out: str | None, *, ours: str = "") -> Iterator[Path]:
         finally:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+def dated(suffix: str = "") -> Path:
+    """Where a run goes that was told nothing else."""
+    return Path("runs") / (datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S") + suffix)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,9 @@ result. What one seed alone prefers is noise.
 
 from __future__ import annotations
 
+import contextlib
 import shlex
+import sqlite3
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -162,6 +164,8 @@ def _study(chosen: DefaultJob | UserModels, search: Search, folder: Path) -> Stu
         "random": lambda: optuna.samplers.RandomSampler(seed=chosen.seed),
         "tpe": lambda: optuna.samplers.TPESampler(seed=chosen.seed),
     }
+    if (folder / "study.db").exists():
+        _check_ours(folder / "study.db")
     study = optuna.create_study(
         sampler=samplers[search.sampler](),
         study_name=search.sampler,
@@ -173,6 +177,21 @@ def _study(chosen: DefaultJob | UserModels, search: Search, folder: Path) -> Stu
         raise Usage(f"{folder} holds a search with other settings: choose another --out")
     study.set_user_attr("settings", settings)
     return study
+
+
+def _check_ours(path: Path) -> None:
+    """Refuses a data base of somebody else's, to which Optuna would add its tables."""
+    try:
+        uri = f"{path.resolve().as_uri()}?mode=ro"
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as file:
+            strangers = file.execute(
+                "select study_name from studies where study_id not in "
+                "(select study_id from study_user_attributes where key = 'settings')"
+            ).fetchall()
+    except sqlite3.Error as error:
+        raise Usage(f"{path} is no search of fastkd tune ({error}): choose another --out") from None
+    if strangers:
+        raise Usage(f"{path} holds a study that fastkd tune did not make: choose another --out")
 
 
 def _best(study: Study, sampler: str) -> dict[str, Any]:

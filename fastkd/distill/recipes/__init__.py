@@ -34,24 +34,25 @@ def run(name: str, out: Path, quick: bool = False) -> Report:
 
     Args:
         name: one of RECIPES.
-        out: a folder, made where it is missing.
+        out: a folder that is new or empty.
         quick: two seeds and few steps: seconds, and outcomes that say nothing.
 
     Raises:
         ValueError: an unknown name.
         report.MissingPackage: scikit-learn, matplotlib or another package is not installed.
-        OSError: `out` cannot be written.
+        errors.RunError: `out` cannot be written, or holds something.
     """
     checks.choice("recipe", name, tuple(RECIPES))
+    from fastkd.distill import storage
+
     from .digits import one_thread
     from .report import need
 
     need("matplotlib", "matplotlib")  # before the training, not after
-    out.mkdir(parents=True, exist_ok=True)
     recipe = importlib.import_module("." + name.replace("-", "_"), __name__)
     start = time.perf_counter()
-    with one_thread():
+    with storage.new_folder(str(out)) as folder, one_thread():
         report: Report = recipe.run(quick)
-    seconds = round(time.perf_counter() - start, 1)
-    report.save(out, recipe=name, quick=quick, seconds=seconds)
+        seconds = round(time.perf_counter() - start, 1)
+        report.save(folder, recipe=name, quick=quick, seconds=seconds)
     return report

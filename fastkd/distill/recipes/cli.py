@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from fastkd.distill import cli, storage
 
 from . import RECIPES, run
 
@@ -20,25 +22,16 @@ def add(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     recipe.add_argument("name", choices=RECIPES, metavar="NAME", help=", ".join(RECIPES))
-    recipe.add_argument("--out", type=Path, metavar="DIR", help="where to save; default: runs/NAME")
+    recipe.add_argument(
+        "--out", type=Path, metavar="DIR", help="where to save; default: runs/<date>_NAME"
+    )
     recipe.add_argument(
         "--quick", action="store_true", help="seconds, and outcomes that say little"
     )
-    recipe.set_defaults(run=_recipe)
+    recipe.set_defaults(run=partial(cli.run, _recipe))
 
 
-def _recipe(options: argparse.Namespace) -> int:
-    from .report import MissingPackage
-
-    out = options.out or Path("runs") / options.name
-    try:
-        report = run(options.name, out, options.quick)
-    except (MissingPackage, OSError) as error:
-        print(f"fastkd recipe: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("fastkd recipe: stopped", file=sys.stderr)
-        return 130
-    print(report)
+def _recipe(options: argparse.Namespace) -> None:
+    out = options.out or storage.dated(f"_{options.name}")
+    print(run(options.name, out, options.quick))
     print(f"\nSaved: {out}/")
-    return 0

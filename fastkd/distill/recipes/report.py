@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from fastkd.distill.errors import RunError
 from fastkd.distill.picture import BLUE, png
-from fastkd.distill.storage import replace
+from fastkd.distill.storage import write
 from fastkd.doctor import versions
 
 # What an expected difference may be off by besides the standard error of this run: it came from
@@ -21,7 +22,7 @@ from fastkd.doctor import versions
 EXPECTED_ERROR = 0.6
 
 
-class MissingPackage(ImportError):
+class MissingPackage(RunError, ImportError):
     """A package that only the recipes need is not installed."""
 
 
@@ -132,7 +133,6 @@ class Report:
 
     def save(self, out: Path, **about: Any) -> None:
         """Write results.json and plot.png into `out`, each whole or not at all."""
-        out.mkdir(parents=True, exist_ok=True)
         content = {
             "title": self.title, **about, "agrees": self.agrees(), "claims": self.claims,
             "tables": [
@@ -141,10 +141,10 @@ class Report:
             "notes": self.notes,
             "versions": versions("torch"),
         }  # fmt: skip
-        replace(out / "results.json", json.dumps(content, indent=1))
+        write(out / "results.json", json.dumps(content, indent=1))
         if self.draw is not None:
             need("matplotlib", "matplotlib")
-            replace(out / "plot.png", png(self.draw))
+            write(out / "plot.png", png(self.draw))
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
