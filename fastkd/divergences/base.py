@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .pair import Pair, Pull, total
+from .pair import Pair, Pull
 
 # What the row constant c of a device function is, and with it in which sweep it is found.
 NONE = "none"  # unused
@@ -58,6 +58,8 @@ class Divergence:
     # Whether it looks at the label of a row, which it then needs: `outer` is then given, besides,
     # the log-probabilities that teacher and student give it.
     label_aware: ClassVar[bool] = False
+    # Whether all sums of `value_and_pull` are the pair's: the columns may be spread over processes.
+    sharded: ClassVar[bool] = True
     # The modules of a backend that compute it: "logits", rows of a softmax, or "bernoulli".
     rows: ClassVar[str] = "logits"
     # Whether the Triton backend has it, in table 2 or by its `device`.
@@ -76,6 +78,8 @@ class Divergence:
                 f"{cls.__qualname__}: the name {name!r} belongs to "
                 f"{holder.__module__}.{holder.__qualname__} already; give it another"
             )
+        if {"value_and_pull", "of_rows"} & vars(cls).keys():
+            cls.sharded = vars(cls).get("sharded", False)
         built_in = cls.__module__.startswith(f"{__package__}.") and cls.__module__ != __name__
         cls.has_device_function = built_in or cls.device is not None
         # The same class once more replaces itself, as when a cell of a notebook runs again.
@@ -104,7 +108,10 @@ class Divergence:
     def of_rows(
         cls, lp: Tensor, lq: Tensor, a: float, b: float, labels: Tensor | None = None
     ) -> Tensor:
-        """The divergence of rows [R, V] by its textbook values, [R]."""
+        """The divergence of rows [R, V] by its textbook values, [R].
+
+        A class may define it where a sum of `value` will not do; its rows then stay in one piece.
+        """
         sums = cls.value(lp, lq, a, b).sum(-1)
         if not cls.label_aware or labels is None:
             return cls.outer(sums, a, b)
@@ -129,14 +136,41 @@ class Divergence:
 
         Plain formulas serve: a row where they lose digits, or meet -inf, comes again in fp64, with
         -1e300 for -inf. Nothing that belongs to the pair may be changed, but the teacher's depth.
+        Sums over a row are the pair's, `pair.total`, since its columns may be spread over
+        processes; a class that defines this and takes no other says so by `sharded = True`.
         """
+        if not cls.sharded:
+            return cls._by_rows(pair, a, b)
+        label = pair.label_logs() if cls.label_aware else ()
+        rows = pair.logs()
+        with _autograd():
+            lp, leaf = (_differentiable(side) for side in rows)
+            terms = cls.value(lp, leaf.requires_grad_(), a, b)
+            (slope,) = torch.autograd.grad(terms.sum(), leaf)
+            sums, slopes = pair.total(terms.detach()), pair.total(slope)
+            leaves = [_differentiable(x) for x in (sums[:, 0], *label)]
+            leaves[0].requires_grad_()
+            leaves[-1].requires_grad_()  # lq of the label, or the sum once more
+            value = cls.outer(leaves[0], a, b, *leaves[1:])
+            factor, *at_label = torch.autograd.grad(
+                value.sum(), [leaves[0], *leaves[2:]], materialize_grads=True
+            )
+        slope, slopes = slope * factor[:, None], slopes * factor[:, None]
+        for own in at_label:
+            pair.add_at_labels(slope, own)
+            slopes = slopes + own[:, None]
+        return value.detach()[:, None], Pull(slope, -1.0, -slopes)
+
+    @classmethod
+    def _by_rows(cls, pair: Pair, a: float, b: float) -> tuple[Tensor, Pull]:
+        """The same of a class whose `of_rows` is its own."""
         rows = pair.logs()
         with _autograd():
             lp, leaf = (_differentiable(side) for side in rows)
             labels = None if pair.labels is None else _differentiable(pair.labels)
             value = cls.of_rows(lp, leaf.requires_grad_(), a, b, labels)[:, None]
             (slope,) = torch.autograd.grad(value.sum(), leaf)
-        return value.detach(), Pull(slope, -1.0, -total(slope))
+        return value.detach(), Pull(slope, -1.0, -pair.total(slope))
 
     def dual(self) -> tuple[str, tuple[float, float], float]:
         """(name, parameters, factor): D(p, q) = factor * D'(q, p); for the teacher's gradient."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .base import NONE, REVERSE_KL, Divergence
-from .pair import LN2, Pair, Pull, plogr, total
+from .pair import LN2, Pair, Pull, plogr
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class ForwardKL(Divergence):
     """
 
     name = "forward_kl"
+    sharded = True
     by_name = True
     near = 1 / 128  # above it, off by 1e-4 of itself at most
     constant = NONE
@@ -67,6 +68,7 @@ class ReverseKL(Divergence):
     """
 
     name = "reverse_kl"
+    sharded = True
     by_name = True
     near = 1 / 128  # above it, off by 1e-4 of itself at most
     constant = REVERSE_KL
@@ -108,6 +110,7 @@ class Jeffreys(Divergence):
     reverse: float = 1.0
 
     name = "jeffreys"
+    sharded = True
     by_name = True
     near = 1 / 128  # above it, off by 1e-4 of itself at most
     constant = REVERSE_KL
@@ -151,11 +154,12 @@ def _forward(pair: Pair, products: Tensor) -> tuple[Tensor, Pull]:
     """Forward KL; with the products of the teacher's terms."""
     p = pair.teacher
     factor = p.mass.reciprocal()
-    return torch.addcmul(pair.gap, total(products), factor, value=LN2), Pull(p.terms, factor, 1.0)
+    sums = pair.total_climb(p, products)
+    return torch.addcmul(pair.gap, sums, factor, value=LN2), Pull(p.terms, factor, 1.0)
 
 
 def _reverse(pair: Pair, products: Tensor) -> tuple[Tensor, Pull]:
     """Reverse KL; with the products of the student's terms."""
     factor = LN2 / pair.student.mass
-    sums = total(products) * factor
+    sums = pair.total_climb(pair.student, products) * factor
     return -(sums + pair.gap), Pull(products, factor, sums)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .base import Divergence
 from .kullback_leibler import ForwardKL, ReverseKL
-from .pair import Pair, Pull, Softmax, plogr, total
+from .pair import Pair, Pull, Softmax, plogr
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class JSD(Divergence):
     beta: float = 0.5
 
     name = "jsd"
+    sharded = True
     near = 1 / 256  # off by 2e-7 at most
 
     def __post_init__(self):
@@ -69,8 +70,8 @@ class JSD(Divergence):
         p, q = pair.teacher, pair.student
         p_to_m, q_to_m = _log_shares(pair.d(p.depth).clamp_(-MOST, MOST), a, pair.new())
         terms, factor = q_to_m.mul_(q.terms), (a - 1) / q.mass
-        sums = total(terms) * factor
-        return a * total(p_to_m.mul_(p.terms)) / p.mass - sums, Pull(terms, factor, sums)
+        sums = pair.total(terms) * factor
+        return a * pair.total(p_to_m.mul_(p.terms)) / p.mass - sums, Pull(terms, factor, sums)
 
     def dual(self):
         return self.name, (1 - self.beta, self.beta), 1.0
@@ -98,6 +99,7 @@ class SkewKL(Divergence):
     alpha: float = 0.1
 
     name = "skew_kl"
+    sharded = True
     near = 1 / 128  # above it, off by 1e-4 of itself at most
 
     def __post_init__(self):
@@ -121,8 +123,9 @@ class SkewKL(Divergence):
             return ForwardKL.value_and_pull(pair, a, b)
         p = pair.teacher
         share, log_share = _shares(pair, p, pair.student, a)
-        value = total(log_share.mul_(p.terms)) / p.mass
-        return value, _pull(torch.addcmul(p.terms, share, p.terms, value=-a, out=share), 1 / p.mass)
+        value = pair.total(log_share.mul_(p.terms)) / p.mass
+        terms = torch.addcmul(p.terms, share, p.terms, value=-a, out=share)
+        return value, _pull(pair, terms, 1 / p.mass)
 
     def dual(self):
         return SkewReverseKL.name, self.parameters, 1.0
@@ -151,6 +154,7 @@ class SkewReverseKL(Divergence):
     alpha: float = 0.1
 
     name = "skew_reverse_kl"
+    sharded = True
     near = 1 / 128  # above it, off by 1e-4 of itself at most
 
     def __post_init__(self):
@@ -178,8 +182,8 @@ class SkewReverseKL(Divergence):
             return ReverseKL.value_and_pull(pair, a, b)
         q = pair.student
         share, log_share = _shares(pair, q, pair.teacher, a)
-        pull = _pull(share.mul_(a).sub_(log_share).mul_(q.terms), 1 / q.mass)
-        return total(log_share.mul_(q.terms)) / q.mass, pull
+        pull = _pull(pair, share.mul_(a).sub_(log_share).mul_(q.terms), 1 / q.mass)
+        return pair.total(log_share.mul_(q.terms)) / q.mass, pull
 
     def dual(self):
         return SkewKL.name, self.parameters, 1.0
@@ -202,6 +206,7 @@ class TVD(Divergence):
     """
 
     name = "tvd"
+    sharded = True
     by_name = True
     temperature_power = 1
 
@@ -218,7 +223,7 @@ class TVD(Divergence):
         p, q = pair.teacher, pair.student
         excess = torch.mul(q.terms, p.mass / q.mass, out=p.depth).sub_(p.terms)  # of q over p
         terms = torch.sign(excess, out=pair.new()).mul_(q.terms)
-        return 0.5 * total(excess.abs_()) / p.mass, _pull(terms, -0.5 / q.mass)
+        return 0.5 * pair.total(excess.abs_()) / p.mass, _pull(pair, terms, -0.5 / q.mass)
 
     def dual(self):
         return self.name, self.parameters, 1.0
@@ -274,8 +279,8 @@ def _log_share(d: Tensor, a: float, out: Tensor) -> Tensor:
     return torch.neg(d, out=out).expm1_().mul_(1 - a).log1p_().neg_()
 
 
-def _pull(terms: Tensor, factor: Tensor) -> Pull:
-    return Pull(terms, factor, total(terms) * factor)
+def _pull(pair: Pair, terms: Tensor, factor: Tensor) -> Pull:
+    return Pull(terms, factor, pair.total(terms) * factor)
 
 
 def _log_shares(d: Tensor, a: float, spare: Tensor) -> tuple[Tensor, Tensor]:

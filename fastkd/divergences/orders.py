@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .base import LOG_MIXTURE, Divergence
-from .pair import FATHOM, LN2, MASKED, Pair, Pull, total
+from .pair import FATHOM, LN2, MASKED, Pair, Pull
 
 # Where |a (a - 1)| is less, and in fp64, S - 1 is summed entry by entry: it keeps its digits.
 NEAR_END = 0.2
@@ -41,6 +41,7 @@ class AlphaDivergence(Divergence):
     alpha: float = 0.5
 
     name = "alpha"
+    sharded = True
     constant = LOG_MIXTURE
 
     def __post_init__(self):
@@ -98,6 +99,7 @@ class Renyi(Divergence):
     alpha: float = 0.5
 
     name = "renyi"
+    sharded = True
     constant = LOG_MIXTURE
 
     def __post_init__(self):
@@ -160,8 +162,7 @@ class _Escorts(NamedTuple):
 def _escorts(pair: Pair, a: float) -> _Escorts:
     double = pair.student.terms.dtype == torch.float64
     near = _excess(pair, a) if double or abs(a * (a - 1)) < NEAR_END else None
-    w, top = _weights(pair, a)
-    mass = total(w)
+    w, top, mass = _weights(pair, a)
     log = mass.double().log() + top
     share = Pull(w, 1 / mass, mass / mass)  # NaN where the sum is
     if near is None:
@@ -185,11 +186,11 @@ def _excess(pair: Pair, a: float) -> tuple[Tensor, Tensor]:
     side, order = (pair.student, a) if a < 0.5 else (pair.teacher, a - 1)
     terms = pair.d(pair.new()).mul_(order).expm1_().mul_(side.terms)
     terms.masked_fill_(side.terms == 0, 0.0)
-    return terms, total(terms) / side.mass
+    return terms, pair.total_growth(side, order, terms) / side.mass
 
 
-def _weights(pair: Pair, a: float) -> tuple[Tensor, Tensor]:
-    """p^a q^(1-a) / exp(top) and top, of each row the log of the largest, in fp64."""
+def _weights(pair: Pair, a: float) -> tuple[Tensor, Tensor, Tensor]:
+    """p^a q^(1-a) / exp(top); top, of each row the log of the largest, in fp64; and their sum."""
     p, q = pair.teacher, pair.student
     empty = None
     if not 0 <= a <= 1 and q.depth.dtype == torch.float64:
@@ -197,6 +198,5 @@ def _weights(pair: Pair, a: float) -> tuple[Tensor, Tensor]:
     depth = p.depth.mul_(a).add_(q.depth, alpha=1 - a)
     if empty is not None:
         depth.masked_fill_(empty, MASKED)
-    top = depth.amax(-1, keepdim=True)
-    w = depth.sub_(top).exp2_()
-    return w, LN2 * top.double() - a * p.log_mass - (1 - a) * q.log_mass
+    w, top, mass = pair.blend(depth, a)
+    return w, LN2 * top.double() - a * p.log_mass - (1 - a) * q.log_mass, mass

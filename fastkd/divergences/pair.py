@@ -87,10 +87,11 @@ class Pair:
         student_scale: float | Tensor,
         new: Callable[[], Tensor],
         labels: Tensor | None = None,
+        gap: Tensor | None = None,
     ) -> None:
         self.student, self.teacher, self.labels = student, teacher, labels
         self.student_scale, self.new = student_scale, new
-        self.gap = self._gap()
+        self.gap = self._gap() if gap is None else gap
 
     def _gap(self) -> Tensor:
         """d where the depths are equal, in nats, [R, 1]; in fp64 with the digits of near sides."""
@@ -118,6 +119,48 @@ class Pair:
             for side in (self.teacher, self.student)
         )
         return lp, lq
+
+    # --- sums over the columns of a row, which may be spread over processes: [R, 1] -------------
+
+    def total(self, terms: Tensor) -> Tensor:
+        """The sum of terms that depend on no other sum."""
+        return total(terms)
+
+    def total_climb(self, side: Softmax, products: Tensor) -> Tensor:
+        """The sum of the products of a side's terms and `climb`."""
+        return total(products)
+
+    def total_growth(self, side: Softmax, order: float, terms: Tensor) -> Tensor:
+        """The sum of the terms side.terms * (exp(order * d) - 1)."""
+        return total(terms)
+
+    def blend(self, depth: Tensor, a: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Terms exp2(depth - top), in the place of the depth, `top` and the terms' sum.
+
+        The depth is a * teacher.depth + (1 - a) * student.depth.
+        """
+        top = depth.amax(-1, keepdim=True)
+        terms = depth.sub_(top).exp2_()
+        return terms, top, total(terms)
+
+    def label_logs(self) -> tuple[Tensor, Tensor]:
+        """lp and lq of the labels, [R]."""
+        assert self.labels is not None
+        labels = self.labels.long()[:, None]
+        lp, lq = (
+            (LN2 * side.depth.gather(-1, labels) - side.log_mass.to(side.depth.dtype))[:, 0]
+            for side in (self.teacher, self.student)
+        )
+        return lp, lq
+
+    def add_at_labels(self, rows: Tensor, values: Tensor) -> None:
+        """Adds [R] to the labels' columns of [R, V]."""
+        assert self.labels is not None
+        rows.scatter_add_(-1, self.labels.long()[:, None], values[:, None])
+
+    def mean_depth(self, side: Softmax) -> Tensor:
+        """The depth's mean over a side's distribution."""
+        return total(torch.mul(side.terms, side.depth, out=self.new())) / side.mass
 
 
 def _affine(x: Tensor, scale: float, shift: Tensor, out: Tensor) -> Tensor:

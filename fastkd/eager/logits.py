@@ -11,7 +11,7 @@ from fastkd.divergences import FATHOM, LN2
 from fastkd.problem import WIDTH, Coefficients, Problem
 
 from .blocks import Rows, place_of
-from .solver import Solver, Terms, mean_depth, of_rows, shared
+from .solver import Solver, Terms, of_rows, shared
 
 
 def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
@@ -120,7 +120,7 @@ def _tempered_gradient(rows: Rows, terms: Terms, weights: Coefficients, gradient
         torch.mul(q.terms, weight * pull.total / q.mass, out=gradient)
         gradient.addcmul_(pull.terms, weight * pull.factor, value=-1)
     if weights.entropy is not None:
-        lq_plus_entropy = LN2 * (q.depth - mean_depth(q, pair.new()))
+        lq_plus_entropy = LN2 * (q.depth - pair.mean_depth(q))
         weight = of_rows(weights.entropy, rows) / q.mass
         gradient.addcmul_(lq_plus_entropy.mul_(q.terms), weight, value=-1)
 
