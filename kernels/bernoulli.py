@@ -6,8 +6,6 @@ summed up by rows. `README.md` derives the forms.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +15,7 @@ from fastkd.kernels import arithmetic as A
 from fastkd.kernels import memory as M
 from fastkd.kernels import phases as P
 from fastkd.kernels.divergences import NEAR, NEAR_RATIO, bend
-from fastkd.kernels.logits import strides_of, two_sides
+from fastkd.kernels.launch import new_gradient, per_row, rows_in_memory, two_sides
 from fastkd.kernels.tuning import schedule
 from fastkd.problem import Coefficients, Problem
 
@@ -234,7 +232,7 @@ def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Ten
 def backward(
     problem: Problem, state: Tensor, upstream: Coefficients, gradient: bool, temperature: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    out = _new_gradient(problem) if gradient else None
+    out = new_gradient(problem) if gradient else None
     _, heat = _run(problem, 0, upstream, out, temperature)
     return out, heat if temperature else None
 
@@ -242,13 +240,9 @@ def backward(
 def fused(
     problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    gradient = _new_gradient(problem) if out is None else out
+    gradient = new_gradient(problem) if out is None else out
     values, _ = _run(problem, coefficients.kinds(metrics), coefficients, gradient)
     return coefficients.weigh(values), values if metrics else None, gradient
-
-
-def _new_gradient(problem: Problem) -> Tensor:
-    return torch.empty_like(problem.student, memory_format=torch.contiguous_format)
 
 
 def _run(
@@ -266,32 +260,23 @@ def _run(
         plan = plan._replace(lanes=plan.lanes // 2)
     values = torch.empty((kinds, rows, plan.splits), dtype=torch.float32, device=device)
     temperature = torch.empty((rows, plan.splits), dtype=torch.float32, device=device)
-    student_outer, student_inner, inner = strides_of(student)
-    teacher_outer, teacher_inner, _ = strides_of(teacher)
-    gradient_outer = gradient_inner = 0
-    if gradient is not None:
-        gradient_outer, gradient_inner, _ = strides_of(gradient)
-    align = math.gcd(16, student_outer, student_inner, teacher_outer, teacher_inner)
-    align = math.gcd(align, gradient_outer, gradient_inner)
-    if resident:
-        align = math.gcd(align, width, columns)
+    counts = (width, columns) if resident else ()
+    operands = rows_in_memory(*counts, student=student, teacher=teacher, gradient=gradient)
     block = plan.lanes * plan.vector
     kd, ce, entropy = factors or (None, None, None)
     if rows:
         with torch.cuda.device_of(student):
             _bernoulli[(triton.cdiv(rows, plan.lanes) if resident else rows, plan.splits)](
-                student, teacher, student_outer, student_inner, teacher_outer, teacher_inner, inner,
-                problem.student_temperature, problem.student_temperature.stride(0),
-                problem.teacher_temperature, _stride(problem.teacher_temperature),
-                problem.labels, problem.counted, float(problem.a), float(problem.b),
-                kd, _stride(kd), ce, _stride(ce), entropy, _stride(entropy), values,
-                gradient, gradient_outer, gradient_inner, width, temperature if heat else None,
-                rows, columns, triton.cdiv(triton.cdiv(columns, plan.splits), block) * block,
-                VALUES=kinds, REVERSE=problem.b != 0, RESIDENT=resident, ALIGN=align,
+                **operands,
+                **per_row(
+                    s_temperature=problem.student_temperature,
+                    t_temperature=problem.teacher_temperature, kd=kd, ce=ce, entropy=entropy,
+                ),
+                labels=problem.labels, counted=problem.counted, a=float(problem.a),
+                b=float(problem.b), values=values, width=width,
+                temperature=temperature if heat else None, rows=rows, columns=columns,
+                span=triton.cdiv(triton.cdiv(columns, plan.splits), block) * block,
+                VALUES=kinds, REVERSE=problem.b != 0, RESIDENT=resident,
                 LANES=plan.lanes, VECTOR=plan.vector, SPLITS=plan.splits, num_warps=plan.warps,
             )  # fmt: skip
     return values.sum(-1), temperature.sum(-1)
-
-
-def _stride(x: Tensor | None) -> int:
-    return 0 if x is None else x.stride(0)

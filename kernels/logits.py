@@ -7,9 +7,6 @@ them out over programs; `tuning.py` chooses it.
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +16,14 @@ from fastkd.divergences import LOG_MIXTURE, REVERSE_KL, SLOPE_SUM, Divergence
 from fastkd.kernels import phases as P
 from fastkd.kernels import rows as R
 from fastkd.kernels.divergences import device_of
+from fastkd.kernels.launch import (
+    beginnings,
+    new_gradient,
+    new_rows,
+    per_row,
+    rows_in_memory,
+    two_sides,
+)
 from fastkd.kernels.resident import resident
 from fastkd.kernels.sweep import sweep
 from fastkd.kernels.tuning import layout, multiprocessors, registers, schedule
@@ -45,8 +50,8 @@ def _scale(gradient, upstream, outer_stride, inner_stride, inner, pieces, width,
 def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
     """(values, state) of `problem.py`."""
     long = problem.labels is not None or entropy or metrics
-    values = _per_row(problem, 5 if metrics else 3 if long else 1)
-    state = _per_row(problem, 10 if problem.moments is not None else 8 if long else 6)
+    values = new_rows(problem, 5 if metrics else 3 if long else 1)
+    state = new_rows(problem, 10 if problem.moments is not None else 8 if long else 6)
     _run(problem, P.STATISTICS, entropy, metrics, state=state, values=values)
     return values, state
 
@@ -55,7 +60,7 @@ def backward(
     problem: Problem, state: Tensor, upstream: Coefficients, gradient: bool, temperature: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The student's gradient [N, width] and the temperatures' [N], as far as they are wanted."""
-    grad = _gradient(problem) if gradient else None
+    grad = new_gradient(problem) if gradient else None
     heat = _run(
         problem, P.GRADIENT, upstream.entropy is not None, False, upstream, state=state,
         gradient=grad, heat=temperature,
@@ -67,9 +72,9 @@ def fused(
     problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(loss rows [N], values or None, gradient of their sum); out may be the student's logits."""
-    gradient = _gradient(problem) if out is None else out
-    loss = _per_row(problem, 1)[0]
-    values = _per_row(problem, 5) if metrics else None
+    gradient = new_gradient(problem) if out is None else out
+    loss = new_rows(problem, 1)[0]
+    values = new_rows(problem, 5) if metrics else None
     _run(
         problem, P.STATISTICS, coefficients.entropy is not None, metrics, coefficients,
         values=values, loss=loss, gradient=gradient,
@@ -79,43 +84,17 @@ def fused(
 
 def scale_(gradient: Tensor, upstream: Tensor) -> None:
     """Multiplies the rows of gradient by a 0-d tensor, in place; no traffic where that is 1."""
-    outer, inner, size = strides_of(gradient)
-    width, pieces = gradient.size(-1), triton.cdiv(gradient.size(-1), 2048)
-    tiles = gradient.numel() // max(width, 1) * pieces
+    rows = gradient if gradient.dim() == 3 else gradient[None]
+    width, pieces = rows.size(-1), triton.cdiv(rows.size(-1), 2048)
+    tiles = rows.size(0) * rows.size(1) * pieces
     if tiles:
         cuda = gradient.device.type == "cuda"
         programs = 8 * multiprocessors(gradient.device) if cuda else 2
         with torch.cuda.device_of(gradient):
             _scale[(min(tiles, programs),)](
-                gradient, upstream, outer, inner, size, pieces, width, tiles, 2048
-            )
-
-
-def _per_row(problem: Problem, count: int) -> Tensor:
-    """fp32 [count, N]; rows that do not count are not written, hence begin as 0."""
-    new = torch.empty if problem.counted is None else torch.zeros
-    return new((count, problem.rows), dtype=torch.float32, device=problem.student.device)
-
-
-def _gradient(problem: Problem) -> Tensor:
-    student = problem.student
-    shape = (problem.rows, student.size(-1))
-    return torch.empty(shape, dtype=student.dtype, device=student.device)
-
-
-def strides_of(x: Tensor) -> tuple[int, int, int]:
-    """(outer stride, inner stride, inner size) of the rows of [O, I, V] or [N, V]."""
-    if x.dim() == 2:
-        return 0, x.stride(0), max(x.size(0), 1)
-    outer = 0 if x.size(0) == 1 else x.stride(0)
-    return outer, x.stride(1), max(x.size(1), 1)
-
-
-def two_sides(problem: Problem) -> Problem:
-    """Beside no teacher the student again: its tiles are at hand, and the divergence is 0."""
-    if problem.teacher is not None:
-        return problem
-    return problem._replace(teacher=problem.student, teacher_temperature=None)
+                rows, upstream, rows.stride(0), rows.stride(1), rows.size(1), pieces, width, tiles,
+                BLOCK=2048,
+            )  # fmt: skip
 
 
 def _run(
@@ -141,21 +120,8 @@ def _run(
     )
     if rows == 0:
         return None if temperature is None else temperature.sum(1)
-    student_outer, student_inner, inner = strides_of(student)
-    teacher_outer, teacher_inner, _ = strides_of(teacher)
-    gradient_outer = gradient_inner = 0
-    if gradient is not None:
-        gradient_outer, gradient_inner, _ = strides_of(gradient)
-        if gradient.dim() == 2 and student.size(0) > 1:
-            gradient_outer = inner * gradient_inner
-    outers = (student_outer, teacher_outer, gradient_outer)
-    inners = (student_inner, teacher_inner, gradient_inner)
-    sides = [x for x in (student, teacher, gradient) if x is not None]
-    places = [x.data_ptr() // x.element_size() for x in sides]
-    align = math.gcd(16, *places, *outers, *inners)
-    one_stride = student.size(0) == 1 or outers == tuple(inner * stride for stride in inners)
-    if plan.kind != "sweep":
-        align = math.gcd(align, width, problem.vocab_size)
+    counts = () if plan.kind == "sweep" else (width, problem.vocab_size)
+    operands = rows_in_memory(*counts, student=student, teacher=teacher, gradient=gradient)
     kd, ce, h = factors or (None, None, None)
     want = R.GAP.value * (constant == REVERSE_KL)
     want |= R.MIXTURE.value * (constant == LOG_MIXTURE)
@@ -171,26 +137,21 @@ def _run(
     t_temperature = problem.teacher_temperature
     if t_temperature is None and problem.moments is not None:  # the widths make two of one
         t_temperature = problem.student_temperature
-    arguments = dict(  # noqa: C408
-        student=student, teacher=teacher, student_outer=student_outer, student_inner=student_inner,
-        teacher_outer=teacher_outer, teacher_inner=teacher_inner,
-        inner=None if one_stride else inner,
-        s_temperature=problem.student_temperature,
-        s_temperature_stride=problem.student_temperature.stride(0),
-        t_temperature=t_temperature,
-        t_temperature_stride=_stride(t_temperature), moments=problem.moments,
-        labels=problem.labels, counted=problem.counted, smoothing=float(problem.label_smoothing),
-        a=float(problem.a), b=float(problem.b), kd=kd, kd_stride=_stride(kd), ce=ce,
-        ce_stride=_stride(ce), entropy=h, entropy_stride=_stride(h), state=state, values=values,
-        loss=loss, gradient=gradient, gradient_outer=gradient_outer, gradient_inner=gradient_inner,
-        width=width, rows=rows, columns=problem.vocab_size,
+    arguments = operands | per_row(
+        s_temperature=problem.student_temperature, t_temperature=t_temperature, kd=kd, ce=ce,
+        entropy=h,
+    ) | dict(  # noqa: C408
+        moments=problem.moments, labels=problem.labels, counted=problem.counted,
+        smoothing=float(problem.label_smoothing), a=float(problem.a), b=float(problem.b),
+        state=state, values=values, loss=loss, width=width, rows=rows, columns=problem.vocab_size,
         WANT=want, DIVERGENCE=device_function.evaluate, OUTER=device_function.outer,
-        CONSTANT=constant, ALIGN=align,
-        LANES=plan.lanes, num_warps=plan.warps, enable_fp_fusion=True,
+        CONSTANT=constant, LANES=plan.lanes, num_warps=plan.warps, enable_fp_fusion=True,
     )  # fmt: skip
     with torch.cuda.device_of(student):
         if plan.kind == "resident":
-            parts, piece, stored = layout(plan, width, min(align, 16 // itemsize), itemsize)
+            parts, piece, stored = layout(
+                plan, width, min(operands["ALIGN"], 16 // itemsize), itemsize
+            )
             resident[(triton.cdiv(rows, plan.lanes),)](
                 FIRST=first, temperature=temperature, PARTS=parts, PIECE=piece, STORED=stored,
                 num_ctas=plan.blocks, **arguments,
@@ -198,7 +159,7 @@ def _run(
         else:
             scratch, phases = None, [(first, P.GRADIENT)]
             block = plan.lanes * plan.vector
-            begins = _begins(arguments, plan.vector)
+            begins = beginnings(operands, plan.vector)
             reach = problem.vocab_size + (plan.vector - 1 if begins["SHIFTED"] else 0)
             span = triton.cdiv(triton.cdiv(reach, plan.splits), block) * block
             if plan.splits > 1 and first.value == P.STATISTICS.value:
@@ -224,29 +185,3 @@ def _heat(problem: Problem, pieces: Tensor) -> Tensor:
     """The gradient of T from those of T * width, where the logits are standardised."""
     heat = pieces.sum(1)
     return heat if problem.moments is None else heat * problem.moments[0, WIDTH]
-
-
-def _begins(arguments: dict[str, Any], vector: int) -> dict[str, Any]:
-    """Where the operands of `sweep` begin: each from the multiple of `vector` before it on.
-
-    Unless its storage begins later, which one that PyTorch allocated does not.
-    """
-    found, places = {"SHIFTED": 0}, []
-    for side in ("student", "teacher", "gradient"):
-        x, first = arguments[side], 0
-        if x is not None:
-            first = x.data_ptr() // x.element_size() % vector
-            first *= first <= x.storage_offset()
-            strides = arguments[f"{side}_outer"], arguments[f"{side}_inner"]
-            places.append((first, *(stride % vector for stride in strides)))
-        if first:
-            x = x.as_strided(x.size(), x.stride(), x.storage_offset() - first)
-        found |= {side: x, f"{side}_first": first}
-    if arguments["ALIGN"] % vector:
-        lead = max(places[:2], key=places.count)
-        found["SHIFTED"] = sum(1 << i for i, place in enumerate(places) if place == lead)
-    return found
-
-
-def _stride(x: Tensor | None) -> int:
-    return 0 if x is None else x.stride(0)

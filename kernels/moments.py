@@ -7,7 +7,6 @@ the rest: else the merge would square a difference of two large means, each of t
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from fastkd import problem
 from fastkd.kernels import memory as M
-from fastkd.kernels.logits import strides_of
+from fastkd.kernels.launch import rows_in_memory
 from fastkd.kernels.tuning import schedule
 
 EPS = tl.constexpr(problem.EPS)
@@ -168,17 +167,13 @@ def fill(
     rows, width = student.size(0) * student.size(1), student.size(-1)
     itemsize = min(student.element_size(), teacher.element_size())
     plan = schedule(rows, width, itemsize, student.device, once=True)
-    student_outer, student_inner, inner = strides_of(student)
-    teacher_outer, teacher_inner, _ = strides_of(teacher)
-    align = math.gcd(16, student_outer, student_inner, teacher_outer, teacher_inner)
     resident = plan.kind == "resident"
-    if resident:
-        align = math.gcd(align, vocab_size)
+    counts = (vocab_size,) if resident else ()
+    operands = rows_in_memory(*counts, student=student, teacher=teacher)
     if rows:
         with torch.cuda.device_of(student):
             _moments[(triton.cdiv(rows, plan.lanes) if resident else rows,)](
-                student, teacher, student_outer, student_inner, teacher_outer, teacher_inner, inner,
-                counted, out, rows, vocab_size, RESIDENT=resident, ALIGN=align,
-                LANES=plan.lanes, VECTOR=plan.vector, num_warps=plan.warps,
+                **operands, counted=counted, out=out, rows=rows, columns=vocab_size,
+                RESIDENT=resident, LANES=plan.lanes, VECTOR=plan.vector, num_warps=plan.warps,
             )  # fmt: skip
     return out

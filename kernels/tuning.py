@@ -148,9 +148,11 @@ def power_of_two(count: int) -> int:
     return 1 << max(count - 1, 0).bit_length()
 
 
+@functools.cache
 def is_nvidia(device: torch.device, generation: int) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= generation
 
 
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
