@@ -17,7 +17,7 @@ from .divergences import (
 from .elementwise import kl_div
 from .functional import Metrics, distillation_loss
 from .modules import DistillationLoss, KLDivLoss
-from .operands import LinearHead, Sampled, TopK
+from .operands import Ensemble, LinearHead, Sampled, TopK
 
 __version__ = "0.1.0"
 
@@ -28,6 +28,7 @@ __all__ = [
     "Bernoulli",
     "DistillationLoss",
     "Divergence",
+    "Ensemble",
     "ForwardKL",
     "Jeffreys",
     "KLDivLoss",

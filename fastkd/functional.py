@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import autograd, checks, linear, moments, reference, sides, tracing
+from . import autograd, checks, chunks, moments, reference, sides, tracing
 from .divergences import Divergence
 from .operands import Student, Teacher
 from .operators import readable
@@ -98,8 +98,9 @@ def distillation_loss(
             `LinearHead`, hidden states with their output head, whose logits are made for a chunk
             of rows at a time.
         teacher: logits [..., V], of any of these dtypes, or a `LinearHead`, or what is known of a
-            teacher: `TopK`, `Sampled`. Log-probabilities are logits too. Tensors made under
-            torch.inference_mode are taken, but by torch.compile, which cannot save them.
+            teacher: `TopK`, `Sampled`; or an `Ensemble` of these. Log-probabilities are logits too.
+            Tensors made under torch.inference_mode are taken, but by torch.compile, which cannot
+            save them.
         labels: class indices [...], int64 or int32. They feed the cross-entropy and say, by
             `ignore_index`, which rows count. No shift is applied. With `Bernoulli()`, multi-hot
             [..., V] in [0, 1].
@@ -189,7 +190,8 @@ def distillation_loss(
     mode = given.gradient_mode(outlines[0], sides.in_half(student), others)
     trains = tracing.trains(outlines[0])
     if inplace and trains:
-        checks.inplace(outlines[0], {"labels": labels, **others})
+        held = sides.tensors("teacher", teacher)
+        checks.inplace(outlines[0], {"labels": labels, **others, **held})
 
     given, labels, weight = given.readable(), readable(labels), readable(weight)
     dtype = reduce(torch.promote_types, (x.dtype for x in outlines), torch.float32)
@@ -207,7 +209,7 @@ def distillation_loss(
         sides.side_of(teacher, given, labels, columns, backend) if reads_teacher else None,
         labels if _reads_labels(given) else None, counted, columns, dtype,
     )  # fmt: skip
-    if standardize and linear.chunked(problem):
+    if standardize and chunks.chunked(problem):
         problem = problem._replace(standardize=True)
     elif standardize and backend != "reference":
         problem = moments.standardized(problem, backend)

@@ -1,34 +1,20 @@
-"""Output heads: logits that exist for a chunk of rows at a time.
-
-A chunk's logits are made in a buffer, in the dtype of the arithmetic; a backend computes loss and
-gradient on them, in place where it can; and the gradient goes on to the tensors that they came
-from. Only the sums for weight and bias outlast a chunk.
-"""
+"""Output heads: their logits, and the gradient of these to the tensors that they came from."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks, moments
+from . import checks
 from .operands import LinearHead
 from .operators import readable
-from .problem import Coefficients, Head, Problem
+from .problem import Head, Problem
 
-# Bytes of a chunk's logits, of both sides. On a GPU products of thousands of rows run at its full
-# rate; on a CPU the logits stay in the cache between product and loss.
-GPU_BYTES, CPU_BYTES = 512 << 20, 32 << 20
-LEAST_ROWS = 16
 # Columns of a head that are converted at once where it is not in the dtype of its products.
 COLUMNS = 4096
-
-
-def chunked(problem: Problem) -> bool:
-    return isinstance(problem.student, Head) or isinstance(problem.teacher, Head)
 
 
 def head_of(side: LinearHead) -> Head:
@@ -53,130 +39,10 @@ def head_of(side: LinearHead) -> Head:
     )
 
 
-def plain(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps autocast out of the products, whose dtypes the heads say."""
-
-    @functools.wraps(function)
-    def run(self: Chunked, problem: Problem, *arguments: Any) -> Any:
-        with torch.autocast(problem.student_temperature.device.type, enabled=False):
-            return function(self, problem, *arguments)
-
-    return run
-
-
-class Chunked(NamedTuple):
-    """A backend's functions (see problem.py) for problems whose student or teacher is a Head."""
-
-    backend: Any
-    name: str
-
-    @plain
-    def forward(self, problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
-        values, state = _Rows(problem), _Rows(problem)
-        for rows, part in _chunks(problem, self.name):
-            found = self.backend.forward(part, entropy, metrics)
-            values.add(rows, found[0])
-            state.add(rows, found[1])
-        return values.all(), state.all()
-
-    @plain
-    def backward(
-        self,
-        problem: Problem,
-        state: Tensor,
-        upstream: Coefficients,
-        gradient: bool,
-        temperature: bool,
-    ) -> tuple[Any, Tensor | None]:
-        sums, temperatures = _sums(problem) if gradient else None, _Rows(problem)
-        for rows, part in _chunks(problem, self.name):
-            found, heat = self.backend.backward(
-                part, state[:, rows].contiguous(), upstream.part(rows), gradient, temperature
-            )
-            if sums is not None:
-                sums.add(rows, part, found)
-            if heat is not None:
-                temperatures.add(rows, heat[None])
-        gradients = None if sums is None else sums.gradients()
-        return gradients, temperatures.all()[0] if temperature else None
-
-    @plain
-    def fused(
-        self, problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Any]:
-        sums, losses, values = _sums(problem, out), _Rows(problem), _Rows(problem)
-        for rows, part in _chunks(problem, self.name):
-            loss, figures, found = self.backend.fused(
-                part, coefficients.part(rows), metrics, sums.place(part)
-            )
-            losses.add(rows, loss[None])
-            if figures is not None:
-                values.add(rows, figures)
-            sums.add(rows, part, found)
-        return losses.all()[0], values.all() if metrics else None, sums.gradients()
-
-
-# --- chunks ----------------------------------------------------------------------------------
-
-
-def _chunks(problem: Problem, name: str) -> Iterator[tuple[Any, Problem]]:
-    """Rows of [N], a slice or indices, and their problem, with logits in place of heads."""
-    student, teacher = problem.student, problem.teacher
-    shared = isinstance(student, Head) and isinstance(teacher, Head) and student.same(teacher)
-    heads = [isinstance(student, Head), isinstance(teacher, Head) and not shared]
-    size = chunk_rows(problem, sum(heads))
-    new = problem.student_temperature.new_empty
-    buffers = [new(size, problem.vocab_size) if head else None for head in heads]
-    for rows in _pieces(problem, size):
-        part = problem.part(rows)
-        sides = [
-            side if buffer is None else logits(side, buffer[: part.rows])[None]
-            for side, buffer in zip((part.student, part.teacher), buffers, strict=True)
-        ]
-        part = part._replace(student=sides[0], teacher=sides[0] if shared else sides[1])
-        yield rows, moments.standardized(part, name) if problem.standardize else part
-
-
-def chunk_rows(problem: Problem, buffers: int) -> int:
-    """Rows of a chunk, at most, by its budget of bytes alone."""
-    budget = GPU_BYTES if problem.student_temperature.is_cuda else CPU_BYTES
-    row = buffers * problem.vocab_size * problem.student_temperature.element_size()
-    return max(1, min(problem.rows, max(LEAST_ROWS, budget // row)))
-
-
-def _pieces(problem: Problem, size: int) -> Iterator[Any]:
-    """Only the rows that count, where many do not: their products would be for nothing.
-
-    To know how many waits for the device, for less time than a product takes.
-    """
-    if problem.counted is not None:
-        counted = problem.counted.nonzero()[:, 0]
-        if 4 * len(counted) < 3 * problem.rows:
-            yield from counted.split(size)  # of nothing, nothing once: a backend's fields are seen
-            return
-    for start in range(0, max(problem.rows, 1), size):
-        yield slice(start, min(start + size, problem.rows))
-
-
-class _Rows:
-    """Figures [F, N], of which some rows come at a time; 0 where none come."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.found = problem.student_temperature.new_zeros(1, problem.rows)
-
-    def add(self, rows: Any, piece: Tensor) -> None:
-        if len(piece) != len(self.found):
-            self.found = self.found.new_zeros(len(piece), self.found.size(1))
-        self.found[:, rows] = piece
-
-    def all(self) -> Tensor:
-        return self.found
-
-
 # --- gradients -------------------------------------------------------------------------------
 
 
-def _sums(problem: Problem, out: Tensor | None = None) -> Any:
+def sums_of(problem: Problem, out: Tensor | None = None) -> Any:
     if isinstance(problem.student, Head):
         return _HeadGradients(problem)
     return _LogitsGradient(problem, out)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import tracing
 from .divergences import Divergence
-from .problem import Coefficients, Events, Head, Problem, sources
+from .problem import Coefficients, Events, Head, Mixture, Problem, sources
 
 Function = TypeVar("Function", bound=type[torch.autograd.Function])
 
@@ -66,8 +66,8 @@ def _module(name: str, problem: Problem) -> Any:
     module = _loaded(MODULES[name, rows])
     if isinstance(problem.teacher, Events):
         module = _loaded("fastkd.events").Listed(module)
-    if isinstance(problem.student, Head) or isinstance(problem.teacher, Head):
-        module = _loaded("fastkd.linear").Chunked(module, name)
+    if any(isinstance(side, (Head, Mixture)) for side in (problem.student, problem.teacher)):
+        module = _loaded("fastkd.chunks").Chunked(module, name)
     return module
 
 

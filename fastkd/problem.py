@@ -12,7 +12,7 @@ with the layouts below, so that `autograd.py` does not know which of them it cal
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -105,6 +105,15 @@ class Events(NamedTuple):
     rest: Tensor | None  # log-mass of what is not listed, [N]; None: that is left out
 
 
+class Mixture(NamedTuple):
+    """Several teachers of the same rows, which become one chunk by chunk."""
+
+    combine: str  # "probs" or "logits"
+    members: tuple[Any, ...]  # logits [1, N, >= V], Heads, or Events that leave no rest
+    weights: Tensor  # [M, N]; the sum of a row is 1
+    routed: tuple[bool, ...]  # which of the members may weigh nothing in a row, and are not read
+
+
 class Packed(NamedTuple):
     """A Problem as an operator takes it. A new field of a Problem comes in here, and nowhere else.
 
@@ -122,7 +131,7 @@ class Problem(NamedTuple):
     """A batch of N = O * I rows; logits keep their strides, [O, I, V] with last stride 1."""
 
     student: Any  # Tensor [O, I, >= V], or a Head
-    teacher: Any  # likewise, or Events; None: not read, and the divergence is 0
+    teacher: Any  # likewise, or Events, or a Mixture; None: not read, and the divergence is 0
     student_temperature: Tensor  # [N], of any stride
     teacher_temperature: Tensor | None  # [N]; None: the student's
     labels: Tensor | None  # [N], integer, or [N, V] for sigmoids; None: no cross-entropy
@@ -180,6 +189,9 @@ class Problem(NamedTuple):
                 return x._replace(hidden=x.hidden[rows])
             if isinstance(x, Events):
                 return Events._make(some(tensor) for tensor in x)
+            if isinstance(x, Mixture):
+                members = tuple(logits(member) for member in x.members)
+                return x._replace(members=members, weights=x.weights[:, rows])
             return None if x is None else x[:, rows]
 
         def some(x: Tensor | None) -> Tensor | None:
@@ -212,18 +224,17 @@ class Problem(NamedTuple):
         )
 
     def pack(self) -> Packed:
-        tensors, numbers = [], [self.label_smoothing, self.a, self.b]
-        for side in (self.student, self.teacher):
-            tensors += sources(side)
-            numbers += (side.scale, side.softcap) if isinstance(side, Head) else ()
+        sides = self.student, self.teacher
+        tensors = [x for side in sides for x in sources(side)]
         tensors += [
             self.student_temperature, self.teacher_temperature, self.labels, self.counted,
             self.moments,
         ]  # fmt: skip
-        kinds = _kind(self.student), _kind(self.teacher)
+        scales = [x for side in sides for x in _numbers(side)]
         flags = "standardize" if self.standardize else ""
-        spec = "|".join((*kinds, flags, self.merge, self.divergence))
-        return Packed(tensors, packed_numbers(*numbers), self.vocab_size, spec)
+        spec = "|".join((*map(_kind, sides), flags, self.merge, self.divergence))
+        numbers = packed_numbers(self.label_smoothing, self.a, self.b, *scales)
+        return Packed(tensors, numbers, self.vocab_size, spec)
 
     def flat(self) -> list[Any]:
         """For an autograd Function, which looks for tensors one by one: they come last."""
@@ -235,20 +246,10 @@ class Problem(NamedTuple):
         tensors: Sequence[Tensor | None], numbers: Tensor, vocab_size: int, spec: str
     ) -> Problem:
         *kinds, flags, merge, divergence = spec.split("|", 4)
-        found = list(tensors)
+        found = iter(tensors)
         label_smoothing, a, b, *scales = unpacked_numbers(numbers)
-        sides: list[Any] = []
-        for kind in kinds:
-            if kind == EVENTS:
-                sides.append(Events._make(found[:3]))
-                found = found[3:]
-            elif kind not in (LOGITS, NOTHING):
-                product, trains = kind.split(":")
-                factors = (getattr(torch, product), tuple(flag == "1" for flag in trains))
-                sides.append(Head._make((*found[:3], *scales[:2], *factors)))
-                found, scales = found[3:], scales[2:]
-            else:
-                sides.append(found.pop(0) if kind == LOGITS else None)
+        scale = iter(scales)
+        sides = [_side(kind, found, scale) for kind in kinds]
         *rows, moments = found
         return Problem._make((
             *sides, *rows, label_smoothing, divergence, a, b, vocab_size, moments, merge,
@@ -256,22 +257,55 @@ class Problem(NamedTuple):
         ))  # fmt: skip
 
 
-LOGITS, EVENTS, NOTHING = "logits", "events", ""  # what a side is, in a spec
+# --- a side as its tensors, numbers, and a word for what they are ------------------------------
 
-
-def _kind(side: Any) -> str:
-    if isinstance(side, Head):
-        return f"{str(side.product)[6:]}:{''.join(str(int(flag)) for flag in side.trains)}"
-    if isinstance(side, Events):
-        return EVENTS
-    return NOTHING if side is None else LOGITS
+LOGITS, EVENTS, NOTHING = "logits", "events", ""
 
 
 def sources(side: Any) -> list[Any]:
     """The tensors that a side's logits come from, and its gradient goes to."""
     if isinstance(side, Tensor):
         return [side]
+    if isinstance(side, Mixture):
+        return [x for member in side.members for x in sources(member)] + [side.weights]
     return [] if side is None else list(side[:3])
+
+
+def _numbers(side: Any) -> list[float]:
+    if isinstance(side, Mixture):
+        return [x for member in side.members for x in _numbers(member)]
+    return [side.scale, side.softcap] if isinstance(side, Head) else []
+
+
+def _kind(side: Any) -> str:
+    if isinstance(side, Head):
+        return f"{str(side.product)[6:]}:{''.join(str(int(flag)) for flag in side.trains)}"
+    if isinstance(side, Mixture):
+        routed = "".join(str(int(flag)) for flag in side.routed)
+        return ",".join((side.combine, routed, *map(_kind, side.members)))
+    if isinstance(side, Events):
+        return EVENTS
+    return NOTHING if side is None else LOGITS
+
+
+def _side(kind: str, found: Iterator[Any], scales: Iterator[Any]) -> Any:
+    """Of its kind, from the next tensors and numbers."""
+    if kind == NOTHING:
+        return None
+    if kind == LOGITS:
+        return next(found)
+    if kind == EVENTS:
+        return Events(next(found), next(found), next(found))
+    if "," in kind:
+        combine, routed, *kinds = kind.split(",")
+        members = tuple(_side(one, found, scales) for one in kinds)
+        return Mixture(combine, members, next(found), tuple(flag == "1" for flag in routed))
+    product, trains = kind.split(":")
+    flags = tuple(flag == "1" for flag in trains)
+    return Head._make((
+        next(found), next(found), next(found), next(scales), next(scales),
+        getattr(torch, product), flags,
+    ))  # fmt: skip
 
 
 # --- rows and numbers ------------------------------------------------------------------------
@@ -292,6 +326,8 @@ def _one_dimension(side: Any) -> Any:
         return as_rows(side.reshape(1, -1, side.size(-1)))[0]
     if isinstance(side, Head):
         return side._replace(hidden=side.hidden.reshape(-1, side.hidden.size(-1)))
+    if isinstance(side, Mixture):
+        return side._replace(members=tuple(map(_one_dimension, side.members)))
     return side
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import checks, tracing
 from .events import events_of
 from .linear import head_of
-from .operands import LinearHead, Sampled, TopK
+from .operands import Ensemble, LinearHead, Sampled, TopK
 from .operators import readable
+from .problem import Mixture, per_row, sources
 from .settings import Settings
 
 
@@ -29,20 +33,21 @@ def outline(operand: Any, student: Any = None) -> Tensor:
     student: whose columns what has none of its own takes, a teacher that lists some entries.
     """
     if isinstance(operand, LinearHead):
-        dtype = torch.promote_types(operand.hidden.dtype, operand.weight.dtype)
-        sources = [operand.hidden, operand.weight, operand.bias]
-        shape = operand.shape
-    elif isinstance(operand, (TopK, Sampled)):
+        return operand.outline
+    if isinstance(operand, (TopK, Sampled)):
         width = student.size(-1) if isinstance(student, Tensor) and student.dim() else 0
-        dtype, shape = torch.float32, torch.Size((*operand.shape[:-1], width))
-        sources = [operand.log_probs] if isinstance(operand, TopK) else []
-        sources = [operand.indices, *sources]
-    else:
-        return operand
-    trains = any(x is not None and x.requires_grad for x in sources)
-    first: Any = sources[0]
-    outline: Tensor = first.detach().new_empty((), dtype=dtype).expand(shape)
-    return outline.requires_grad_(trains)
+        log_probs = operand.log_probs if isinstance(operand, TopK) else operand.counts
+        return _outline((*operand.shape[:-1], width), torch.float32, [log_probs])
+    if isinstance(operand, Ensemble):
+        found = [outline(teacher, student) for teacher in operand.teachers]
+        dtype = reduce(torch.promote_types, (x.dtype for x in found))
+        return _outline((*operand.rows, min(x.size(-1) for x in found)), dtype, found)
+    return operand
+
+
+def _outline(shape: tuple[int, ...], dtype: torch.dtype, sources: list[Tensor]) -> Tensor:
+    outline = sources[0].detach().new_empty((), dtype=dtype).expand(shape)
+    return outline.requires_grad_(any(x.requires_grad for x in sources))
 
 
 def outlines(student: Any, teacher: Any) -> tuple[Tensor, Tensor]:
@@ -58,25 +63,50 @@ def in_half(student: Any) -> bool:
     return any(x is not None and x.requires_grad and x.dtype == torch.float16 for x in sources)
 
 
+def tensors(name: str, operand: Any) -> dict[str, Tensor]:
+    """The logits that a side holds, by name: what an in-place gradient must not overwrite."""
+    if not isinstance(operand, Ensemble):
+        return {name: operand} if isinstance(operand, Tensor) else {}
+    return {
+        f"teacher {i} of the ensemble": one
+        for i, one in enumerate(operand.teachers)
+        if isinstance(one, Tensor)
+    }
+
+
 def check(given: Settings, student: Any, teacher: Any, labels: Tensor | None) -> None:
     """Refuses what an operand that is not logits cannot serve."""
     if given.inplace and isinstance(student, LinearHead):
         raise ValueError("inplace=True overwrites logits, and a LinearHead has none: leave it out")
-    if isinstance(student, (TopK, Sampled)):
-        raise TypeError("student must be logits or a LinearHead, got a TopK or Sampled teacher")
-    if not isinstance(teacher, (TopK, Sampled)):
-        return
-    kind = type(teacher).__name__
-    for name, wanted in (
-        ("standardize=True", given.standardize),
-        ("Bernoulli()", given.sigmoids),
-        (
-            f"{type(given.divergence).__name__}, which looks at labels,",
-            given.divergence.label_aware,
-        ),
-    ):
-        if wanted:
+    if isinstance(student, (TopK, Sampled, Ensemble)):
+        raise TypeError(
+            f"student must be logits or a LinearHead, got a teacher's {type(student).__name__}"
+        )
+    if isinstance(teacher, Ensemble):
+        _ensemble(given, teacher, student, labels)
+    elif isinstance(teacher, (TopK, Sampled)):
+        _listed(given, teacher, labels)
+        label_aware = given.divergence.label_aware
+        _needs_logits(
+            type(teacher).__name__,
+            {"standardize=True": given.standardize, _looks_at_labels(given): label_aware},
+        )
+
+
+def _looks_at_labels(given: Settings) -> str:
+    return f"{type(given.divergence).__name__}, which looks at labels,"
+
+
+def _needs_logits(kind: str, wanted: dict[str, bool]) -> None:
+    for name, flag in wanted.items():
+        if flag:
             raise ValueError(f"{name} needs the teacher's logits, and a {kind} has none")
+
+
+def _listed(given: Settings, teacher: TopK | Sampled, labels: Tensor | None) -> None:
+    """Refuses what a teacher that lists some entries cannot serve, alone or among others."""
+    kind = type(teacher).__name__
+    _needs_logits(kind, {"Bernoulli()": given.sigmoids})
     if given.teacher_grad:
         raise ValueError(f"teacher_grad=True: a {kind} has no logits to train; leave it out")
     if given.backend == "reference":
@@ -86,12 +116,54 @@ def check(given: Settings, student: Any, teacher: Any, labels: Tensor | None) ->
     _one_temperature(kind, getattr(teacher, "tail", ""), given.temperatures)
 
 
+def _ensemble(given: Settings, teacher: Ensemble, student: Any, labels: Tensor | None) -> None:
+    if given.teacher_grad:
+        raise NotImplementedError(
+            "teacher_grad=True: an Ensemble gives its teachers no gradient; leave it out"
+        )
+    if given.backend == "reference":
+        raise NotImplementedError("backend='reference' has no Ensemble: pass backend='torch'")
+    name, value = _teachers_temperature(given.temperatures)
+    if teacher.combine == "probs" and tracing.trains(value):
+        raise NotImplementedError(
+            f"{name} trains, and a mixture of probabilities gives the teachers' no gradient: pass "
+            "a teacher_temperature that does not train, or combine='logits'"
+        )
+    first = outline(student)
+    widths = set()
+    for i, one in enumerate(teacher.teachers):
+        if isinstance(one, (TopK, Sampled)):
+            _listed(given, one, labels)
+            _needs_logits(type(one).__name__, {"standardize=True": given.standardize})
+            if isinstance(one, TopK) and one.tail in ("bucket", "drop"):
+                raise ValueError(
+                    f"TopK(tail={one.tail!r}) says nothing of single entries that it does not "
+                    "list, which other teachers know: in an Ensemble pass tail='renormalize' or "
+                    "'label'"
+                )
+        else:
+            widths.add(one.shape[-1])
+        checks.beside(f"teacher {i} of the ensemble", outline(one, first), first)
+    if len(widths) > 1 and given.vocab_size is None:
+        raise ValueError(
+            f"the ensemble's teachers have {sorted(widths)} columns: if the wider are padded, pass "
+            "vocab_size, the tokenizer's true size"
+        )
+    for weight in teacher.weights or ():
+        if isinstance(weight, Tensor) and weight.dim():
+            checks.beside("a weight of the ensemble", weight, first)
+
+
+def _teachers_temperature(temperatures: dict[str, Any]) -> tuple[str, Any]:
+    name = "temperature" if temperatures["teacher_temperature"] is None else "teacher_temperature"
+    return name, temperatures[name]
+
+
 def _one_temperature(kind: str, tail: str, temperatures: dict[str, Any]) -> None:
     """Refuses a temperature at which the mass of what the teacher does not list is unknown."""
     if tail == "renormalize":
         return
-    name = "temperature" if temperatures["teacher_temperature"] is None else "teacher_temperature"
-    value = temperatures[name]
+    name, value = _teachers_temperature(temperatures)
     if isinstance(value, Tensor) or value != 1:
         other = "" if kind == "Sampled" else ", or TopK(tail='renormalize')"
         raise ValueError(
@@ -101,9 +173,30 @@ def _one_temperature(kind: str, tail: str, temperatures: dict[str, Any]) -> None
 
 
 def side_of(operand: Any, given: Settings, labels: Tensor | None, columns: int, engine: str) -> Any:
-    """Logits, a Head or Events."""
+    """Logits, a Head, Events or a Mixture."""
     if isinstance(operand, LinearHead):
         return operand.logits() if engine == "reference" else head_of(operand)
     if isinstance(operand, (TopK, Sampled)):
         return events_of(operand, given, labels, columns)
+    if isinstance(operand, Ensemble):
+        return _mixture_of(operand, given, labels, columns, engine)
     return readable(operand)
+
+
+def _mixture_of(
+    operand: Ensemble, given: Settings, labels: Tensor | None, columns: int, engine: str
+) -> Mixture:
+    """Without the teachers whose weight is the number 0."""
+    weights = [1.0] * len(operand.teachers) if operand.weights is None else operand.weights
+    kept = [
+        (side_of(teacher, given, labels, columns, engine), weight)
+        for teacher, weight in zip(operand.teachers, weights, strict=True)
+        if isinstance(weight, Tensor) or weight > 0
+    ]
+    device = sources(kept[0][0])[0].device
+    rows = math.prod(operand.rows)
+    dtype = torch.promote_types(outline(operand).dtype, torch.float32)
+    stacked = torch.stack([per_row(weight, rows, dtype, device).detach() for _, weight in kept])
+    stacked = stacked / stacked.sum(0)
+    routed = tuple(isinstance(weight, Tensor) for _, weight in kept)
+    return Mixture(operand.combine, tuple(side for side, _ in kept), stacked, routed)

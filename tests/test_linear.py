@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastkd
-from fastkd import linear
+from fastkd import chunks, linear
 from fastkd.operands import LinearHead
 from tests.cases import DIVERGENCES
 from tests.closeness import assert_close, assert_zero
@@ -21,8 +21,8 @@ MODES = ["forward", "backward"]
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
     """Three rows to a chunk, and weights converted in three blocks: every seam is met."""
-    monkeypatch.setattr(linear, "CPU_BYTES", 2 * 3 * VOCAB * 4)
-    monkeypatch.setattr(linear, "LEAST_ROWS", 3)
+    monkeypatch.setattr(chunks, "CPU_BYTES", 2 * 3 * VOCAB * 4)
+    monkeypatch.setattr(chunks, "LEAST_ROWS", 3)
     monkeypatch.setattr(linear, "COLUMNS", 16)
 
 

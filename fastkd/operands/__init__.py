@@ -10,6 +10,6 @@ from .linear_head import LinearHead
 from .listed import Sampled, TopK
 
 Student = Tensor | LinearHead
-Teacher = Tensor | LinearHead | TopK | Sampled
+Teacher = Tensor | LinearHead | TopK | Sampled | Ensemble
 
 __all__ = ["Ensemble", "LinearHead", "Sampled", "Student", "Teacher", "TopK"]

@@ -27,11 +27,18 @@ class Ensemble:
     logits: p = softmax(sum_m w_m z_m), the geometric mean, as in FedDF: one teacher that is sure
             can veto. The teachers must have logits: tensors or `LinearHead`s.
 
+    Every p_m is at the teachers' temperature, softmax(z_m / T_t), and with `standardize` of the
+    z-scores of its own logits; a mean of logits is one teacher, whose temperature and z-scores come
+    after the mean, and whose temperature may train. For teachers of different scales divide their
+    logits first. The mixture exists for a chunk of rows at a time.
+
     Weights are divided by their sum. A teacher whose weight in a row is 0 is not read there, so
-    one-hot weights by row are a routing.
+    one-hot weights by row are a routing. A teacher that masks all of a row has no say in it. There
+    is no gradient to teachers or weights.
 
     Args:
-        teachers: one or more, of equal leading shapes.
+        teachers: one or more, of equal leading shapes, classes last; a `TopK` with the tail
+            "renormalize" or "label", since the mass of a bucket lies nowhere in particular.
         weights: one for each teacher, numbers or tensors of the rows' shape; None: equal.
         combine: "probs" or "logits".
 
@@ -44,8 +51,10 @@ class Ensemble:
         >>> import torch
         >>> maths, code = torch.randn(2, 4, 100), torch.randn(2, 4, 100)
         >>> is_code = torch.tensor([[0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
-        >>> Ensemble([maths, code], weights=[1 - is_code, is_code]).rows
-        torch.Size([2, 4])
+        >>> import fastkd
+        >>> teacher = Ensemble([maths, code], weights=[1 - is_code, is_code])
+        >>> fastkd.distillation_loss(torch.randn(2, 4, 100), teacher, temperature=2.0).shape
+        torch.Size([])
     """
 
     teachers: Sequence[Tensor | LinearHead | TopK | Sampled]

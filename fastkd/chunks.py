@@ -1,0 +1,159 @@
+"""Sides without logits of their own: chunks of rows, for which their logits exist.
+
+A chunk's logits are made in a buffer, in the dtype of the arithmetic; a backend computes loss and
+gradient on them, in place where it can; and the gradient goes on to the tensors that they came
+from. Only the sums for a head's weight and bias outlast a chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ensembles, linear
+from .problem import Coefficients, Head, Mixture, Problem
+
+# Bytes of a chunk's buffers. On a GPU products of thousands of rows run at its full rate; on a CPU
+# the logits stay in the cache between what makes them and the loss.
+GPU_BYTES, CPU_BYTES = 512 << 20, 32 << 20
+LEAST_ROWS = 16
+
+
+def chunked(problem: Problem) -> bool:
+    return any(isinstance(side, (Head, Mixture)) for side in (problem.student, problem.teacher))
+
+
+def rows_within(problem: Problem, buffers: int, least: int = 1) -> int:
+    """The most rows, at least `least`, of which some buffers of logits keep to the budget."""
+    budget = GPU_BYTES if problem.student_temperature.is_cuda else CPU_BYTES
+    row = buffers * problem.vocab_size * problem.student_temperature.element_size()
+    return max(1, min(problem.rows, max(least, budget // row)))
+
+
+def plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps autocast out of the products, whose dtypes the heads say."""
+
+    @functools.wraps(function)
+    def run(self: Chunked, problem: Problem, *arguments: Any) -> Any:
+        with torch.autocast(problem.student_temperature.device.type, enabled=False):
+            return function(self, problem, *arguments)
+
+    return run
+
+
+class Chunked(NamedTuple):
+    """A backend's functions (see problem.py) for problems with a Head or a Mixture."""
+
+    backend: Any
+    name: str
+
+    @plain
+    def forward(self, problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
+        values, state = _Rows(problem), _Rows(problem)
+        for rows, part in _chunks(problem, self.name):
+            found = self.backend.forward(part, entropy, metrics)
+            values.add(rows, found[0])
+            state.add(rows, found[1])
+        return values.all(), state.all()
+
+    @plain
+    def backward(
+        self,
+        problem: Problem,
+        state: Tensor,
+        upstream: Coefficients,
+        gradient: bool,
+        temperature: bool,
+    ) -> tuple[Any, Tensor | None]:
+        sums, temperatures = linear.sums_of(problem) if gradient else None, _Rows(problem)
+        for rows, part in _chunks(problem, self.name):
+            found, heat = self.backend.backward(
+                part, state[:, rows].contiguous(), upstream.part(rows), gradient, temperature
+            )
+            if sums is not None:
+                sums.add(rows, part, found)
+            if heat is not None:
+                temperatures.add(rows, heat[None])
+        gradients = None if sums is None else sums.gradients()
+        return gradients, temperatures.all()[0] if temperature else None
+
+    @plain
+    def fused(
+        self, problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Any]:
+        sums, losses, values = linear.sums_of(problem, out), _Rows(problem), _Rows(problem)
+        for rows, part in _chunks(problem, self.name):
+            loss, figures, found = self.backend.fused(
+                part, coefficients.part(rows), metrics, sums.place(part)
+            )
+            losses.add(rows, loss[None])
+            if figures is not None:
+                values.add(rows, figures)
+            sums.add(rows, part, found)
+        return losses.all()[0], values.all() if metrics else None, sums.gradients()
+
+
+# --- chunks ----------------------------------------------------------------------------------
+
+
+def _chunks(problem: Problem, name: str) -> Iterator[tuple[Any, Problem]]:
+    """Rows of [N], a slice or indices, and their problem, with logits on both sides."""
+    student, teacher = problem.student, problem.teacher
+    shared = isinstance(student, Head) and isinstance(teacher, Head) and student.same(teacher)
+    counts = [_buffers(student), 0 if shared else _buffers(teacher)]
+    size = rows_within(problem, sum(counts), LEAST_ROWS)
+    new = problem.student_temperature.new_empty
+    buffers = [[new(size, problem.vocab_size) for _ in range(count)] for count in counts]
+    for rows in _pieces(problem, size):
+        part = problem.part(rows)
+        first, second = ([x[: part.rows] for x in some] for some in buffers)
+        sides = [_logits(part, part.student, first, name), None]
+        sides[1] = sides[0] if shared else _logits(part, part.teacher, second, name)
+        yield rows, ensembles.tempered(part, sides, name)
+
+
+def _buffers(side: Any) -> int:
+    """How many it takes to make its logits."""
+    return ensembles.BUFFERS if isinstance(side, Mixture) else int(isinstance(side, Head))
+
+
+def _logits(part: Problem, side: Any, buffers: list[Tensor], name: str) -> Any:
+    """[1, R, V] of a side; of what has logits, or lists some entries, itself."""
+    if isinstance(side, Head):
+        return linear.logits(side, buffers[0])[None]
+    if isinstance(side, Mixture):
+        return ensembles.logits(part, side, buffers, name)[None]
+    return side
+
+
+def _pieces(problem: Problem, size: int) -> Iterator[Any]:
+    """Only the rows that count, where many do not: their products would be for nothing.
+
+    To know how many waits for the device, for less time than a product takes.
+    """
+    if problem.counted is not None:
+        counted = problem.counted.nonzero()[:, 0]
+        if 4 * len(counted) < 3 * problem.rows:
+            yield from counted.split(size)  # of nothing, nothing once: a backend's fields are seen
+            return
+    for start in range(0, max(problem.rows, 1), size):
+        yield slice(start, min(start + size, problem.rows))
+
+
+class _Rows:
+    """Figures [F, N], of which some rows come at a time; 0 where none come."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.found = problem.student_temperature.new_zeros(1, problem.rows)
+
+    def add(self, rows: Any, piece: Tensor) -> None:
+        if len(piece) != len(self.found):
+            self.found = self.found.new_zeros(len(piece), self.found.size(1))
+        self.found[:, rows] = piece
+
+    def all(self) -> Tensor:
+        return self.found

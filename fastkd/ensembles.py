@@ -1,0 +1,138 @@
+"""Several teachers as one: what a chunk of rows combines into the logits of a single teacher.
+
+A mixture of probabilities is made of log-probabilities, at the teachers' temperature, in the log
+domain: an entry that is small for every teacher keeps its digits. These are logits at T = 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import linear, moments
+from .divergences import Divergence
+from .problem import MEAN, PULL, WIDTH, Events, Head, Mixture, Problem
+
+BUFFERS = 3  # that a chunk takes: the mixture, one teacher, and what a function leaves behind
+
+
+def logits(part: Problem, mixture: Mixture, buffers: list[Tensor], name: str) -> Tensor:
+    """Of a side of R rows, in the first of the buffers, [R, V]; name: of the backend."""
+    out, *spare = buffers
+    part = part._replace(teacher=mixture)
+    if mixture.combine == "logits":
+        return _mean(part, out, spare[0])
+    if Divergence.of_name(part.divergence).rows == "bernoulli":
+        return _mixture_of_sigmoids(part, out, *spare)
+    out.fill_(-math.inf)
+    for member, weight, rows, some in _read(part):
+        if isinstance(member, Events):
+            _add_listed(out, member, weight.log(), rows)
+            continue
+        scores = _dense(member, spare[0][: some.rows])
+        _log_softmax(scores, some, name)
+        _add(out, rows, scores.add_(weight.log()))
+    return out
+
+
+def tempered(part: Problem, sides: list[Any], name: str) -> Problem:
+    """A chunk with the logits of both sides. A mixture of probabilities has its temperature, and
+    its members' moments, behind it.
+    """
+    mixed = isinstance(part.teacher, Mixture) and part.teacher.combine == "probs"
+    part = part._replace(student=sides[0], teacher=sides[1])
+    if part.standardize:
+        part = moments.standardized(part, name)
+    if mixed:
+        part = part._replace(teacher_temperature=torch.ones_like(part.student_temperature))
+        if part.moments is not None:
+            for field, value in ((MEAN, 0.0), (WIDTH, 1.0), (PULL, 0.0)):
+                part.moments[1, field] = value
+    return part
+
+
+def _read(part: Problem) -> Iterator[tuple[Any, Tensor, Any, Problem]]:
+    """Each member that weighs in these rows: it, its weights [R', 1], the rows, and their problem.
+
+    To know in which rows a routed member weighs waits for the device, which costs less than to
+    read it in all.
+    """
+    mixture = part.teacher
+    for i, (member, routed) in enumerate(zip(mixture.members, mixture.routed, strict=True)):
+        weight, rows, some = mixture.weights[i], slice(None), part
+        if routed:
+            found = weight.nonzero()[:, 0]
+            if not len(found):
+                continue
+            if len(found) < part.rows:
+                rows, some = found, part.part(found)
+                member, weight = some.teacher.members[i], weight[found]
+        yield member, weight[:, None], rows, some
+
+
+def _dense(member: Any, out: Tensor) -> Tensor:
+    """A member's logits, [R, V], in the buffer."""
+    if isinstance(member, Head):
+        return linear.logits(member, out)
+    return out.copy_(member[0, :, : out.size(1)])
+
+
+def _temperature(some: Problem) -> Tensor:
+    """The teachers', [R, 1]."""
+    found = some.teacher_temperature
+    return (some.student_temperature if found is None else found)[:, None]
+
+
+def _add(out: Tensor, rows: Any, logs: Tensor) -> None:
+    """The logarithm of a sum, in the place of one of its terms."""
+    if isinstance(rows, slice):
+        torch.logaddexp(out, logs, out=out)
+    else:
+        out[rows] = torch.logaddexp(out[rows], logs)
+
+
+def _add_listed(out: Tensor, events: Events, log_weight: Tensor, rows: Any) -> None:
+    """Of listed entries. What lists nothing points at the first column, and leaves it as it is."""
+    where, logs = events.indices.clamp(min=0), events.log_probs.to(out.dtype) + log_weight
+    logs = torch.where(events.indices < 0, -math.inf, logs)
+    some = out[rows]
+    some.scatter_reduce_(-1, where, torch.logaddexp(some.gather(-1, where), logs), "amax")
+    out[rows] = some
+
+
+def _mean(part: Problem, out: Tensor, spare: Tensor) -> Tensor:
+    """sum w z over the members, whose weights sum to 1."""
+    out.zero_()
+    for member, weight, rows, some in _read(part):
+        out[rows] += _dense(member, spare[: some.rows]).mul_(weight)
+    return out
+
+
+def _log_softmax(scores: Tensor, some: Problem, name: str) -> None:
+    """Of scores / T, or of their z-scores, in place; -inf in rows without an entry."""
+    width = _temperature(some)
+    if some.standardize:
+        alone = some._replace(student=scores[None], teacher=None)
+        found = moments.standardized(alone, name).moments
+        assert found is not None
+        width = width * found[0, WIDTH, :, None].to(width.dtype)
+    top = scores.amax(-1, keepdim=True)
+    scores.sub_(top.masked_fill(top == -math.inf, 0.0)).div_(width)
+    total = scores.logsumexp(-1, keepdim=True)
+    scores.sub_(total.masked_fill_(total == -math.inf, 0.0))
+
+
+def _mixture_of_sigmoids(part: Problem, yes: Tensor, spare: Tensor, no: Tensor) -> Tensor:
+    """The logits of sum w sigmoid(z / T)."""
+    yes.fill_(-math.inf)
+    no.fill_(-math.inf)
+    for member, weight, rows, some in _read(part):
+        scores = _dense(member, spare[: some.rows]).div_(_temperature(some))
+        for out, score in ((no, -scores), (yes, scores)):
+            _add(out, rows, F.logsigmoid(score).add_(weight.log()))
+    return yes.sub_(no)
