@@ -66,11 +66,12 @@ class Coefficients(NamedTuple):
 
     def weigh(self, values: Tensor) -> Tensor:
         """The weighted loss rows: a term whose factor is 0 is left out, were it infinite."""
-        loss = torch.zeros_like(values[KD])
-        for kind, factor in enumerate(self):
-            if factor is not None:
-                loss += torch.where(factor == 0, 0.0, factor * values[kind])
-        return loss
+        loss, *terms = (
+            torch.where(factor == 0, 0.0, factor * values[kind])
+            for kind, factor in enumerate(self)
+            if factor is not None
+        )
+        return sum(terms, loss)
 
 
 class Head(NamedTuple):

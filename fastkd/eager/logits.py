@@ -175,7 +175,8 @@ def _new_gradient(problem: Problem) -> Tensor:
 
 def _blank(problem: Problem, out: Tensor) -> None:
     """Sets to 0 what no block writes: the padding, and the rows that do not count."""
-    out[..., problem.vocab_size :] = 0
+    if problem.vocab_size < out.size(-1):
+        out[..., problem.vocab_size :] = 0
     if problem.counted is not None and not problem.counted.all():
         out[~problem.counted.view(out.shape[:2])] = 0
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.divergences import LN2, MASKED, Divergence, Pair, Pull, Softmax, total
+from fastkd.divergences import LN2, MASKED, SEARCHED, Divergence, Pair, Pull, Softmax, total
 from fastkd.problem import AGREEMENT, CE, ENTROPY, KD, TEACHER_ENTROPY, WIDTH, Problem
 
 from .blocks import Rows, Store, blocks, largest, marked, place_of
@@ -22,10 +22,11 @@ FAR = torch.finfo(torch.float32).max
 # A mass from here on, of a row far above its `top`, is divided by in fp64: in fp32 a weight over it
 # is no normal number.
 HEAVY = 2.0**64
-# The mass of a student below it, whose largest term is 1, is nearly certain: its gradient may be a
-# difference of numbers that are larger by the inverse of what is missing to certainty.
-# So it may be where the divergence is above the second, or its slope this near to its bound.
-CERTAIN, LARGE, NEARLY = 1 + 2.0**-9, 256.0, 1 - 2.0**-6
+# A student whose mass is below CERTAIN, in units of its largest term, is nearly certain: its
+# gradient may be a difference of numbers that are larger by the inverse of what is missing to
+# certainty. So it may be where the divergence is above LARGE, or its slope this near to its bound.
+UNCERTAIN, LARGE, NEARLY = 2.0**-9, 256.0, 1 - 2.0**-6
+CERTAIN = 1 + UNCERTAIN
 # The least scale, 1 / T over the width of a row, at which fp32 has room for logits over it.
 LEAST_SCALE = 1e-30
 # In fp64, a divergence below CLOSE loses digits; where its log-ratios spread by less than SPREAD,
@@ -129,8 +130,8 @@ class Solver:
             mass = torch.maximum(mass, terms.unit.mass)
         if not mass.max().item() < HEAVY:
             check = torch.where(mass[:, 0] < HEAVY, check, torch.inf)
-        if self.guarded and pair.student.mass.min().item() < CERTAIN:
-            check = torch.where(pair.student.mass[:, 0] < CERTAIN, 0.0, check)
+        if self.guarded and (certain := _certain(pair.student)) is not None:
+            check = torch.where(certain, 0.0, check)
         if isinstance(pair.student_scale, Tensor):
             check = torch.where(pair.student_scale[:, 0] > LEAST_SCALE, check, 0.0)
         if isinstance(sums, Tensor):
@@ -180,8 +181,8 @@ class Solver:
             unit = Softmax.of(z, 1.0, store.new(), store.new())
 
         room = None if self.room is None else place_of(self.room, rows, store.dtype)
-        whole = self.guarded or self.entropy
-        q = Softmax.of(z, scales[0], depths[0], store.new() if room is None else room, whole)
+        place = store.new() if room is None else room
+        q = Softmax.of(z, scales[0], depths[0], place, whole=self.entropy)
         p = q
         if problem.teacher is not None:
             p = Softmax.of(y, scales[-1], depths[1], store.new())
@@ -294,6 +295,21 @@ def _entropy(side: Softmax, spare: Tensor) -> Tensor:
 
 def mean_depth(side: Softmax, spare: Tensor) -> Tensor:
     return torch.mul(side.terms, side.depth, out=spare).sum(-1, keepdim=True) / side.mass
+
+
+def _certain(student: Softmax) -> Tensor | None:
+    """Rows of a student whose largest term is nearly all of its mass; None: none can be."""
+    mass, columns = student.mass[:, 0], student.terms.size(1)
+    least, most = (bound.item() for bound in mass.aminmax())
+    if (
+        least >= CERTAIN and most * UNCERTAIN <= 1
+    ):  # the term of `top`, 1, is too small, or too much
+        return None
+    some = student.terms[:, : max(columns // 16, SEARCHED)]
+    largest = some.amax(-1)
+    if (some.sum(-1) < mass * UNCERTAIN).any():  # one of the others may be all but these
+        largest = student.terms.amax(-1)
+    return largest * CERTAIN > mass
 
 
 def _most(doubtful: Tensor | None) -> bool:
