@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from fastkd import __main__, cache
-from fastkd.distill.caching import check_head, head_of
-from fastkd.distill.errors import RunError
+from fastkd.integrations.models import head_of
 from fastkd.operands import LinearHead, Sampled, TopK
 from tests.closeness import assert_close
 
@@ -159,11 +158,13 @@ def test_heads_that_scale_or_cap_their_logits(kind, options):
     ids = torch.randint(64, (2, 8))
     head = head_of(model)
     with torch.no_grad():
-        states, truth = model.base_model(ids).last_hidden_state, model(ids).logits
-        check_head(head, states, truth)
-        for name, value in (("logit_scale", 2.0), ("logit_softcap", 0.5)):
-            with pytest.raises(RunError, match="are not those of its hidden states"):
-                check_head({**head, name: value}, states, truth)
+        assert_close(head(model, {"input_ids": ids}).logits(), model(ids).logits, "value")
+
+
+@pytest.mark.parametrize("name", ["logit_scale", "final_logit_softcapping"])
+def test_a_model_that_makes_logits_in_another_way_has_no_head(name):
+    shape = transformers.LlamaConfig(**SMALL, **{name: 2.0})  # Llama does not look at it
+    assert head_of(transformers.LlamaForCausalLM(shape)) is None
 
 
 # --- fastkd distill --teacher-cache -------------------------------------------------------------

@@ -182,6 +182,7 @@ def test_the_loss_sees_bf16_logits(home, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "distillation_loss", loss)
     trainer = distiller(home, tmp_path, bf16=True, max_steps=1, remove_unused_columns=False)
+    trainer.student_head = trainer.teacher_head = None
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(400, (8, 16))]
     trainer.train_dataset = trainer.eval_dataset = rows
     trainer.train()

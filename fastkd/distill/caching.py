@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastkd.cache import Best, CacheError, Draws, Full, Hidden, Layout, write
+from fastkd.integrations.models import head_of
 from fastkd.operands import LinearHead
 
 from . import cli, models, report, sequences, settings
@@ -130,47 +131,20 @@ class Teacher:
     """A causal language model, as `write` asks for it."""
 
     def __init__(self, model: Any, corpus: Corpus, hidden: bool) -> None:
-        self.model, self.corpus, self.hidden = model, corpus, hidden
+        self.model, self.corpus = model, corpus
         self.separate = models.keeps_documents_apart(model)
-        self.head = head_of(model) if hidden else {}
-        self.checked = False
+        self.head = head_of(model) if hidden else None
+        if hidden and self.head is None:
+            raise RunError(
+                "the teacher's logits are not those of its hidden states and output head: "
+                "take --top-k, --samples or --full"
+            )
 
     def __call__(self, tokens: Tensor, rows: range) -> Tensor | LinearHead:
         batch = sequences.collate([self.corpus.rows[row] for row in rows], self.separate)
         inputs = {k: v.to(self.model.device) for k, v in batch.items() if k != "labels"}
-        if not self.hidden:
-            logits: Tensor = self.model(**inputs, use_cache=False).logits
-            return logits
-        states = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-        if not self.checked:
-            check_head(self.head, states, self.model(**inputs, use_cache=False).logits)
-            self.checked = True
-        return LinearHead(states, **self.head)
-
-
-def head_of(model: Any) -> dict[str, Any]:
-    """The output head of a model, and what its configuration does to logits besides."""
-    layer, shape = model.get_output_embeddings(), model.config.get_text_config()
-    scale = getattr(shape, "logit_scale", None) or getattr(shape, "lm_head_multiplier", None)
-    if getattr(shape, "logits_scaling", None):
-        scale = 1 / shape.logits_scaling
-    return {
-        "weight": layer.weight.detach(),
-        "bias": None if layer.bias is None else layer.bias.detach(),
-        "logit_scale": scale,
-        "logit_softcap": getattr(shape, "final_logit_softcapping", None),
-    }
-
-
-def check_head(head: dict[str, Any], hidden: Tensor, logits: Tensor) -> None:
-    """Refuses a model that makes logits of its hidden states in another way."""
-    found = torch.nn.functional.linear(hidden, head["weight"], head["bias"]).float()
-    found = found * (head["logit_scale"] or 1)
-    cap = head["logit_softcap"]
-    found = cap * torch.tanh(found / cap) if cap else found
-    error = (found - logits.float()).abs().max()
-    if not error <= 1e-2 * logits.float().abs().max():
-        raise RunError(
-            "the teacher's logits are not those of its hidden states and output head: "
-            "take --top-k, --samples or --full"
-        )
+        others = {**inputs, "use_cache": False}
+        if self.head is not None:
+            return self.head(self.model, others)
+        logits: Tensor = self.model(**others).logits
+        return logits

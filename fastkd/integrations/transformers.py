@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import require
@@ -21,9 +19,20 @@ from fastkd.cache import TeacherCache  # noqa: E402
 from fastkd.functional import Metrics, distillation_loss  # noqa: E402
 from fastkd.operands import LinearHead, Sampled, TopK  # noqa: E402
 
+from .models import (  # noqa: E402
+    ROW,
+    TARGETS,
+    evaluating,
+    freeze,
+    head_of,
+    is_causal,
+    model_inputs,
+    targets,
+)
+from .on_policy import OnPolicy  # noqa: E402
+
 Settings = Callable[[int, int], Mapping[str, Any]]
-TARGETS = ("labels", "shift_labels")
-ROW = "row"  # of a batch: the rows of a TeacherCache
+Operand = Tensor | LinearHead | TopK | Sampled
 
 
 class DistillationTrainer(Trainer):
@@ -42,6 +51,9 @@ class DistillationTrainer(Trainer):
         loss: arguments of `distillation_loss`; or a function of (step, steps of the run) that
             returns them, so that a schedule goes on where a resumed run does.
         vocab_size: columns from here on are padding.
+        heads: of models whose logits are a linear head's, hand on hidden states and head in place
+            of logits, which then are never in memory as a whole.
+        on_policy: a share of the steps, in which the student learns from what it writes itself.
         shift: whether the logits at a place predict the next token, as those of causal language
             models do; None finds out. Batches with `shift_labels` are taken as they are.
         options: those of Trainer. `label_smoothing_factor` smooths the cross-entropy, if any.
@@ -77,6 +89,8 @@ class DistillationTrainer(Trainer):
         loss: Settings | Mapping[str, Any] | None = None,
         vocab_size: int | None = None,
         shift: bool | None = None,
+        heads: bool = True,
+        on_policy: OnPolicy | None = None,
         **options: Any,
     ) -> None:
         super().__init__(*arguments, **options)
@@ -98,6 +112,16 @@ class DistillationTrainer(Trainer):
             _check_adapters(self.model)
         elif not cached:
             freeze(teacher, self.args.device)
+        if on_policy is not None and (cached or not self.shift):
+            raise ValueError(
+                "on_policy needs a teacher that reads what the student writes, and models that "
+                "write: no TeacherCache, and causal language models"
+            )
+        self.on_policy, self.own_words = on_policy, False
+        heads = heads and not self._sharded()
+        self.student_head = head_of(self.model) if heads else None
+        whole = not cached and teacher is not None
+        self.teacher_head = head_of(teacher) if heads and whole else None
 
     def compute_loss(
         self,
@@ -108,21 +132,23 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         labels = targets(inputs, self.shift)
         teacher = self.teacher_logits(inputs)
-        outputs = self.student_outputs(model, inputs)
-        loss, metrics = distillation_loss(
-            outputs.logits,
-            teacher,
-            labels,
-            **{
-                "vocab_size": self.vocab_size,
-                "num_items": num_items_in_batch,
-                "label_smoothing": self.args.label_smoothing_factor,
-                # Nobody reads the student's logits again; fp16 gradients wait for the loss scale.
-                "inplace": not return_outputs and outputs.logits.dtype != torch.float16,
-                "return_metrics": True,
-                **self.loss(self.state.global_step, self.state.max_steps),
-            },
-        )
+        outputs = self.student_outputs(model, inputs) if return_outputs else None
+        student = self.student_logits(model, inputs) if outputs is None else outputs.logits
+        settings = {
+            "vocab_size": self.vocab_size,
+            "num_items": num_items_in_batch,
+            "label_smoothing": self.args.label_smoothing_factor,
+            # Nobody reads the student's logits again; fp16 gradients wait for the loss scale.
+            "inplace": outputs is None
+            and isinstance(student, Tensor)
+            and student.dtype != torch.float16,
+            "return_metrics": True,
+            **self.loss(self.state.global_step, self.state.max_steps),
+        }
+        if self.own_words:
+            settings["alpha"] = 1.0  # what the student wrote is no label
+        with self._precision(of=student):
+            loss, metrics = distillation_loss(student, teacher, labels, **settings)
         scale = 1
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # DistributedDataParallel divides by the processes, which the count has done; those
@@ -133,24 +159,52 @@ class DistillationTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def student_outputs(self, model: Any, inputs: Mapping[str, Any]) -> Any:
-        bf16 = self.accelerator.mixed_precision == "bf16"
-        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=bf16):
+        with self._precision():
             return model(**model_inputs(inputs, self.model))
 
+    def student_logits(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | LinearHead:
+        if self.student_head is None:
+            return self.student_outputs(model, inputs).logits
+        with self._precision():
+            return self.student_head(model, model_inputs(inputs, self.model))
+
     @torch.no_grad()
-    def teacher_logits(self, inputs: Mapping[str, Any]) -> Tensor | LinearHead | TopK | Sampled:
+    def teacher_logits(self, inputs: Mapping[str, Any]) -> Operand:
         if isinstance(self.teacher, TeacherCache):
             return self.teacher[inputs[ROW].cpu()]
         if self.teacher is not None:
-            return self.teacher(**model_inputs(inputs, self.teacher)).logits
+            others = model_inputs(inputs, self.teacher)
+            head = self.teacher_head
+            return self.teacher(**others).logits if head is None else head(self.teacher, others)
         student = self.accelerator.unwrap_model(self.model)
-        training = student.training
-        student.eval()
-        try:
-            with student.disable_adapter():
-                return self.student_outputs(student, inputs).logits
-        finally:
-            student.train(training)
+        with evaluating(student), student.disable_adapter():
+            return self.student_logits(student, inputs)
+
+    def _precision(self, of: Any = None) -> torch.autocast:
+        """Where the student runs, and the products of its head; logits stay as they are."""
+        bf16 = self.accelerator.mixed_precision == "bf16" and not isinstance(of, Tensor)
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=bf16)
+
+    def _sharded(self) -> bool:
+        """Whether a weight may be in pieces outside of the model's own forward."""
+        wrapped = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1
+        return bool(wrapped or self.args.torch_compile)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """In a step on policy, what the student writes from prompts of these batches."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        step = self.state.global_step
+        self.own_words = self.on_policy is not None and self.on_policy.at(step, self.args.seed)
+        if self.on_policy is not None and self.own_words and batches:
+            student = self.accelerator.unwrap_model(self.model)
+            process = self.args.process_index
+            with self._precision(), self.on_policy.random(self.args.seed, step, process):
+                batches = [
+                    self.on_policy.written(student, self._prepare_inputs(batch), self.vocab_size)
+                    for batch in batches
+                ]
+            items = self._get_num_items_in_batch(batches, device)
+        return batches, items
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """The tokens that the loss counts, whatever this version of the Trainer would count."""
@@ -187,25 +241,12 @@ class DistillationTrainer(Trainer):
                 several |= self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
             return several
         model = self.accelerator.unwrap_model(self.model)
-        training = model.training
-        model.eval()
         rows = []
-        for batch in self.get_eval_dataloader(eval_dataset):
-            inputs = self._prepare_inputs(batch)
-            labels = targets(inputs, self.shift)
-            _, found = distillation_loss(
-                self.student_outputs(model, inputs).logits,
-                self.teacher_logits(inputs),
-                labels,
-                vocab_size=self.vocab_size,
-                return_metrics=True,
-            )
-            assert found.ce is not None  # since labels are given
-            counts = labels != -100
-            sums = [_by_sequence(part) for part in (found.ce, found.kd, found.agreement, counts)]
-            # Sequences that only fill up the last batch of a process are dropped here.
-            rows.append(self.accelerator.gather_for_metrics(torch.stack(sums, -1)))
-        model.train(training)
+        with evaluating(model):
+            for batch in self.get_eval_dataloader(eval_dataset):
+                sums = self._sums(model, self._prepare_inputs(batch))
+                # Sequences that only fill up the last batch of a process are dropped here.
+                rows.append(self.accelerator.gather_for_metrics(sums))
         total = torch.cat(rows).double().sum(0)
         names = ("validation_loss", "kl_to_teacher", "agreement")
         means = (total[:3] / total[3]).tolist()
@@ -215,6 +256,22 @@ class DistillationTrainer(Trainer):
             self.args, self.state, self.control, values
         )
         return values
+
+    def _sums(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """Of each sequence: cross-entropy, KL to the teacher, agreement, and places, [B, 4]."""
+        labels = targets(inputs, self.shift)
+        student = self.student_logits(model, inputs)
+        with self._precision(of=student):
+            _, found = distillation_loss(
+                student,
+                self.teacher_logits(inputs),
+                labels,
+                vocab_size=self.vocab_size,
+                return_metrics=True,
+            )
+        assert found.ce is not None  # since labels are given
+        parts = (found.ce, found.kd, found.agreement, labels != -100)
+        return torch.stack([_by_sequence(part) for part in parts], -1)
 
 
 def distillation_loss_func(
@@ -281,56 +338,6 @@ def distillation_loss_func(
 
     student.register_forward_pre_hook(keep, with_kwargs=True)
     return loss
-
-
-# --- models and batches ----------------------------------------------------------------------
-
-
-def targets(inputs: Mapping[str, Any], shift: bool) -> Tensor:
-    """The token that each place predicts, -100 where none.
-
-    The last place of a sequence predicts none. To slice it off would cost a copy of the logits'
-    gradient.
-    """
-    if inputs.get("shift_labels") is not None:
-        return inputs["shift_labels"]
-    labels = inputs.get("labels")
-    if labels is None:
-        raise ValueError(
-            "the batch has no labels, which say what counts: let the collator add them, as "
-            "DataCollatorForLanguageModeling(tokenizer, mlm=False) does, with -100 where nothing "
-            "is to be learnt"
-        )
-    return F.pad(labels[..., 1:], (0, 1), value=-100) if shift else labels
-
-
-def model_inputs(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """A batch without what only the model's own loss would take, nor a cache of the keys."""
-    ours = (*TARGETS, ROW, "num_items_in_batch")
-    others = {k: v for k, v in inputs.items() if k not in ours}
-    if "use_cache" in inspect.signature(_base(model).forward).parameters:
-        others["use_cache"] = False
-    return others
-
-
-def is_causal(model: Any) -> bool:
-    """Whether the model's own loss shifts the labels."""
-    base = _base(model)
-    decoder_only = not getattr(getattr(base, "config", None), "is_encoder_decoder", False)
-    return decoder_only and getattr(base, "loss_type", None) == "ForCausalLM"
-
-
-def freeze(teacher: Any, device: torch.device | None) -> None:
-    """Sets a teacher to evaluation, without gradients; one whose device is chosen stays there."""
-    teacher.eval().requires_grad_(False)
-    placed = getattr(teacher, "hf_device_map", None) or getattr(teacher, "is_quantized", False)
-    if device is not None and not placed:
-        teacher.to(device)
-
-
-def _base(model: Any) -> Any:
-    """The model under peft's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _by_sequence(rows: Tensor) -> Tensor:

@@ -1,0 +1,139 @@
+"""Models of transformers: what they take, what they predict, and their output heads."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastkd.operands import LinearHead
+
+TARGETS = ("labels", "shift_labels")
+ROW = "row"  # of a batch: the rows of a TeacherCache
+# Of logits that a head makes again: the largest difference, in units of the largest logit.
+SAME, SAME_IN_HALF = 1e-4, 2e-2
+
+
+def targets(inputs: Mapping[str, Any], shift: bool) -> Tensor:
+    """The token that each place predicts, -100 where none.
+
+    The last place of a sequence predicts none. To slice it off would cost a copy of the logits'
+    gradient.
+    """
+    if inputs.get("shift_labels") is not None:
+        return inputs["shift_labels"]
+    labels = inputs.get("labels")
+    if labels is None:
+        raise ValueError(
+            "the batch has no labels, which say what counts: let the collator add them, as "
+            "DataCollatorForLanguageModeling(tokenizer, mlm=False) does, with -100 where nothing "
+            "is to be learnt"
+        )
+    return F.pad(labels[..., 1:], (0, 1), value=-100) if shift else labels
+
+
+def model_inputs(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """A batch without what only the model's own loss would take, nor a cache of the keys."""
+    ours = (*TARGETS, ROW, "num_items_in_batch")
+    others = {k: v for k, v in inputs.items() if k not in ours}
+    if "use_cache" in inspect.signature(base(model).forward).parameters:
+        others["use_cache"] = False
+    return others
+
+
+def is_causal(model: Any) -> bool:
+    """Whether the model's own loss shifts the labels."""
+    plain = base(model)
+    decoder_only = not getattr(getattr(plain, "config", None), "is_encoder_decoder", False)
+    return decoder_only and getattr(plain, "loss_type", None) == "ForCausalLM"
+
+
+def freeze(teacher: Any, device: torch.device | None) -> None:
+    """Sets a teacher to evaluation, without gradients; one whose device is chosen stays there."""
+    teacher.eval().requires_grad_(False)
+    placed = getattr(teacher, "hf_device_map", None) or getattr(teacher, "is_quantized", False)
+    if device is not None and not placed:
+        teacher.to(device)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation for a while; then each module in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def base(model: Any) -> Any:
+    """The model under peft's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output head of a causal language model, and what its configuration does besides."""
+
+    decoder: nn.Module
+    layer: nn.Linear
+    logit_scale: float | None
+    logit_softcap: float | None
+
+    def of(self, hidden: Tensor) -> LinearHead:
+        layer = self.layer
+        return LinearHead(hidden, layer.weight, layer.bias, self.logit_scale, self.logit_softcap)
+
+    def __call__(self, model: Any, inputs: Mapping[str, Any]) -> LinearHead:
+        """As `model(**inputs).logits`, by way of the model's own forward, wrapped or not."""
+        kept: list[Tensor] = []
+        hook = self.decoder.register_forward_hook(lambda *call: kept.append(_hidden(call[-1])))
+        none = torch.empty(0, dtype=torch.long, device=self.layer.weight.device)
+        try:
+            model(**inputs, logits_to_keep=none)
+        finally:
+            hook.remove()
+        return self.of(kept[0])
+
+
+@torch.no_grad()
+def head_of(model: Any) -> Head | None:
+    """None where the model makes logits in another way; tried on four tokens."""
+    plain = base(model)
+    layer = plain.get_output_embeddings() if hasattr(plain, "get_output_embeddings") else None
+    decoder = getattr(plain, "base_model", plain)
+    places = getattr(plain, "hf_device_map", None) or {}
+    if type(layer) is not nn.Linear or decoder is plain or len(set(places.values())) > 1:
+        return None
+    if "logits_to_keep" not in inspect.signature(plain.forward).parameters:
+        return None
+    shape = plain.config.get_text_config()
+    scale = getattr(shape, "logit_scale", None) or getattr(shape, "lm_head_multiplier", None)
+    if getattr(shape, "logits_scaling", None):
+        scale = 1 / shape.logits_scaling
+    head = Head(decoder, layer, scale, getattr(shape, "final_logit_softcapping", None))
+    ids = torch.arange(4, device=layer.weight.device)[None]
+    inputs = {"input_ids": ids, "use_cache": False}
+    try:
+        with evaluating(model):
+            wanted, found = model(**inputs).logits, head(model, inputs).logits()
+    except (TypeError, ValueError, RuntimeError, NotImplementedError):
+        return None  # it takes other inputs, or its weights are no plain tensors
+    if found.shape != wanted.shape:
+        return None
+    limit = SAME if wanted.dtype == torch.float32 else SAME_IN_HALF
+    same = (found.float() - wanted.float()).abs().max() <= limit * wanted.float().abs().max()
+    return head if same else None
+
+
+def _hidden(outputs: Any) -> Tensor:
+    found = getattr(outputs, "last_hidden_state", None)
+    return outputs[0] if found is None else found
