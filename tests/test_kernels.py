@@ -167,7 +167,7 @@ KINDS = {"ForwardKL()", "ReverseKL()", "JSD(beta=0.5)", "AlphaDivergence(alpha=2
 EVERY = [
     pytest.param(
         divergence, plan, id=f"{divergence}-{plan}",
-        marks=[] if plan == "resident" or str(divergence) in KINDS else pytest.mark.slow,
+        marks=[] if plan == "resident" or str(divergence) in KINDS else pytest.mark.full,
     )
     for divergence in DIVERGENCES
     for plan in SCHEDULES
