@@ -17,18 +17,22 @@ if DEVICE == "cpu":
 
 
 def _patch_language_once() -> None:
-    """The interpreter patches triton.language for a kernel, and again for every function that the
-    kernel calls, to no effect but two thirds of its time.
+    """The interpreter patches triton.language for every function that a kernel calls, each time,
+    which takes two thirds of its time; the first time is enough, as nothing takes it back.
     """
     try:
-        from triton.runtime.interpreter import InterpretedFunction
+        from triton.runtime import interpreter
     except ImportError:
         return
+    patched = set()
 
     def call(function, *arguments, **more):
+        if function.fn not in patched:
+            patched.add(function.fn)
+            interpreter._patch_lang(function.fn)
         return function.rewrite()(*arguments, **more)
 
-    InterpretedFunction.__call__ = call
+    interpreter.InterpretedFunction.__call__ = call
 
 
 if DEVICE == "cpu":
