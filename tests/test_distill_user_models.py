@@ -140,7 +140,7 @@ def losses(folder):
     return [float(row["loss"]) for row in rows if row["loss"]]
 
 
-def distiller(home, folder, **options):
+def distiller(home, folder, heads=True, **options):
     from fastkd.integrations.transformers import DistillationTrainer
 
     teacher, student = (
@@ -149,7 +149,7 @@ def distiller(home, folder, **options):
     )
     arguments = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, **options}
     return DistillationTrainer(
-        teacher=teacher, loss=lambda step, steps: {"temperature": 2.0, "alpha": 0.7},
+        teacher=teacher, heads=heads, loss=lambda step, steps: {"temperature": 2.0, "alpha": 0.7},
         vocab_size=400, model=student,
         args=transformers.TrainingArguments(str(folder), **arguments),
     )  # fmt: skip
@@ -181,8 +181,9 @@ def test_the_loss_sees_bf16_logits(home, tmp_path, monkeypatch):
         return real(student, teacher, *arguments, **options)
 
     monkeypatch.setattr(module, "distillation_loss", loss)
-    trainer = distiller(home, tmp_path, bf16=True, max_steps=1, remove_unused_columns=False)
-    trainer.student_head = trainer.teacher_head = None
+    trainer = distiller(
+        home, tmp_path, heads=False, bf16=True, max_steps=1, remove_unused_columns=False
+    )
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(400, (8, 16))]
     trainer.train_dataset = trainer.eval_dataset = rows
     trainer.train()

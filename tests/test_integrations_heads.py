@@ -10,7 +10,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from fastkd import linear  # noqa: E402
+from fastkd import LinearHead, chunks  # noqa: E402
 from fastkd.distill.measure import peak_memory  # noqa: E402
 from fastkd.integrations.on_policy import OnPolicy  # noqa: E402
 from fastkd.integrations.transformers import DistillationTrainer  # noqa: E402
@@ -70,8 +70,9 @@ def test_heads_change_neither_loss_nor_gradient(tmp_path, kind, options):
         tmp_path, truth.double(), copy.deepcopy(teacher).double(), loss=loss, vocab_size=40,
         heads=False,
     )  # fmt: skip
-    assert (found.student_head is None, found.teacher_head is None) == (False, False)
-    assert wanted.student_head is wanted.teacher_head is None
+    for job, kind in ((found, LinearHead), (wanted, torch.Tensor)):
+        assert isinstance(job.student_logits(job.model, batch(40)), kind)
+        assert isinstance(job.teacher_logits(batch(40)), kind)
     values = [each.compute_loss(each.model.eval(), batch(40)) for each in (found, wanted)]
     assert_close(*values)
     for value in values:
@@ -84,7 +85,7 @@ def test_heads_change_neither_loss_nor_gradient(tmp_path, kind, options):
 
 def test_logits_are_never_in_memory(tmp_path, monkeypatch):
     """Of the student's [B, T, V] and the teacher's; what is left are chunks and weights."""
-    monkeypatch.setattr(linear, "CPU_BYTES", 1 << 20)
+    monkeypatch.setattr(chunks, "CPU_BYTES", 1 << 20)
     student, teacher = models(vocabulary=4000, initializer_range=0.02)
     ids = torch.randint(4000, (40, 20))
     inputs = {"input_ids": ids, "labels": ids}
@@ -113,8 +114,8 @@ def test_a_head_that_is_no_plain_layer_falls_back_to_logits(tmp_path, layer):
             student, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head"])
         )
     job = trainer(tmp_path, student, teacher)
-    assert job.student_head is None
-    assert job.teacher_head is not None
+    assert isinstance(job.student_logits(student, batch()), torch.Tensor)
+    assert isinstance(job.teacher_logits(batch()), LinearHead)
     job.compute_loss(student, batch()).backward()
 
 

@@ -19,8 +19,8 @@ from fastkd.operands import LinearHead
 from . import cli, models, report, sequences, settings
 from .cached import APART, TOKENIZER, Corpus
 from .default_job import pick
-from .errors import RunError, hush_torchao, needs
-from .user_models import precision, text
+from .errors import RunError, Usage, hush_torchao, needs
+from .job import precision, text
 
 CACHE = "Write what a teacher says of a text once, to train from it without the teacher."
 ABOUT_CACHE = """
@@ -60,7 +60,10 @@ def _cache(options: argparse.Namespace) -> None:
         if name in given:
             given[name] = settings.absolute(name, given[name])
     # The student plays no part, but these are the settings of a run that has one.
-    chosen = settings.build(settings.UserModels, {"student": given.get("teacher", ""), **given})
+    names = given.get("teacher", [""])
+    if len(names) > 1:
+        raise Usage("--teacher: a cache cites one teacher")
+    chosen = settings.build(settings.UserModels, {"student": names[0], **given})
     try:
         run(chosen, layout(options), Path(options.out))
     except CacheError as error:
@@ -90,12 +93,13 @@ def run(chosen: settings.UserModels, kept: Layout, folder: Path) -> None:
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     device = pick(chosen.device)
-    tokenizer = models.common_tokenizer(chosen.teacher, chosen.teacher)
+    (name,) = chosen.teacher
+    tokenizer = models.common_tokenizer(chosen.teacher, name)
     if chosen.chat_template:
         tokenizer.chat_template = text(chosen.chat_template)
     vocab_size = models.vocabulary(tokenizer, chosen.vocab_size)
-    models.check_width("teacher", models.configuration(chosen.teacher), vocab_size)
-    model = models.load(chosen.teacher, precision(chosen.precision, device)).to(device).eval()
+    models.check_width("teacher", models.configuration(name), vocab_size)
+    model = models.load(name, precision(chosen.precision, device)).to(device).eval()
     with tempfile.TemporaryDirectory() as temporary, report.bars() as bars:
         training, held_out, _ = sequences.prepare(
             chosen, tokenizer, Path(temporary) / "tokens", lambda count: None
@@ -103,7 +107,7 @@ def run(chosen: settings.UserModels, kept: Layout, folder: Path) -> None:
         corpus = Corpus(training, held_out)
         teacher = Teacher(model, corpus, hidden=isinstance(kept, Hidden))
         about = {
-            "teacher": chosen.teacher,
+            "teacher": name,
             "weights": models.fingerprint(model),
             "held_out_rows": len(held_out),
             APART: teacher.separate,

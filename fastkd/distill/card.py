@@ -12,7 +12,8 @@ def text(figures: dict[str, Any]) -> str:
     from huggingface_hub import ModelCardData
 
     chosen = figures["settings"]
-    bases = [name for name in (figures["teacher"], chosen["student"]) if not Path(name).exists()]
+    teachers = figures["teacher"].split(", ")
+    bases = [name for name in (*teachers, chosen["student"]) if not Path(name).exists()]
     header = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -32,7 +33,7 @@ def text(figures: dict[str, Any]) -> str:
 {header.to_yaml()}
 ---
 
-# {Path(chosen["student"]).name}, distilled from {Path(figures["teacher"]).name}
+# {Path(chosen["student"]).name}, distilled from {" and ".join(Path(t).name for t in teachers)}
 
 On held-out text, per token:
 

@@ -96,8 +96,8 @@ def option(group: Any, item: dataclasses.Field[Any], kind: Any) -> None:
     if kind is bool:
         group.add_argument(name, action=argparse.BooleanOptionalAction, **common)
     elif kind == tuple[str, ...]:
-        metavar = "NAME" if item.name == "report_to" else "FILE"
-        group.add_argument(name, nargs="+", metavar=metavar, **common)
+        metavar = "NAME" if item.name in ("teacher", "report_to") else "FILE"
+        group.add_argument(name, nargs="+", action="extend", metavar=metavar, **common)
     else:
         group.add_argument(name, type=kind, metavar=kind.__name__.upper(), **common)
 

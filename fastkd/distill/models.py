@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .errors import RunError, Usage, one_line
+from .errors import RunError, Usage, needs, one_line
+from .parsing import Adapters
 
 # What two tokenizers must split alike: words, numbers, code, accents, other scripts, white space.
 PROBE = "The quick brown fox, it's 1234.56 km!\n\tdef f(x):  return x**2  # naïve café 你好 🙂"
@@ -46,10 +48,52 @@ def student(name: str, seed: int) -> tuple[Any, torch.dtype]:
     return model.float(), came
 
 
+def adapted(
+    name: str,
+    dtype: torch.dtype,
+    adapters: Adapters,
+    seed: int,
+    recomputed: bool,
+    checkpoint: Path | None,
+) -> Any:
+    """A model that keeps its weights, with new adapters in fp32, or with those of a checkpoint."""
+    needs("peft", extra="trainers")
+    import peft
+
+    if is_config(name):
+        raise Usage("--lora adapts weights that are there: give --student a model, no config.json")
+    model = load(name, dtype)
+    if recomputed:
+        recompute(model)  # before, so that peft lets gradients through the frozen embedding
+    if checkpoint is not None:
+        return peft.PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True)
+    torch.manual_seed(seed)
+    chosen = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapters.rank,
+        lora_alpha=adapters.alpha,  # type: ignore[arg-type]  # peft divides it by the rank
+        target_modules=list(adapters.targets) or "all-linear",
+    )
+    try:
+        return peft.get_peft_model(model, chosen)
+    except ValueError as error:  # a layer that is not there
+        raise Usage(f"--lora: {one_line(error)}") from None
+
+
+def recompute(model: Any) -> None:
+    """Activations are computed again in the backward pass."""
+    model.train()
+    # transformers 5.23 renamed it.
+    old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+    getattr(model, new if hasattr(model, new) else old)()
+
+
 def fingerprint(model: Any) -> str:
-    """Changes with any weight, but for chance."""
+    """Changes with any weight but an adapter's, but for chance."""
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in model.state_dict().items():
+        if ".lora_" in name:
+            continue
         bits = torch.hash_tensor(weight.detach()).item() if weight.numel() else 0
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {bits}".encode())
     return digest.hexdigest()
@@ -87,17 +131,17 @@ def check_positions(name: str, shape: Any, length: int) -> None:
         raise Usage(f"sequence_length={length} is beyond the {most} positions of the {name}")
 
 
-def common_tokenizer(teacher: str, student: str) -> Any:
-    """The one tokenizer of two models, of which either may come without."""
+def common_tokenizer(teachers: Sequence[str], student: str) -> Any:
+    """The one tokenizer of all models, of which some may come without."""
     _check_path(student)
-    of_teacher = _tokenizer(teacher)
-    of_student = None if is_config(student) else _tokenizer(student)
-    if of_teacher is not None and of_student is not None:
-        check_tokenizers(of_teacher, of_student)
-    tokens = of_teacher or of_student
-    if tokens is None:
-        raise RunError(f"neither {teacher} nor {student} holds a tokenizer")
-    return tokens
+    tokens = [_tokenizer(name) for name in dict.fromkeys(teachers)]
+    tokens += [] if is_config(student) or student in teachers else [_tokenizer(student)]
+    found = [each for each in tokens if each is not None]
+    if not found:
+        raise RunError(f"neither {', '.join(teachers)} nor {student} holds a tokenizer")
+    for other in found[1:]:
+        check_tokenizers(found[0], other)
+    return found[0]
 
 
 def _tokenizer(name: str) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import fastkd
 from fastkd import Divergence
@@ -68,6 +70,51 @@ def schedule(text: str, steps: int) -> Schedule:
         raise Usage(
             f"temperature {text!r}: {error}; say a number, or a schedule such as cosine:8,1"
         ) from None
+
+
+def weights(text: str) -> list[float] | None:
+    """Of several teachers: '2,1'; None where nothing is said.
+
+    Example:
+        >>> weights("2,1")
+        [2.0, 1.0]
+    """
+    try:
+        return _numbers(text) or None
+    except ValueError as error:
+        raise Usage(f"teacher_weights {text!r}: {error}; say numbers, as in 2,1") from None
+
+
+class Adapters(NamedTuple):
+    """Rank, alpha, and the layers that low-rank adapters stand beside; no name means all linear."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+
+def lora(text: str) -> Adapters:
+    """'8', or with alpha, by default twice the rank, and the names of layers: '8,16,q_proj,v_proj'.
+
+    Example:
+        >>> lora("8")
+        Adapters(rank=8, alpha=16.0, targets=())
+        >>> lora("8,32,q_proj,v_proj")
+        Adapters(rank=8, alpha=32.0, targets=('q_proj', 'v_proj'))
+    """
+    first, _, rest = text.partition(",")
+    second, _, names = rest.partition(",")
+    try:
+        rank = int(first)
+        alpha = float(second) if second else 2.0 * rank
+        if rank < 1 or not 0 < alpha < math.inf:
+            raise ValueError(f"rank {rank} and alpha {alpha:g} must be positive")
+    except ValueError as error:
+        raise Usage(
+            f"lora {text!r}: {error}; say a rank, or with alpha and layers, as in "
+            "8,16,q_proj,v_proj"
+        ) from None
+    return Adapters(rank, alpha, tuple(name.strip() for name in names.split(",") if name.strip()))
 
 
 def _numbers(text: str) -> list[float]:

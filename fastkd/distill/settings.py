@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from .errors import Usage, known, needs
 from .files import expand
-from .parsing import DIVERGENCES, SCHEDULES, divergence, schedule
+from .parsing import DIVERGENCES, SCHEDULES, divergence, lora, schedule, weights
 
 S = TypeVar("S", bound="Common")
 
@@ -114,12 +114,31 @@ class DefaultJob(Common):
 class UserModels(Common):
     """The user's models: Hugging Face causal language models."""
 
-    teacher: str = setting("", "folder or hub name of the teacher")
+    teacher: tuple[str, ...] = setting(
+        (), "folder or hub name of the teacher; of several, the mixture teaches"
+    )
+    teacher_weights: str = setting("", "of several teachers, as in 2,1; by default equal")
     teacher_cache: str = setting("", "folder of fastkd cache, in place of --teacher")
     teacher_tail: str = setting(
         "bucket", "what a cached top-k does not list: bucket, renormalize, drop or label"
     )
     student: str = setting("", "folder, hub name, or config.json (a new student) of the student")
+    lora: str = setting(
+        "",
+        "train low-rank adapters: their rank, alpha (twice that by default) and layers (all linear "
+        "ones), as in 8,16,q_proj,v_proj; where teacher and student are one model, it teaches with "
+        "its adapters off",
+    )
+    on_policy: float = setting(
+        0.0, "share of the steps in which the student learns from what it writes itself"
+    )
+    sampling_temperature: float = setting(1.0, "at which it writes")
+    top_p: float = setting(1.0, "it writes of the likeliest tokens with this mass together")
+    completion_length: int = setting(128, "tokens that it writes at most")
+    prompt_length: int = setting(16, "tokens of plain text that it goes on from")
+    chunked_logits: bool = setting(
+        True, "make logits in chunks, from hidden states, where the models allow it"
+    )
     steps: int = setting(0, "optimizer steps; 0: as many as --epochs takes")
     epochs: float = setting(1.0, "passes over the data")
     batch_size: int = setting(4, "sequences in a batch, for each device")
@@ -159,6 +178,16 @@ class UserModels(Common):
 
     def check(self) -> None:
         super().check()
+        given = weights(self.teacher_weights)
+        if given is not None and len(given) != len(self.teacher):
+            raise Usage(
+                f"teacher_weights must be one for each of {len(self.teacher)} teachers, got "
+                f"{len(given)}"
+            )
+        if given is not None and not (min(given) >= 0 and 0 < sum(given) < math.inf):
+            raise Usage(f"teacher_weights must be at least 0, and not all 0, got {given}")
+        self._check_adapters()
+        self._check_on_policy()
         if self.teacher and self.teacher_cache:
             raise Usage("--teacher-cache stands in place of --teacher: leave one of them out")
         known("teacher_tail", self.teacher_tail, ("bucket", "renormalize", "drop", "label"))
@@ -175,6 +204,38 @@ class UserModels(Common):
         for name in ("warmup", "clip", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise Usage(f"{name} must be finite and at least 0, got {getattr(self, name)}")
+
+    def own_teacher(self) -> bool:
+        """Whether the student without its adapters is the teacher."""
+        return bool(self.lora) and self.teacher == (self.student,)
+
+    def _check_adapters(self) -> None:
+        if not self.lora:
+            return
+        lora(self.lora)
+        if self.own_teacher() and (self.alpha == 1 or self.on_policy):
+            what = "alpha=1" if self.alpha == 1 else "on_policy"
+            raise Usage(
+                f"{what}: a student that is its own teacher learns from the labels of the data "
+                "alone, and the divergence keeps it near to what it was: leave labels in"
+            )
+
+    def _check_on_policy(self) -> None:
+        if not 0 <= self.on_policy <= 1:
+            raise Usage(f"on_policy must lie in [0, 1], got {self.on_policy}")
+        if not 0 < self.top_p <= 1:
+            raise Usage(f"top_p must lie in (0, 1], got {self.top_p}")
+        if not 0 < self.sampling_temperature < math.inf:
+            raise Usage(
+                f"sampling_temperature must be positive and finite, got {self.sampling_temperature}"
+            )
+        if self.on_policy and self.teacher_cache:
+            raise Usage("on_policy: a cache knows nothing of what the student writes: --teacher")
+        if self.on_policy and self.completion_length >= self.sequence_length:
+            raise Usage(
+                f"completion_length={self.completion_length} leaves no room for a prompt in "
+                f"sequence_length={self.sequence_length}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,5 +326,7 @@ def absolute(name: str, value: Any) -> Any:
         if isinstance(names, list | tuple) and all(isinstance(each, str) for each in names):
             expand(names)
             return [os.path.abspath(each) for each in names]
+    if isinstance(value, list | tuple):
+        return [absolute("", each) for each in value]
     here = isinstance(value, str) and value and Path(value).exists()
     return str(Path(value).resolve()) if here else value

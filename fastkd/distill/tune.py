@@ -22,6 +22,7 @@ import torch
 
 from . import corpus, default_job, report, user_models
 from .errors import Interrupted, RunError, Usage, hush_torchao, needs
+from .job import Job
 from .methods import FASTKD
 from .recipes.report import Report, Table, bars, mean_and_error
 from .settings import Common, DefaultJob, Search, UserModels, toml
@@ -139,7 +140,7 @@ def _user_models(chosen: UserModels, folder: Path, tokens: Path) -> Train:
     """The user's models: a student as it was, for each training."""
     hush_torchao()
     needs("transformers", "datasets", "accelerate")
-    job = user_models.Job(chosen, tokens)
+    job = Job(chosen, tokens)
 
     def train(changed: UserModels) -> dict[str, float]:
         trainer = job.trainer(changed, folder, save_strategy="no", eval_strategy="no")

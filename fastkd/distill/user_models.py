@@ -6,22 +6,22 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastkd.cache import CacheError, TeacherCache
+from fastkd.cache import CacheError
 
-from . import cached, card, models, report, sequences, settings, storage
-from .default_job import Stop, pick
-from .errors import Interrupted, RunError, Usage, hush_torchao, needs, one_line
+from . import card, report, settings, storage
+from .default_job import Stop
+from .errors import Interrupted, RunError, hush_torchao, needs, one_line
+from .job import Job, precision
 
 if TYPE_CHECKING:
-    from transformers import TrainerState, TrainingArguments
+    from transformers import TrainerState
 
     from fastkd.integrations.transformers import DistillationTrainer
 
@@ -37,8 +37,8 @@ def run(chosen: settings.UserModels, folder: Path, *, resume: bool = False) -> d
     """
     first = os.environ.get("RANK", "0") == "0"
     if first:
-        teacher = chosen.teacher or chosen.teacher_cache
-        report.say(f"reading teacher {teacher} and student {chosen.student}")
+        teachers = ", ".join(chosen.teacher) or chosen.teacher_cache
+        report.say(f"reading teacher {teachers} and student {chosen.student}")
     hush_torchao()
     needs("transformers", "datasets", "accelerate", "rich", "matplotlib", *chosen.report_to)
     from .watch import Watch
@@ -58,13 +58,13 @@ def run(chosen: settings.UserModels, folder: Path, *, resume: bool = False) -> d
         trainer = job.trainer(
             chosen,
             folder,
-            student=str(checkpoint) if over else "",
+            checkpoint=checkpoint if over else None,
             save_strategy="steps",
             eval_strategy="steps",
             eval_on_start=checkpoint is None,
         )
     if first:
-        _same_teacher(job.teacher, folder / INPUTS)
+        _same_teacher(job.known_teacher(trainer.model), folder / INPUTS)
     if state is not None and over:  # it was killed while the result was saved
         trainer.state = state
     else:
@@ -80,13 +80,13 @@ def run(chosen: settings.UserModels, folder: Path, *, resume: bool = False) -> d
     figures = {
         "before": plain(evaluated[0]),
         "after": plain(evaluated[-1]),
-        "teacher": chosen.teacher or job.teacher.manifest.about.get("teacher", "a teacher"),
+        "teacher": ", ".join(chosen.teacher or job.cited),
         "settings": asdict(chosen),
         "vocab_size": job.vocab_size,
         "data": asdict(job.counts),
         "machine": report.machine(trainer.args.device),
     }
-    _save(trainer, job, figures, folder)
+    _save(trainer, job, chosen, figures, folder)
     return figures
 
 
@@ -101,166 +101,36 @@ def _nothing_left_if_it_fails(folder: Path, new: bool) -> Iterator[None]:
         raise
 
 
-class Job:
-    """Teacher, tokens and text, from which any number of students may learn."""
-
-    def __init__(
-        self,
-        chosen: settings.UserModels,
-        tokens: Path,
-        tell: Callable[[int], None] = lambda sequences: None,
-    ) -> None:
-        import transformers
-        from accelerate import PartialState
-
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        if chosen.threads:
-            torch.set_num_threads(chosen.threads)
-        self.device = pick(chosen.device)
-        self.dtype = precision(chosen.precision, self.device)
-        cache = cached.opened(chosen) if chosen.teacher_cache else None
-        source = chosen.teacher if cache is None else str(cache.path / cached.TOKENIZER)
-        self.tokens = models.common_tokenizer(source, chosen.student)
-        if chosen.chat_template:
-            self.tokens.chat_template = text(chosen.chat_template)
-        self.vocab_size = models.vocabulary(self.tokens, chosen.vocab_size)
-        for name in ("teacher", "student") if cache is None else ("student",):
-            shape = models.configuration(getattr(chosen, name))
-            models.check_width(name, shape, self.vocab_size)
-            models.check_positions(name, shape, chosen.sequence_length)
-        self.teacher = models.load(chosen.teacher, self.dtype) if cache is None else cache
-        processes = PartialState(cpu=self.device.type == "cpu")
-        with processes.main_process_first():
-            self.training, self.held_out, self.counts = sequences.prepare(
-                chosen, self.tokens, tokens, tell
-            )
-        if cache is not None:
-            self.training, self.held_out = cached.with_rows(cache, self.training, self.held_out)
-
-    def trainer(
-        self, chosen: settings.UserModels, folder: Path, student: str = "", **arguments: Any
-    ) -> DistillationTrainer:
-        """Of a student as it was before any training, or of another."""
-        from transformers import PrinterCallback
-
-        from fastkd.integrations.transformers import DistillationTrainer
-
-        model, self.came_in = models.student(chosen.student, chosen.seed)
-        if student:
-            model, _ = models.student(student, chosen.seed)
-        self.separate = all(map(_keeps_documents_apart, (self.teacher, model)))
-        if chosen.checkpointing:
-            model.train()
-            # transformers 5.23 renamed it.
-            old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
-            getattr(model, new if hasattr(model, new) else old)()
-        trainer = DistillationTrainer(
-            teacher=self.teacher,
-            loss=chosen.loss,
-            vocab_size=self.vocab_size,
-            model=model,
-            args=_arguments(chosen, folder, self.device, self.dtype, **arguments),
-            train_dataset=self.training,
-            eval_dataset=self.held_out,
-            data_collator=partial(sequences.collate, separate=self.separate),
-        )
-        trainer.remove_callback(PrinterCallback)
-        return trainer
-
-
-def precision(wanted: str, device: torch.device) -> torch.dtype:
-    """bf16 where it is asked for, or where the device computes in it."""
-    able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    bf16 = wanted == "bf16" or (wanted == "auto" and able)
-    return torch.bfloat16 if bf16 else torch.float32
-
-
-def text(file: str) -> str:
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Usage(f"cannot read {file}: {one_line(error)}") from None
-
-
-def _arguments(
-    chosen: settings.UserModels,
-    folder: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    **others: Any,
-) -> TrainingArguments:
-    from transformers import TrainingArguments
-
-    try:
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            max_steps=chosen.steps or -1,
-            num_train_epochs=chosen.epochs,
-            per_device_train_batch_size=chosen.batch_size,
-            per_device_eval_batch_size=chosen.batch_size,
-            gradient_accumulation_steps=chosen.accumulation,
-            optim=chosen.optimizer,
-            learning_rate=chosen.learning_rate,
-            weight_decay=chosen.weight_decay,
-            lr_scheduler_type=chosen.lr_schedule,
-            warmup_steps=chosen.warmup,
-            max_grad_norm=chosen.clip,
-            logging_steps=chosen.log_every,
-            logging_first_step=True,
-            logging_nan_inf_filter=False,  # a loss that is not finite ends the run
-            eval_steps=chosen.evaluate_every,
-            metric_for_best_model="validation_loss",
-            greater_is_better=False,
-            save_steps=chosen.save_every,
-            save_total_limit=chosen.keep,
-            seed=chosen.seed,
-            bf16=dtype == torch.bfloat16,
-            use_cpu=device.type == "cpu",
-            dataloader_pin_memory=device.type == "cuda",
-            remove_unused_columns=False,
-            report_to=list(chosen.report_to) or "none",
-            disable_tqdm=True,
-            **others,
-        )
-    except ValueError as error:  # a name that transformers does not know
-        raise Usage(one_line(error)) from None
-    if "WORLD_SIZE" not in os.environ:
-        arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for torchrun
-    return arguments
-
-
 def _announcement(
     job: Job, chosen: settings.UserModels, trainer: DistillationTrainer, folder: Path
 ) -> str:
     """What is about to happen, and what was left out."""
-    teacher, size = job.teacher, _size(trainer.model)
-    known = (
-        f"teacher known by its {teacher.manifest.layout.kind}"
-        if isinstance(teacher, TeacherCache)
-        else f"teacher of {_size(teacher):,} parameters"
-    )
+    size = f"{_size(trainer.model):,} parameters"
+    if chosen.lora:
+        size += f", {_size(trainer.model, trained=True):,} of them trained"
+    sizes = " and ".join(f"{_size(teacher):,}" for teacher in job.teachers)
+    known = f"teacher of {sizes} parameters" if sizes else "the student as it was for a teacher"
+    if job.cache is not None:
+        known = f"teacher known by its {job.cache.manifest.layout.kind}"
     length, passes = chosen.sequence_length, f"{chosen.epochs:g} passes"
     how = "apart" if job.separate else "not kept apart, which one of the models cannot do"
     lines = [
         f"{len(job.training):,} sequences of {length} tokens to train on, {len(job.held_out):,} "
         f"held out, from {job.counts.documents:,} documents, {how}",
         *job.counts.remarks(length),
-        f"{known}, student of {size:,} parameters, in {job.dtype} on "
+        f"{known}, student of {size}, in {job.dtype} on "
         f"{trainer.args.device.type}; {f'{chosen.steps:,} steps' if chosen.steps else passes}, "
         f"into {folder}/".replace("torch.", ""),
     ]
+    if chosen.on_policy:
+        lines.append(
+            f"in {chosen.on_policy:.0%} of the steps the student writes what it learns from"
+        )
     return "\n".join(lines)
 
 
-def _keeps_documents_apart(model: Any) -> bool:
-    if isinstance(model, TeacherCache):
-        return bool(model.manifest.about.get(cached.APART))
-    return models.keeps_documents_apart(model)
-
-
-def _size(model: Any) -> int:
-    return sum(weight.numel() for weight in model.parameters())
+def _size(model: Any, trained: bool = False) -> int:
+    return sum(w.numel() for w in model.parameters() if w.requires_grad or not trained)
 
 
 # --- training and stopping -------------------------------------------------------------------
@@ -277,10 +147,8 @@ def _state(checkpoint: Path | None) -> TrainerState | None:
         raise _broken(checkpoint, error) from None
 
 
-def _same_teacher(teacher: Any, path: Path) -> None:
+def _same_teacher(key: str, path: Path) -> None:
     """Refuses to go on with another teacher than the run began with."""
-    cache = isinstance(teacher, TeacherCache)
-    key = teacher.manifest.key() if cache else models.fingerprint(teacher)
     found = json.dumps({"teacher": key})
     if not path.exists():
         storage.write(path, found)
@@ -340,15 +208,16 @@ def plain(values: dict[str, float]) -> dict[str, float]:
 # --- what came of it -------------------------------------------------------------------------
 
 
-def _save(trainer: Any, job: Job, figures: dict[str, Any], folder: Path) -> None:
+def _save(
+    trainer: Any, job: Job, chosen: settings.UserModels, figures: dict[str, Any], folder: Path
+) -> None:
     """The student with its tokenizer, whole or not at all; then the figures.
 
     Every process calls it: where the weights are sharded, each has a part of them.
     """
-    chosen = figures["settings"]
-    wanted = chosen["save_precision"]
+    wanted = chosen.save_precision
     dtype = job.came_in if wanted == "auto" else precision(wanted, job.device)
-    trainer.model.to(dtype)
+    _convert(trainer.model, dtype)
     text = card.text(figures)
 
     def student(temporary: Path) -> None:
@@ -363,7 +232,9 @@ def _save(trainer: Any, job: Job, figures: dict[str, Any], folder: Path) -> None
     if best.exists() and state.best_global_step != state.global_step:
 
         def earlier(temporary: Path) -> None:
-            models.load(str(best), dtype).save_pretrained(temporary)
+            model, _ = job.student(chosen, best)
+            _convert(model, dtype)
+            model.save_pretrained(temporary)
             _complete(temporary, job, text)
 
         _replace(folder / BEST, earlier, True)
@@ -374,6 +245,15 @@ def _save(trainer: Any, job: Job, figures: dict[str, Any], folder: Path) -> None
         shutil.rmtree(path, ignore_errors=True)
     (folder / INPUTS).unlink(missing_ok=True)
     report.show_user_models(figures, folder / STUDENT)
+
+
+def _convert(model: Any, dtype: torch.dtype) -> None:
+    """What was trained, and all else unless it stays where it came from, as beside adapters."""
+    if not hasattr(model, "disable_adapter"):
+        model.to(dtype)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.to(dtype)
 
 
 def _complete(folder: Path, job: Job, text: str) -> None:

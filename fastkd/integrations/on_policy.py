@@ -40,7 +40,7 @@ class OnPolicy:
 
     Example:
         >>> [OnPolicy(share=0.5).at(step, seed=0) for step in range(6)]
-        [False, True, True, False, False, True]
+        [True, True, True, False, False, True]
     """
 
     share: float

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from transformers import Trainer  # noqa: E402
 
 from fastkd.cache import TeacherCache  # noqa: E402
 from fastkd.functional import Metrics, distillation_loss  # noqa: E402
-from fastkd.operands import LinearHead, Sampled, TopK  # noqa: E402
+from fastkd.operands import Ensemble, LinearHead, Sampled, TopK  # noqa: E402
 
 from .models import (  # noqa: E402
     ROW,
@@ -32,7 +32,7 @@ from .models import (  # noqa: E402
 from .on_policy import OnPolicy  # noqa: E402
 
 Settings = Callable[[int, int], Mapping[str, Any]]
-Operand = Tensor | LinearHead | TopK | Sampled
+Operand = Tensor | LinearHead | TopK | Sampled | Ensemble
 
 
 class DistillationTrainer(Trainer):
@@ -47,7 +47,9 @@ class DistillationTrainer(Trainer):
         teacher: a model whose logits are over the student's vocabulary. It is moved to the
             student's device, frozen, and set to evaluation. None takes the student itself with
             its peft adapters off: one copy of the weights. A `fastkd.TeacherCache` is asked for
-            the rows that a batch names as `row`, [B].
+            the rows that a batch names as `row`, [B]. Of a list, the mixture teaches:
+            `fastkd.Ensemble`.
+        teacher_weights: of a list of teachers; None: equal.
         loss: arguments of `distillation_loss`; or a function of (step, steps of the run) that
             returns them, so that a schedule goes on where a resumed run does.
         vocab_size: columns from here on are padding.
@@ -86,6 +88,7 @@ class DistillationTrainer(Trainer):
         self,
         *arguments: Any,
         teacher: Any,
+        teacher_weights: Sequence[float] | None = None,
         loss: Settings | Mapping[str, Any] | None = None,
         vocab_size: int | None = None,
         shift: bool | None = None,
@@ -106,12 +109,16 @@ class DistillationTrainer(Trainer):
         self.vocab_size = vocab_size
         self.shift = is_causal(self.model) if shift is None else shift
         self.step_figures: dict[int, Tensor] = {}  # the latest step's, summed over its batches
-        cached = isinstance(teacher, TeacherCache)
-        self.teacher = teacher.to(self.args.device) if cached else teacher
         if teacher is None:
             _check_adapters(self.model)
-        elif not cached:
-            freeze(teacher, self.args.device)
+        teachers = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
+        if teacher_weights is not None and len(teacher_weights) != len(teachers):
+            raise ValueError(
+                f"teacher_weights must be one for each of {len(teachers)} teachers, got "
+                f"{len(teacher_weights)}"
+            )
+        self.teacher_weights = teacher_weights
+        cached = any(isinstance(each, TeacherCache) for each in teachers)
         if on_policy is not None and (cached or not self.shift):
             raise ValueError(
                 "on_policy needs a teacher that reads what the student writes, and models that "
@@ -120,8 +127,7 @@ class DistillationTrainer(Trainer):
         self.on_policy, self.own_words = on_policy, False
         heads = heads and not self._sharded()
         self.student_head = head_of(self.model) if heads else None
-        whole = not cached and teacher is not None
-        self.teacher_head = head_of(teacher) if heads and whole else None
+        self.teachers = [self._asked(each, heads) for each in teachers]
 
     def compute_loss(
         self,
@@ -170,12 +176,26 @@ class DistillationTrainer(Trainer):
 
     @torch.no_grad()
     def teacher_logits(self, inputs: Mapping[str, Any]) -> Operand:
-        if isinstance(self.teacher, TeacherCache):
-            return self.teacher[inputs[ROW].cpu()]
-        if self.teacher is not None:
-            others = model_inputs(inputs, self.teacher)
-            head = self.teacher_head
-            return self.teacher(**others).logits if head is None else head(self.teacher, others)
+        said = [teacher(inputs) for teacher in self.teachers]
+        return said[0] if len(said) == 1 else Ensemble(said, self.teacher_weights)
+
+    def _asked(self, teacher: Any, heads: bool) -> Callable[[Mapping[str, Any]], Any]:
+        """What a teacher says of a batch."""
+        if teacher is None:
+            return self._without_adapters
+        if isinstance(teacher, TeacherCache):
+            cache = teacher.to(self.args.device)
+            return lambda inputs: cache[inputs[ROW].cpu()]
+        freeze(teacher, self.args.device)
+        head = head_of(teacher) if heads else None
+
+        def ask(inputs: Mapping[str, Any]) -> Tensor | LinearHead:
+            others = model_inputs(inputs, teacher)
+            return teacher(**others).logits if head is None else head(teacher, others)
+
+        return ask
+
+    def _without_adapters(self, inputs: Mapping[str, Any]) -> Tensor | LinearHead:
         student = self.accelerator.unwrap_model(self.model)
         with evaluating(student), student.disable_adapter():
             return self.student_logits(student, inputs)

@@ -1,0 +1,196 @@
+"""What a run on the user's models is made of: teachers, tokens, text, and students."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import cached, models, parsing, sequences, settings
+from .default_job import pick
+from .errors import Usage, one_line
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from fastkd.integrations.on_policy import OnPolicy
+    from fastkd.integrations.transformers import DistillationTrainer
+
+
+class Job:
+    """Teacher, tokens and text, from which any number of students may learn."""
+
+    def __init__(
+        self,
+        chosen: settings.UserModels,
+        tokens: Path,
+        tell: Callable[[int], None] = lambda sequences: None,
+    ) -> None:
+        import transformers
+        from accelerate import PartialState
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        if chosen.threads:
+            torch.set_num_threads(chosen.threads)
+        self.device = pick(chosen.device)
+        self.dtype = precision(chosen.precision, self.device)
+        cache = cached.opened(chosen) if chosen.teacher_cache else None
+        sources = chosen.teacher if cache is None else (str(cache.path / cached.TOKENIZER),)
+        self.tokens = models.common_tokenizer(sources, chosen.student)
+        if chosen.chat_template:
+            self.tokens.chat_template = text(chosen.chat_template)
+        self.vocab_size = models.vocabulary(self.tokens, chosen.vocab_size)
+        named = [*(("teacher", each) for each in chosen.teacher), ("student", chosen.student)]
+        for what, name in named:
+            shape = models.configuration(name)
+            models.check_width(what, shape, self.vocab_size)
+            models.check_positions(what, shape, chosen.sequence_length)
+        names = () if chosen.own_teacher() else chosen.teacher
+        self.teachers = [models.load(name, self.dtype) for name in names]
+        self.cache = cache
+        processes = PartialState(cpu=self.device.type == "cpu")
+        with processes.main_process_first():
+            self.training, self.held_out, self.counts = sequences.prepare(
+                chosen, self.tokens, tokens, tell
+            )
+        if cache is not None:
+            self.training, self.held_out = cached.with_rows(cache, self.training, self.held_out)
+
+    def trainer(
+        self,
+        chosen: settings.UserModels,
+        folder: Path,
+        checkpoint: Path | None = None,
+        **arguments: Any,
+    ) -> DistillationTrainer:
+        """Of a student as it was before any training, or as a checkpoint has it."""
+        from transformers import PrinterCallback
+
+        from fastkd.integrations.transformers import DistillationTrainer
+
+        model, self.came_in = self.student(chosen)
+        if checkpoint is not None:
+            model, _ = self.student(chosen, checkpoint)
+        apart = self.cache is None or bool(self.cache.manifest.about.get(cached.APART))
+        self.separate = apart and all(map(models.keeps_documents_apart, (*self.teachers, model)))
+        trainer = DistillationTrainer(
+            teacher=self.cache if self.cache is not None else self.teachers or None,
+            teacher_weights=parsing.weights(chosen.teacher_weights),
+            loss=chosen.loss,
+            vocab_size=self.vocab_size,
+            heads=chosen.chunked_logits,
+            on_policy=_on_policy(chosen, self.tokens.eos_token_id),
+            model=model,
+            args=_arguments(chosen, folder, self.device, self.dtype, **arguments),
+            train_dataset=self.training,
+            eval_dataset=self.held_out,
+            data_collator=partial(sequences.collate, separate=self.separate),
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def student(
+        self, chosen: settings.UserModels, checkpoint: Path | None = None
+    ) -> tuple[Any, torch.dtype]:
+        """The model, and the precision that it came in: of adapters, fp32."""
+        if chosen.lora:
+            adapters = parsing.lora(chosen.lora)
+            name, again = chosen.student, chosen.checkpointing
+            model = models.adapted(name, self.dtype, adapters, chosen.seed, again, checkpoint)
+            return model, torch.float32
+        model, came = models.student(str(checkpoint or chosen.student), chosen.seed)
+        if chosen.checkpointing:
+            models.recompute(model)
+        return model, came
+
+    @property
+    def cited(self) -> list[str]:
+        """The name of whom the cache cites."""
+        return [str(self.cache.manifest.about.get("teacher", "a teacher"))] if self.cache else []
+
+    def known_teacher(self, student: Any) -> str:
+        """Changes with the teacher; that of adapters is the student without them."""
+        if self.cache is not None:
+            return str(self.cache.manifest.key())
+        return " ".join(map(models.fingerprint, self.teachers or [student]))
+
+
+def precision(wanted: str, device: torch.device) -> torch.dtype:
+    """bf16 where it is asked for, or where the device computes in it."""
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = wanted == "bf16" or (wanted == "auto" and able)
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def text(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Usage(f"cannot read {file}: {one_line(error)}") from None
+
+
+def _on_policy(chosen: settings.UserModels, end: int | None) -> OnPolicy | None:
+    if not chosen.on_policy:
+        return None
+    from fastkd.integrations.on_policy import OnPolicy
+
+    return OnPolicy(
+        chosen.on_policy,
+        chosen.sampling_temperature,
+        chosen.top_p,
+        chosen.completion_length,
+        chosen.prompt_length,
+        () if end is None else (end,),
+    )
+
+
+def _arguments(
+    chosen: settings.UserModels,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    **others: Any,
+) -> TrainingArguments:
+    from transformers import TrainingArguments
+
+    try:
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=chosen.steps or -1,
+            num_train_epochs=chosen.epochs,
+            per_device_train_batch_size=chosen.batch_size,
+            per_device_eval_batch_size=chosen.batch_size,
+            gradient_accumulation_steps=chosen.accumulation,
+            optim=chosen.optimizer,
+            learning_rate=chosen.learning_rate,
+            weight_decay=chosen.weight_decay,
+            lr_scheduler_type=chosen.lr_schedule,
+            warmup_steps=chosen.warmup,
+            max_grad_norm=chosen.clip,
+            logging_steps=chosen.log_every,
+            logging_first_step=True,
+            logging_nan_inf_filter=False,  # a loss that is not finite ends the run
+            eval_steps=chosen.evaluate_every,
+            metric_for_best_model="validation_loss",
+            greater_is_better=False,
+            save_steps=chosen.save_every,
+            save_total_limit=chosen.keep,
+            seed=chosen.seed,
+            bf16=dtype == torch.bfloat16,
+            use_cpu=device.type == "cpu",
+            dataloader_pin_memory=device.type == "cuda",
+            remove_unused_columns=False,
+            report_to=list(chosen.report_to) or "none",
+            disable_tqdm=True,
+            **others,
+        )
+    except ValueError as error:  # a name that transformers does not know
+        raise Usage(one_line(error)) from None
+    if "WORLD_SIZE" not in os.environ:
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for torchrun
+    return arguments
