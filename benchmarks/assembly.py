@@ -132,7 +132,7 @@ def _compiled(
     with (
         replaced(JITFunction, "run", compile_only),
         replaced(tuning, "multiprocessors", lambda device: processors),
-        replaced(tuning, "is_nvidia", lambda device, generation: "sm_" in target),
+        replaced(tuning, "generation", lambda device: gpu.arch // 10 if "sm_" in target else 0),
         replaced(tuning, "COLUMNS", tuning.COLUMNS | {"cluster": cluster}),
     ):
         call()

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -425,7 +426,8 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     with ProcessPoolExecutor(options.jobs) as pool:
         if options.json:
-            chosen = tasks(options.quick)
+            wanted = set(product(options.target, options.divergence))
+            chosen = [task for task in tasks(options.quick) if task in wanted]
             found = pool.map(partial(_task, options.quick), chosen)
             print(json.dumps([kernel for part in found for kernel in part]))
             return 0

@@ -78,8 +78,9 @@ def row_store(pointer, x, index, live):
     """One number per row. Triton 3.6 fails where it moves what changes a number's layout to before
     the operations that made it, hence there none is seen."""
     if PINNED:
-        move: tl.constexpr = "mov.b32 $0, $1;"
-        x = tl.inline_asm_elementwise(move, "=r,r", [tl.cast(x, tl.float32)], tl.float32, False, 1)
+        move: tl.constexpr = "mov.b32 $0, $1;" if is_cuda() else "v_mov_b32 $0, $1"
+        place: tl.constexpr = "=r,r" if is_cuda() else "=v,v"
+        x = tl.inline_asm_elementwise(move, place, [tl.cast(x, tl.float32)], tl.float32, False, 1)
     tl.store(pointer + index, x, mask=live)
 
 

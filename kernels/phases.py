@@ -220,10 +220,9 @@ def with_sums(row, sums, CONSTANT: tl.constexpr, WANT: tl.constexpr):
 
 
 @triton.jit
-def lacking(stats, row, temper):
-    """Whether c may lack digits that the gradient needs, and is finite."""
-    few = (stats.s_sum < R.SATURATED) | R.huge(stats, temper)
-    return few & row.alive & A.finite(row.c)
+def lacking(row, suspect):
+    """Whether c may lack digits that the gradient needs, and is finite, of rows under suspicion."""
+    return suspect & row.alive & A.finite(row.c)
 
 
 @triton.jit

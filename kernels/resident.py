@@ -118,7 +118,7 @@ def resident(
             sums = P.add_levers(sums, slope, q, lq, row, WANT)
         row = P.with_sums(row, sums, CONSTANT, WANT)
         if R.REST & WANT:
-            lacking = P.lacking(stats, row, temper)
+            lacking = P.lacking(row, R.saturated(stats))
             rest = tl.zeros([LANES, 1], tl.float32)
             if tl.max(lacking.to(tl.int32)) > 0:
                 for i in tl.static_range(len(PARTS)):

@@ -355,6 +355,11 @@ def summarize(stats, temper, CONSTANT: tl.constexpr, WANT: tl.constexpr):
 
 
 @triton.jit
+def saturated(stats):
+    return stats.s_sum < SATURATED
+
+
+@triton.jit
 def huge(stats, temper):
     """Whether differences of the scaled logits were bounded in the first sweep."""
     s, t = tl.abs(stats.s_max) * temper.s_scale, tl.abs(stats.t_max) * temper.t_scale

@@ -156,7 +156,7 @@ def sweep(
                 rest = tl.sum(P.field(scratch, P.REST, SPLITS))
             else:
                 lacking = tl.zeros([LANES, 1], tl.float32)
-                if P.lacking(stats, row, temper):
+                if P.lacking(row, R.saturated(stats) | R.huge(stats, temper)):
                     if SHIFTED:
                         if headed:
                             at = begin + offsets

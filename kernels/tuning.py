@@ -27,16 +27,18 @@ BLOCK = 4096
 # Entries of a program of the elementwise kernels, 16 per thread: at least two loads of 128 bits
 # per operand under way.
 ELEMENTWISE = (4096, 8)
+# The first number of Hopper's capability.
+HOPPER = 9
 # The thread blocks of a cluster, the columns that each of them holds, and the Triton that has them,
 # from Hopper on.
 CLUSTER, SHARE, CLUSTERS = 16, 8192, (3, 8)
 
-# Registers of a thread of a sweep, at most: 64 let an NVIDIA processor hold 1024 threads, 80 hold
+# Registers of a thread of a sweep on Hopper, at most: 64 let a processor hold 1024 threads, 80 hold
 # 768, 128 hold 512. The least that leaves the loops without spills, by `python -m
 # benchmarks.registers`: where only the divergence is wanted of rows that begin alike at multiples
 # of 16 bytes, and with more to do. None: it takes no more of its own.
 REGISTERS: dict[str, tuple[int | None, int | None]] = {
-    "jsd": (64, 128), "skew_kl": (64, 128), "skew_reverse_kl": (64, 128), "jeffreys": (80, None),
+    "jsd": (64, 128), "skew_kl": (80, 128), "skew_reverse_kl": (64, 128), "jeffreys": (80, None),
     "alpha": (80, 128), "renyi": (80, 128),
 }  # fmt: skip
 OTHERS = (None, 128)
@@ -77,9 +79,9 @@ def schedule(
         return table(rows, columns, itemsize, 1, resident=128, block=256, held=held)
     processors = multiprocessors(device)
     if not once and COLUMNS["resident"] < columns <= COLUMNS["cluster"]:
-        if columns % (16 // itemsize) == 0 and is_nvidia(device, 9):
+        if columns % (16 // itemsize) == 0 and generation(device) >= HOPPER:
             return cluster(columns)
-    wave = 32 if is_nvidia(device, 0) else 64
+    wave = 32 if generation(device) else 64
     return table(rows, columns, itemsize, processors, wave=wave, held=held)
 
 
@@ -133,7 +135,7 @@ def registers(device: torch.device, divergence: str, shifted: bool, plain: bool)
 
     shifted: rows may begin anywhere; plain: alike on all sides, and only the divergence is wanted.
     """
-    if device.type == "cpu" or not is_nvidia(device, 0):
+    if device.type == "cpu" or generation(device) != HOPPER:
         return {}
     least, most = REGISTERS.get(divergence, OTHERS)
     return {"maxnreg": most if not plain else ODD_REGISTERS if shifted else least}
@@ -149,8 +151,9 @@ def power_of_two(count: int) -> int:
 
 
 @functools.cache
-def is_nvidia(device: torch.device, generation: int) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= generation
+def generation(device: torch.device) -> int:
+    """Of an NVIDIA GPU, the first number of its capability; 0 of others."""
+    return 0 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
 
 
 @functools.cache

@@ -27,12 +27,12 @@ ROOT = Path(__file__).parents[1]
 # former. kernels/README.md says what the value costs that does not cancel.
 BUDGET = {
     "forward_kl": (43.5, 26.5, 4.125, 0),
-    "reverse_kl": (48, 17, 4.125, 0),
+    "reverse_kl": (48, 17.5, 4.125, 0),
     "jeffreys": (65.5, 34, 4.125, 0),
     "jsd": (76, 23.5, 7.125, 2),
     "skew_kl": (102.5, 38, 8.125, 1),
     "skew_reverse_kl": (100.5, 32.5, 7.125, 2),
-    "tvd": (64, 20, 5.125, 0),
+    "tvd": (64, 20.5, 5.125, 0),
     "alpha": (85, 37, 7.1875, 0),
     "renyi": (85, 36, 7.1875, 0),
 }
@@ -44,11 +44,11 @@ RESIDENT = {
     5: 119, 16: 49.5, 32: 46, 37: 70, 64: 47, 128: 47.5, 256: 48.5, 512: 48.5, 1024: 49.5,
     2048: 54, 4096: 55,
 }  # fmt: skip
-RESIDENT_JSD = 24  # more than forward KL
+RESIDENT_JSD = 25.5  # more than forward KL
 # Of 10 and of 100 columns; of Triton 3.6 and later, where there is a difference.
 NARROW = {
     "forward_kl": (71.5, 60), "reverse_kl": (71.5, 57), "jeffreys": (90, 76.5), "jsd": (91, 77),
-    "skew_kl": (92, 78), "skew_reverse_kl": (99, 85), "tvd": (74, 58), "alpha": (111, 94.5),
+    "skew_kl": (92.5, 78), "skew_reverse_kl": (99, 85), "tvd": (74, 58), "alpha": (111, 94.5),
     "renyi": (111, 94),
 }  # fmt: skip
 DEAREST_SHORT = tuple(map(max, zip(*NARROW.values(), strict=True)))
@@ -65,8 +65,9 @@ LEAST = 256
 # Scalars that ptxas sets aside once per row, outside the loops; which of the kernels that happens
 # to changes with its version, and more where a row's first and last columns are masked.
 SET_ASIDE, ODD = 32, 64
-# Triton 3.6 sends short rows through shared memory: with all options, JSD runs out of registers.
-SHORT = 80 if triton.__version__.startswith("3.6.") else SET_ASIDE
+# Rows of 100 with all options run out of registers; more so by Triton 3.6, which sends them through
+# shared memory.
+SHORT = 80 if triton.__version__.startswith("3.6.") else 40
 
 
 def _params():
@@ -107,7 +108,6 @@ def test_every_configuration_is_compiled(target, name, compiled, request):
     assert {kernel["configuration"] for kernel in compiled[target, name]} == expected
 
 
-@pytest.mark.full  # the register caps spill on sm_100, and budgets await them
 @EVERY
 def test_no_spills(target, name, compiled):
     for kernel in compiled[target, name]:
@@ -158,7 +158,6 @@ def test_enough_warps_fit_a_processor(target, name, compiled):
         assert threads >= ((FEWER if crowded else THREADS) if swept else LEAST), kernel
 
 
-@pytest.mark.full  # the register caps spill on sm_100, and budgets await them
 @HOPPER
 def test_instructions_per_position(target, name, compiled):
     work = {kernel["configuration"]: kernel["work"] for kernel in compiled[target, name]}
@@ -182,7 +181,6 @@ def test_every_operand_is_read_once_per_sweep(target, name, compiled):
     assert work["backward"]["loads"] == [4]
 
 
-@pytest.mark.full  # the register caps spill on sm_100, and budgets await them
 @HOPPER
 def test_instructions_of_resident_rows(target, name, compiled):
     more = RESIDENT_JSD if name == "jsd" else 0
@@ -192,7 +190,6 @@ def test_instructions_of_resident_rows(target, name, compiled):
             assert 0 < kernel["work"]["instructions"] <= RESIDENT[int(width)] + more, kernel
 
 
-@pytest.mark.full  # the register caps spill on sm_100, and budgets await them
 @HOPPER
 def test_instructions_of_short_rows(target, name, compiled):
     work = {kernel["configuration"]: kernel["work"] for kernel in compiled[target, name]}

@@ -18,9 +18,9 @@ OLDEST, NEWEST = ("triton==3.6.0", "numpy<2.4"), ("triton==3.9.0",)
 
 @pytest.fixture
 def run(tmp_path):
-    """run(packages, module, *arguments): `python -m`, with these before all that is here."""
+    """run(packages, *commands): each by `python -m`, with these before all that is here."""
 
-    def run_(packages: tuple[str, ...], *command: str) -> None:
+    def run_(packages: tuple[str, ...], *commands: tuple[str, ...]) -> None:
         venv.create(tmp_path, symlinks=True)
         python = tmp_path / "bin" / "python"
         pip = (sys.executable, "-m", "pip", "--python", python, "--retries", "1", "install")
@@ -37,21 +37,35 @@ def run(tmp_path):
         assert f"triton=={used.stdout.strip()}" == packages[0]
 
         environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
-        done = subprocess.run(
-            [python, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+        environment.pop("TRITON_INTERPRET", None)  # read when Triton is imported
+        for command in commands:
+            done = subprocess.run(
+                [python, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
     return run_
+
+
+AMD = ("benchmarks.compiled", "--json", "--quick", "--target", "gfx942")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("packages", "more"), [(OLDEST, [AMD]), (NEWEST, [])], ids=["oldest", "newest"]
+)
+def test_launches_compile(packages, more, run):
+    """A few for sm_90, of each divergence some, and down to the machine code for gfx942."""
+    run(packages, ("tests.ptx.scan", "--few", "--part", "0/6"), *more)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("packages", [OLDEST, NEWEST], ids=["oldest", "newest"])
+def test_every_launch_compiles(packages, run):
+    run(packages, ("tests.ptx.scan",))
 
 
 @pytest.mark.full
 def test_kernels_run_and_compile_under_the_oldest_triton(run):
     tests = ("tests/test_kernels.py", "tests/test_ahead_of_time.py", "--quick")
-    run(OLDEST, "pytest", "-p", "no:cacheprovider", *tests)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("packages", [OLDEST, NEWEST], ids=" ".join)
-def test_every_launch_compiles(packages, run, request):
-    run(packages, "tests.ptx.scan", *([] if request.config.getoption("--full") else ["--few"]))
+    run(OLDEST, ("pytest", "-p", "no:cacheprovider", *tests))

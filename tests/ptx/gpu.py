@@ -222,7 +222,7 @@ def _pretend() -> None:
     replaced = {
         "schedule": (on_gpu, (bernoulli, logits, moments)),
         "multiprocessors": (lambda _: PROCESSORS, (tuning, logits)),
-        "is_nvidia": (lambda _, generation: generation <= 9, (tuning,)),
+        "generation": (lambda _: 9, (tuning,)),
         "elementwise": (lambda _: tuning.ELEMENTWISE, (elementwise_kernels,)),
         "_on_triton": (lambda *operands: operands[0].dtype != torch.float64, (elementwise,)),
         "backend": (lambda name, *_: name, (checks,)),
