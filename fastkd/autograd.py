@@ -35,12 +35,12 @@ class Rows(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         problem = Problem.unpack(tensors, numbers, vocab_size, spec)
-        backend = operators.backend(name, problem)
-        values, state = backend.forward(problem, entropy, metrics)
+        values, state = operators.backend(name, problem).forward(problem, entropy, metrics)
         if dual_numbers is None:
             return values, state, state.new_empty(0)
         a, b, _ = unpacked_numbers(dual_numbers)
-        _, other = backend.forward(problem.exchanged(dual, a, b), False, False)
+        exchanged = problem.exchanged(dual, a, b)
+        _, other = operators.backend(name, exchanged).forward(exchanged, False, False)
         return values, state, other
 
     @staticmethod

@@ -130,55 +130,6 @@ def per_row(name: str, tensor: Any, student: Tensor) -> None:
     beside(name, tensor, student)
 
 
-def needed_labels(labels: Any, alpha: float, divergence: Divergence) -> None:
-    if labels is None and alpha < 1:
-        raise ValueError(f"alpha={alpha} mixes in a cross-entropy, which needs labels: pass them")
-    if labels is None and divergence.label_aware:
-        raise ValueError(f"{divergence} looks at the label of each row: pass labels")
-
-
-def labels(tensor: Any, student: Tensor, vocab_size: int, ignore_index: int) -> None:
-    per_row("labels", tensor, student)
-    if tensor.dtype not in (torch.int64, torch.int32):
-        raise TypeError(
-            f"labels must be class indices in int64 or int32, got {tensor.dtype}; soft labels are "
-            "a teacher: pass their logarithm as `teacher`"
-        )
-    if may_read(tensor) and not _within(tensor, vocab_size):
-        wrong = (tensor != ignore_index) & ((tensor < 0) | (tensor >= vocab_size))
-        if wrong.any():
-            raise ValueError(
-                f"labels must lie in [0, {vocab_size}) or be ignore_index={ignore_index}, got "
-                f"{tensor[wrong][0].item()}"
-            )
-
-
-def _within(tensor: Tensor, size: int) -> bool:
-    """Whether all indices, of which none may be ignored, lie in [0, size)."""
-    if not tensor.numel():
-        return True
-    least, most = tensor.aminmax()
-    return bool(least >= 0 and most < size)
-
-
-def multi_hot(tensor: Any, student: Tensor, vocab_size: int) -> None:
-    shape = (*student.shape[:-1], vocab_size)
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"labels must be a tensor, got {type(tensor).__name__}")
-    dense("labels", tensor)
-    if tensor.shape != shape or tensor.dtype.is_complex:
-        raise ValueError(
-            f"labels of Bernoulli() are multi-hot, {shape}, got {tuple(tensor.shape)} in "
-            f"{tensor.dtype}: F.one_hot makes such of class indices"
-        )
-    beside("labels", tensor, student)
-    if may_read(tensor) and not ((tensor >= 0) & (tensor <= 1)).all():
-        raise ValueError(
-            f"labels of Bernoulli() must lie in [0, 1], got {tensor.min().item()} to "
-            f"{tensor.max().item()}: leave out rows by `weight`"
-        )
-
-
 def multi_label(standardize: bool, label_smoothing: float, ignore_index: int) -> None:
     """Refuses what multi-label heads have no use for."""
     for name, value, default, instead in (

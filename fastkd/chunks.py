@@ -14,17 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ensembles, linear
+from . import ensembles, linear, soft_labels
 from .problem import Coefficients, Head, Mixture, Problem
 
 # Bytes of a chunk's buffers. On a GPU products of thousands of rows run at its full rate; on a CPU
 # the logits stay in the cache between what makes them and the loss.
 GPU_BYTES, CPU_BYTES = 512 << 20, 32 << 20
 LEAST_ROWS = 16
-
-
-def chunked(problem: Problem) -> bool:
-    return any(isinstance(side, (Head, Mixture)) for side in (problem.student, problem.teacher))
 
 
 def rows_within(problem: Problem, buffers: int, least: int = 1) -> int:
@@ -46,7 +42,7 @@ def plain(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Chunked(NamedTuple):
-    """A backend's functions (see problem.py) for problems with a Head or a Mixture."""
+    """A backend's functions (see problem.py) for problems that come in chunks of rows."""
 
     backend: Any
     name: str
@@ -105,7 +101,8 @@ def _chunks(problem: Problem, name: str) -> Iterator[tuple[Any, Problem]]:
     student, teacher = problem.student, problem.teacher
     shared = isinstance(student, Head) and isinstance(teacher, Head) and student.same(teacher)
     counts = [_buffers(student), 0 if shared else _buffers(teacher)]
-    size = rows_within(problem, sum(counts), LEAST_ROWS)
+    others = soft_labels.BUFFERS if problem.soft else 0
+    size = rows_within(problem, sum(counts) + others, LEAST_ROWS)
     new = problem.student_temperature.new_empty
     buffers = [[new(size, problem.vocab_size) for _ in range(count)] for count in counts]
     for rows in _pieces(problem, size):
@@ -113,6 +110,8 @@ def _chunks(problem: Problem, name: str) -> Iterator[tuple[Any, Problem]]:
         first, second = ([x[: part.rows] for x in some] for some in buffers)
         sides = [_logits(part, part.student, first, name), None]
         sides[1] = sides[0] if shared else _logits(part, part.teacher, second, name)
+        if problem.soft:  # whose gradient has two parts, added in the dtype of the arithmetic
+            sides[0] = sides[0].to(problem.dtype)
         yield rows, ensembles.tempered(part, sides, name)
 
 

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import autograd, checks, chunks, moments, reference, sides, tracing
+from . import autograd, checks, moments, reference, sides, tracing
 from .divergences import Divergence
+from .labels import check as check_labels
+from .labels import soft as is_soft
 from .operands import Student, Teacher
 from .operators import readable
 from .problem import Problem, packed_numbers, per_row, scalar
@@ -102,8 +104,9 @@ def distillation_loss(
             Tensors made under torch.inference_mode are taken, but by torch.compile, which cannot
             save them.
         labels: class indices [...], int64 or int32. They feed the cross-entropy and say, by
-            `ignore_index`, which rows count. No shift is applied. With `Bernoulli()`, multi-hot
-            [..., V] in [0, 1].
+            `ignore_index`, which rows count. No shift is applied. Or a distribution [..., V] in
+            floating point, of mixup say, as in F.cross_entropy: rows then count by `weight` alone.
+            With `Bernoulli()`, multi-hot [..., V] in [0, 1].
         divergence: "forward_kl" (KL(p || q)), "reverse_kl", "jeffreys", "tvd", or an object:
             `JSD(beta)`, `SkewKL(alpha)`, `SkewReverseKL(alpha)`, `AlphaDivergence(alpha)`,
             `Renyi(alpha)`, `Jeffreys(forward, reverse)`, one of your own (`Divergence`), or, for
@@ -180,7 +183,8 @@ def distillation_loss(
         inplace=inplace, backend=backend, return_metrics=return_metrics, dim=dim,
     )  # fmt: skip
     student, teacher = (sides.classes_last(x, given.dim) for x in (student, teacher))
-    labels = sides.classes_last(labels, given.dim) if given.sigmoids else labels
+    soft = is_soft(labels) and not given.sigmoids
+    labels = sides.classes_last(labels, given.dim) if soft or given.sigmoids else labels
     sides.check(given, student, teacher, labels)
     outlines = sides.outlines(student, teacher)
     columns = _check(given, *outlines, labels, weight)
@@ -196,7 +200,7 @@ def distillation_loss(
     given, labels, weight = given.readable(), readable(labels), readable(weight)
     dtype = reduce(torch.promote_types, (x.dtype for x in outlines), torch.float32)
     counted, row_weight = rows_that_count(
-        None if given.sigmoids else labels, weight, given.ignore_index, dtype
+        None if soft or given.sigmoids else labels, weight, given.ignore_index, dtype
     )
     factor = factor_of_rows(reduction, num_items, counted, row_weight, outlines[0], dtype)
     if torch.compiler.is_compiling():
@@ -209,7 +213,7 @@ def distillation_loss(
         sides.side_of(teacher, given, labels, columns, backend) if reads_teacher else None,
         labels if _reads_labels(given) else None, counted, columns, dtype,
     )  # fmt: skip
-    if standardize and chunks.chunked(problem):
+    if standardize and problem.makes_logits:
         problem = problem._replace(standardize=True)
     elif standardize and backend != "reference":
         problem = moments.standardized(problem, backend)
@@ -240,11 +244,7 @@ def _check(
     columns = checks.logits(student, teacher, given.vocab_size)
     for name, value in given.temperatures.items():
         checks.temperature_rows(name, value, student)
-    checks.needed_labels(labels, given.alpha, given.divergence)
-    if labels is not None and given.sigmoids:
-        checks.multi_hot(labels, student, columns)
-    elif labels is not None:
-        checks.labels(labels, student, columns, given.ignore_index)
+    check_labels(labels, given, student, columns)
     if weight is not None:
         checks.weight(weight, student)
     checks.teacher_gradient(teacher, given.teacher_grad)

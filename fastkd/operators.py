@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import tracing
 from .divergences import Divergence
-from .problem import Coefficients, Events, Head, Mixture, Problem, sources
+from .problem import Coefficients, Events, Head, Problem, sources
 
 Function = TypeVar("Function", bound=type[torch.autograd.Function])
 
@@ -66,7 +66,9 @@ def _module(name: str, problem: Problem) -> Any:
     module = _loaded(MODULES[name, rows])
     if isinstance(problem.teacher, Events):
         module = _loaded("fastkd.events").Listed(module)
-    if any(isinstance(side, (Head, Mixture)) for side in (problem.student, problem.teacher)):
+    if problem.soft:
+        module = _loaded("fastkd.soft_labels").SoftLabels(module)
+    if problem.soft or problem.makes_logits:
         module = _loaded("fastkd.chunks").Chunked(module, name)
     return module
 

@@ -135,7 +135,7 @@ class Problem(NamedTuple):
     teacher: Any  # likewise, or Events, or a Mixture; None: not read, and the divergence is 0
     student_temperature: Tensor  # [N], of any stride
     teacher_temperature: Tensor | None  # [N]; None: the student's
-    labels: Tensor | None  # [N], integer, or [N, V] for sigmoids; None: no cross-entropy
+    labels: Tensor | None  # [N], integer, or [N, V], soft or of sigmoids; None: no cross-entropy
     counted: Tensor | None  # [N], bool: the rows that count; None: all
     label_smoothing: float
     divergence: str  # a name of table 1
@@ -159,7 +159,9 @@ class Problem(NamedTuple):
         """From what distillation_loss was given, checked; dtype: of the arithmetic."""
         source = sources(student)[0]
         row_dims, rows, device = source.dim() - 1, math.prod(source.shape[:-1]), source.device
-        sides = rows_of_sides([student] if teacher is None else [student, teacher])
+        sides = [student] if teacher is None else [student, teacher]
+        soft = labels is not None and labels.is_floating_point() and not given.sigmoids
+        sides = [_one_dimension(side) for side in sides] if soft else rows_of_sides(sides)
         a, b = given.divergence.parameters
         teacher_temperature = None
         if given.teacher_temperature is not None:
@@ -181,6 +183,17 @@ class Problem(NamedTuple):
     def dtype(self) -> torch.dtype:
         """Of the arithmetic and of everything per row: fp32, or fp64 for fp64 logits."""
         return self.student_temperature.dtype
+
+    @property
+    def soft(self) -> bool:
+        """Whether the labels are a distribution over the classes of a softmax."""
+        several = self.labels is not None and self.labels.dim() == 2
+        return several and Divergence.of_name(self.divergence).rows == "logits"
+
+    @property
+    def makes_logits(self) -> bool:
+        """Whether the logits of a side are made for a chunk of rows at a time."""
+        return any(isinstance(side, (Head, Mixture)) for side in (self.student, self.teacher))
 
     def part(self, rows: Any) -> Problem:
         """The problem of some of the N rows, a slice or indices; logits are [1, N, width]."""
@@ -205,7 +218,7 @@ class Problem(NamedTuple):
             teacher_temperature=some(self.teacher_temperature),
             labels=some(self.labels),
             counted=some(self.counted),
-            moments=None if self.moments is None else self.moments[..., rows],
+            moments=None if self.moments is None else self.moments[..., rows].contiguous(),
         )
 
     def exchanged(self, divergence: str, a: float, b: float) -> Problem:

@@ -31,7 +31,7 @@ def losses(
     lp = _log_softmax(scores[1], teacher_temperature)
 
     labels = None
-    if problem.labels is not None:
+    if problem.labels is not None and not problem.soft:
         labels = torch.where(counts, problem.labels, 0).long()
     rows: list[Tensor | None] = [
         _divergence(problem, lp, lq, labels),
@@ -44,8 +44,16 @@ def losses(
         rows[1] = F.cross_entropy(
             z, labels, reduction="none", label_smoothing=problem.label_smoothing
         )
+    if problem.labels is not None and problem.soft:
+        rows[1] = _soft_cross_entropy(z, problem.labels, problem.label_smoothing)
     rows = [None if row is None else torch.where(counts, row, 0.0) for row in rows]
     return _rounded(problem, rows)
+
+
+def _soft_cross_entropy(z: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    target = (1 - smoothing) * labels.double()
+    target = target + smoothing * labels.double().mean(-1, keepdim=True)
+    return -_product(target, torch.log_softmax(z, -1)).sum(-1)
 
 
 def _logits(problem: Problem) -> list[Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import checks, tracing
 from .events import events_of
+from .labels import soft as is_soft
 from .linear import head_of
 from .operands import Ensemble, LinearHead, Sampled, TopK
 from .operators import readable
@@ -111,8 +112,13 @@ def _listed(given: Settings, teacher: TopK | Sampled, labels: Tensor | None) -> 
         raise ValueError(f"teacher_grad=True: a {kind} has no logits to train; leave it out")
     if given.backend == "reference":
         raise NotImplementedError(f"backend='reference' has no {kind}: pass backend='torch'")
-    if isinstance(teacher, TopK) and teacher.tail == "label" and labels is None:
-        raise ValueError("TopK(tail='label') gives the rest to the true token: pass labels")
+    if isinstance(teacher, TopK) and teacher.tail == "label":
+        if labels is None:
+            raise ValueError("TopK(tail='label') gives the rest to the true token: pass labels")
+        if is_soft(labels):
+            raise ValueError(
+                "TopK(tail='label') gives the rest to one true token: pass class indices"
+            )
     _one_temperature(kind, getattr(teacher, "tail", ""), given.temperatures)
 
 

@@ -59,7 +59,8 @@ def distillation_loss(
     t_t = t_s if teacher_temperature is None else _per_row(teacher_temperature, z)
 
     counted = torch.ones(len(z), dtype=torch.bool, device=z.device)
-    if labels is not None and not multi_label:
+    soft = labels is not None and labels.is_floating_point() and not multi_label
+    if labels is not None and not multi_label and not soft:
         labels = labels.flatten().long()
         counted = labels != ignore_index
     weights = counted.double()
@@ -93,7 +94,9 @@ def distillation_loss(
         both = (z == z.amax(-1, keepdim=True)) & (y == y.amax(-1, keepdim=True))
         agreement = both.any(-1).double()
         ce = None
-        if labels is not None:
+        if soft:
+            ce = _soft_cross_entropy(z, labels[..., :vocab_size].reshape(z.shape), label_smoothing)
+        elif labels is not None:
             ce = _cross_entropy(z, torch.where(read, labels, 0), label_smoothing)
 
     loss = torch.zeros_like(kd)
@@ -230,6 +233,13 @@ def _cross_entropy(z: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     if smoothing > 0:
         loss = loss - smoothing * log_q.mean(-1)
     return loss
+
+
+def _soft_cross_entropy(z: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """With a distribution, of which smoothing spreads a share over all classes."""
+    labels = labels.double()
+    target = (1 - smoothing) * labels + smoothing * labels.mean(-1, keepdim=True)
+    return -_times(target, _log_softmax(z)).sum(-1)
 
 
 def _binary_cross_entropy(z: Tensor, labels: Tensor) -> Tensor:
