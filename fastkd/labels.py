@@ -52,6 +52,11 @@ def _no_classes(divergence: Divergence, ignore_index: int) -> None:
 def _distribution(labels: Tensor, student: Tensor, columns: int) -> None:
     dense("labels", labels)
     shape = (*student.shape[:-1], columns)
+    if labels.shape == shape[:-1]:
+        raise TypeError(
+            f"labels must be class indices in int64 or int32, or a distribution {shape}, got "
+            f"{tuple(labels.shape)} in {labels.dtype}"
+        )
     if labels.shape != shape:
         raise ValueError(
             f"labels in floating point must be a distribution over the vocabulary, {shape}, got "

@@ -12,7 +12,6 @@ import fastkd
 from fastkd import chunks
 from tests.cases import logits
 from tests.closeness import assert_close, assert_zero
-from tests.conftest import DEVICE
 from tests.running import BACKENDS, FUSED, check, check_everything, defined, run, truth
 
 ROWS, VOCAB = 10, 23
@@ -180,7 +179,7 @@ def test_compiled():
 @pytest.mark.parametrize(
     ("labels", "settings", "message"),
     [
-        (torch.rand(ROWS), {}, r"distribution over the vocabulary, \(10, 23\)"),
+        (torch.rand(ROWS, VOCAB - 1), {}, r"distribution over the vocabulary, \(10, 23\)"),
         (torch.rand(ROWS, VOCAB, requires_grad=True), {}, "detach"),
         (-torch.rand(ROWS, VOCAB), {}, "must be probabilities"),
         (torch.full((ROWS, VOCAB), math.nan), {}, "must be probabilities"),
