@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import operators, tracing
+from . import operators, sharding, tracing
 from .operators import readable, signed
 from .problem import CE, ENTROPY, KD, Coefficients, Problem, sources, unpacked_numbers
 
@@ -35,12 +35,20 @@ class Rows(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         problem = Problem.unpack(tensors, numbers, vocab_size, spec)
-        values, state = operators.backend(name, problem).forward(problem, entropy, metrics)
+        backend = operators.backend(name, problem)
         if dual_numbers is None:
+            values, state = backend.forward(problem, entropy, metrics)
             return values, state, state.new_empty(0)
         a, b, _ = unpacked_numbers(dual_numbers)
         exchanged = problem.exchanged(dual, a, b)
-        _, other = operators.backend(name, exchanged).forward(exchanged, False, False)
+        calls = (problem, entropy, metrics), (exchanged, False, False)
+        backends = (operators.backend(name, one) for one, *_ in calls)
+        if problem.merge:  # what both gather goes together
+            phases = (backend.phases(*call) for backend, call in zip(backends, calls, strict=True))
+            found = sharding.together(sharding.of(problem.merge), *phases)
+        else:
+            found = [backend.forward(*call) for backend, call in zip(backends, calls, strict=True)]
+        (values, state), (_, other) = found
         return values, state, other
 
     @staticmethod

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .divergences import Divergence
+from .sharding import Group
 from .tracing import may_read, opaque, traced, trained_of, trains, watched
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
@@ -74,7 +75,24 @@ def dense(name: str, tensor: Tensor) -> None:
     raise NotImplementedError(f"{name} is {found}: pass {name}.{instead}")
 
 
-def logits(student: Any, teacher: Any, vocab_size: Any) -> int:
+def group(value: Any, backend: str) -> None:
+    if value is None:
+        return
+    if not isinstance(value, (torch.distributed.ProcessGroup, Group)):
+        raise TypeError(
+            f"group must be a torch.distributed.ProcessGroup, got {type(value).__name__}: a mesh "
+            "has it as get_group()"
+        )
+    if backend == "reference":
+        raise NotImplementedError("backend='reference' has no group: pass backend='torch'")
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "group= inside torch.compile is not supported: call the loss outside of the compiled "
+            "function"
+        )
+
+
+def logits(student: Any, teacher: Any, vocab_size: Any, shard: bool = False) -> int:
     """The number of columns that are vocabulary."""
     for name, tensor in (("student", student), ("teacher", teacher)):
         if not isinstance(tensor, Tensor):
@@ -98,6 +116,14 @@ def logits(student: Any, teacher: Any, vocab_size: Any) -> int:
             f"{tuple(teacher.shape)}"
         )
     widths = student.size(-1), teacher.size(-1)
+    if shard:  # which may be empty
+        if min(widths) < vocab_size:
+            raise ValueError(
+                f"this rank of `group` has {vocab_size} columns, but student and teacher have "
+                f"{widths[0]} and {widths[1]}: pass both split alike, or a teacher with the "
+                "columns of all"
+            )
+        return vocab_size
     if vocab_size is None:
         if widths[0] != widths[1]:
             raise ValueError(
@@ -328,10 +354,24 @@ def teacher_gradient(teacher: Tensor, teacher_grad: bool) -> None:
         raise ValueError("teacher requires a gradient: detach it, or say teacher_grad=True")
 
 
-def backend(name: str, student: Tensor, teacher: Tensor, has_device_function: bool) -> str:
+def sharded(divergence: Divergence) -> None:
+    if not divergence.sharded:
+        raise NotImplementedError(
+            f"{type(divergence).__name__} takes a row in one piece, and `group` spreads it over "
+            "ranks: gather the logits, or take all sums by the pair (Divergence.value_and_pull)"
+        )
+
+
+def backend(
+    name: str, student: Tensor, teacher: Tensor, has_device_function: bool, sharded: bool = False
+) -> str:
     """The backend that runs, for the name that was asked for."""
     if name not in ("auto", "triton"):
         return name
+    if sharded:  # the kernels have no phases yet
+        if name == "triton":
+            raise NotImplementedError("backend='triton' has no group: pass backend='torch'")
+        return "torch"
     double = torch.float64 in (student.dtype, teacher.dtype)
     if name == "auto":
         usable = student.is_cuda and HAS_TRITON and not double and has_device_function

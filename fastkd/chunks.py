@@ -8,13 +8,13 @@ from. Only the sums for a head's weight and bias outlast a chunk.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import ensembles, linear, soft_labels
+from . import ensembles, linear, sharding, soft_labels
 from .problem import Coefficients, Head, Mixture, Problem
 
 # Bytes of a chunk's buffers. On a GPU products of thousands of rows run at its full rate; on a CPU
@@ -26,7 +26,8 @@ LEAST_ROWS = 16
 def rows_within(problem: Problem, buffers: int, least: int = 1) -> int:
     """The most rows, at least `least`, of which some buffers of logits keep to the budget."""
     budget = GPU_BYTES if problem.student_temperature.is_cuda else CPU_BYTES
-    row = buffers * problem.vocab_size * problem.student_temperature.element_size()
+    columns = -(-problem.columns // sharding.of(problem.merge).size)  # the same on all owners
+    row = max(buffers * columns, 1) * problem.student_temperature.element_size()
     return max(1, min(problem.rows, max(least, budget // row)))
 
 
@@ -52,6 +53,17 @@ class Chunked(NamedTuple):
         values, state = _Rows(problem), _Rows(problem)
         for rows, part in _chunks(problem, self.name):
             found = self.backend.forward(part, entropy, metrics)
+            values.add(rows, found[0])
+            state.add(rows, found[1])
+        return values.all(), state.all()
+
+    def phases(
+        self, problem: Problem, entropy: bool, metrics: bool
+    ) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """`forward` up to its gathers: see `sharding.together`."""
+        values, state = _Rows(problem), _Rows(problem)
+        for rows, part in _chunks(problem, self.name):
+            found = yield from self.backend.phases(part, entropy, metrics)
             values.add(rows, found[0])
             state.add(rows, found[1])
         return values.all(), state.all()

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import autograd, checks, moments, reference, sides, tracing
+from . import autograd, checks, moments, reference, sharding, sides, tracing
 from .divergences import Divergence
-from .labels import check as check_labels
 from .labels import soft as is_soft
 from .operands import Student, Teacher
 from .operators import readable
@@ -21,6 +20,7 @@ from .reduction import Metrics, factor_of_rows, factors_of_terms, rows_that_coun
 from .settings import Keywords, Settings
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
 
@@ -81,6 +81,7 @@ def distillation_loss(
     backend: str = "auto",
     return_metrics: bool = False,
     dim: int = -1,
+    group: ProcessGroup | sharding.Group | None = None,
 ) -> Tensor | tuple[Tensor, Metrics]:
     r"""Knowledge-distillation loss of a student against a teacher.
 
@@ -137,7 +138,7 @@ def distillation_loss(
             never synchronised. Of a tensor 0 is allowed where no row counts, and the loss is 0;
             else it is NaN, as it is for a negative one that may not be read.
         vocab_size: columns from here on are padding, on either side: no mass, gradient 0. Lets
-            student and teacher be of different widths.
+            student and teacher be of different widths. With `group`: of all ranks together.
         teacher_grad: True gives the teacher a gradient too, where it requires one.
         gradient: "forward" computes the student's gradient together with the loss, holds it, and
             allows one backward; "backward" keeps the logits and recomputes, and gives gradients
@@ -151,6 +152,7 @@ def distillation_loss(
         return_metrics: return (loss, Metrics) instead.
         dim: the classes' dimension. Dense predictions [B, C, H, W] have 1, and rows [B, H, W]; they
             are read without a copy in torch.channels_last.
+        group: process group over which the vocabulary is sharded: see docs/sharded.md.
 
     Returns:
         The loss, fp32 (fp64 for fp64 logits): 0-d, or [...] with reduction="none". With all rows
@@ -180,14 +182,17 @@ def distillation_loss(
         scale_by_temperature=scale_by_temperature, standardize=standardize, alpha=alpha,
         label_smoothing=label_smoothing, entropy_weight=entropy_weight, ignore_index=ignore_index,
         reduction=reduction, vocab_size=vocab_size, teacher_grad=teacher_grad, gradient=gradient,
-        inplace=inplace, backend=backend, return_metrics=return_metrics, dim=dim,
+        inplace=inplace, backend=backend, return_metrics=return_metrics, dim=dim, group=group,
     )  # fmt: skip
     student, teacher = (sides.classes_last(x, given.dim) for x in (student, teacher))
     soft = is_soft(labels) and not given.sigmoids
     labels = sides.classes_last(labels, given.dim) if soft or given.sigmoids else labels
     sides.check(given, student, teacher, labels)
+    merge = sharding.of_group(given.group, sides.outline(student).shape, given.vocab_size)
+    teacher = sides.own_columns(teacher, merge)
+    labels = sides.own_columns(labels, merge) if given.sigmoids else labels
     outlines = sides.outlines(student, teacher)
-    columns = _check(given, *outlines, labels, weight)
+    columns = sides.columns(given, merge, *outlines, labels, weight)
     num_items = checks.num_items(num_items, reduction, outlines[0])
     backend = _backend(given, *outlines)
     others = {"teacher": outlines[1], "weight": weight, **given.temperatures}
@@ -212,6 +217,7 @@ def distillation_loss(
         sides.side_of(student, given, labels, columns, backend),
         sides.side_of(teacher, given, labels, columns, backend) if reads_teacher else None,
         labels if _reads_labels(given) else None, counted, columns, dtype,
+        sharding.name_of(merge),
     )  # fmt: skip
     if standardize and problem.makes_logits:
         problem = problem._replace(standardize=True)
@@ -237,26 +243,14 @@ def distillation_loss(
     return (loss, Metrics.of(values, shape, labels)) if return_metrics else loss
 
 
-def _check(
-    given: Settings, student: Tensor, teacher: Tensor, labels: Tensor | None, weight: Tensor | None
-) -> int:
-    """Refuses operands that do not go together; the number of columns that are vocabulary."""
-    columns = checks.logits(student, teacher, given.vocab_size)
-    for name, value in given.temperatures.items():
-        checks.temperature_rows(name, value, student)
-    check_labels(labels, given, student, columns)
-    if weight is not None:
-        checks.weight(weight, student)
-    checks.teacher_gradient(teacher, given.teacher_grad)
-    return columns
-
-
 def _backend(given: Settings, student: Tensor, teacher: Tensor) -> str:
     """The backend that runs."""
     kind = given.divergence
     if given.backend == "auto" and student.is_cuda and not kind.has_device_function:
         warnings.warn(f"{type(kind).__name__} has no device function: using torch", stacklevel=3)
-    return checks.backend(given.backend, student, teacher, kind.has_device_function)
+    return checks.backend(
+        given.backend, student, teacher, kind.has_device_function, given.group is not None
+    )
 
 
 def _reads_labels(given: Settings) -> bool:

@@ -19,17 +19,24 @@ def soft(labels: Any) -> bool:
     return isinstance(labels, Tensor) and labels.is_floating_point()
 
 
-def check(labels: Any, given: Settings, student: Tensor, columns: int) -> None:
-    """Refuses what is missing, or does not go with the settings or the student."""
+def check(
+    labels: Any, given: Settings, student: Tensor, columns: int, of_all: int | None = None
+) -> None:
+    """Refuses what is missing, or does not go with the settings or the student.
+
+    of_all: how many columns all owners of the rows have, where there are several.
+    """
     if labels is None:
         _not_needed(given.alpha, given.divergence)
     elif given.sigmoids:
         _multi_hot(labels, student, columns)
+    elif soft(labels) and given.group is not None:
+        raise NotImplementedError("labels in floating point have no group: pass class indices")
     elif soft(labels):
         _distribution(labels, student, columns)
         _no_classes(given.divergence, given.ignore_index)
     else:
-        _indices(labels, student, columns, given.ignore_index)
+        _indices(labels, student, of_all or columns, given.ignore_index)
 
 
 def _not_needed(alpha: float, divergence: Divergence) -> None:

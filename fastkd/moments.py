@@ -7,9 +7,12 @@ gradient what goes through the width.
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import torch
 from torch import Tensor
 
+from . import sharding
 from .operators import operator
 from .problem import Problem
 
@@ -18,26 +21,34 @@ def standardized(problem: Problem, backend: str) -> Problem:
     """The same problem with its moments, which carry no graph: the backends add their share."""
     student = problem.student.detach()
     teacher = student if problem.teacher is None else problem.teacher.detach()
-    moments = _moments(student, teacher, problem.counted, problem.vocab_size, backend)
+    moments = _moments(
+        student, teacher, problem.counted, problem.vocab_size, backend, problem.merge
+    )
     return problem._replace(moments=moments)
 
 
 @operator(
     "fastkd::moments",
-    "(Tensor student, Tensor teacher, Tensor? counted, SymInt vocab_size, str backend) -> Tensor",
+    "(Tensor student, Tensor teacher, Tensor? counted, SymInt vocab_size, str backend, str merge) "
+    "-> Tensor",
 )
 def _moments(
-    student: Tensor, teacher: Tensor, counted: Tensor | None, vocab_size: int, backend: str
+    student: Tensor,
+    teacher: Tensor,
+    counted: Tensor | None,
+    vocab_size: int,
+    backend: str,
+    merge: str,
 ) -> Tensor:
-    if backend == "torch":
-        from .eager.moments import fill
-    else:
-        from .kernels.moments import fill
-    return fill(_new(student, teacher, backend), student, teacher, counted, vocab_size)
+    package = "eager" if backend == "torch" else "kernels"
+    fill = import_module(f"fastkd.{package}.moments").fill
+    owners = {"merge": sharding.of(merge)} if merge else {}
+    out = _new(student, teacher, backend)
+    return fill(out, student, teacher, counted, vocab_size, **owners)
 
 
 @_moments.register_fake
-def _(student, teacher, counted, vocab_size, backend):
+def _(student, teacher, counted, vocab_size, backend, merge):
     return _new(student, teacher, backend)
 
 

@@ -63,7 +63,7 @@ def _loaded(module: str) -> Any:
 
 def _module(name: str, problem: Problem) -> Any:
     rows = Divergence.of_name(problem.divergence).rows
-    module = _loaded(MODULES[name, rows])
+    module = _loaded((SHARDED if problem.merge else MODULES)[name, rows])
     if isinstance(problem.teacher, Events):
         module = _loaded("fastkd.events").Listed(module)
     if problem.soft:
@@ -78,6 +78,10 @@ MODULES = {
     ("torch", "bernoulli"): "fastkd.eager.bernoulli",
     ("triton", "logits"): "fastkd.kernels.logits",
     ("triton", "bernoulli"): "fastkd.kernels.bernoulli",
+}
+SHARDED = {  # those of rows whose columns are spread over processes
+    ("torch", "logits"): "fastkd.eager.shards",
+    ("torch", "bernoulli"): "fastkd.eager.bernoulli",
 }
 
 

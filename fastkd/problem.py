@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import tracing
+from . import sharding, tracing
 from .divergences import Divergence
 
 if TYPE_CHECKING:
@@ -145,6 +145,7 @@ class Problem(NamedTuple):
     moments: Tensor | None = None  # [2, 3, N], student's and teacher's; None: not standardised
     merge: str = ""  # of sharding.py: who else holds columns of these rows
     standardize: bool = False  # whether moments are to come, chunk by chunk
+    temperature_trains: bool = False  # whether a gradient to either temperature may be asked for
 
     @staticmethod
     def of(
@@ -155,6 +156,7 @@ class Problem(NamedTuple):
         counted: Tensor | None,
         vocab_size: int,
         dtype: torch.dtype,
+        merge: str = "",
     ) -> Problem:
         """From what distillation_loss was given, checked; dtype: of the arithmetic."""
         source = sources(student)[0]
@@ -171,7 +173,8 @@ class Problem(NamedTuple):
         return Problem(
             sides[0], None if teacher is None else sides[1],
             per_row(given.temperature, rows, dtype, device), teacher_temperature, labels, counted,
-            given.label_smoothing, given.divergence.name, a, b, vocab_size,
+            given.label_smoothing, given.divergence.name, a, b, vocab_size, merge=merge,
+            temperature_trains=any(map(tracing.trains, given.temperatures.values())),
         )  # fmt: skip
 
     @property
@@ -194,6 +197,12 @@ class Problem(NamedTuple):
     def makes_logits(self) -> bool:
         """Whether the logits of a side are made for a chunk of rows at a time."""
         return any(isinstance(side, (Head, Mixture)) for side in (self.student, self.teacher))
+
+    @property
+    def columns(self) -> int:
+        """V of all owners of the rows together."""
+        columns = sharding.of(self.merge).columns
+        return self.vocab_size if columns is None else columns
 
     def part(self, rows: Any) -> Problem:
         """The problem of some of the N rows, a slice or indices; logits are [1, N, width]."""
@@ -245,7 +254,7 @@ class Problem(NamedTuple):
             self.moments,
         ]  # fmt: skip
         scales = [x for side in sides for x in _numbers(side)]
-        flags = "standardize" if self.standardize else ""
+        flags = f"{self.standardize:d}{self.temperature_trains:d}"
         spec = "|".join((*map(_kind, sides), flags, self.merge, self.divergence))
         numbers = packed_numbers(self.label_smoothing, self.a, self.b, *scales)
         return Packed(tensors, numbers, self.vocab_size, spec)
@@ -267,7 +276,7 @@ class Problem(NamedTuple):
         *rows, moments = found
         return Problem._make((
             *sides, *rows, label_smoothing, divergence, a, b, vocab_size, moments, merge,
-            flags == "standardize",
+            flags[0] == "1", flags[1] == "1",
         ))  # fmt: skip
 
 
@@ -337,7 +346,7 @@ def rows_of_sides(sides: Sequence[Any]) -> list[Any]:
 
 def _one_dimension(side: Any) -> Any:
     if isinstance(side, Tensor):
-        return as_rows(side.reshape(1, -1, side.size(-1)))[0]
+        return as_rows(side.reshape(1, math.prod(side.shape[:-1]), side.size(-1)))[0]
     if isinstance(side, Head):
         return side._replace(hidden=side.hidden.reshape(-1, side.hidden.size(-1)))
     if isinstance(side, Mixture):

@@ -79,7 +79,7 @@ def factor_of_rows(
         return 1 / num_items
     counts = counted if row_weight is None else row_weight
     if counts is None:
-        return 1 / max(student.numel() // student.size(-1), 1)
+        return 1 / max(math.prod(student.shape[:-1]), 1)
     total = counts.sum(dtype=dtype)
     return torch.where(total == 0, 1.0, total).reciprocal()
 

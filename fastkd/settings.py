@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from torch import Tensor
 
 from . import checks, tracing
 from .divergences import Divergence
 from .operators import readable
+from .sharding import Group
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 FLAGS = ("scale_by_temperature", "standardize", "teacher_grad", "inplace", "return_metrics")
 
@@ -34,6 +38,7 @@ class Keywords(TypedDict, total=False):
     inplace: bool
     backend: str
     dim: int
+    group: ProcessGroup | Group | None
 
 
 class Settings(NamedTuple):
@@ -56,6 +61,7 @@ class Settings(NamedTuple):
     backend: str
     return_metrics: bool
     dim: int
+    group: ProcessGroup | Group | None = None
 
     @staticmethod
     def of(**values: Any) -> Settings:
@@ -64,6 +70,7 @@ class Settings(NamedTuple):
         checks.choice("reduction", values["reduction"], checks.REDUCTIONS)
         checks.choice("gradient", values["gradient"], checks.GRADIENTS)
         checks.choice("backend", values["backend"], checks.BACKENDS)
+        checks.group(values.get("group"), values["backend"])
         for name in FLAGS:
             checks.flag(name, values[name])
         for name, check in (

@@ -42,13 +42,20 @@ class Merge:
 class Group(Merge):
     """The merge of a process group, over which the vocabulary is sharded.
 
-    process_group: all of its ranks call, with the same rows.
-    first_column, columns: see Merge.
-    mine: how many columns this rank holds.
+    `group` of distillation_loss takes one where the ranks hold unequal numbers of columns in a way
+    that neither `vocab_size` nor torch.chunk tells.
+
+    Args:
+        process_group: all of its ranks call, with the same rows.
+        first_column: the index, among the columns of all ranks, of this rank's first.
+        columns: how many all ranks have together.
+        mine: how many this rank has; as `group`, the student's width says it.
     """
 
+    columns: int
+
     def __init__(
-        self, process_group: dist.ProcessGroup, first_column: int, columns: int, mine: int
+        self, process_group: dist.ProcessGroup, first_column: int, columns: int, mine: int = 0
     ) -> None:
         self.process_group = process_group
         self.size, self.rank = process_group.size(), process_group.rank()
@@ -60,24 +67,30 @@ class Group(Merge):
         sent = torch.cat([fields.flatten(), place])
         if tracing.DEBUG:
             self._same_shapes(fields)
-        found = sent.new_empty(self.size, sent.numel())
-        dist.all_gather_into_tensor(found, sent, group=self.process_group)
+        found = sent.new_empty(self.size * sent.numel())
+        # The name since PyTorch 2.13; before, all_gather_into_tensor.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(found, sent, group=self.process_group)
+        found = found.view(self.size, -1)
         if tracing.may_read(found):
             self._contiguous(found[:, -len(place) :].long().tolist())
         return found[:, : -len(place)].view(self.size, *fields.shape)
 
     def _contiguous(self, places: list[list[int]]) -> None:
         """Refuses shards that do not follow each other; all ranks see the same, and refuse."""
-        expected = 0
-        for first, mine, columns in places:
-            if columns != self.columns or (mine and first != expected):
-                raise ValueError(
-                    f"the ranks of `group` hold {[mine for _, mine, _ in places]} columns, which "
-                    f"they take to begin at {[first for first, *_ in places]} of "
-                    f"{[columns for *_, columns in places]}: pass vocab_size, of all columns, the "
-                    "same on all ranks, and split it as torch.chunk does, or evenly"
-                )
-            expected += mine
+        firsts, counts, totals = (
+            [int(x) for x in figures] for figures in zip(*places, strict=True)
+        )
+        follows = all(
+            not count or first == sum(counts[:rank])
+            for rank, (first, count) in enumerate(zip(firsts, counts, strict=True))
+        )
+        if not follows or set(totals) != {sum(counts)}:
+            raise ValueError(
+                f"the ranks of `group` hold {counts} columns, and take these to begin at {firsts} "
+                f"of {totals}: hold as many on all, or split vocab_size columns as torch.chunk "
+                "does, or pass a fastkd.sharding.Group"
+            )
 
     def _same_shapes(self, fields: Tensor) -> None:
         shapes: list[Any] = [None] * self.size
@@ -87,6 +100,31 @@ class Group(Merge):
                 f"the ranks of `group` have different rows or options: statistics of shapes "
                 f"{shapes}, fields by rows; give all ranks the same rows and the same settings"
             )
+
+
+def of_group(
+    group: dist.ProcessGroup | Group | None, shape: torch.Size, vocab_size: int | None
+) -> Merge:
+    """The merge of a group whose rank has student logits of this shape, padding included.
+
+    Without vocab_size all hold as many. With it they do too, and the last columns of all are
+    padding; or the columns are split as torch.chunk does, and the last ranks hold fewer, or none.
+    No rank knows what the others hold: each gather compares.
+    """
+    if group is None or not shape:
+        return LOCAL
+    width = shape[-1]
+    if isinstance(group, Group):
+        columns = group.columns if vocab_size is None else min(group.columns, vocab_size)
+        first = min(group.first_column, columns)
+        return Group(group.process_group, first, columns, min(width, columns - first))
+    size, rank = group.size(), group.rank()
+    if size == 1:
+        return LOCAL
+    columns = size * width if vocab_size is None else vocab_size
+    each = max(width, -(-columns // size))
+    first = min(rank * each, columns)
+    return Group(group, first, columns, min(width, columns - first))
 
 
 LOCAL = Merge()
@@ -110,8 +148,10 @@ def registered(name: str, merge: Merge) -> Iterator[Merge]:
         del _MERGES[name]
 
 
-def name_of(merge: Group) -> str:
+def name_of(merge: Merge) -> str:
     """By which a Problem knows it. A group that is made again takes the place of the old one."""
+    if not isinstance(merge, Group):
+        return ""
     name = f"{merge.process_group.group_name}:{merge.first_column}:{merge.mine}:{merge.columns}"
     _MERGES[name] = merge
     return name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -12,11 +13,13 @@ from torch import Tensor
 from . import checks, tracing
 from .events import events_of
 from .labels import soft as is_soft
+from .labels import check as check_labels
 from .linear import head_of
 from .operands import Ensemble, LinearHead, Sampled, TopK
 from .operators import readable
 from .problem import Mixture, per_row, sources
 from .settings import Settings
+from .sharding import Group, Merge
 
 
 def classes_last(operand: Any, dim: int) -> Any:
@@ -26,6 +29,19 @@ def classes_last(operand: Any, dim: int) -> Any:
     if not -operand.dim() <= dim < operand.dim():
         raise ValueError(f"dim={dim} is none of the {operand.dim()} dimensions of the logits")
     return operand.movedim(dim, -1)
+
+
+def own_columns(operand: Any, merge: Merge) -> Any:
+    """Of what has the columns of all ranks those of this one; what has fewer is split already."""
+    if not isinstance(merge, Group):
+        return operand
+    mine = slice(merge.first_column, merge.first_column + merge.mine)
+    if isinstance(operand, LinearHead) and operand.shape[-1] >= merge.columns:
+        bias = None if operand.bias is None else operand.bias[mine]
+        return replace(operand, weight=operand.weight[mine], bias=bias)
+    if isinstance(operand, Tensor) and operand.dim() and operand.size(-1) >= merge.columns:
+        return operand[..., mine]
+    return operand
 
 
 def outline(operand: Any, student: Any = None) -> Tensor:
@@ -77,6 +93,10 @@ def tensors(name: str, operand: Any) -> dict[str, Tensor]:
 
 def check(given: Settings, student: Any, teacher: Any, labels: Tensor | None) -> None:
     """Refuses what an operand that is not logits cannot serve."""
+    if given.group is not None and isinstance(teacher, Ensemble):
+        raise NotImplementedError(
+            "an Ensemble has no group: pass one teacher, or gather its logits"
+        )
     if given.inplace and isinstance(student, LinearHead):
         raise ValueError("inplace=True overwrites logits, and a LinearHead has none: leave it out")
     if isinstance(student, (TopK, Sampled, Ensemble)):
@@ -176,6 +196,29 @@ def _one_temperature(kind: str, tail: str, temperatures: dict[str, Any]) -> None
             f"{name}={value!r} is the teacher's too, and what a {kind} does not list has no known "
             f"mass but at 1: pass teacher_temperature=1.0{other}"
         )
+
+
+def columns(
+    given: Settings,
+    merge: Merge,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    weight: Tensor | None,
+) -> int:
+    """Refuses operands that do not go together; the number of columns that are vocabulary."""
+    sharded = isinstance(merge, Group)
+    wanted = merge.mine if isinstance(merge, Group) else given.vocab_size
+    columns = checks.logits(student, teacher, wanted, sharded)
+    if sharded:
+        checks.sharded(given.divergence)
+    for name, value in given.temperatures.items():
+        checks.temperature_rows(name, value, student)
+    check_labels(labels, given, student, columns, merge.columns)
+    if weight is not None:
+        checks.weight(weight, student)
+    checks.teacher_gradient(teacher, given.teacher_grad)
+    return columns
 
 
 def side_of(operand: Any, given: Settings, labels: Tensor | None, columns: int, engine: str) -> Any:

@@ -10,12 +10,13 @@ from .bernoulli import Bernoulli
 from .kullback_leibler import ForwardKL, Jeffreys, ReverseKL
 from .mixtures import JSD, TVD, SkewKL, SkewReverseKL
 from .orders import AlphaDivergence, Renyi
-from .pair import FATHOM, LN2, MASKED, SEARCHED, Pair, Pull, Softmax, plogr, total
+from .pair import ALIKE, FATHOM, LN2, MASKED, SEARCHED, Pair, Pull, Softmax, plogr, total
 
 # Those of a softmax that fastkd brings, by name: what is compiled, budgeted and benchmarked.
 BUILT_IN = {n: kind for n, kind in Divergence._classes.items() if kind.rows == "logits"}
 
 __all__ = [
+    "ALIKE",
     "BUILT_IN",
     "FATHOM",
     "JSD",

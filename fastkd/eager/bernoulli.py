@@ -7,13 +7,14 @@ is 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastkd import sharding
 from fastkd.problem import AGREEMENT, CE, ENTROPY, KD, TEACHER_ENTROPY, Coefficients, Problem
 
 BLOCK_ELEMENTS = 1 << 15  # in fp64, with some ten temporaries
@@ -22,12 +23,34 @@ FAR = torch.finfo(torch.float32).max  # from here on a value is infinite
 
 
 def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
-    """`values`, and an empty `state`."""
+    """`values`, and as `state` what the gradient needs of other owners' columns."""
+    merge = sharding.of(problem.merge)
+    (result,) = sharding.together(merge, phases(problem, entropy, metrics))
+    return result
+
+
+def phases(
+    problem: Problem, entropy: bool, metrics: bool
+) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """`forward` up to its gather, if it needs one: see `sharding.together`.
+
+    A row is a sum over classes, and so is its derivative to T, which owners of some classes keep.
+    """
     kinds = 5 if metrics else 3 if entropy or problem.labels is not None else 1
-    values = problem.student.new_zeros(kinds, problem.rows, dtype=problem.dtype)
+    shared = bool(problem.merge)
+    dtype = torch.float64 if shared else problem.dtype
+    slopes = 2 if shared and problem.temperature_trains else 0
+    sums = problem.student.new_zeros(kinds + slopes, problem.rows, dtype=dtype)
+    one = sums.new_ones(()).expand(problem.rows)
     for block in _blocks(problem):
-        _store(values, problem, block)
-    return values, values.new_empty(0, problem.rows)
+        _store(sums[:kinds], problem, block)
+        if slopes:
+            _gradient(problem, block, Coefficients(one, None, None), None, sums[-2])
+            if entropy:
+                _gradient(problem, block, Coefficients(one * 0, None, one), None, sums[-1])
+    if shared:
+        sums = (yield sums).sum(0)
+    return sums[:kinds].to(problem.dtype), sums[kinds:]
 
 
 def backward(
@@ -37,7 +60,10 @@ def backward(
     out = _new_gradient(problem) if gradient else None
     heat = upstream.kd.new_zeros(problem.rows) if temperature else None
     for block in _blocks(problem):
-        _gradient(problem, block, upstream, out, heat)
+        _gradient(problem, block, upstream, out, None if len(state) else heat)
+    if heat is not None and len(state):
+        factors = (upstream.kd, upstream.entropy)
+        heat += sum(x * row for x, row in zip(factors, state, strict=True) if x is not None)
     return _blank(problem, out), heat
 
 
@@ -48,8 +74,11 @@ def fused(
     target = _new_gradient(problem) if out is None else out.view(problem.student.shape)
     kinds = coefficients.kinds(metrics)
     values = problem.student.new_zeros(kinds, problem.rows, dtype=problem.dtype)
+    if problem.merge:
+        values = forward(problem, coefficients.entropy is not None, metrics)[0]
     for block in _blocks(problem):
-        _store(values, problem, block)
+        if not problem.merge:
+            _store(values, problem, block)
         _gradient(problem, block, coefficients, target, None)
     _blank(problem, target)
     return coefficients.weigh(values), values if metrics else None, target
@@ -97,7 +126,7 @@ class _Block(NamedTuple):
 
 def _blocks(problem: Problem) -> Iterator[_Block]:
     outer_rows, inner_rows = problem.student.shape[:2]
-    step = max(1, BLOCK_ELEMENTS // problem.vocab_size)
+    step = max(1, BLOCK_ELEMENTS // max(problem.vocab_size, 1))
     student_rate = 1 / problem.student_temperature.double()[:, None]
     teacher_rate = student_rate
     if problem.teacher_temperature is not None:
@@ -148,7 +177,7 @@ def _store(values: Tensor, problem: Problem, block: _Block) -> None:
     if len(values) > 3:
         terms[TEACHER_ENTROPY] = _entropy(teacher)
         agree = (student.logit > 0) == (teacher.logit > 0)
-        terms[AGREEMENT] = agree.double() / problem.vocab_size
+        terms[AGREEMENT] = agree.double() / problem.columns
     for kind, term in terms.items():
         total = term.sum(-1)
         total = _counted(problem, block, torch.where(total > FAR, torch.inf, total))

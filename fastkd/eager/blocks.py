@@ -52,10 +52,11 @@ def _some(index: int | slice | Tensor, some: slice) -> Any:
 
 def largest(problem: Problem) -> int:
     """Rows of a block, at most: as many for every thread."""
-    eighth = problem.rows * problem.vocab_size // 8
+    columns = max(problem.vocab_size, 1)  # of rows over many processes there may be none here
+    eighth = problem.rows * columns // 8
     elements = min(BLOCK_ELEMENTS, max(LEAST_ELEMENTS, eighth))
     threads = torch.get_num_threads()
-    return threads * max(1, round(elements / problem.vocab_size / threads))
+    return threads * max(1, round(elements / columns / threads))
 
 
 def blocks(problem: Problem, step: int) -> Iterator[Rows]:

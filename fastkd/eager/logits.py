@@ -28,13 +28,13 @@ def backward(
     problem: Problem, state: Tensor, upstream: Coefficients, gradient: bool, temperature: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradient of the student's logits, in their dtype, and of each row's temperature."""
-    out = _new_gradient(problem) if gradient else None
+    out = new_gradient(problem) if gradient else None
     target = None if out is None else out[..., : problem.vocab_size]
     heat = upstream.kd.new_zeros(problem.rows) if temperature else None
     solver = Solver(problem, upstream.entropy is not None, False, gradient=True)
-    weights = _weights(upstream, solver.scales[0])
+    weights = weights_of(upstream, solver.scales[0])
     for rows, terms in solver:
-        _gradient(problem, rows, terms, weights, target, heat)
+        write_gradient(problem, rows, terms, weights, target, heat)
     return out, heat
 
 
@@ -43,7 +43,7 @@ def fused(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Weighted loss rows, `values` with metrics, and the gradient of the sum of those rows."""
     inplace = out is not None
-    out = _new_gradient(problem) if out is None else out.view(problem.student.shape)
+    out = new_gradient(problem) if out is None else out.view(problem.student.shape)
     target = out[..., : problem.vocab_size]
     alone = (coefficients.ce is None or problem.teacher is None) and coefficients.entropy is None
     room = target if alone and not inplace else None
@@ -51,12 +51,12 @@ def fused(
     kept = values.unbind()
     entropy = coefficients.entropy is not None
     solver = Solver(problem, entropy, metrics, True, room, inplace)
-    weights = _weights(coefficients, solver.scales[0])
+    weights = weights_of(coefficients, solver.scales[0])
     for rows, terms in solver:
         _store(kept, rows, terms)
-        _gradient(problem, rows, terms, weights, target, None)
+        write_gradient(problem, rows, terms, weights, target, None)
     if inplace:
-        _blank(problem, out)
+        blank(problem, out)
     return coefficients.weigh(values), values if metrics else None, out
 
 
@@ -69,7 +69,7 @@ def scale_(gradient: Tensor, upstream: Tensor) -> None:
 # --- the gradient of a block -----------------------------------------------------------------
 
 
-def _weights(upstream: Coefficients, scale: float | Tensor) -> Coefficients:
+def weights_of(upstream: Coefficients, scale: float | Tensor) -> Coefficients:
     """For the gradient by logits: [N, 1], or 0-d where all rows share it; scale: the student's."""
     kd, ce, entropy = (
         rows if rows is None else rows[0] if shared(rows) else rows[:, None] for rows in upstream
@@ -78,7 +78,7 @@ def _weights(upstream: Coefficients, scale: float | Tensor) -> Coefficients:
     return Coefficients(kd * scale, ce, None if entropy is None else entropy * scale)
 
 
-def _gradient(
+def write_gradient(
     problem: Problem,
     rows: Rows,
     terms: Terms,
@@ -95,7 +95,8 @@ def _gradient(
     if tempered:
         _tempered_gradient(rows, terms, weights, gradient)
     if tempered and (temperature is not None or problem.moments is not None):
-        heat, degrees = _heat(gradient, terms), problem.student_temperature[rows.flat, None]
+        heat = _heat(gradient, terms) if terms.tempering is None else _weighed(terms, weights, rows)
+        degrees = problem.student_temperature[rows.flat, None]
         moments = None if problem.moments is None else problem.moments[0, :, rows.flat, None]
         if temperature is not None:
             slope = -heat if moments is None else -heat * moments[WIDTH]
@@ -134,6 +135,13 @@ def _heat(gradient: Tensor, terms: Terms) -> Tensor:
     return heat if terms.counts is None else torch.where(terms.counts, heat, 0.0)
 
 
+def _weighed(terms: Terms, weights: Coefficients, rows: Rows) -> Tensor:
+    assert terms.tempering is not None
+    kd, entropy = terms.tempering
+    heat = of_rows(weights.kd, rows) * kd
+    return heat if weights.entropy is None else heat + of_rows(weights.entropy, rows) * entropy
+
+
 def _add_pull(
     gradient: Tensor, heat: Tensor, moments: Tensor, temperature: Tensor, terms: Terms
 ) -> None:
@@ -157,23 +165,23 @@ def _cross_entropy_gradient(
         gradient.addcmul_(terms.unit.terms, size)
     else:
         torch.mul(terms.unit.terms, size, out=gradient)
-    labels = problem.labels[rows.flat, None]
-    gradient.scatter_add_(-1, labels, ((smoothing - 1) * weight).expand(labels.shape))
+    at_labels = ((smoothing - 1) * weight).expand(len(gradient), 1)
+    terms.pair.add_at_labels(gradient, at_labels[:, 0])
     if smoothing:
-        gradient.sub_(weight * (smoothing / problem.vocab_size))
+        gradient.sub_(weight * (smoothing / problem.columns))
 
 
 def _new_values(problem: Problem, kinds: int) -> Tensor:
     return problem.student.new_zeros(kinds, problem.rows, dtype=problem.dtype)
 
 
-def _new_gradient(problem: Problem) -> Tensor:
+def new_gradient(problem: Problem) -> Tensor:
     out = torch.empty_like(problem.student, memory_format=torch.contiguous_format)
-    _blank(problem, out)
+    blank(problem, out)
     return out
 
 
-def _blank(problem: Problem, out: Tensor) -> None:
+def blank(problem: Problem, out: Tensor) -> None:
     """Sets to 0 what no block writes: the padding, and the rows that do not count."""
     if problem.vocab_size < out.size(-1):
         out[..., problem.vocab_size :] = 0

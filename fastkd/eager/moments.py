@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkd.problem import EPS, FLAT
+from fastkd.sharding import LOCAL, Merge
 
 # In fp32, the std of a row is right between these, and where it is no rounding of the mean.
 LEAST_STD, MOST_STD, NEAR_ROUNDING = 1e-14, 1e17, 1e-4
@@ -16,11 +17,22 @@ BLOCK_ELEMENTS = 1 << 18  # of rows that are worked off at once, and stay in the
 
 
 def fill(
-    out: Tensor, student: Tensor, teacher: Tensor, counted: Tensor | None, vocab_size: int
+    out: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    counted: Tensor | None,
+    vocab_size: int,
+    merge: Merge = LOCAL,
 ) -> Tensor:
     """Fills `out` with the moments [2, 3, N] of the rows of both."""
-    for logits, rows in zip((student, teacher), out, strict=True):
-        _fill(rows, logits[..., :vocab_size])
+    sides = [x[..., :vocab_size] for x in (student, teacher)]
+    if merge.size > 1:
+        pieces = merge.gather(torch.stack([_piece(x, out) for x in sides]))
+        for rows, piece in zip(out, pieces.unbind(1), strict=True):
+            rows.copy_(_joined(*piece.unbind(1)))
+    else:
+        for rows, logits in zip(out, sides, strict=True):
+            _fill(rows, logits)
     if counted is not None:  # what does not count may hold NaN
         out[:, :, ~counted] = out.new_tensor([0.0, FLAT, 0.0])[:, None]
     return out
@@ -54,6 +66,13 @@ def _of_block(out: Tensor, x: Tensor) -> None:
 
 def _exact(x: Tensor) -> Tensor:
     """The same in fp64, without the entries that are -inf, of any size."""
+    count, mean, deviation, least, most = _sums(x)
+    std = deviation * (count / (count - 1).clamp_min(1)).sqrt()
+    return _rows(mean, torch.where(most > least, std, 0.0), count)
+
+
+def _sums(x: Tensor) -> tuple[Tensor, ...]:
+    """Of entries that are not -inf: count, mean, root mean square deviation, least and most."""
     kept = x != -math.inf
     count = kept.sum(-1, keepdim=True)
     unit = _largest(torch.where(kept, x, 0.0))
@@ -62,11 +81,42 @@ def _exact(x: Tensor) -> Tensor:
     centred = torch.where(kept, x - mean, 0.0)
     size = _largest(centred)
     square = (centred / size).square().sum(-1, keepdim=True)
-    std = unit * size * (square / (count - 1).clamp_min(1)).sqrt()
+    deviation = unit * size * (square / count.clamp_min(1)).sqrt()
     least = torch.where(kept, x, math.inf).amin(-1, keepdim=True)
     most = torch.where(kept, x, -math.inf).amax(-1, keepdim=True)
-    std = torch.where(most > least, std, 0.0)
-    return _rows(*(row[:, 0] for row in (unit * mean, std, count)))
+    figures = (count, unit * mean, deviation, least * unit, most * unit)
+    return tuple(figure[:, 0] for figure in figures)
+
+
+# --- rows over several owners -----------------------------------------------------------------
+
+
+def _piece(logits: Tensor, like: Tensor) -> Tensor:
+    """The figures of an owner's columns [O, I, V], [5, N] in fp64."""
+    rows, columns = logits.shape[:2].numel(), logits.size(-1)
+    found = like.new_zeros(5, rows, dtype=torch.float64)
+    found[3], found[4] = math.inf, -math.inf
+    if columns:
+        step = max(1, BLOCK_ELEMENTS // columns)
+        for part, block in zip(found.view(5, *logits.shape[:2]).unbind(1), logits, strict=True):
+            for some, matrix in zip(part.split(step, 1), block.split(step), strict=True):
+                some.copy_(torch.stack([x.double() for x in _sums(matrix.double())]))
+    return found
+
+
+def _joined(
+    counts: Tensor, means: Tensor, deviations: Tensor, least: Tensor, most: Tensor
+) -> Tensor:
+    """Mean, width and pull, [3, N], of the figures of each owner, [size, N]."""
+    count = counts.sum(0)
+    mean = (counts / count.clamp_min(1) * means).sum(0)
+    apart = means - mean
+    size = torch.maximum(deviations, torch.where(counts > 0, apart.abs(), 0.0)).amax(0)
+    size = torch.where(size > 0, size, 1.0)
+    squares = counts * ((deviations / size).square() + (apart / size).square())
+    std = size * (squares.sum(0) / (count - 1).clamp_min(1)).sqrt()
+    spread = most.amax(0) > least.amin(0)
+    return _rows(mean, torch.where(spread, std, 0.0), count)
 
 
 def _largest(x: Tensor) -> Tensor:

@@ -42,6 +42,8 @@ class Terms(NamedTuple):
     pull: Pull | None  # None: no teacher
     unit: Softmax | None  # the student's at temperature 1; None: no cross-entropy
     counts: Tensor | None  # [R, 1], bool: rows with a logit on either side; None: all
+    # -T times the derivatives of divergence and entropy to T, [R, 1]; None: from the gradient.
+    tempering: tuple[Tensor, Tensor] | None = None
 
 
 class Solver:
@@ -69,7 +71,7 @@ class Solver:
         self.kind = Divergence.of_name(problem.divergence)
         # Against a student that is nearly certain.
         self.guarded = gradient and self.kind.cancels and problem.teacher is not None
-        self.exact_scales = _scales(problem)
+        self.exact_scales = exact_scales(problem)
         self.scales = [
             scale.to(problem.dtype) if isinstance(scale, Tensor) else scale
             for scale in self.exact_scales
@@ -193,8 +195,7 @@ class Solver:
             values[ENTROPY] = _entropy(q, store.new())
         if self.metrics:
             values[TEACHER_ENTROPY] = _entropy(p, store.new())
-        labels = problem.labels if self.kind.label_aware else None
-        labels = None if labels is None else labels[rows.flat]
+        labels = None if problem.labels is None else problem.labels[rows.flat]
         pair = Pair(q, p, scales[0], store.new, labels)
         if problem.teacher is None:
             values[KD] = torch.zeros_like(q.mass[:, 0])
@@ -208,7 +209,7 @@ class Solver:
         store = self.exact_store
         store.start(rows.size)
         numbers = [store.new().copy_(side).clamp_min_(MASKED) for side in self.logits(rows)]
-        values, pair, pull, unit, _ = self.terms(rows, numbers, numbers, store, self.exact_scales)
+        values, pair, pull, unit, *_ = self.terms(rows, numbers, numbers, store, self.exact_scales)
         counts = ((pair.student.top != MASKED) & (pair.teacher.top != MASKED))[:, 0]
         values = {
             kind: torch.where(value > FAR, torch.inf, value).where(counts, 0.0)
@@ -231,7 +232,7 @@ class Solver:
             pull = pull._replace(
                 factor=pull.factor * torch.where(values.isnan(), values, 1)[:, None]
             )
-        return _without(pull, dead[:, None]) if dead.any() else pull
+        return without(pull, dead[:, None]) if dead.any() else pull
 
     def close(self, rows: Rows, close: Tensor, values: Tensor, pair: Pair, pull: Pull) -> Pull:
         """Puts in the first term of rows that differ little: at high temperatures, say."""
@@ -257,14 +258,14 @@ class Solver:
         return Pull(pull.terms, factor, sums)
 
 
-def _without(pull: Pull, dead: Tensor) -> Pull:
+def without(pull: Pull, dead: Tensor) -> Pull:
     factor, total = (
         torch.where(dead, 0.0, part).to(pull.terms.dtype) for part in (pull.factor, pull.total)
     )
     return Pull(torch.where(dead, 0.0, pull.terms), factor, total)
 
 
-def _scales(problem: Problem) -> list[float | Tensor]:
+def exact_scales(problem: Problem) -> list[float | Tensor]:
     """1 / T of the student and, last, of the teacher: a number where all rows share it, which saves
     passes, else [N, 1] in fp64.
     """
