@@ -192,7 +192,7 @@ def test_operators_pass_opcheck(backend):
         _check(operators._fused, *packed, *coefficients, metrics, backend)
         tensors, *rest = packed
         _check(operators._fused_, tensors[0], tensors[1:], *rest, *coefficients, metrics, backend)
-    arguments = (problem.student, problem.teacher, problem.counted, 10, backend)
+    arguments = (problem.student, problem.teacher, problem.counted, 10, backend, "")
     _check(moments._moments.traced, *arguments)
     standardized = problem._replace(moments=moments._moments(*arguments))
     _check(operators._forward, *standardized.pack(), False, False, backend)

@@ -270,7 +270,7 @@ def test_moments(offset, columns, backend):
     x[0, 1, ::2] = -math.inf
     x[1, 2, 0] = -1e4
     x[1, 1] = 0.1
-    out = moments._moments(x, x.half(), None, columns, backend)
+    out = moments._moments(x, x.half(), None, columns, backend, "")
     assert torch.isfinite(out).all()
     for rows, side in zip(out, (x, x.half()), strict=True):
         for row in range(6):
@@ -293,7 +293,7 @@ def test_moments_of_every_schedule(plan, force):
     x, y = torch.randn(2, 1, 5, 75, device=DEVICE)
     counted = torch.tensor([True, False, True, True, True], device=DEVICE)
     x[0, 1] = math.nan
-    out, true = (moments._moments(x, y, counted, 70, b) for b in ("triton", "torch"))
+    out, true = (moments._moments(x, y, counted, 70, b, "") for b in ("triton", "torch"))
     for field in range(3):
         assert_close(out[:, field], true[:, field].double())
 
@@ -304,7 +304,7 @@ def test_moments_where_a_thread_meets_masked_columns_first(plan, force):
     force(plan)
     x, y = torch.randn(2, 1, 3, 75, device=DEVICE)
     x[..., :20] = -math.inf
-    out = moments._moments(x, y, None, 75, "triton")
+    out = moments._moments(x, y, None, 75, "triton", "")
     kept = x[0, :, 20:].double()
     assert_close(out[0, 0], kept.mean(-1))
     assert_close(out[0, 1], kept.std(-1) + 1e-7)
