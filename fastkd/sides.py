@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import checks, tracing
 from .events import events_of
-from .labels import soft as is_soft
 from .labels import check as check_labels
+from .labels import soft as is_soft
 from .linear import head_of
 from .operands import Ensemble, LinearHead, Sampled, TopK
 from .operators import readable
