@@ -14,6 +14,7 @@ import time
 import pytest
 import torch
 
+from fastkd.distill import storage
 from tests.test_distill_user_models import (
     ROOT,
     TEXT,
@@ -220,6 +221,15 @@ def test_a_run_killed_in_its_last_save_is_saved_and_trained_no_further(
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert (out / "metrics.csv").read_bytes() == (finished / "metrics.csv").read_bytes()
     assert figures(out)["after"] == figures(finished)["after"]
+
+
+def test_a_save_that_was_cut_off_in_its_last_file_is_none(tmp_path):
+    for step, text in ((5, '{"global_step": 5}'), (10, '{"global_s'), (15, "")):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / storage.TRAINER_STATE).write_text(text)
+    assert storage.last_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
+    assert storage.drop_halves(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
 
 
 @pytest.fixture

@@ -192,14 +192,23 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The latest that was written to the end: the state of the trainer comes last."""
-    found = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE}")]
+    """The latest that was written to the end."""
+    found = [path for path in folder.glob("checkpoint-*") if _whole(path)]
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def drop_halves(folder: Path) -> bool:
     """Removes checkpoints that were not; whether there were any."""
-    halves = [p for p in folder.glob("checkpoint-*") if not (p / TRAINER_STATE).exists()]
+    halves = [path for path in folder.glob("checkpoint-*") if not _whole(path)]
     for path in halves:
         shutil.rmtree(path, ignore_errors=True)
     return bool(halves)
+
+
+def _whole(checkpoint: Path) -> bool:
+    """The state of the trainer comes last, and a kill may leave half of it too."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
