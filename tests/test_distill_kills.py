@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 
@@ -22,7 +23,9 @@ NURSERY = """if True:
     import torch
     import datasets, matplotlib.pyplot, peft, transformers
     from fastkd import __main__
-    from fastkd.distill import default_job, user_models, watch
+    from fastkd.cache import writer
+    from fastkd.distill import caching, default_job, user_models, watch
+    writer.TOKENS_PER_SHARD = 256
     torch.set_num_threads(1)
     for line in sys.stdin:
         arguments, seconds = json.loads(line)
@@ -77,9 +80,20 @@ def options(kind, home):
         "own": {"lora": "4", "teacher": home / "student", "alpha": 0.5},
         "on policy": {"on_policy": 0.5, "completion_length": 4, "prompt_length": 4},
         "several": {},
+        "from a cache": {"temperature": 1},
     }[kind]
     both = [f"--teacher={home / 'student'}"] if kind == "several" else []
-    return [*of_models(home, **{**fixed, "epochs": 9, **more}), *both]
+    chosen = [*of_models(home, **{**fixed, "epochs": 9, **more}), *both]
+    if kind == "from a cache":
+        chosen[0] = f"--teacher-cache={home / 'cache'}"  # in place of its teacher
+    return chosen
+
+
+def caching(home, out):
+    return [
+        "cache", f"--teacher={home / 'teacher'}", f"--data={home / 'text.txt'}", "--out", out,
+        "--sequence-length=16", "--top-k=8", "--batch-size=4", "--device=cpu",
+    ]  # fmt: skip
 
 
 def reached(folder):
@@ -98,7 +112,7 @@ def result(folder):
     return {name: weight.numpy().tobytes() for name, weight in found.state_dict().items()}
 
 
-KINDS = ["default", "models", "adapters", "own", "on policy", "several"]
+KINDS = ["default", "models", "adapters", "own", "on policy", "several", "from a cache"]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +121,8 @@ KINDS = ["default", "models", "adapters", "own", "on policy", "several"]
 )
 def test_kill_9(kind, kills, home, tmp_path, nursery):
     chosen, whole = options(kind, home), tmp_path / "whole"
+    if kind == "from a cache":
+        assert nursery(caching(home, home / "cache"), home / "cache")[0] == 0
     code, seconds = nursery(["distill", "--out", whole, *chosen], whole)
     assert code == 0, (tmp_path / "whole.said").read_text()
     truth, table = result(whole), (whole / "metrics.csv").read_bytes()
@@ -126,3 +142,25 @@ def test_kill_9(kind, kills, home, tmp_path, nursery):
             logged, saved = reached(folder)
             lost.append(logged - saved)
     assert max(lost) <= EVERY + 1  # the save of a step comes after its row
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.full)])
+def test_kill_9_of_fastkd_cache(kills, home, tmp_path, nursery):
+    """The same command goes on where it was: shards that are whole are not written again."""
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    code, seconds = nursery(caching(home, whole), whole)
+    assert code == 0, (tmp_path / "whole.said").read_text()
+    truth = {path.name: path.read_bytes() for path in whole.glob("*.*")}
+    draw, killed, code = random.Random(0), 0, 1
+    while killed < kills or code:
+        before = {path: path.stat().st_mtime_ns for path in folder.glob("0*.safetensors")}
+        code, _ = nursery(
+            caching(home, folder), folder, draw.uniform(0.01, seconds) if killed < kills else 0
+        )
+        assert code in (0, -9), (tmp_path / "killed.said").read_text()
+        assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+        if code == 0:
+            assert {path.name: path.read_bytes() for path in folder.glob("*.*")} == truth
+            if killed < kills:
+                shutil.rmtree(folder)
+        killed += code == -9
