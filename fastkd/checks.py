@@ -63,7 +63,7 @@ def divergence(value: Any) -> Divergence:
 def dense(name: str, tensor: Tensor) -> None:
     """Refuses tensors whose numbers do not lie in memory row by row."""
     if hasattr(tensor, "device_mesh"):
-        found, instead = "a DTensor, which is not supported yet", "full_tensor()"
+        found, instead = "a DTensor beside plain tensors", "full_tensor() or to_local()"
     elif type(tensor).__name__ == "AsyncCollectiveTensor":
         found, instead = "still under way between processes", "wait()"
     elif tensor.is_nested:
@@ -186,6 +186,8 @@ def temperature(name: str, value: Any) -> Any:
                 "its limit long before"
             )
         return value
+    if hasattr(value, "device_mesh"):  # of a DTensor each rank checks its own part
+        return value
     dense(name, value)
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating-point, got {value.dtype}")
@@ -270,6 +272,7 @@ def num_items(value: Any, reduction: str, student: Tensor) -> Any:
 
 
 def scalar_device(name: str, tensor: Tensor, student: Tensor) -> None:
+    dense(name, tensor)
     if tensor.device.type != "cpu" and tensor.device != student.device:
         raise ValueError(
             f"{name} is on {tensor.device}, the logits on {student.device}: move it there, or to "

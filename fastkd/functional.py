@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import autograd, checks, moments, reference, sharding, sides, tracing
+from . import autograd, checks, dtensors, moments, reference, sharding, sides, tracing
 from .divergences import Divergence
 from .labels import soft as is_soft
 from .operands import Student, Teacher
@@ -184,6 +184,8 @@ def distillation_loss(
         reduction=reduction, vocab_size=vocab_size, teacher_grad=teacher_grad, gradient=gradient,
         inplace=inplace, backend=backend, return_metrics=return_metrics, dim=dim, group=group,
     )  # fmt: skip
+    if dtensors.is_distributed(student) or dtensors.is_distributed(teacher):
+        return dtensors.run(distillation_loss, student, teacher, labels, weight, num_items, given)
     student, teacher = (sides.classes_last(x, given.dim) for x in (student, teacher))
     soft = is_soft(labels) and not given.sigmoids
     labels = sides.classes_last(labels, given.dim) if soft or given.sigmoids else labels

@@ -114,13 +114,13 @@ def of_group(
     if group is None or not shape:
         return LOCAL
     width = shape[-1]
-    if isinstance(group, Group):
+    if isinstance(group, Group) and group.size > 1:
         columns = group.columns if vocab_size is None else min(group.columns, vocab_size)
         first = min(group.first_column, columns)
         return Group(group.process_group, first, columns, min(width, columns - first))
-    size, rank = group.size(), group.rank()
-    if size == 1:
+    if isinstance(group, Group) or group.size() == 1:
         return LOCAL
+    size, rank = group.size(), group.rank()
     columns = size * width if vocab_size is None else vocab_size
     each = max(width, -(-columns // size))
     first = min(rank * each, columns)

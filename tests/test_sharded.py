@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd import sharding, tracing
-from tests import running, sharded
+from tests import running, sharded, sharded_dtensors
 from tests.cases import DIVERGENCES, KINDS
 from tests.closeness import assert_close, assert_zero
 from tests.test_label_aware import Decoupled
@@ -390,6 +390,7 @@ def cases(world: int) -> dict[str, sharded.Case]:
         replicated_teacher, evenly_padded, module, halves, refused, shapes_differ,
     ):  # fmt: skip
         found[case.__name__] = case
+    found |= sharded_dtensors.CASES
     if world == 4:
         found["uneven"] = uneven
     found["one raises"] = one_raises  # the last: its group is of no use afterwards
