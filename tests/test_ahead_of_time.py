@@ -18,10 +18,11 @@ pytest.importorskip("triton", reason="the kernels need triton")
 
 import triton
 
-from benchmarks.compiled import configurations, tasks
+from benchmarks.compiled import TARGETS, configurations, tasks
 from fastkd.divergences import BUILT_IN, SLOPE_SUM
 
 ROOT = Path(__file__).parents[1]
+OTHER_TARGETS = [target for target in TARGETS if target != "sm_90"]
 # SASS instructions per position on sm_90 in bf16, over all sweeps: loss and gradient in one launch,
 # and the backward pass alone; 5 % are for ptxas. Then the exponentials and logarithms of the
 # former. kernels/README.md says what the value costs that does not cancel.
@@ -70,27 +71,45 @@ SET_ASIDE, ODD = 32, 64
 SHORT = 80 if triton.__version__.startswith("3.6.") else 40
 
 
+# The divergences that stand for all on targets other than sm_90, but with --full.
+FEW = ("forward_kl", "jsd", "kl_div")
+
+
 def _params():
     quick = tasks(quick=True)
     return [
-        pytest.param(*task, marks=[] if task in quick else pytest.mark.slow)
-        for task in tasks(quick=False)
-    ]
+        pytest.param(
+            target, name,
+            marks=[] if (target, name) in quick
+            else pytest.mark.slow if target == "sm_90" or name in FEW
+            else pytest.mark.full,
+        )
+        for target, name in tasks(quick=False)
+    ]  # fmt: skip
+
+
+def _runs(config):
+    """Options of `benchmarks.compiled`, for each time that it runs."""
+    if config.getoption("--full"):
+        return [[]]
+    if config.getoption("--quick"):
+        return [["--quick"]]
+    return [["--target", "sm_90"], ["--target", *OTHER_TARGETS, "--divergence", *FEW]]
 
 
 @pytest.fixture(scope="session")
 def compiled(request):
     """{(target, divergence): kernels}."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    quick = ["--quick"] if request.config.getoption("--quick") else []
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.compiled", "--json", *quick],
-        env=environment, cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-5000:]
     kernels = {}
-    for kernel in json.loads(done.stdout):
-        kernels.setdefault((kernel["target"], kernel["divergence"]), []).append(kernel)
+    for options in _runs(request.config):
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.compiled", "--json", *options],
+            env=environment, cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-5000:]
+        for kernel in json.loads(done.stdout):
+            kernels.setdefault((kernel["target"], kernel["divergence"]), []).append(kernel)
     return kernels
 
 
