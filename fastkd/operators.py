@@ -19,6 +19,7 @@ from torch import Tensor
 from . import tracing
 from .divergences import Divergence
 from .problem import Coefficients, Events, Head, Problem, sources
+from .sharding import Phases
 
 Function = TypeVar("Function", bound=type[torch.autograd.Function])
 
@@ -82,6 +83,8 @@ MODULES = {
 SHARDED = {  # those of rows whose columns are spread over processes
     ("torch", "logits"): "fastkd.eager.shards",
     ("torch", "bernoulli"): "fastkd.eager.bernoulli",
+    ("triton", "logits"): "fastkd.kernels.logits",
+    ("triton", "bernoulli"): "fastkd.kernels.bernoulli",
 }
 
 
@@ -92,6 +95,11 @@ class Traced(NamedTuple):
 
     def forward(self, problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
         return _forward(*problem.pack(), entropy, metrics, self.name)
+
+    def phases(self, problem: Problem, entropy: bool, metrics: bool) -> Phases[Any]:
+        """With its gathers in one operator."""
+        yield from ()
+        return self.forward(problem, entropy, metrics)
 
     def backward(
         self,
@@ -154,11 +162,12 @@ def _forward(*arguments: Any) -> Any:
 def _(*arguments: Any) -> Any:
     problem, (entropy, metrics, name) = _split(arguments)
     long = entropy or metrics or problem.labels is not None
-    standardized = problem.standardize or problem.moments is not None
-    saved = 10 if standardized else 8 if long else 6
+    with_temperature = problem.standardize or problem.moments is not None or problem.merge != ""
+    saved = 10 if with_temperature else 8 if long else 6
     events = isinstance(problem.teacher, Events) and not long
-    if name == "torch" or events or Divergence.of_name(problem.divergence).rows == "bernoulli":
-        saved = 0
+    sigmoids = Divergence.of_name(problem.divergence).rows == "bernoulli"
+    if name == "torch" or events or sigmoids:
+        saved = 2 if sigmoids and problem.merge and name == "triton" else 0
     new = problem.student_temperature.new_empty
     return new(5 if metrics else 3 if long else 1, problem.rows), new(saved, problem.rows)
 

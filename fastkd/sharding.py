@@ -17,6 +17,7 @@ from torch import Tensor
 from . import tracing
 
 Result = TypeVar("Result")
+Phases = Generator[Tensor, Tensor, Result]  # a backend's function that gathers between its phases
 
 
 class Merge:
@@ -157,7 +158,7 @@ def name_of(merge: Merge) -> str:
     return name
 
 
-def together(merge: Merge, *phases: Generator[Tensor, Tensor, Result]) -> list[Result]:
+def together(merge: Merge, *phases: Phases[Result]) -> list[Result]:
     """Runs all to their ends, each a backend's function that gathers between its phases.
 
     Where a phase ends it yields fields [F, ...] and is sent those of all owners, [size, F, ...];

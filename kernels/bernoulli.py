@@ -18,6 +18,7 @@ from fastkd.kernels.divergences import NEAR, NEAR_RATIO, bend
 from fastkd.kernels.launch import new_gradient, per_row, rows_in_memory, two_sides
 from fastkd.kernels.tuning import schedule
 from fastkd.problem import Coefficients, Problem
+from fastkd.sharding import Phases, of, together
 
 # Beyond this difference of logits a reverse divergence takes its direct form.
 APART = tl.constexpr(64.0)
@@ -135,7 +136,8 @@ def _bernoulli(
     student, teacher, student_outer, student_inner, teacher_outer, teacher_inner, inner,
     s_temperature, s_temperature_stride, t_temperature, t_temperature_stride,
     labels, counted, a, b, kd, kd_stride, ce, ce_stride, entropy, entropy_stride,
-    values, gradient, gradient_outer, gradient_inner, width, temperature, rows, columns, span,
+    values, gradient, gradient_outer, gradient_inner, width, temperature, rows, columns,
+    all_columns, span,
     VALUES: tl.constexpr, REVERSE: tl.constexpr, RESIDENT: tl.constexpr, ALIGN: tl.constexpr,
     LANES: tl.constexpr, VECTOR: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -213,7 +215,7 @@ def _bernoulli(
     for kind in tl.static_range(VALUES):
         total = sums[kind] if RESIDENT else tl.sum(sums[kind])
         if kind == 4:
-            total /= columns
+            total /= columns if all_columns is None else all_columns
         tl.store(values + kind * rows * SPLITS + at, total, mask=exists)
     if HEAT:
         total = sums[5] if RESIDENT else tl.sum(sums[5])
@@ -224,16 +226,35 @@ def _bernoulli(
 
 
 def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
+    """The state: of rows with several owners the derivatives of kd and entropy to T, [2, N]."""
+    return together(of(problem.merge), phases(problem, entropy, metrics))[0]
+
+
+def phases(problem: Problem, entropy: bool, metrics: bool) -> Phases[tuple[Tensor, Tensor]]:
+    """The same, where other owners' columns come in between."""
     kinds = 5 if metrics else 3 if entropy or problem.labels is not None else 1
     values, _ = _run(problem, kinds)
-    return values, values.new_empty(0, problem.rows)
+    if not problem.merge:
+        return values, values.new_empty(0, problem.rows)
+    one, zero = values.new_ones(problem.rows), values.new_zeros(problem.rows)
+    slopes = [
+        _run(problem, 0, factors, heat=True)[1]
+        for factors in (Coefficients(one, None, None), Coefficients(zero, None, one))
+    ]
+    pieces = yield torch.cat([values, torch.stack(slopes)])
+    return pieces.sum(0).split([kinds, 2])  # type: ignore[return-value]
 
 
 def backward(
     problem: Problem, state: Tensor, upstream: Coefficients, gradient: bool, temperature: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     out = new_gradient(problem) if gradient else None
-    _, heat = _run(problem, 0, upstream, out, temperature)
+    sweeps = temperature and not problem.merge
+    heat = None
+    if gradient or sweeps:
+        _, heat = _run(problem, 0, upstream, out, sweeps)
+    if temperature and problem.merge:
+        heat = Coefficients(upstream.kd, upstream.entropy, None).weigh(state)
     return out, heat if temperature else None
 
 
@@ -242,6 +263,8 @@ def fused(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     gradient = new_gradient(problem) if out is None else out
     values, _ = _run(problem, coefficients.kinds(metrics), coefficients, gradient)
+    if problem.merge:
+        values = of(problem.merge).gather(values).sum(0)
     return coefficients.weigh(values), values if metrics else None, gradient
 
 
@@ -275,6 +298,7 @@ def _run(
                 labels=problem.labels, counted=problem.counted, a=float(problem.a),
                 b=float(problem.b), values=values, width=width,
                 temperature=temperature if heat else None, rows=rows, columns=columns,
+                all_columns=of(problem.merge).columns,
                 span=triton.cdiv(triton.cdiv(columns, plan.splits), block) * block,
                 VALUES=kinds, REVERSE=problem.b != 0, RESIDENT=resident,
                 LANES=plan.lanes, VECTOR=plan.vector, SPLITS=plan.splits, num_warps=plan.warps,

@@ -7,6 +7,8 @@ them out over programs; `tuning.py` chooses it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -26,8 +28,16 @@ from fastkd.kernels.launch import (
 )
 from fastkd.kernels.resident import resident
 from fastkd.kernels.sweep import sweep
-from fastkd.kernels.tuning import layout, multiprocessors, registers, schedule
-from fastkd.problem import WIDTH, Coefficients, Problem
+from fastkd.kernels.tuning import (
+    Schedule,
+    layout,
+    multiprocessors,
+    power_of_two,
+    registers,
+    schedule,
+)
+from fastkd.problem import CONSTANT, STUDENT_SUM, TEACHER_SUM, WIDTH, Coefficients, Problem
+from fastkd.sharding import LOCAL, Merge, Phases, of, together
 
 
 @triton.jit(do_not_specialize=("inner", "pieces", "tiles"))
@@ -49,10 +59,16 @@ def _scale(gradient, upstream, outer_stride, inner_stride, inner, pieces, width,
 
 def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
     """(values, state) of `problem.py`."""
+    return together(of(problem.merge), phases(problem, entropy, metrics))[0]
+
+
+def phases(problem: Problem, entropy: bool, metrics: bool) -> Phases[tuple[Tensor, Tensor]]:
+    """The same, where other owners' columns come in between."""
     long = problem.labels is not None or entropy or metrics
+    temperature = problem.merge or problem.moments is not None
     values = new_rows(problem, 5 if metrics else 3 if long else 1)
-    state = new_rows(problem, 10 if problem.moments is not None else 8 if long else 6)
-    _run(problem, P.STATISTICS, entropy, metrics, state=state, values=values)
+    state = new_rows(problem, 10 if temperature else 8 if long else 6)
+    yield from _launches(problem, P.STATISTICS, entropy, metrics, state=state, values=values)
     return values, state
 
 
@@ -61,10 +77,15 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The student's gradient [N, width] and the temperatures' [N], as far as they are wanted."""
     grad = new_gradient(problem) if gradient else None
-    heat = _run(
-        problem, P.GRADIENT, upstream.entropy is not None, False, upstream, state=state,
-        gradient=grad, heat=temperature,
-    )  # fmt: skip
+    sweeps = temperature and not problem.merge
+    heat = None
+    if gradient or sweeps:
+        (heat,) = together(LOCAL, _launches(
+            problem, P.GRADIENT, upstream.entropy is not None, False, upstream, state=state,
+            gradient=grad, heat=sweeps,
+        ))  # fmt: skip
+    if temperature and problem.merge:
+        heat = _temperature_gradient(problem, state, upstream)
     return grad, heat
 
 
@@ -75,10 +96,10 @@ def fused(
     gradient = new_gradient(problem) if out is None else out
     loss = new_rows(problem, 1)[0]
     values = new_rows(problem, 5) if metrics else None
-    _run(
+    together(of(problem.merge), _launches(
         problem, P.STATISTICS, coefficients.entropy is not None, metrics, coefficients,
         values=values, loss=loss, gradient=gradient,
-    )  # fmt: skip
+    ))  # fmt: skip
     return loss, values, gradient
 
 
@@ -97,23 +118,24 @@ def scale_(gradient: Tensor, upstream: Tensor) -> None:
             )  # fmt: skip
 
 
-def _run(
+def _launches(
     problem: Problem, first: tl.constexpr, entropy: bool, metrics: bool,
     factors: Coefficients | None = None, state: Tensor | None = None,
     values: Tensor | None = None, loss: Tensor | None = None, gradient: Tensor | None = None,
     heat: bool = False,
-) -> Tensor | None:  # fmt: skip
+) -> Phases[Tensor | None]:  # fmt: skip
     """Launches the phases from `first` on; the temperatures' gradient where heat is wanted."""
-    problem = two_sides(problem)
+    problem, merge = two_sides(problem), of(problem.merge)
     student, teacher, rows = problem.student, problem.teacher, problem.rows
     width, device = student.size(-1), student.device
-    kind = Divergence.of_name(problem.divergence)
     device_function = device_of(problem.divergence, problem.a, problem.b)
-    constant = device_function.constant or kind.constant
+    constant = device_function.constant or Divergence.of_name(problem.divergence).constant
     itemsize = min(student.element_size(), teacher.element_size())
     once = first.value == P.GRADIENT.value
     lean = problem.labels is None and problem.moments is None and not (entropy or metrics)
-    plan = schedule(rows, width, itemsize, device, once=once, lean=lean)
+    shared = {} if merge is LOCAL else {"swept": True}
+    columns = width if merge.columns is None else triton.cdiv(merge.columns, merge.size)
+    plan = schedule(rows, columns, itemsize, device, once=once, lean=lean, **shared)
     # Zero for the rows that the kernel skips.
     temperature = (
         torch.zeros(rows, plan.splits, dtype=torch.float32, device=device) if heat else None
@@ -123,17 +145,13 @@ def _run(
     counts = () if plan.kind == "sweep" else (width, problem.vocab_size)
     operands = rows_in_memory(*counts, student=student, teacher=teacher, gradient=gradient)
     kd, ce, h = factors or (None, None, None)
-    want = R.GAP.value * (constant == REVERSE_KL)
-    want |= R.MIXTURE.value * (constant == LOG_MIXTURE)
-    want |= R.UNIT.value * (problem.labels is not None)
-    want |= R.MEAN.value * (problem.labels is not None and problem.label_smoothing != 0)
-    want |= R.ENTROPY.value * (entropy or metrics)
-    want |= R.TEACHER_ENTROPY.value * metrics
-    want |= R.LEVER.value * (problem.moments is not None)
-    want |= R.REST.value * (constant in (REVERSE_KL, SLOPE_SUM))
-    alone = first.value == P.STATISTICS.value and gradient is None and not metrics
+    want = _wanted(problem, constant, entropy, metrics)
+    apart = merge is not LOCAL and problem.temperature_trains  # whose gradient is to be in state
+    want |= R.LEVER.value * (problem.moments is not None or (apart and state is not None))
+    alone = not once and gradient is None and not metrics
     swept = plan.kind == "sweep" and plan.splits == 1 and problem.moments is None
-    want |= R.KL.value * (alone and swept and problem.divergence in ("forward_kl", "reverse_kl"))
+    if alone and swept and merge is LOCAL and problem.divergence in ("forward_kl", "reverse_kl"):
+        want |= R.KL.value
     t_temperature = problem.teacher_temperature
     if t_temperature is None and problem.moments is not None:  # the widths make two of one
         t_temperature = problem.student_temperature
@@ -144,44 +162,90 @@ def _run(
         moments=problem.moments, labels=problem.labels, counted=problem.counted,
         smoothing=float(problem.label_smoothing), a=float(problem.a), b=float(problem.b),
         state=state, values=values, loss=loss, width=width, rows=rows, columns=problem.vocab_size,
-        WANT=want, DIVERGENCE=device_function.evaluate, OUTER=device_function.outer,
-        CONSTANT=constant, LANES=plan.lanes, num_warps=plan.warps, enable_fp_fusion=True,
+        temperature=temperature, WANT=want, DIVERGENCE=device_function.evaluate,
+        OUTER=device_function.outer, CONSTANT=constant, LANES=plan.lanes, num_warps=plan.warps,
+        enable_fp_fusion=True,
     )  # fmt: skip
-    with torch.cuda.device_of(student):
-        if plan.kind == "resident":
-            parts, piece, stored = layout(
-                plan, width, min(operands["ALIGN"], 16 // itemsize), itemsize
-            )
+    if plan.kind == "resident":
+        vector = min(operands["ALIGN"], 16 // itemsize)
+        parts, piece, stored = layout(plan, width, vector, itemsize)
+        with torch.cuda.device_of(student):
             resident[(triton.cdiv(rows, plan.lanes),)](
-                FIRST=first, temperature=temperature, PARTS=parts, PIECE=piece, STORED=stored,
-                num_ctas=plan.blocks, **arguments,
+                FIRST=first, PARTS=parts, PIECE=piece, STORED=stored, num_ctas=plan.blocks,
+                **arguments,
             )  # fmt: skip
-        else:
-            scratch, phases = None, [(first, P.GRADIENT)]
-            block = plan.lanes * plan.vector
-            begins = beginnings(operands, plan.vector)
-            reach = problem.vocab_size + (plan.vector - 1 if begins["SHIFTED"] else 0)
-            span = triton.cdiv(triton.cdiv(reach, plan.splits), block) * block
-            if plan.splits > 1 and first.value == P.STATISTICS.value:
-                shape = (rows, P.FIELDS.value, plan.splits)
-                scratch = torch.empty(shape, dtype=torch.float32, device=device)
-                kinds = [P.STATISTICS, P.SUMS, P.REFINEMENT, P.GRADIENT]
-                if not want & R.REST.value:
-                    kinds.remove(P.REFINEMENT)
-                phases = [(phase, phase) for phase in kinds]
-            shifted, everywhere = begins["SHIFTED"], 3 if gradient is None else 7
-            plain = lean and shifted in (0, everywhere)
-            caps = {} if once else registers(device, problem.divergence, shifted > 0, plain)
-            for begin, end in phases:
-                sweep[(rows, plan.splits)](
-                    FIRST=begin, LAST=end, SPLITS=plan.splits, VECTOR=plan.vector,
-                    scratch=scratch, span=span, temperature=temperature,
-                    **arguments | begins | caps,
-                )  # fmt: skip
-    return None if temperature is None else _heat(problem, temperature)
+    else:
+        arguments |= beginnings(operands, plan.vector)
+        shifted, everywhere = arguments["SHIFTED"], 3 if gradient is None else 7
+        plain = lean and shifted in (0, everywhere)
+        if not once:
+            arguments |= registers(device, problem.divergence, shifted > 0, plain)
+        yield from _sweeps(arguments, first, plan, merge)
+    return None if temperature is None else _of_temperatures(problem, temperature.sum(1))
 
 
-def _heat(problem: Problem, pieces: Tensor) -> Tensor:
-    """The gradient of T from those of T * width, where the logits are standardised."""
-    heat = pieces.sum(1)
-    return heat if problem.moments is None else heat * problem.moments[0, WIDTH]
+def _wanted(problem: Problem, constant: str | None, entropy: bool, metrics: bool) -> int:
+    """Bits of rows.py."""
+    want = R.GAP.value * (constant == REVERSE_KL)
+    want |= R.MIXTURE.value * (constant == LOG_MIXTURE)
+    want |= R.UNIT.value * (problem.labels is not None)
+    want |= R.MEAN.value * (problem.labels is not None and problem.label_smoothing != 0)
+    want |= R.ENTROPY.value * (entropy or metrics)
+    want |= R.TEACHER_ENTROPY.value * metrics
+    want |= R.STANDARDIZED.value * (problem.moments is not None)
+    want |= R.REST.value * (constant in (REVERSE_KL, SLOPE_SUM))
+    return want
+
+
+def _sweeps(
+    arguments: dict[str, Any], first: tl.constexpr, plan: Schedule, merge: Merge
+) -> Phases[None]:
+    """All phases in one launch, or where a row has several programs or owners a launch for each."""
+    rows, columns, alone = arguments["rows"], arguments["columns"], merge is LOCAL
+    block = plan.lanes * plan.vector
+    reach = columns + (plan.vector - 1 if arguments["SHIFTED"] else 0)
+    pieces = plan.splits * merge.size
+    arguments |= dict(  # noqa: C408
+        span=triton.cdiv(triton.cdiv(reach, plan.splits), block) * block,
+        first_column=None if merge.columns is None else merge.first_column,
+        all_columns=merge.columns,
+        VECTOR=plan.vector, SPLITS=plan.splits, PIECES=pieces, PADDED=power_of_two(pieces),
+    )  # fmt: skip
+
+    def launch(
+        begin: tl.constexpr, end: tl.constexpr, statistics: Tensor | None, sums: Tensor | None
+    ) -> None:
+        with torch.cuda.device_of(arguments["student"]):
+            sweep[(rows, plan.splits)](
+                FIRST=begin, LAST=end, statistics=statistics, sums_of_pieces=sums, **arguments
+            )
+
+    def new(fields: tl.constexpr) -> Tensor:
+        return arguments["s_temperature"].new_empty(plan.splits, fields.value, rows)
+
+    if first.value == P.GRADIENT.value or (alone and plan.splits == 1):
+        launch(first, P.GRADIENT, None, None)
+        return
+    statistics, sums = new(P.STATISTICS_FIELDS), new(P.SUMS_FIELDS)
+    launch(P.STATISTICS, P.STATISTICS, statistics, None)
+    if not alone:
+        statistics = (yield statistics).contiguous()
+    launch(P.SUMS, P.SUMS, statistics, sums)
+    if not alone:
+        sums = (yield sums).contiguous()
+    launch(P.GRADIENT, P.GRADIENT, statistics, sums)
+
+
+def _temperature_gradient(problem: Problem, state: Tensor, upstream: Coefficients) -> Tensor:
+    """From the derivatives that the forward pass has summed up over all columns."""
+    alive = (state[STUDENT_SUM] != 0) & (state[TEACHER_SUM] != 0)
+    defined = alive & (state[CONSTANT].abs() != torch.inf) & (upstream.kd != 0)
+    slope = torch.where(defined, upstream.kd * state[-2], 0.0)
+    if upstream.entropy is not None:
+        slope += torch.where(alive, upstream.entropy * state[-1], 0.0)
+    return -slope / problem.student_temperature
+
+
+def _of_temperatures(problem: Problem, slope: Tensor) -> Tensor:
+    """The gradient of T from that of T * width, where the logits are standardised."""
+    return slope if problem.moments is None else slope * problem.moments[0, WIDTH]

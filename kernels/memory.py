@@ -17,7 +17,8 @@ ROW_STRIDES = (
 )  # fmt: skip
 VARYING = (
     "inner", "rows", "s_temperature_stride", "t_temperature_stride", "kd_stride", "ce_stride",
-    "entropy_stride", "student_first", "teacher_first", "gradient_first", *ROW_STRIDES,
+    "entropy_stride", "student_first", "teacher_first", "gradient_first", "first_column",
+    "all_columns", *ROW_STRIDES,
 )  # fmt: skip
 
 PINNED = tl.constexpr(not A.INTERPRETED.value and triton.__version__.startswith("3.6."))

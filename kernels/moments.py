@@ -16,12 +16,15 @@ from torch import Tensor
 
 from fastkd import problem
 from fastkd.kernels import memory as M
+from fastkd.kernels import phases as P
 from fastkd.kernels.launch import rows_in_memory
-from fastkd.kernels.tuning import schedule
+from fastkd.kernels.tuning import power_of_two, schedule
+from fastkd.sharding import LOCAL, Merge
 
 EPS = tl.constexpr(problem.EPS)
 FLAT = tl.constexpr(problem.FLAT)
 LARGEST = tl.constexpr(3e38)
+FIELDS = tl.constexpr(7)  # of a piece
 
 
 class Piece(NamedTuple):
@@ -122,10 +125,13 @@ def _write(out, index, rows, piece, exists):
 @triton.jit(do_not_specialize=M.VARYING)
 def _moments(
     student, teacher, student_outer, student_inner, teacher_outer, teacher_inner, inner, counted,
-    out, rows, columns,
+    out, pieces, rows, columns,
     RESIDENT: tl.constexpr, ALIGN: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """RESIDENT: a lane is a row, of up to VECTOR columns; else the lanes share a row."""
+    """RESIDENT: a lane is a row, of up to VECTOR columns; else the lanes share a row.
+
+    pieces: in place of `out`, where other owners have columns of these rows.
+    """
     lane, vector = tl.arange(0, LANES)[:, None], tl.arange(0, VECTOR)[None, :]
     index = tl.program_id(0).to(tl.int64)
     exists = None
@@ -156,24 +162,48 @@ def _moments(
             s = _add(s, M.load(student, at, at < columns, "evict_last"))
             t = _add(t, M.load(teacher, at, at < columns, "evict_last"))
         s, t = _collapse(s), _collapse(t)
-    _write(out, index, rows, s, exists)
-    _write(out + 3 * rows, index, rows, t, exists)
+    if pieces is None:
+        _write(out, index, rows, s, exists)
+        _write(out + 3 * rows, index, rows, t, exists)
+    else:
+        P.write_fields(pieces, tl.program_id(0) * 0, index, rows, s + t, 2 * FIELDS)
+
+
+@triton.jit(do_not_specialize=("rows",))
+def _join(out, pieces, rows, PIECES: tl.constexpr, PADDED: tl.constexpr):
+    """The moments of a row from its pieces, [pieces, fields, N]."""
+    index = tl.program_id(0).to(tl.int64)
+    nothing = _empty(PADDED)
+    found = P.read_fields(pieces, index, rows, nothing + nothing, 2 * FIELDS, PIECES)
+    _write(out, index, rows, _collapse(Piece(*found[:FIELDS])), None)
+    _write(out + 3 * rows, index, rows, _collapse(Piece(*found[FIELDS:])), None)
 
 
 def fill(
-    out: Tensor, student: Tensor, teacher: Tensor, counted: Tensor | None, vocab_size: int
-) -> Tensor:
-    """Writes the moments [2, 3, N] of `problem.py` to out; 0 is the mean of what does not count."""
+    out: Tensor, student: Tensor, teacher: Tensor, counted: Tensor | None, vocab_size: int,
+    merge: Merge = LOCAL,
+) -> Tensor:  # fmt: skip
+    """Writes the moments [2, 3, N] of `problem.py` to out; 0 is the mean of what does not count.
+
+    merge: of the rows' owners, which gathers once.
+    """
     rows, width = student.size(0) * student.size(1), student.size(-1)
     itemsize = min(student.element_size(), teacher.element_size())
-    plan = schedule(rows, width, itemsize, student.device, once=True)
+    plan = schedule(rows, width, itemsize, student.device, once=True, swept=merge is not LOCAL)
     resident = plan.kind == "resident"
     counts = (vocab_size,) if resident else ()
     operands = rows_in_memory(*counts, student=student, teacher=teacher)
-    if rows:
-        with torch.cuda.device_of(student):
-            _moments[(triton.cdiv(rows, plan.lanes) if resident else rows,)](
-                **operands, counted=counted, out=out, rows=rows, columns=vocab_size,
-                RESIDENT=resident, LANES=plan.lanes, VECTOR=plan.vector, num_warps=plan.warps,
-            )  # fmt: skip
+    pieces = None if merge is LOCAL else out.new_empty(1, 2 * FIELDS.value, rows)
+    if not rows:
+        return out
+    with torch.cuda.device_of(student):
+        _moments[(triton.cdiv(rows, plan.lanes) if resident else rows,)](
+            **operands, counted=counted, out=out, pieces=pieces, rows=rows, columns=vocab_size,
+            RESIDENT=resident, LANES=plan.lanes, VECTOR=plan.vector, num_warps=plan.warps,
+        )  # fmt: skip
+        if pieces is not None:
+            pieces = merge.gather(pieces).contiguous()
+            _join[(rows,)](
+                out, pieces, rows, PIECES=merge.size, PADDED=power_of_two(merge.size), num_warps=1
+            )
     return out

@@ -10,14 +10,18 @@ from fastkd.kernels import memory as M
 from fastkd.kernels import rows as R
 
 THREAD = tl.constexpr(16)  # entries of a tile per thread, as tuning.py has them
-# What the pieces of a row hand on, in its order, and the places in it.
-HANDED_ON = (*R.Statistics._fields, "label_logit", *R.Sums._fields, "rest")
-LABEL = tl.constexpr(HANDED_ON.index("label_logit"))
-FIRST_SUM, FIELDS = tl.constexpr(LABEL.value + 1), tl.constexpr(len(HANDED_ON))
-REST = tl.constexpr(FIELDS.value - 1)
+# What the pieces of a row hand on, [pieces, fields, N]: after the sweep of statistics, and after
+# that of sums, whose slopes are taken about `anchor`.
+STATISTICS_FIELDS = tl.constexpr(len(R.Statistics._fields) + 1)
+LABEL_LOGIT = tl.constexpr(STATISTICS_FIELDS.value - 1)
+SUMS_FIELDS = tl.constexpr(len(R.Sums._fields) + 1)
+ANCHOR = tl.constexpr(SUMS_FIELDS.value - 1)
 
 # The phases of a row, in their order.
-STATISTICS, SUMS, REFINEMENT, GRADIENT = map(tl.constexpr, (1, 2, 3, 4))
+STATISTICS, SUMS, GRADIENT = map(tl.constexpr, (1, 2, 3))
+
+# In place of a label's column: it is in no owner's columns, or in another's.
+NOWHERE, ELSEWHERE = tl.constexpr(-1), tl.constexpr(-2)
 
 # --- numbers of a row ------------------------------------------------------------------------
 
@@ -29,9 +33,15 @@ def singles(a, b, c):
 
 
 @triton.jit
-def label_of(label, columns):
-    """As a 32-bit column, -1 where it is out of range."""
-    return tl.where((label >= 0) & (label < columns), label, -1).to(tl.int32)
+def label_of(label, columns, first_column, all_columns):
+    """As a 32-bit column of these; NOWHERE or ELSEWHERE where it is none."""
+    if first_column is None:
+        return tl.where((label >= 0) & (label < columns), label, NOWHERE).to(tl.int32)
+    else:
+        column = label.to(tl.int64) - first_column
+        mine = (column >= 0) & (column < columns)
+        other = tl.where((label >= 0) & (label < all_columns), ELSEWHERE, NOWHERE)
+        return tl.where(mine, column, other).to(tl.int32)
 
 
 @triton.jit
@@ -79,7 +89,7 @@ def restore(state, index, rows, live, WANT: tl.constexpr):
     row = R.row_of(s_max, t_max, s_sum, t_sum, c, entropy, unit)
     if R.REST & WANT:
         row = with_rest(row, M.row_load(state, 5 * rows, live, 0.0))
-    if R.LEVER & WANT:
+    if R.STANDARDIZED & WANT:
         lever = M.row_load(state, 8 * rows, live, 0.0)
         row = with_levers(row, lever, M.row_load(state, 9 * rows, live, 0.0))
     return row
@@ -87,14 +97,17 @@ def restore(state, index, rows, live, WANT: tl.constexpr):
 
 @triton.jit
 def cross_entropy(stats, row, label, label_logit, columns, smoothing, WANT: tl.constexpr):
-    """At T = 1; NaN where the label is out of range, 0 where no row has labels."""
+    """At T = 1; NaN where the label is out of range, 0 where no row has labels.
+
+    columns: of all owners.
+    """
     value = tl.zeros_like(row.s_max)
     if R.UNIT & WANT:
         value = row.unit_log * A.LN2
         value += tl.where(smoothing < 1, (1.0 - smoothing) * (row.s_max - label_logit), 0.0)
         if R.MEAN & WANT:
             value -= smoothing * (stats.total / (R.SHARE * columns))
-        value = tl.where(label >= 0, value, float("nan"))
+        value = tl.where(label != NOWHERE, value, float("nan"))
     return tl.where(row.alive, value, 0.0)
 
 
@@ -210,6 +223,11 @@ def with_value(sums, value):
 
 
 @triton.jit
+def with_slope(sums, slope):
+    return R.Sums(sums.value, slope, sums.agreement, sums.lever, sums.entropy_lever)
+
+
+@triton.jit
 def with_sums(row, sums, CONSTANT: tl.constexpr, WANT: tl.constexpr):
     """The row with what the sweep of sums gives."""
     if CONSTANT == "slope_sum":
@@ -257,13 +275,13 @@ def gradient_tile(
         depth = lq * A.LN2 + row.entropy
         gradient -= tl.where(q > 0, (entropy * temper.s_rate) * q * depth, 0.0)
     tempered = gradient
-    if R.LEVER & WANT:  # through the standard deviation
+    if R.STANDARDIZED & WANT:  # through the standard deviation
         gradient -= tl.where(
             z != -float("inf"), (lever * temper.width) * (temper.pull * (z - temper.mean)), 0.0
         )
     if CE:
         unit = tl.exp2((z - row.s_max) * A.LOG2E - row.unit_log)
-        ce = tl.where(label >= 0, ce, float("nan"))
+        ce = tl.where(label != NOWHERE, ce, float("nan"))
         target = tl.where(column == label, 1.0 - smoothing, 0.0) + smoothing / columns
         gradient += tl.where(row.alive, ce, 0.0) * (unit - target)
     return gradient, tempered, value, slope
@@ -337,38 +355,60 @@ def gradient_step(
 
 
 @triton.jit
-def write_statistics(scratch, stats, label_logit, SPLITS: tl.constexpr):
-    for i in tl.static_range(LABEL):
-        tl.store(scratch + i * SPLITS, stats[i])
-    tl.store(scratch + LABEL * SPLITS, label_logit)
+def write_fields(pieces, piece, index, rows, fields, FIELDS: tl.constexpr):
+    pieces += piece.to(tl.int64) * FIELDS * rows + index
+    for i in tl.static_range(FIELDS):
+        tl.store(pieces + i * rows, fields[i])
 
 
 @triton.jit
-def field(scratch, i, SPLITS: tl.constexpr):
-    return tl.load(scratch + i * SPLITS + tl.arange(0, SPLITS)[:, None])
-
-
-@triton.jit
-def read_fields(scratch, FROM: tl.constexpr, TO: tl.constexpr, SPLITS: tl.constexpr):
-    """These fields, of every piece: [SPLITS, 1] each."""
+def read_fields(pieces, index, rows, neutral, FIELDS: tl.constexpr, PIECES: tl.constexpr):
+    """[pieces, 1] each, of a power of two of pieces: those beyond PIECES are neutral."""
+    piece = tl.arange(0, neutral[0].shape[0])[:, None]
+    pieces += piece.to(tl.int64) * FIELDS * rows + index
     found = ()
-    for i in tl.static_range(FROM, TO):
-        found = found + (field(scratch, i, SPLITS),)
+    for i in tl.static_range(FIELDS):
+        found = found + (tl.load(pieces + i * rows, mask=piece < PIECES, other=neutral[i]),)
     return found
 
 
 @triton.jit
-def read_statistics(scratch, temper, WANT: tl.constexpr, SPLITS: tl.constexpr):
-    stats = R.Statistics(*read_fields(scratch, 0, LABEL, SPLITS))
-    return R.collapse(stats, temper, WANT), tl.load(scratch + LABEL * SPLITS)
+def write_statistics(pieces, piece, index, rows, stats, label_logit):
+    write_fields(pieces, piece, index, rows, stats + (label_logit,), STATISTICS_FIELDS)
 
 
 @triton.jit
-def write_sums(scratch, sums, SPLITS: tl.constexpr):
-    for i in tl.static_range(FIRST_SUM, REST):
-        tl.store(scratch + i * SPLITS, sums[i - FIRST_SUM])
+def read_statistics(pieces, index, rows, temper, WANT: tl.constexpr, PIECES: tl.constexpr,
+                    PADDED: tl.constexpr):  # fmt: skip
+    """Of the row, its label's logit, and what of the student's probability each piece has."""
+    nothing = R.empty(PADDED)
+    found = read_fields(pieces, index, rows, nothing + (nothing.s_sum,), STATISTICS_FIELDS, PIECES)
+    label_logit = tl.sum(found[LABEL_LOGIT])  # 0 where it is another's
+    each = R.Statistics(*found[:LABEL_LOGIT])
+    stats = R.collapse(each, temper, WANT)
+    sums = each.s_sum * tl.exp2((each.s_max - stats.s_max) * temper.s_scale)
+    return stats, label_logit, sums / R.positive(stats.s_sum)
 
 
 @triton.jit
-def read_sums(scratch, WANT: tl.constexpr, SPLITS: tl.constexpr):
-    return collapse_sums(R.Sums(*read_fields(scratch, FIRST_SUM, REST, SPLITS)), WANT)
+def write_sums(pieces, piece, index, rows, sums, anchor):
+    write_fields(pieces, piece, index, rows, sums + (anchor,), SUMS_FIELDS)
+
+
+@triton.jit
+def read_sums(pieces, index, rows, share, WANT: tl.constexpr, PIECES: tl.constexpr,
+              PADDED: tl.constexpr):  # fmt: skip
+    """Of the row, and of each piece its slopes and the anchor about which they are taken."""
+    nothing = no_sums(PADDED)
+    found = read_fields(pieces, index, rows, nothing + (nothing.value,), SUMS_FIELDS, PIECES)
+    each, anchor = R.Sums(*found[:ANCHOR]), found[ANCHOR]
+    sums = collapse_sums(with_slope(each, each.slope + share * anchor), WANT)
+    return sums, each.slope, anchor
+
+
+@triton.jit
+def rest_of_pieces(slope, share, anchor, row, CONSTANT: tl.constexpr):
+    """What c lacks: the slopes of all pieces about c, which a piece that knows it has taken so."""
+    if CONSTANT == "slope_sum":
+        slope += share * (anchor - row.c)
+    return tl.sum(slope)

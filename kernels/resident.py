@@ -89,7 +89,7 @@ def resident(
     ys = load_parts(teacher, live, columns, PARTS, PIECE)
     label, label_logit = tl.zeros([LANES, 1], tl.int32), tl.zeros([LANES, 1], tl.float32)
     if labels is not None:
-        label = P.label_of(tl.load(labels + index, mask=live, other=0), columns)
+        label = P.label_of(tl.load(labels + index, mask=live, other=0), columns, None, None)
         for i in tl.static_range(len(PARTS)):
             hit = tl.where(columns_of(PARTS, i) == label, zs[i], 0.0)
             label_logit += tl.sum(hit, 1, keep_dims=True)

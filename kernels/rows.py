@@ -23,8 +23,9 @@ UNIT = tl.constexpr(4)
 MEAN = tl.constexpr(8)
 ENTROPY = tl.constexpr(16)
 TEACHER_ENTROPY = tl.constexpr(32)
-LEVER = tl.constexpr(64)  # in the sweep of sums
+LEVER = tl.constexpr(64)  # the derivatives to the temperature, in the sweep of sums
 KL = tl.constexpr(128)  # the value of a Kullback-Leibler divergence
+STANDARDIZED = tl.constexpr(512)  # logits over their deviation, through which the gradient goes
 REST = tl.constexpr(256)  # what c lacks, in a sweep of rows whose student is saturated
 # The sum of a saturated row: its maximum has nearly all of the probability, and in its gradient two
 # numbers nearly cancel, its slope and the mean of all slopes.

@@ -10,6 +10,30 @@ from fastkd.kernels import phases as P
 from fastkd.kernels import rows as R
 
 
+@triton.jit
+def refined(
+    student, teacher, begin, head, full, tail, end, shift, headed, offsets, row, temper, a, b,
+    BLOCK: tl.constexpr, SHIFTED: tl.constexpr, DIVERGENCE: tl.constexpr, SAME: tl.constexpr,
+):  # fmt: skip
+    """The sum of the slopes about row.c, in a sweep of its own, which few rows need."""
+    rest = tl.zeros([offsets.shape[0], 1], tl.float32)
+    if SHIFTED:
+        if headed:
+            at = begin + offsets
+            inside = (at >= shift) & (at < end)
+            rest = P.rest_step(rest, student, teacher, at, inside, row, temper, a, b,
+                               DIVERGENCE, SAME)  # fmt: skip
+    for i in range(full):
+        at = head + i * BLOCK + offsets
+        rest = P.rest_step(rest, student, teacher, at, None, row, temper, a, b,
+                           DIVERGENCE, SAME)  # fmt: skip
+    if tail < end:
+        at = tail + offsets
+        rest = P.rest_step(rest, student, teacher, at, at < end, row, temper, a, b,
+                           DIVERGENCE, SAME)  # fmt: skip
+    return tl.sum(rest)
+
+
 @triton.jit(do_not_specialize=M.VARYING)
 def sweep(
     student, teacher, student_outer, student_inner, teacher_outer, teacher_inner, inner,
@@ -17,16 +41,20 @@ def sweep(
     s_temperature, s_temperature_stride, t_temperature, t_temperature_stride, moments,
     labels, counted, smoothing, a, b, kd, kd_stride, ce, ce_stride, entropy, entropy_stride,
     state, values, loss, gradient, gradient_outer, gradient_inner, width, temperature,
-    rows, columns, scratch, span,
+    rows, columns, first_column, all_columns, statistics, sums_of_pieces, span,
     FIRST: tl.constexpr, LAST: tl.constexpr, WANT: tl.constexpr, DIVERGENCE: tl.constexpr,
     OUTER: tl.constexpr, CONSTANT: tl.constexpr, ALIGN: tl.constexpr, LANES: tl.constexpr,
-    VECTOR: tl.constexpr, SPLITS: tl.constexpr, SHIFTED: tl.constexpr,
+    VECTOR: tl.constexpr, SPLITS: tl.constexpr, PIECES: tl.constexpr, PADDED: tl.constexpr,
+    SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """Phases FIRST to LAST of `span` columns of a row, in tiles of LANES * VECTOR.
 
     Full tiles are not masked, which keeps their loads 128 bits wide; every sweep runs against the
     one before it, so that it begins on what the cache still holds. Between launches the phases
-    hand on through `scratch`; FIRST == P.GRADIENT without it takes the row from `state`.
+    hand on through `statistics` and `sums_of_pieces`: every program of a row writes one piece, and
+    PIECES are read, PADDED to a power of two. They may be those of several owners, who together
+    have `all_columns`; these begin at `first_column`. None: there is no other owner.
+    FIRST == P.GRADIENT without `statistics` takes the row from `state`.
     An operand's first entry lies `first` entries beyond its pointer. SHIFTED: 0, or rows may begin
     anywhere, alike on those of student (1), teacher (2) and gradient (4) that it is the sum of.
     Positions are then counted from the multiple of VECTOR before these rows' first column, which
@@ -37,9 +65,9 @@ def sweep(
     # One sweep fewer where all that the gradient needs is known from the first.
     LATE: tl.constexpr = (
         FIRST == P.STATISTICS and CONSTANT != "slope_sum" and R.LEVER & WANT == 0
-        and gradient is not None and scratch is None
+        and gradient is not None and statistics is None
     )  # fmt: skip
-    BACKWARD: tl.constexpr = FIRST == P.GRADIENT and scratch is None
+    BACKWARD: tl.constexpr = FIRST == P.GRADIENT and statistics is None
     a, b, smoothing = P.singles(a, b, smoothing)
     index, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     student_at = M.row_at(index, student_outer, student_inner, inner, ALIGN) + student_first
@@ -54,7 +82,7 @@ def sweep(
     # A masked tile where the row does not begin at position 0, full tiles, and a masked tail.
     begin = split * span
     end = tl.minimum(begin + span, shift + columns)
-    head = begin
+    head, headed = begin, False
     if SHIFTED:
         headed = (shift > 0) & (split == 0)
         head += BLOCK * headed.to(tl.int32)
@@ -86,11 +114,11 @@ def sweep(
     offsets = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     label, label_logit = -1, 0.0
     if labels is not None:
-        label = P.label_of(tl.load(labels + index), columns)
+        label = P.label_of(tl.load(labels + index), columns, first_column, all_columns)
         label += tl.where(label >= 0, shift, 0)
         label_logit = tl.load(student + label, mask=label >= 0, other=0.0).to(tl.float32)
-    if scratch is not None:
-        scratch += index * (P.FIELDS * SPLITS)
+    if all_columns is None:
+        all_columns = columns
 
     if FIRST == P.STATISTICS:
         stats = R.empty(BLOCK // P.THREAD)
@@ -107,15 +135,18 @@ def sweep(
             stats = P.statistics_step(stats, student, teacher, at, at < end, temper, WANT)
         stats = R.collapse(R.settle(stats, temper, WANT), temper, WANT)
         if LAST == P.STATISTICS:
-            P.write_statistics(scratch + split, stats, label_logit, SPLITS)
+            label_logit = tl.where(split == 0, label_logit, 0.0)
+            P.write_statistics(statistics, split, index, rows, stats, label_logit)
     elif not BACKWARD:
-        stats, label_logit = P.read_statistics(scratch, temper, WANT, SPLITS)
+        stats, label_logit, share = P.read_statistics(
+            statistics, index, rows, temper, WANT, PIECES, PADDED
+        )
 
     if BACKWARD:
         row = P.restore(state, index, rows, None, WANT)
     else:
         row = R.summarize(stats, temper, CONSTANT, WANT)
-        hard = P.cross_entropy(stats, row, label, label_logit, columns, smoothing, WANT)
+        hard = P.cross_entropy(stats, row, label, label_logit, all_columns, smoothing, WANT)
 
     if FIRST <= P.SUMS and LAST >= P.SUMS and not LATE:
         EVICT: tl.constexpr = "evict_last" if gradient is not None else "evict_first"
@@ -144,37 +175,39 @@ def sweep(
         if R.KL & WANT:
             sums = P.with_value(sums, tl.where(clear, known, sums.value))
         if LAST == P.SUMS:
-            P.write_sums(scratch + split, sums, SPLITS)
+            anchor = 0.0
+            if CONSTANT == "slope_sum":
+                # The piece's own mean slope, if it were the whole row, in the place of c.
+                about = P.with_constant(row, sums.slope + row.c)
+                if P.lacking(about, R.saturated(stats) | R.huge(stats, temper)):
+                    anchor = about.c
+                    slope = refined(
+                        student, teacher, begin, head, full, tail, end, shift, headed, offsets,
+                        about, temper, a, b, BLOCK, SHIFTED, DIVERGENCE, SAME,
+                    )  # fmt: skip
+                    sums = P.with_slope(sums, slope)
+            P.write_sums(sums_of_pieces, split, index, rows, sums, anchor)
     elif FIRST > P.SUMS and not BACKWARD:
-        sums = P.read_sums(scratch, WANT, SPLITS)
+        sums, slopes, anchors = P.read_sums(
+            sums_of_pieces, index, rows, share, WANT, PIECES, PADDED
+        )
 
     if LAST > P.SUMS and not BACKWARD:
         if not LATE:
             row = P.with_sums(row, sums, CONSTANT, WANT)
         if R.REST & WANT:
+            rest = 0.0
             if FIRST == P.GRADIENT:
-                rest = tl.sum(P.field(scratch, P.REST, SPLITS))
-            else:
-                lacking = tl.zeros([LANES, 1], tl.float32)
-                if P.lacking(row, R.saturated(stats) | R.huge(stats, temper)):
-                    if SHIFTED:
-                        if headed:
-                            at = begin + offsets
-                            inside = (at >= shift) & (at < end)
-                            lacking = P.rest_step(lacking, student, teacher, at, inside, row,
-                                                temper, a, b, DIVERGENCE, SAME)  # fmt: skip
-                    for i in range(full):
-                        at = head + i * BLOCK + offsets
-                        lacking = P.rest_step(lacking, student, teacher, at, None, row, temper,
-                                            a, b, DIVERGENCE, SAME)  # fmt: skip
-                    if tail < end:
-                        at = tail + offsets
-                        lacking = P.rest_step(lacking, student, teacher, at, at < end, row, temper,
-                                            a, b, DIVERGENCE, SAME)  # fmt: skip
-                rest = tl.sum(lacking)
+                pieces = P.rest_of_pieces(slopes, share, anchors, row, CONSTANT)
+                rest = tl.where(
+                    P.lacking(row, R.saturated(stats) | R.huge(stats, temper)), pieces, 0.0
+                )
+            elif P.lacking(row, R.saturated(stats) | R.huge(stats, temper)):
+                rest = refined(
+                    student, teacher, begin, head, full, tail, end, shift, headed, offsets,
+                    row, temper, a, b, BLOCK, SHIFTED, DIVERGENCE, SAME,
+                )  # fmt: skip
             row = P.with_rest(row, rest)
-        if LAST == P.REFINEMENT:
-            tl.store(scratch + P.REST * SPLITS + split, row.rest)
 
     # Only now: scalars that lived through the sweeps above would be spilled.
     k_kd = P.factor(kd, kd_stride, index, None)
@@ -200,14 +233,16 @@ def sweep(
         if tail < end:
             at = tail + offsets
             sums, heat = P.gradient_step(
-                sums, heat, student, teacher, gradient, at, at < end, row, temper, label, columns,
-                smoothing, k_kd, k_ce, k_entropy, a, b, LATE, HEAT, WANT, CE, H, DIVERGENCE, SAME,
+                sums, heat, student, teacher, gradient, at, at < end, row, temper, label,
+                all_columns, smoothing, k_kd, k_ce, k_entropy, a, b, LATE, HEAT, WANT, CE, H,
+                DIVERGENCE, SAME,
             )  # fmt: skip
         for i in range(full):
             at = first + i * step + offsets
             sums, heat = P.gradient_step(
-                sums, heat, student, teacher, gradient, at, None, row, temper, label, columns,
-                smoothing, k_kd, k_ce, k_entropy, a, b, LATE, HEAT, WANT, CE, H, DIVERGENCE, SAME,
+                sums, heat, student, teacher, gradient, at, None, row, temper, label,
+                all_columns, smoothing, k_kd, k_ce, k_entropy, a, b, LATE, HEAT, WANT, CE, H,
+                DIVERGENCE, SAME,
             )  # fmt: skip
         if SHIFTED:
             if headed:
@@ -215,7 +250,7 @@ def sweep(
                 inside = (at >= shift) & (at < end)
                 sums, heat = P.gradient_step(
                     sums, heat, student, teacher, gradient, at, inside, row, temper, label,
-                    columns, smoothing, k_kd, k_ce, k_entropy, a, b, LATE, HEAT, WANT, CE, H,
+                    all_columns, smoothing, k_kd, k_ce, k_entropy, a, b, LATE, HEAT, WANT, CE, H,
                     DIVERGENCE, SAME,
                 )  # fmt: skip
         if HEAT:

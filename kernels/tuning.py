@@ -67,22 +67,25 @@ class Layout(NamedTuple):
 
 
 def schedule(
-    rows: int, columns: int, itemsize: int, device: torch.device, once: bool, lean: bool = False
-) -> Schedule:
+    rows: int, columns: int, itemsize: int, device: torch.device, once: bool, lean: bool = False,
+    swept: bool = False,
+) -> Schedule:  # fmt: skip
     """For `rows` rows of `columns` entries of `itemsize` bytes, the narrower operand's.
 
     once: for a single sweep over them, which reads each operand once whatever the schedule.
     lean: nothing but the divergence is wanted, which leaves registers free.
+    swept: programs that share a row, be it short, hand on through memory, by sweeps.
     """
     held = LEAN if lean else HELD
+    resident = 0 if swept else COLUMNS["resident"]
     if device.type == "cpu":  # the interpreter: small, so that tests meet every seam
-        return table(rows, columns, itemsize, 1, resident=128, block=256, held=held)
+        return table(rows, columns, itemsize, 1, resident and 128, block=256, held=held)
     processors = multiprocessors(device)
-    if not once and COLUMNS["resident"] < columns <= COLUMNS["cluster"]:
+    if not (once or swept) and resident < columns <= COLUMNS["cluster"]:
         if columns % (16 // itemsize) == 0 and generation(device) >= HOPPER:
             return cluster(columns)
     wave = 32 if generation(device) else 64
-    return table(rows, columns, itemsize, processors, wave=wave, held=held)
+    return table(rows, columns, itemsize, processors, resident, wave=wave, held=held)
 
 
 def cluster(columns: int) -> Schedule:

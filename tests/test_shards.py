@@ -1,0 +1,311 @@
+"""Rows whose columns are spread over owners: shards in one process, each a thread.
+
+Triton's interpreter serves one thread at a time: a thread hands the baton on where it gathers.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastkd
+from fastkd import autograd, moments
+from fastkd.problem import CE, KD, Coefficients, Problem, packed_numbers
+from fastkd.sharding import Merge, registered
+from tests import oracle
+from tests.cases import KINDS
+from tests.closeness import assert_close
+from tests.conftest import DEVICE
+
+BACKENDS = ["torch", "triton"]
+V = 45
+
+
+class Table:
+    """What the owners of rows share: the columns edges[i] to edges[i + 1] are the i-th's."""
+
+    def __init__(self, edges: Sequence[int]) -> None:
+        self.edges, self.size = edges, len(edges) - 1
+        self.pieces: list[Any] = [None] * self.size
+        self.full, self.baton = threading.Barrier(self.size, timeout=60), threading.Lock()
+
+
+class Shard(Merge):
+    """One of several owners in this process; it counts what it gathers."""
+
+    def __init__(self, rank: int, table: Table) -> None:
+        self.rank, self.size, self.table, self.gathers = rank, table.size, table, 0
+        self.first_column, self.columns = table.edges[rank], table.edges[-1]
+
+    def gather(self, fields: Tensor) -> Tensor:
+        self.gathers += 1
+        table = self.table
+        table.pieces[self.rank] = fields.clone()
+        table.baton.release()
+        try:
+            table.full.wait()
+            found = torch.stack(table.pieces)
+            table.full.wait()  # before anybody puts down the next
+        finally:
+            table.baton.acquire()
+        return found
+
+
+def on_shards(edges: Sequence[int], work: Callable[[Shard], Any]) -> list[Any]:
+    """The results of work(shard) of every owner."""
+    table, errors = Table(edges), []
+    results: list[Any] = [None] * table.size
+
+    def one(shard: Shard) -> None:
+        with table.baton:
+            try:
+                results[shard.rank] = work(shard)
+            except BaseException as error:
+                errors.append(error)
+                table.full.abort()
+
+    shards = [Shard(rank, table) for rank in range(table.size)]
+    with ExitStack() as stack:
+        for shard in shards:
+            stack.enter_context(registered(f"shard {shard.rank}", shard))
+        threads = [threading.Thread(target=one, args=(shard,)) for shard in shards]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for error in errors:
+        if not isinstance(error, threading.BrokenBarrierError):
+            raise error
+    return results
+
+
+class Case(NamedTuple):
+    """Rows of a loss and its options. padding: columns of the last owner beyond the vocabulary."""
+
+    divergence: fastkd.Divergence
+    student: Tensor
+    teacher: Tensor
+    temperature: Tensor
+    own: Tensor | None = None
+    labels: Tensor | None = None
+    alpha: float = 1.0
+    smoothing: float = 0.0
+    entropy: float = 0.0
+    metrics: bool = False
+    standardize: bool = False
+    padding: int = 0
+
+    @property
+    def counted(self) -> Tensor | None:
+        sigmoids = self.labels is None or self.labels.dim() > 1
+        return None if sigmoids else self.labels != -100
+
+    @property
+    def coefficients(self) -> Coefficients:
+        rows = torch.linspace(0.5, 1.5, len(self.student))
+        kd, ce, entropy = (x * rows for x in (self.alpha, 1 - self.alpha, self.entropy))
+        return Coefficients(
+            kd, ce if self.labels is not None else None, entropy if self.entropy else None
+        )
+
+    def leaves(self, shard: Shard) -> list[Any]:
+        """This owner's columns of student and teacher, and the temperatures."""
+        columns = slice(*shard.table.edges[shard.rank : shard.rank + 2])
+        padding = self.padding if shard.rank == shard.size - 1 else 0
+        sides = (x[:, columns] for x in (self.student, self.teacher))
+        sides = (torch.nn.functional.pad(x, (0, padding), value=50.0) for x in sides)
+        found = (*sides, self.temperature, self.own)
+        return [None if x is None else x.float().clone().to(DEVICE).requires_grad_() for x in found]
+
+    def problem(self, shard: Shard, backend: str, leaves: Sequence[Any]) -> Problem:
+        first, last = shard.table.edges[shard.rank : shard.rank + 2]
+        labels = self.labels
+        if labels is not None and labels.dim() > 1:
+            labels = labels[:, first:last].contiguous()
+        problem = Problem(
+            leaves[0][None], leaves[1][None], *leaves[2:], labels, self.counted, self.smoothing,
+            self.divergence.name, *self.divergence.parameters, last - first,
+            merge=f"shard {shard.rank}", temperature_trains=True,
+        )  # fmt: skip
+        return moments.standardized(problem, backend) if self.standardize else problem
+
+    def outcome(self, shard: Shard, backend: str) -> dict[str, Any]:
+        """Values and all gradients, with one pair of gathers for all."""
+        leaves = self.leaves(shard)
+        problem = self.problem(shard, backend, leaves)
+        name, (a, b), factor = self.divergence.dual()
+        values, *_ = autograd.Rows.apply(
+            self.entropy != 0, self.metrics, backend, name, packed_numbers(a, b, factor),
+            *problem.flat(),
+        )  # fmt: skip
+        forward = shard.gathers
+        self.coefficients.weigh(values).sum().backward()
+        found = {"values": values.detach(), "forward": forward}
+        for name, leaf in zip(GRADIENTS, leaves, strict=True):
+            found[name] = None if leaf is None else leaf.grad
+        return found | {"backward": shard.gathers - forward}
+
+    def fused(self, shard: Shard, backend: str) -> dict[str, Any]:
+        """Loss rows and the student's gradient at once, in place of the logits."""
+        leaves = [None if x is None else x.detach() for x in self.leaves(shard)]
+        problem = self.problem(shard, backend, leaves)
+        module = autograd.operators.backend(backend, problem)
+        loss, _, gradient = module.fused(problem, self.coefficients, self.metrics, problem.student)
+        return {"loss": loss, "student": gradient.view(leaves[0].shape), "forward": shard.gathers}
+
+    def truth(self) -> dict[str, Any]:
+        """By definition, of all columns."""
+        leaves = [
+            None if x is None else x.float().double().requires_grad_()
+            for x in (self.student, self.teacher, self.temperature, self.own)
+        ]
+        loss, metrics = oracle.distillation_loss(
+            leaves[0], leaves[1], self.labels,
+            divergence=(self.divergence.name, vars(self.divergence)), temperature=leaves[2],
+            teacher_temperature=leaves[3], scale_by_temperature=False,
+            standardize=self.standardize, alpha=self.alpha, label_smoothing=self.smoothing,
+            entropy_weight=self.entropy, reduction="none",
+        )  # fmt: skip
+        rows = loss * torch.linspace(0.5, 1.5, len(loss)).double()
+        rows.sum().backward()
+        found = {"loss": rows.detach(), "metrics": [x for x in metrics if x is not None]}
+        for name, leaf in zip(GRADIENTS, leaves, strict=True):
+            found[name] = None if leaf is None else leaf.grad
+        return found
+
+
+GRADIENTS = ("student", "teacher", "temperature", "own temperature")
+
+
+def hold(case: Case, edges: Sequence[int], backend: str) -> None:
+    """Values and gradients are right, bit-equal between owners, and few gathers find them."""
+    true = case.truth()
+    most = 3 if case.standardize else 2
+    found = on_shards(edges, lambda shard: case.outcome(shard, backend))
+    for one in found:
+        assert one["backward"] == 0
+        assert 0 < one["forward"] <= most
+        for name in ("values", *GRADIENTS[2:]):  # whole on every owner
+            assert (one[name] is None) == (found[0][name] is None)
+            assert one[name] is None or torch.equal(one[name], found[0][name]), name
+    values = found[0]["values"]
+    if case.metrics:
+        kinds = (0, 1, 2, 3, 4) if case.labels is not None else (0, 2, 3, 4)
+        for kind, metric in zip(kinds, true["metrics"], strict=True):
+            assert_close(values[kind], metric)
+    assert_close(case.coefficients.weigh(values), true["loss"])
+    for name in GRADIENTS[2:]:
+        if true[name] is not None:
+            assert_close(found[0][name], true[name], "gradient")
+    for name in GRADIENTS[:2]:
+        assert_close(_whole(case, found, name), true[name], "gradient")
+
+    found = on_shards(edges, lambda shard: case.fused(shard, backend))
+    assert all(
+        one["forward"] <= most and torch.equal(one["loss"], found[0]["loss"]) for one in found
+    )
+    assert_close(found[0]["loss"], true["loss"])
+    assert_close(_whole(case, found, "student"), true["student"], "gradient")
+
+
+def _whole(case: Case, found: Sequence[dict[str, Any]], name: str) -> Tensor:
+    """The owners' columns side by side, without the padding, whose gradient is 0."""
+    gradient = torch.cat([one[name] for one in found], -1)
+    assert not gradient[:, V:].count_nonzero()
+    return gradient[:, :V]
+
+
+def rows(count: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    teacher = 2 * torch.randn(count, V)
+    student = teacher + torch.randn(count, V)
+    return student, teacher, torch.linspace(0.7, 3.0, count)
+
+
+LABELS = torch.tensor([3, -100, 40, 44])
+EDGES = {
+    "one": (0, V), "two": (0, 20, V), "three": (0, 1, 36, V), "four": (0, 11, 11, 30, V),
+    "empty ends": (0, 0, 17, V, V),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("divergence", KINDS, ids=str)
+def test_every_divergence(divergence, backend, force):
+    """Of three owners, one of a single column."""
+    force("sweep")
+    case = Case(divergence, *rows(2), own=torch.tensor([1.5, 2.0]))
+    hold(case, EDGES["three"], backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("edges", EDGES.values(), ids=EDGES)
+def test_every_option(edges, backend, force):
+    """Labels in some shards, out of others; a row that does not count; smoothing over all."""
+    force("sweep")
+    case = Case(
+        fastkd.JSD(0.3), *rows(), labels=LABELS, alpha=0.6, smoothing=0.1, entropy=0.2,
+        metrics=True, padding=3,
+    )  # fmt: skip
+    hold(case, edges, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("divergence", [fastkd.ForwardKL(), fastkd.Jeffreys()], ids=str)
+def test_standardized(divergence, backend, force):
+    force("sweep")
+    case = Case(divergence, *rows(), labels=LABELS, alpha=0.9, standardize=True)
+    hold(case, EDGES["four"], backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "divergence", [fastkd.ReverseKL(), fastkd.Jeffreys(), fastkd.TVD()], ids=str
+)
+def test_saturated(divergence, backend, force):
+    """The student is certain of one column; what its owner lacks the others have to see."""
+    force("split")
+    student, teacher, temperature = rows(3)
+    student[torch.arange(3), torch.tensor([2, 30, 44])] += 25.0
+    hold(Case(divergence, student, teacher, temperature), EDGES["two"], backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masks(backend, force):
+    """-inf on both sides: in some columns, in all of an owner, in all but one column."""
+    force("sweep")
+    student, teacher, temperature = rows(3)
+    student[0, ::3] = teacher[0, ::3] = -torch.inf
+    student[1, 20:] = teacher[1, 20:] = -torch.inf
+    student[2, :44] = teacher[2, :44] = -torch.inf
+    case = Case(fastkd.SkewKL(0.1), student, teacher, temperature, entropy=0.3)
+    hold(case, EDGES["two"], backend)
+
+
+def test_labels_out_of_range(force):
+    """Of a kernel, which nobody asks before: NaN with every owner, and not another owner's."""
+    force("sweep")
+    student, teacher, temperature = rows(3)
+    labels = torch.tensor([V, -7, 5])
+    case = Case(fastkd.ForwardKL(), student, teacher, temperature, labels=labels, alpha=0.5)
+    for one in on_shards(EDGES["two"], lambda shard: case.outcome(shard, "triton")):
+        assert one["values"][CE].isnan().tolist() == [True, True, False]
+        assert one["values"][KD].isfinite().all()
+        assert one["student"].isnan().all(-1).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reverse", [0.0, 0.5])
+def test_sigmoids(reverse, backend):
+    student, teacher, temperature = rows(3)
+    labels = (torch.rand(3, V) < 0.3).float()
+    case = Case(
+        fastkd.Bernoulli(1.0, reverse), student, teacher, temperature, labels=labels, alpha=0.7,
+        entropy=0.2, metrics=True, padding=2,
+    )  # fmt: skip
+    hold(case, EDGES["four"], backend)
