@@ -14,7 +14,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler otherwise report
 
 import torch
 
-from . import cases, gpu, machine
+from . import cache, cases, gpu, machine
 from .ceilings import all_ceilings, copy_bandwidth
 from .operators import OPERATORS
 from .publish import publish
@@ -24,6 +24,7 @@ from .run import DeviceLost, Settings, groups_of, run
 
 FIXED = ("op", "divergence", "case", "dtype", "passes")
 SUITES = {"cpu": cases.CPU, "gpu": cases.GPU}
+STEPS = {"headline": cases.HEADLINE, "divergences": cases.DIVERGENCES, "table": cases.GPU}
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,7 +57,16 @@ def parser() -> Parser:
     how.add_argument("--rounds", type=int, default=2, help="how often each provider is timed")
     how.add_argument("--seconds", type=float, default=0.5, help="per provider, pass and round")
     how.add_argument("--limit", type=float, default=float("inf"), help="seconds for everything")
-    how.add_argument("--step", choices=("ceilings", "table"), help="that part of --suite gpu alone")
+    how.add_argument("--minutes", type=float, default=9.0, help="that --suite gpu takes at most")
+    how.add_argument(
+        "--triton-cache",
+        type=Path,
+        metavar="FOLDER",
+        help="of benchmarks.cache: kernels for --suite gpu",
+    )
+    how.add_argument(
+        "--step", choices=("versions", "ceilings", *STEPS), help="that part of --suite gpu alone"
+    )
     how.add_argument("--dry-run", action="store_true", help="tiny shapes: rehearse, do not measure")
 
     files = top.add_argument_group("files")
@@ -88,6 +98,8 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         return _report(Results.load(options.load), old, options.out)
     began = time.monotonic()
     device = machine.device_of(options.device or ("cpu" if options.dry_run else None))
+    if options.step == "versions":
+        return machine.announce(device, arguments, options.commit)
     groups = groups_of(_selections(options, device))
     if options.suite == "gpu" and options.step is None:
         return _run_gpu(options, device, machine.command(arguments))
@@ -121,7 +133,8 @@ def _selections(options: argparse.Namespace, device: torch.device) -> list[cases
     if options.suite:
         if given := [name for name in FIXED if getattr(options, name)]:
             raise ValueError(f"--suite fixes the {given[0]}: leave it out")
-        suite = cases.REHEARSAL if options.dry_run else SUITES[options.suite]
+        suite = STEPS.get(options.step, SUITES[options.suite])
+        suite = cases.REHEARSAL if options.dry_run else suite
         added = tuple(options.provider or ())
         return [
             line._replace(providers=(*line.providers, *added))
@@ -152,9 +165,13 @@ def _run_gpu(options: argparse.Namespace, device: torch.device, command: str) ->
     for name in ("provider", "commit"):
         if value := getattr(options, name):
             passed_on += [f"--{name}", *([value] if isinstance(value, str) else value)]
-    if options.dry_run:
+    if options.dry_run:  # of Triton in its interpreter, and of torch.compile without compiling
         passed_on += ["--dry-run", "--threads", "1", "--rounds", "1"]
-    return gpu.run_all(options.out.resolve(), passed_on, command, options.dry_run)
+        os.environ.update(TRITON_INTERPRET="1", TORCHDYNAMO_DISABLE="1")
+    if options.triton_cache:
+        cache.enter(options.triton_cache)
+    out = options.out.resolve()
+    return gpu.run_all(out, gpu.steps(out, passed_on, options.dry_run), options.minutes, command)
 
 
 def _begin(

@@ -94,22 +94,33 @@ CPU = (
 # --- the GPU's table: the dearest questions first, since time may run out ----------------------
 
 OURS = ("fastkd-triton-forward", "fastkd-triton-backward")
-QUICK = ("eager", "liger", "trl", "orda", *OURS)
+PEERS = ("liger", "trl", "speculators")
+QUICK = ("eager", *PEERS, *OURS)
 COMPILED = ("compile", "compile-max-autotune")
+LARGE = ("qwen3-4096", "gemma3-4096", "llama2-8192")
+HEADLINE = (
+    Selection(
+        "logits", ("forward_kl",), ("llama3-8192", *LARGE), ("bf16",), ("full",),
+        ("eager", "compile", "liger", *OURS),
+    ),
+)  # fmt: skip
+DIVERGENCES = (
+    Selection(
+        "logits", ("jsd", "reverse_kl", "forward_kl+ce", "tvd"), ("llama3-8192",), ("bf16",),
+        ("full",), ("eager", "liger", OURS[0]),
+    ),
+)  # fmt: skip
 GPU = (
-    Selection(
-        "logits", ("forward_kl",), ("llama3-8192",), ("bf16",), PASSES[:3], (*QUICK, *COMPILED)
-    ),
-    Selection("logits", OTHERS, ("llama3-8192",), ("bf16",), ("full",), QUICK),
-    Selection(
-        "logits", ("forward_kl",), ("qwen3-4096", "gemma3-4096", "llama2-8192"), ("bf16",),
-        ("full",), (*QUICK, "compile"),
-    ),
+    *HEADLINE,
+    *DIVERGENCES,
     Selection(
         "logits", ("forward_kl",),
         ("imagenet-65536", "cifar100-65536", "cifar10-65536", "llama3-64", "qwen3-512"),
-        ("bf16",), ("full", "replay"), QUICK,
+        ("bf16",), ("replay", "full"), ("eager", "liger", *OURS),
     ),
+    Selection("logits", ("forward_kl",), ("llama3-8192",), ("bf16",), PASSES[:2], QUICK),
+    Selection("logits", ("forward_kl", "jsd"), ("llama3-8192",), ("bf16",), ("full",), QUICK),
+    Selection("logits", OTHERS, ("llama3-8192",), ("bf16",), ("full",), ("eager", *OURS)),
     Selection(
         "logits", ("forward_kl",), ("llama3-2048", "gpt2-8192", MASKED.name), ("bf16",),
         ("full",), QUICK,
@@ -117,21 +128,28 @@ GPU = (
     Selection("logits", ("forward_kl",), ("llama3-8192",), ("fp32",), ("full",), QUICK),
     Selection(  # fp16 gradients are formed after the loss's scale is known
         "logits", ("forward_kl",), ("llama3-8192",), ("fp16",), ("full",),
-        ("eager", "liger", "trl", "fastkd"),
+        ("eager", *PEERS, "fastkd"),
+    ),
+    Selection(  # what kernels of this kind reach
+        "cross_entropy", ("label",), ("llama3-8192",), ("bf16",), ("full",),
+        ("eager", "compile", "liger", "quack", "fastkd"),
     ),
     Selection(
         "kl_div", ("target", "log_target"), ("llama3-8192",), ("bf16", "fp32"), ("full",),
         ("eager", "liger", "fastkd"),
     ),
     Selection(
-        "logits", ("jsd",), ("qwen3-4096", "gemma3-4096", "llama2-8192"), ("bf16",), ("full",),
-        (*QUICK, *COMPILED),
+        "logits", ("forward_kl", "jsd"), ("llama3-8192",), ("bf16",), ("full",), COMPILED[1:]
     ),
+    Selection("logits", ("jsd",), LARGE, ("bf16",), ("full",), (*QUICK, "compile")),
 )  # fmt: skip
 
 # Every operator, pass and kind of provider once, on a shape that the interpreter can do.
 REHEARSAL = (
-    Selection("logits", ("forward_kl",), ("6x40",), ("bf16",), PASSES[:3], (*QUICK, *COMPILED)),
+    Selection(
+        "logits", ("forward_kl",), ("6x40",), ("bf16",), PASSES[:3], (*QUICK, "orda", *COMPILED)
+    ),
+    Selection("cross_entropy", ("label",), ("6x40",), ("fp32",), ("full",), ("quack", "fastkd")),
     Selection("logits", ("jsd", "forward_kl+ce"), ("6x40",), ("fp32",), ("full",), CPU_PROVIDERS),
     Selection("kl_div", ("target",), ("6x40",), ("fp32",), ("full",), CPU_PROVIDERS),
 )

@@ -1,164 +1,201 @@
-"""`--suite gpu`: ceilings, the whole test suite, the table; each guarded, each saved as it comes.
+"""`--suite gpu`: steps on a machine with a GPU that is lent for minutes, the most valuable first.
 
-Each runs in processes of its own, so that a kernel that hangs or breaks the device costs a test
-file or a group of rows, and the rest goes on.
+Each step is a process of its own with a limit, and writes to a file itself, line by line: a kernel
+that hangs or breaks the device costs a step its rest, and whoever is killed leaves every line
+before.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 from .machine import ROOT
-from .publish import publish
-from .report import is_ours, share_of_copy
+from .report import is_ours, markdown, share_of_copy
 from .results import BEGUN, FAILED, REFUSED, RESULTS, Results
 
-# Seconds: 8 minutes and 40 seconds in all.
-CEILINGS, TESTS, TABLE = 50, 210, 260
-# The table's process ends by itself this long before it would be killed, and is not begun anew
-# with less than this left.
-GRACE = 15
-# A process that says nothing for so long hangs: no group of rows takes longer.
-PATIENCE = 120
+# The time that is left but for the steps after it.
+REST = float("inf")
+# A step that has this much left is begun; a table ends by itself as long before it would be killed.
+LEAST, GRACE = 5, 10
+# Seconds to write what is known at the end.
+CLOSING = 5
+# A step that says nothing for so long hangs: no group of rows takes longer.
+PATIENCE = 100
 DEVICE_LOST = 3
-SUMMARY, LOG, TEST_LOG = "summary.txt", "suite.log", "tests.log"
-NO_TESTS = 5  # pytest's exit code
+SUMMARY, LOG, TEST_LOG, TABLE = "summary.txt", "suite.log", "tests.log", "table.md"
+VERDICT = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
+
+
+class Step(NamedTuple):
+    """A process; its output goes to `log`."""
+
+    name: str
+    seconds: float  # at most
+    command: Sequence[str]
+    log: str = LOG
+    again: bool = False  # takes --limit, and goes on after a process of it that died
 
 
 class Ending(NamedTuple):
-    """How a process ended: its exit code, negative where it was killed."""
+    """How a process ended: its exit code, negative where it was killed; None: not begun."""
 
     name: str
-    code: int
+    code: int | None
     seconds: float
 
     def __str__(self) -> str:
+        if self.code is None:
+            return f"{self.name}: not begun, out of time"
         how = "killed at a limit" if self.code == -signal.SIGKILL else f"exit code {self.code}"
         return f"{self.name}: {how} after {self.seconds:.0f} s"
 
 
-def run_all(out: Path, options: Sequence[str], command: str, rehearsal: bool) -> int:
-    """0 if all tests passed and no row of fastkd's was refused or failed, else 1."""
+# --- the steps -----------------------------------------------------------------------------------
+
+
+def steps(out: Path, options: Sequence[str], rehearsal: bool) -> list[Step]:
+    """options: of each part of `--suite gpu`."""
+    python = (sys.executable, "-u", "-m")
+    part = (*python, "benchmarks", "--suite", "gpu", "--out", str(out), *options, "--step")
+    small = ("--dry-run",) if rehearsal else ()
+    found = [
+        Step("versions", 15, (*part, "versions")),
+        Step("verify", 40, (*python, "benchmarks.verify", *small)),
+        Step("ceilings", 15, (*part, "ceilings")),
+        Step("headline", 60, (*part, "headline"), again=True),
+        Step("divergences", 40, (*part, "divergences"), again=True),
+        Step("choices", 40, (*python, "benchmarks.choices", *small)),
+        Step("tests", 150, _tests(rehearsal), TEST_LOG),
+        Step("table", REST, (*part, "table"), again=True),
+        Step("training", 30, (*python, "benchmarks.training", *small)),
+        Step("racecheck", 20, _racecheck(python, small)),
+    ]
+    return [one._replace(seconds=4 * one.seconds) for one in found] if rehearsal else found
+
+
+def _tests(rehearsal: bool) -> list[str]:
+    """Verdicts come line by line, so that a kill costs only those to come; a rehearsal collects."""
+    files = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "tests").glob("test_*.py"))
+    command = [sys.executable, "-u", "-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider"]
+    if rehearsal:
+        return [*command, "--collect-only", files[0]]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(max(1, (os.cpu_count() or 2) - 2)), "--dist", "worksteal"]
+    if importlib.util.find_spec("pytest_timeout"):
+        command += ["--timeout", "60"]
+    return [*command, "--quick", *files]
+
+
+def _racecheck(python: Sequence[str], small: Sequence[str]) -> tuple[str, ...]:
+    """Without the tool the same cases run bare, which says nothing of races."""
+    tool = shutil.which("compute-sanitizer")
+    checked = (tool, "--tool", "racecheck") if tool else ()
+    return (*checked, *python, "benchmarks.verify", "--in-place", *small)
+
+
+# --- running them --------------------------------------------------------------------------------
+
+
+def run_all(out: Path, chosen: Sequence[Step], minutes: float, command: str) -> int:
+    """0 if every step and test passed and no row of fastkd's was refused or failed, else 1."""
+    deadline = time.monotonic() + 60 * minutes - CLOSING
     out.mkdir(parents=True, exist_ok=True)
-    if rehearsal:  # of Triton in its interpreter, and of torch.compile without compiling
-        os.environ.update(TRITON_INTERPRET="1", TORCHDYNAMO_DISABLE="1")
-    common = ["-m", "benchmarks", "--suite", "gpu", "--out", str(out), *options]
-    with (out / LOG).open("w") as log:
-        endings = [_stream("ceilings", [*common, "--step", "ceilings"], CEILINGS, log)]
-        tests = run_tests(out / TEST_LOG, rehearsal)
-        endings += _table(common, log)
-    text, healthy = _summary(endings, tests, command, out)
-    (out / SUMMARY).write_text(text)
+    endings: list[Ending] = []
+    for at, step in enumerate(chosen):
+        later = sum(other.seconds for other in chosen[at + 1 :])
+        left = deadline - time.monotonic()
+        seconds = left - later if step.seconds == REST else min(step.seconds, left)
+        for ending in _run(step, seconds, out):
+            endings.append(ending)
+            text, healthy = summary(endings, command, out)
+            (out / SUMMARY).write_text(text)
     print(text, flush=True)
     return 0 if healthy else 1
 
 
-def _table(common: Sequence[str], log: TextIO) -> list[Ending]:
-    """As many processes as it takes: one that dies is followed by one that goes on after it."""
-    deadline, endings = time.monotonic() + TABLE, list[Ending]()
-    while (left := deadline - time.monotonic()) > 2 * GRACE:
-        command = [*common, "--step", "table", "--resume", "--limit", f"{left - GRACE:.0f}"]
-        endings.append(_stream("table", command, left, log))
-        if endings[-1].code in (0, 1, 2):  # done, done with a finding, not understood
-            break
-    return endings
+def _run(step: Step, seconds: float, out: Path) -> Iterator[Ending]:
+    """As many processes as it takes, if it goes on after one that died."""
+    deadline, code = time.monotonic() + seconds, None
+    while (left := deadline - time.monotonic()) > LEAST:
+        limit = ("--resume", "--limit", f"{max(left - GRACE, LEAST):.0f}") if step.again else ()
+        yield (ending := stream(step._replace(command=(*step.command, *limit)), left, out))
+        code = ending.code
+        if not step.again or code in (0, 1, 2):  # done, done with a finding, not understood
+            return
+    if code is None:
+        yield Ending(step.name, None, 0.0)
 
 
-def _stream(name: str, arguments: Sequence[str], seconds: float, log: TextIO) -> Ending:
-    """Runs Python on the arguments; what it says goes to the terminal and the log."""
-    began = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, *arguments], cwd=ROOT, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    heard = began
-
-    def guard() -> None:
-        while process.poll() is None:
+def stream(step: Step, seconds: float, out: Path) -> Ending:
+    """Runs a step, which writes to its log itself; what goes to the suite's is shown too."""
+    path, began = out / step.log, time.monotonic()
+    with path.open("ab") as log, path.open("rb") as said:
+        log.write(f"=== {step.name}, at most {seconds:.0f} s\n".encode())
+        log.flush()
+        said.seek(0, os.SEEK_END)
+        process = subprocess.Popen(
+            step.command, cwd=ROOT, start_new_session=True, stdout=log, stderr=subprocess.STDOUT
+        )
+        heard, ended = began, False
+        while not ended:
+            time.sleep(0.05)
+            ended = process.poll() is not None
             now = time.monotonic()
-            if now - began > seconds or now - heard > PATIENCE:
+            if text := said.read():
+                heard = now
+                if step.log == LOG:
+                    print(text.decode(errors="replace"), end="", flush=True)
+            if not ended and (now - began > seconds or now - heard > PATIENCE):
                 os.killpg(process.pid, signal.SIGKILL)
-            time.sleep(0.5)
-
-    threading.Thread(target=guard, daemon=True).start()
-    assert process.stdout is not None
-    for line in process.stdout:
-        heard = time.monotonic()
-        print(line, end="", file=log, flush=True)
-        print(line, end="", flush=True)
-    return Ending(name, process.wait(), time.monotonic() - began)
+    return Ending(step.name, process.wait(), time.monotonic() - began)
 
 
-# --- the tests -----------------------------------------------------------------------------------
+# --- what is known so far ------------------------------------------------------------------------
 
 
-def run_tests(log: Path, rehearsal: bool) -> list[Ending]:
-    """A process per test file, the largest files first; a rehearsal only collects one of them."""
-    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda file: -file.stat().st_size)
-    names = [str(file.relative_to(ROOT)) for file in files] + ["fastkd"]
-    command = [sys.executable, "-m", "pytest", "-q", "-rfEs", "-p", "no:cacheprovider"]
-    if rehearsal:
-        names, command = names[-2:-1], [*command, "--collect-only"]
-    deadline, lock = time.monotonic() + TESTS, threading.Lock()
-
-    def run_one(name: str) -> Ending:
-        began = time.monotonic()
-        ending, text = _pytest([*command, name], max(1.0, deadline - began))
-        with lock, log.open("a") as file:
-            file.write(f"=== {name}\n{text}\n")
-        return Ending(name, ending, time.monotonic() - began)
-
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
-        return list(pool.map(run_one, names))
-
-
-def _pytest(command: Sequence[str], seconds: float) -> tuple[int, str]:
-    process = subprocess.Popen(
-        command, cwd=ROOT, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    try:
-        text, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        text, _ = process.communicate()
-    return process.returncode, text
-
-
-# --- the end -------------------------------------------------------------------------------------
-
-
-def _summary(
-    endings: Sequence[Ending], tests: Sequence[Ending], command: str, out: Path
-) -> tuple[str, bool]:
-    bad_tests = [test for test in tests if test.code not in (0, NO_TESTS)]
-    lines = ["", "--- summary ---", *map(str, endings)]
-    lines += [f"tests: {len(tests) - len(bad_tests)} of {len(tests)} files passed ({TEST_LOG})"]
-    lines += [f"  FAILED {test}" for test in bad_tests]
+def summary(endings: Sequence[Ending], command: str, out: Path) -> tuple[str, bool]:
+    """As text, and whether all is well; the table is written along with it."""
+    passed, lines = _verdicts(out / TEST_LOG)
+    healthy = passed and all(ending.code == 0 for ending in endings)
+    lines = ["", "--- summary ---", *map(str, endings), *lines]
     if not (out / RESULTS).exists():
-        return "\n".join([*lines, "no results: see " + LOG]), False
+        return "\n".join([*lines, "no results: see " + LOG, ""]), False
     results = Results.load(out / RESULTS)
-    results.header["command"] = command
-    results.save(out / RESULTS)
+    if results.header["command"] != command:
+        results.header["command"] = command
+        results.save(out / RESULTS)
+    (out / TABLE).write_text(markdown(results))
     lines += [f"ceilings: {name} {value:.4g}" for name, value in results.ceilings.items()]
     lines += _highlights(results)
     count = Counter(row.status for row in results.rows)
     lines += ["rows: " + ", ".join(f"{number} {status}" for status, number in count.items())]
     bad_rows = [row for row in results.rows if row.status in (REFUSED, FAILED, BEGUN)]
     lines += [f"  {' '.join(row.key)}: {row.note}" for row in bad_rows]
-    lines += publish(results, out)
-    healthy = not bad_tests and not any(map(is_ours, bad_rows)) and endings[-1].code in (0, 1)
-    return "\n".join(lines), healthy
+    return "\n".join([*lines, ""]), healthy and not any(map(is_ours, bad_rows))
+
+
+def _verdicts(log: Path) -> tuple[bool, list[str]]:
+    """Of the tests, as far as they came: whether none failed, and what there is to say."""
+    if not log.exists():
+        return True, []
+    said = [line for line in log.read_text(errors="replace").splitlines() if "::" in line]
+    once = [line for line in said if not line.startswith(("FAILED", "ERROR"))]  # not pytest's list
+    found = [(hit[0], line) for line in once if (hit := VERDICT.search(line))]
+    count = Counter(verdict for verdict, _ in found)
+    bad = [line for verdict, line in found if verdict in ("FAILED", "ERROR")]
+    text = ", ".join(f"{number} {verdict.lower()}" for verdict, number in count.items())
+    return not bad, [f"tests: {text or 'no verdicts'} ({log.name})", *(f"  {line}" for line in bad)]
 
 
 def _highlights(results: Results) -> list[str]:

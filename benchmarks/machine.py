@@ -12,10 +12,14 @@ from typing import Any
 
 import torch
 
-from fastkd.doctor import versions
+from fastkd import doctor
+
+from . import cache
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("torch", "triton", "liger-kernel", "trl", "orda-kernel")
+PACKAGES = (
+    "torch", "triton", "liger-kernel", "trl", "orda-kernel", "quack-kernels", "speculators",
+)  # fmt: skip
 
 
 def device_of(text: str | None) -> torch.device:
@@ -38,10 +42,18 @@ def header(device: torch.device, arguments: Sequence[str], commit: str | None) -
     return {
         "date": datetime.date.today().isoformat(),
         "device": _device(device),
-        "versions": versions(*PACKAGES),
+        "versions": doctor.versions(*PACKAGES),
         "commit": commit or _commit(),
         "command": command(arguments),
     }
+
+
+def announce(device: torch.device, arguments: Sequence[str], commit: str | None) -> int:
+    """Says what is measured on, whether a carried cache serves here, and what runs; 0 if all."""
+    for name, value in header(device, arguments, commit).items():
+        print(f"{name}: {value}")
+    print(cache.verdict(), flush=True)
+    return doctor.run()
 
 
 def command(arguments: Sequence[str]) -> str:

@@ -90,7 +90,7 @@ def _expand(selection: Selection) -> Iterator[Group]:
 
 
 def run(groups: Sequence[Group], settings: Settings, results: Results, path: Path | None) -> None:
-    """Measures what `results` does not hold yet, and saves before and after every group."""
+    """Measures what `results` does not hold yet; saves before every group and after every pass."""
     results.rows = [row for row in results.rows if (row.status, row.note) != LATE]
     done = {row.key for row in results.rows}
     with progress(len(groups)) as advance:
@@ -102,7 +102,7 @@ def run(groups: Sequence[Group], settings: Settings, results: Results, path: Pat
             results.rows += rows
             _save(results, path)
             try:
-                _measure(group, rows, settings)
+                _measure(group, rows, settings, partial(_save, results, path))
             finally:
                 _save(results, path)
             print(f"{group}: {', '.join(map(_brief, rows))}", flush=True)
@@ -134,7 +134,9 @@ def _brief(row: Row) -> str:
 # --- one group -------------------------------------------------------------------------------
 
 
-def _measure(group: Group, rows: Sequence[Row], settings: Settings) -> None:
+def _measure(
+    group: Group, rows: Sequence[Row], settings: Settings, save: Callable[[], None]
+) -> None:
     if settings.late:
         _close(rows, *LATE)
         return
@@ -159,6 +161,7 @@ def _measure(group: Group, rows: Sequence[Row], settings: Settings) -> None:
         if settings.late and part != group.parts[0]:  # the first is short, once all are compiled
             _close([row for row in its_rows if row.status == BEGUN], *LATE)
         _race(part, {row.provider: row for row in its_rows}, contenders, settings)
+        save()
     torch.compiler.reset()
 
 

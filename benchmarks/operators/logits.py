@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastkd
+from benchmarks import peers
 from benchmarks.cases import Case
-from benchmarks.providers import NotOffered, Provider, by_name, compiled
+from benchmarks.peers import IGNORED
+from benchmarks.providers import Provider, by_name, compiled
 from fastkd.divergences import BUILT_IN
 
 from .base import Operands, Operator
 
-IGNORED = -100
 KINDS = {name: kind() for name, kind in BUILT_IN.items()}  # with their default parameters
 WITH_LABELS = "+ce"  # half divergence, half cross-entropy
 
@@ -100,58 +101,6 @@ def _mixture(x: Tensor, y: Tensor, share: float) -> Tensor:
     return torch.logaddexp(x + math.log(share), y + math.log(1 - share))
 
 
-def _liger(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    *,
-    divergence: str,
-    temperature: float,
-    alpha: float,
-) -> Tensor:
-    """Its kernels take probabilities: both softmaxes are part of the price."""
-    from liger_kernel.transformers import LigerJSD, LigerKLDIVLoss
-    from liger_kernel.transformers.tvd import LigerTVDLoss
-
-    if labels is not None and divergence in ("forward_kl", "tvd"):  # has no mask that leaves rows
-        student, teacher = student[labels != IGNORED], teacher[labels != IGNORED]
-    lq = F.log_softmax(student / temperature, -1)
-    if divergence == "forward_kl":
-        p = F.softmax(teacher / temperature, -1)
-        return LigerKLDIVLoss(reduction="batchmean")(lq, p) * temperature**2
-    if divergence == "tvd":
-        return LigerTVDLoss()(lq.exp(), F.softmax(teacher / temperature, -1)) * temperature
-    beta = {"jsd": 0.5, "reverse_kl": 1.0}.get(divergence)
-    if beta is None:
-        raise NotOffered("has forward_kl, reverse_kl, jsd and tvd")
-    lp = F.log_softmax(teacher / temperature, -1)
-    return LigerJSD(beta=beta, ignore_index=IGNORED)(lq, lp, labels) * temperature**2
-
-
-def _trl(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    *,
-    divergence: str,
-    temperature: float,
-    alpha: float,
-) -> Tensor:
-    beta = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}.get(divergence)
-    if beta is None:
-        raise NotOffered("has forward_kl, reverse_kl and jsd")
-    from trl.experimental.gkd import GKDTrainer
-
-    loss = GKDTrainer.generalized_jsd_loss(
-        student, teacher, labels, beta=beta, temperature=temperature
-    )
-    return loss * temperature**2
-
-
-def _orda(*operands: Tensor, **options: Any) -> Tensor:
-    raise NotOffered("takes hidden states and an output head, not logits")
-
-
 class Logits(Operator):
     name = "logits"
     divergences = (*KINDS, "forward_kl" + WITH_LABELS)
@@ -159,9 +108,10 @@ class Logits(Operator):
     providers = by_name(
         Provider("eager", _eager),
         *compiled(_eager),
-        Provider("liger", _liger),
-        Provider("trl", _trl),
-        Provider("orda", _orda),
+        Provider("liger", peers.liger),
+        Provider("trl", peers.trl),
+        Provider("speculators", peers.speculators),
+        Provider("orda", peers.orda),
         Provider("fastkd", _fastkd),
         *(
             Provider(

@@ -17,11 +17,11 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
 
 from benchmarks.layouts import scattered
+from benchmarks.stub import pretend
 
 from .machine import Allocation, Kernel
 
 TARGET = "sm_90"
-PROCESSORS = 132
 ORDERS = ({"mode": 1, "window": 3}, {"mode": 2, "window": 1}, {"mode": 3, "window": 2})
 # Of what is larger, as rows that lie 2^30 entries apart, only the rows are there.
 WHOLE = 1 << 30
@@ -80,7 +80,7 @@ class Gpu:
             return compiled
 
         JITFunction.run = run
-        _pretend()
+        pretend()
         for owner, name in (
             (torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"),
         ):  # fmt: skip
@@ -202,32 +202,3 @@ def _operands(arguments: Sequence[Argument]) -> Iterator[tuple[str, torch.Tensor
                 size, stride, offset = value.size(), value.stride(), value.storage_offset()
                 value = value.as_strided(size, stride, offset + first)
             yield name, value
-
-
-def _pretend() -> None:
-    """fastkd takes tensors of the CPU for those of a GPU, of so many processors."""
-    from fastkd import checks, elementwise
-    from fastkd.kernels import bernoulli, logits, moments, tuning
-    from fastkd.kernels import elementwise as elementwise_kernels
-
-    class Device:
-        type, index = "cuda", 0
-
-    schedule = tuning.schedule
-
-    def on_gpu(rows: int, columns: int, itemsize: int, _: Any, **more: bool) -> Any:
-        device: Any = Device()
-        return schedule(rows, columns, itemsize, device, **more)
-
-    replaced = {
-        "schedule": (on_gpu, (bernoulli, logits, moments)),
-        "multiprocessors": (lambda _: PROCESSORS, (tuning, logits)),
-        "generation": (lambda _: 9, (tuning,)),
-        "elementwise": (lambda _: tuning.ELEMENTWISE, (elementwise_kernels,)),
-        "_on_triton": (lambda *operands: operands[0].dtype != torch.float64, (elementwise,)),
-        "backend": (lambda name, *_: name, (checks,)),
-    }
-    for name, (new, owners) in replaced.items():
-        for owner in owners:
-            getattr(owner, name)  # raises where it has gone
-            setattr(owner, name, new)

@@ -1,0 +1,103 @@
+"""Others that compute the logits operator's loss: (student, teacher, labels | None, *, divergence,
+temperature, alpha). What is not installed has no row; README.md says how to bring it along."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from types import ModuleType
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .providers import NotOffered
+
+IGNORED = -100
+
+
+def liger(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    *,
+    divergence: str,
+    temperature: float,
+    alpha: float,
+) -> Tensor:
+    """Its kernels take probabilities: both softmaxes are part of the price."""
+    from liger_kernel.transformers import LigerJSD, LigerKLDIVLoss
+    from liger_kernel.transformers.tvd import LigerTVDLoss
+
+    if labels is not None and divergence in ("forward_kl", "tvd"):  # has no mask that leaves rows
+        student, teacher = student[labels != IGNORED], teacher[labels != IGNORED]
+    lq = F.log_softmax(student / temperature, -1)
+    if divergence == "forward_kl":
+        p = F.softmax(teacher / temperature, -1)
+        return LigerKLDIVLoss(reduction="batchmean")(lq, p) * temperature**2
+    if divergence == "tvd":
+        return LigerTVDLoss()(lq.exp(), F.softmax(teacher / temperature, -1)) * temperature
+    beta = {"jsd": 0.5, "reverse_kl": 1.0}.get(divergence)
+    if beta is None:
+        raise NotOffered("has forward_kl, reverse_kl, jsd and tvd")
+    lp = F.log_softmax(teacher / temperature, -1)
+    return LigerJSD(beta=beta, ignore_index=IGNORED)(lq, lp, labels) * temperature**2
+
+
+def trl(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    *,
+    divergence: str,
+    temperature: float,
+    alpha: float,
+) -> Tensor:
+    beta = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}.get(divergence)
+    if beta is None:
+        raise NotOffered("has forward_kl, reverse_kl and jsd")
+    from trl.experimental.gkd import GKDTrainer
+
+    loss = GKDTrainer.generalized_jsd_loss(
+        student, teacher, labels, beta=beta, temperature=temperature
+    )
+    return loss * temperature**2
+
+
+def orda(*operands: Tensor, **options: Any) -> Tensor:
+    raise NotOffered("takes hidden states and an output head, not logits")
+
+
+def speculators(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    *,
+    divergence: str,
+    temperature: float,
+    alpha: float,
+) -> Tensor:
+    names = {"forward_kl": "kl_div", "reverse_kl": "reverse_kl_div", "jsd": "js_div", "tvd": "tv"}
+    if divergence not in names:
+        raise NotOffered("has forward_kl, reverse_kl, jsd and tvd")
+    loss = getattr(_alone("speculators.losses.fused"), f"fused_{names[divergence]}_loss")
+    if labels is not None:
+        student, teacher = student[labels != IGNORED], teacher[labels != IGNORED]
+    rows = loss(student[None] / temperature, teacher[None] / temperature)
+    return rows.mean() * temperature ** (1 if divergence == "tvd" else 2)
+
+
+def _alone(name: str) -> Any:
+    """A module without what its packages import, which would have to be brought along too."""
+    package, *inner = name.split(".")[:-1]
+    found = importlib.util.find_spec(package)
+    if found is None or found.submodule_search_locations is None:
+        raise ImportError(f"No module named {package!r}")
+    (folder,) = found.submodule_search_locations
+    for path in (package, f"{package}.utils", *(f"{package}.{part}" for part in inner)):
+        if path not in sys.modules:
+            module = ModuleType(path)
+            module.__path__ = ["/".join((folder, *path.split(".")[1:]))]
+            sys.modules[path] = module
+    return importlib.import_module(name)
