@@ -35,8 +35,9 @@ def needs(*modules: str, extra: str = "distill") -> None:
         except ImportError as error:
             if error.name != module:  # it is there, and broken
                 raise RunError(f"{module} does not import: {error}") from error
+            wanted = f'"fastkd[{extra}]"' if extra else module
             raise RunError(
-                f'this needs {module}, which is not installed: pip install "fastkd[{extra}]"'
+                f"this needs {module}, which is not installed: pip install {wanted}"
             ) from None
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import hub
 from .errors import RunError, needs, one_line
 
 # Characters of plain text that are handed on at once.
@@ -40,7 +41,9 @@ def expand(names: Sequence[str]) -> list[str]:
     found: dict[str, None] = {}
     for name in names:
         path = Path(name)
-        if path.is_dir():
+        if name.startswith(hub.PREFIX):
+            inside = [name]
+        elif path.is_dir():
             inside = [str(each) for each in sorted(path.rglob("*")) if _is_data(each)]
             if not inside:
                 kinds = ", ".join((*READERS, *PLAIN))
@@ -62,6 +65,10 @@ def _is_data(path: Path) -> bool:
 
 def rows(file: str) -> Iterator[Row]:
     """What a file holds; whatever is wrong with it is one RunError that names the place."""
+    if file.startswith(hub.PREFIX):
+        named = enumerate(hub.rows(file), 1)
+        yield from (Row(values, f"{file}, row {number}") for number, values in named)
+        return
     reader = READERS.get(Path(file).suffix.lower(), _plain)
     try:
         yield from reader(file)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import cached, models, parsing, sequences, settings
+from . import cached, models, parsing, quantised, sequences, settings
 from .default_job import pick
 from .errors import Usage, one_line
 
@@ -51,7 +51,7 @@ class Job:
             models.check_width(what, shape, self.vocab_size)
             models.check_positions(what, shape, chosen.sequence_length)
         names = () if chosen.own_teacher() else chosen.teacher
-        self.teachers = [models.load(name, self.dtype) for name in names]
+        self.teachers = [models.teacher(name, chosen, self.dtype, self.device) for name in names]
         self.cache = cache
         processes = PartialState(cpu=self.device.type == "cpu")
         with processes.main_process_first():
@@ -104,6 +104,8 @@ class Job:
             model = models.adapted(name, self.dtype, adapters, chosen.seed, again, checkpoint)
             return model, torch.float32
         model, came = models.student(str(checkpoint or chosen.student), chosen.seed)
+        if chosen.quantize:
+            quantised.prepare(model, chosen.quantize)
         if chosen.checkpointing:
             models.recompute(model)
         return model, came

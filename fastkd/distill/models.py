@@ -9,22 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from . import quantised
 from .errors import RunError, Usage, needs, one_line
 from .parsing import Adapters
+from .settings import UserModels
 
 # What two tokenizers must split alike: words, numbers, code, accents, other scripts, white space.
 PROBE = "The quick brown fox, it's 1234.56 km!\n\tdef f(x):  return x**2  # naïve café 你好 🙂"
 
 
-def load(name: str, dtype: torch.dtype | str) -> Any:
+def load(name: str, dtype: torch.dtype | str, **options: Any) -> Any:
     """A causal language model from a folder, or from the hub where it is no local path.
 
     All weights of the model must be there, and no others: what is missing would be random.
     """
     from transformers import AutoModelForCausalLM
 
-    model, found = _load(AutoModelForCausalLM, name, "model", dtype=dtype, output_loading_info=True)
+    options = {"dtype": dtype, "output_loading_info": True, **options}
+    model, found = _load(AutoModelForCausalLM, name, "model", **options)
     for keys, what in ((found["missing_keys"], "lack"), (found["unexpected_keys"], "hold")):
         if keys:
             some, others = sorted(keys)[:3], len(keys) - 3
@@ -33,6 +37,18 @@ def load(name: str, dtype: torch.dtype | str) -> Any:
                 ", which would be random" if what == "lack" else ", which its config has no use for"
             )
             raise RunError(f"the weights of {name} {what} {', '.join(some)}{more}{but}")
+    return model
+
+
+def teacher(name: str, chosen: UserModels, dtype: torch.dtype, device: torch.device) -> Any:
+    """A model in the precision and on the device of teachers."""
+    wanted = chosen.teacher_precision
+    if wanted in ("bf16", "fp32"):
+        dtype = torch.bfloat16 if wanted == "bf16" else torch.float32
+    placed = {"device_map": chosen.teacher_device} if chosen.teacher_device else {}
+    model = load(name, dtype, **quantised.loading(wanted, dtype), **placed)
+    if wanted == "int8":
+        quantised.quantise(model if placed else model.to(device), wanted)
     return model
 
 
@@ -73,6 +89,7 @@ def adapted(
         r=adapters.rank,
         lora_alpha=adapters.alpha,  # type: ignore[arg-type]  # peft divides it by the rank
         target_modules=list(adapters.targets) or "all-linear",
+        revision=revised(name)[1],
     )
     try:
         return peft.get_peft_model(model, chosen)
@@ -94,9 +111,16 @@ def fingerprint(model: Any) -> str:
     for name, weight in model.state_dict().items():
         if ".lora_" in name:
             continue
-        bits = torch.hash_tensor(weight.detach()).item() if weight.numel() else 0
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {bits}".encode())
+        bits = [torch.hash_tensor(part).item() for part in _parts(weight) if part.numel()]
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {bits or 0}".encode())
     return digest.hexdigest()
+
+
+def _parts(weight: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors of numbers that a weight is made of, one unless it is quantised."""
+    if not is_traceable_wrapper_subclass(weight):
+        return [weight.detach()]
+    return [getattr(weight, name).detach() for name in weight.__tensor_flatten__()[0]]
 
 
 def keeps_documents_apart(model: Any) -> bool:
@@ -159,12 +183,21 @@ def is_config(name: str) -> bool:
     return name.endswith(".json")
 
 
+def revised(name: str) -> tuple[str, str | None]:
+    """A name on the hub and its revision, a branch, a tag or a commit: 'owner/name@v1'."""
+    if Path(name).exists():
+        return name, None
+    name, _, revision = name.partition("@")
+    return name, revision or None
+
+
 def _check_path(name: str) -> None:
     """Refuses a name that is neither here nor one that the hub could have."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     if Path(name).exists():
         return
+    name, _ = revised(name)
     path = name.startswith((".", "/", "~")) or ("/" in name and Path(name).parent.is_dir())
     try:
         validate_repo_id(name)
@@ -179,10 +212,11 @@ def _check_hub(name: str, what: str) -> None:
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.utils import GatedRepoError
 
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+    plain, revision = revised(name)
+    if isinstance(try_to_load_from_cache(plain, "config.json", revision=revision), str):
         return
     try:
-        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=5)
+        get_hf_file_metadata(hf_hub_url(plain, "config.json", revision=revision), timeout=5)
     except Exception as error:  # offline, unknown, and what else a network has
         why = "the hub has it for those it let in" if isinstance(error, GatedRepoError) else ""
         raise RunError(
@@ -204,8 +238,10 @@ def _load(kind: Any, name: str, what: str, **options: Any) -> Any:
     local = Path(name).exists()
     if not local:
         _check_hub(name, what)
+    plain, revision = revised(name)
+    options |= {"revision": revision} if revision else {}
     try:
-        return kind.from_pretrained(name, local_files_only=local, **options)
+        return kind.from_pretrained(plain, local_files_only=local, **options)
     except Exception as error:  # transformers and safetensors raise many kinds
         whose = name if local else f"{name} of the hub"
         raise RunError(f"{whose} holds no {what} that can be read: {one_line(error)}") from None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import files, storage
+from . import files, hub, storage
 from .cached import ROW
 from .documents import Counts, Document, Reader
 from .errors import RunError
@@ -180,6 +180,9 @@ def _fingerprint(chosen: UserModels, tokenizer: Any, names: Iterable[str]) -> st
     digest.update(repr((tokenizer.chat_template, tokenizer("a b")["input_ids"])).encode())
     for name in names:
         digest.update(name.encode(errors="surrogateescape"))
+        if name.startswith(hub.PREFIX):
+            digest.update(hub.commit(name).encode())
+            continue
         try:
             with open(name, "rb") as file:
                 while block := file.read(2**20):

@@ -14,7 +14,9 @@ from typing import Any, TypeVar, get_type_hints
 
 from .errors import Usage, known, needs
 from .files import expand
+from .hub import PREFIX
 from .parsing import DIVERGENCES, SCHEDULES, divergence, lora, schedule, weights
+from .quantised import STUDENTS, TEACHERS
 
 S = TypeVar("S", bound="Common")
 
@@ -30,7 +32,7 @@ class Common:
     data: tuple[str, ...] = setting(
         (),
         "files, folders and patterns of text to train on; with --teacher, of .jsonl and .parquet "
-        "too, and of conversations",
+        "too, and of conversations, and data sets of the hub, as in hf:owner/name@v1:train",
     )
     divergence: str = setting(
         "forward_kl",
@@ -118,11 +120,20 @@ class UserModels(Common):
         (), "folder or hub name of the teacher; of several, the mixture teaches"
     )
     teacher_weights: str = setting("", "of several teachers, as in 2,1; by default equal")
+    teacher_precision: str = setting(
+        "auto", "bf16, fp32, int8 (by torchao), nf4 (by bitsandbytes), or auto: that of the student"
+    )
+    teacher_device: str = setting(
+        "", "cpu, cuda:1, or auto: over all GPUs; by default, the student's"
+    )
     teacher_cache: str = setting("", "folder of fastkd cache, in place of --teacher")
     teacher_tail: str = setting(
         "bucket", "what a cached top-k does not list: bucket, renormalize, drop or label"
     )
     student: str = setting("", "folder, hub name, or config.json (a new student) of the student")
+    quantize: str = setting(
+        "", "train the student for linear layers of these bits: int8 or int4, as torchao has them"
+    )
     lora: str = setting(
         "",
         "train low-rank adapters: their rank, alpha (twice that by default) and layers (all linear "
@@ -207,9 +218,14 @@ class UserModels(Common):
 
     def own_teacher(self) -> bool:
         """Whether the student without its adapters is the teacher."""
-        return bool(self.lora) and self.teacher == (self.student,)
+        itself = self.teacher == (self.student,) and not self.teacher_device
+        return bool(self.lora) and itself and self.teacher_precision == "auto"
 
     def _check_adapters(self) -> None:
+        known("teacher_precision", self.teacher_precision, ("auto", "bf16", "fp32", *TEACHERS))
+        known("quantize", self.quantize, ("", *STUDENTS))
+        if self.quantize and self.lora:
+            raise Usage("quantize trains the weights themselves: leave --lora out")
         if not self.lora:
             return
         lora(self.lora)
@@ -325,7 +341,7 @@ def absolute(name: str, value: Any) -> Any:
         names = [value] if isinstance(value, str) else value
         if isinstance(names, list | tuple) and all(isinstance(each, str) for each in names):
             expand(names)
-            return [os.path.abspath(each) for each in names]
+            return [each if each.startswith(PREFIX) else os.path.abspath(each) for each in names]
     if isinstance(value, list | tuple):
         return [absolute("", each) for each in value]
     here = isinstance(value, str) and value and Path(value).exists()

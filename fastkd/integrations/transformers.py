@@ -186,12 +186,19 @@ class DistillationTrainer(Trainer):
         if isinstance(teacher, TeacherCache):
             cache = teacher.to(self.args.device)
             return lambda inputs: cache[inputs[ROW].cpu()]
-        freeze(teacher, self.args.device)
-        head = head_of(teacher) if heads else None
+        device = self.args.device
+        freeze(teacher, device)
+        here = all(weight.device == device for weight in teacher.parameters())
+        head = head_of(teacher) if heads and here else None
 
         def ask(inputs: Mapping[str, Any]) -> Tensor | LinearHead:
             others = model_inputs(inputs, teacher)
-            return teacher(**others).logits if head is None else head(teacher, others)
+            if head is not None:
+                return head(teacher, others)
+            if not here:
+                first = next(teacher.parameters()).device
+                others = {k: v.to(first) if isinstance(v, Tensor) else v for k, v in others.items()}
+            return teacher(**others).logits.to(device)
 
         return ask
 
