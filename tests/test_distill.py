@@ -80,8 +80,11 @@ def test_a_row_for_each_logged_step_of_each_student(finished):
         assert [int(row["step"]) for row in rows] == steps
         assert {int(row["step"]) for row in rows if row["validation_loss"]} == {5, 10, 12}
     assert [int(row["step"]) for row in rows_of(finished, seed="1")] == [1, 2, 4, 6, 8, 10, 12]
-    rates = [4e-3 * factor for factor in default_job.RATES]
-    for way, wanted in (("hard labels", steps), ("hard labels x2", longer)):
+    low, middle, high = (4e-3 * factor for factor in (*default_job.RATES, 1))
+    for way, wanted, rates in (
+        ("hard labels", steps, (high, low, middle)),  # the first beside the distilled students
+        ("hard labels x2", longer, (low, middle, high)),
+    ):
         rows = rows_of(finished, way)
         assert [float(row["learning_rate"]) for row in rows] == pytest.approx(
             [rate for rate in rates for _ in wanted]
@@ -98,6 +101,9 @@ def test_the_figures_are_measured_and_agree(finished):
         assert figures["loss_peak_bytes"] > 0
         assert figures["kl_to_teacher"] > 0
     assert found["students"]["hard labels x2"]["steps"] == 24
+    hard, fastkd = (found["students"][name]["step_ms"] for name in ("hard labels", "fastkd"))
+    assert found["students"]["hard labels x2"]["step_ms"] == hard  # measured in the same steps
+    assert found["equal_time"] == round(12 * fastkd / hard)
 
 
 def test_hard_labels_have_their_best_rate_and_the_margin_is_over_the_better_of_them(finished):

@@ -43,6 +43,7 @@ class Result:
         drift: likewise, of the two students, each with the weights that its method gave it.
         margin: nats of held-out text by which fastkd is below the better of the hard labels, in
             the mean over the seeds; `margin_error` is its standard error, None of a single seed.
+        equal_time: steps on hard labels that take as long as all of fastkd's.
         samples: what each says after `prompt`.
     """
 
@@ -54,6 +55,7 @@ class Result:
     agrees: bool
     margin: float
     margin_error: float | None
+    equal_time: int
     prompt: str
     samples: dict[str, str]
 
@@ -61,7 +63,10 @@ class Result:
     def of(cls, experiment: Experiment, tolerance: float) -> Result:
         from tokenizers import Tokenizer
 
-        students = {name: _means(experiment.chosen(name)) for name in (HARD, LONGER, EAGER, FASTKD)}
+        students = {
+            name: _means(experiment.chosen(name)) | experiment.costs(name)
+            for name in (HARD, LONGER, EAGER, FASTKD)
+        }
         (teacher,) = experiment.of("teacher")
         first = experiment.chosen(FASTKD)[0]
         best = min((HARD, LONGER), key=lambda name: students[name]["validation_loss"])
@@ -80,20 +85,22 @@ class Result:
             first["difference"] <= tolerance,
             statistics.mean(margins),
             error,
+            round(
+                students[FASTKD]["steps"] * students[FASTKD]["step_ms"] / students[HARD]["step_ms"]
+            ),
             decode(experiment.text.validation[:8].tolist()),
             {name: decode(each["sample"]) for name, each in spoken.items()},
         )
 
 
 def _means(seeds: list[Figures]) -> Figures:
-    """Of students that differ in their seed: means over all, costs of the first."""
+    """Of students that differ in their seed: means over all."""
     losses = [each["validation_loss"] for each in seeds]
-    names = ("learning_rate", "steps", "step_ms", "loss_ms", "loss_share", "loss_peak_bytes")
     return {
         **{name: statistics.mean(each[name] for each in seeds) for name in MEANS},
         "spread": statistics.stdev(losses) if len(losses) > 1 else 0.0,
         "losses": losses,
-        **{name: seeds[0][name] for name in names},
+        **{name: seeds[0][name] for name in ("learning_rate", "steps")},
     }
 
 
@@ -312,7 +319,9 @@ def _verdicts(result: Result) -> Iterator[str]:
     yield (
         f"The student of fastkd is {abs(result.margin):.3f}{error} nats per token {gain} the "
         f"better one of hard labels only, over {len(result.students[FASTKD]['losses'])} seeds. "
-        f"Hard labels had the best of three learning rates, and once twice the steps; of "
+        f"Hard labels had the best of three learning rates; as long as fastkd's "
+        f"{result.students[FASTKD]['steps']} steps take {result.equal_time} of theirs, which had "
+        f"{result.students[HARD]['steps']} and {result.students[LONGER]['steps']}. Of "
         f"{result.other} there is one seed."
     )
     for name, text in result.samples.items():
