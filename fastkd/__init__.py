@@ -2,8 +2,14 @@
 
 from .cache import TeacherCache
 from .divergences import (
+    AKL,
+    DIST,
+    DKD,
     JSD,
+    NKD,
+    TAID,
     TVD,
+    AlphaBeta,
     AlphaDivergence,
     Bernoulli,
     Divergence,
@@ -13,6 +19,7 @@ from .divergences import (
     ReverseKL,
     SkewKL,
     SkewReverseKL,
+    ToDi,
 )
 from .elementwise import kl_div
 from .functional import Metrics, distillation_loss
@@ -22,8 +29,14 @@ from .operands import Ensemble, LinearHead, Sampled, TopK
 __version__ = "0.1.0"
 
 __all__ = [
+    "AKL",
+    "DIST",
+    "DKD",
     "JSD",
+    "NKD",
+    "TAID",
     "TVD",
+    "AlphaBeta",
     "AlphaDivergence",
     "Bernoulli",
     "DistillationLoss",
@@ -40,6 +53,7 @@ __all__ = [
     "SkewKL",
     "SkewReverseKL",
     "TeacherCache",
+    "ToDi",
     "TopK",
     "distillation_loss",
     "kl_div",

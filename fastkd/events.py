@@ -277,12 +277,12 @@ class _Terms(NamedTuple):
 def _value_and_slope(part: Problem, lp: Tensor, lq: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     """Of the divergence, [R] and [R, K + 1]; `out`: what is no event."""
     kind, a, b = Divergence.of_name(part.divergence), part.a, part.b
-    lp, lq = torch.where(out, 0.0, lp), torch.where(out, 0.0, lq)
+    none = out.all(-1)
+    lp = torch.where(out, -math.inf, lp).masked_fill(none[:, None], 0.0)
 
     def total(lq: Tensor) -> tuple[Tensor, Tensor]:
-        terms = torch.where(out, 0.0, kind.value(lp, lq, a, b))
-        rows = kind.outer(terms.sum(-1), a, b)
-        rows = torch.where(out.all(-1), 0.0, rows)
+        lq = torch.where(out, -math.inf, lq).masked_fill(none[:, None], 0.0)
+        rows = torch.where(none, 0.0, kind.of_rows(lp, lq, a, b))
         return rows.sum(), rows
 
     slope, rows = torch.func.grad(total, has_aux=True)(lq)

@@ -127,7 +127,10 @@ def _needs_logits(kind: str, wanted: dict[str, bool]) -> None:
 def _listed(given: Settings, teacher: TopK | Sampled, labels: Tensor | None) -> None:
     """Refuses what a teacher that lists some entries cannot serve, alone or among others."""
     kind = type(teacher).__name__
-    _needs_logits(kind, {"Bernoulli()": given.sigmoids})
+    divergence = type(given.divergence).__name__
+    _needs_logits(
+        kind, {"Bernoulli()": given.sigmoids, divergence: not given.divergence.over_events}
+    )
     if given.teacher_grad:
         raise ValueError(f"teacher_grad=True: a {kind} has no logits to train; leave it out")
     if given.backend == "reference":

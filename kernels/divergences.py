@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastkd.divergences import SLOPE_SUM, Divergence
+from fastkd.divergences import NONE, SLOPE_SUM, Divergence
 from fastkd.kernels.arithmetic import (
     INTERPRETED,
     LN2,
@@ -340,6 +340,71 @@ def renyi_outer(total, c, a, b):
     return tl.where(near, log1p(tl.where(near, excess, 0.0)), c) / -b
 
 
+@triton.jit
+def todi(lp, lq, p, q, d, d2, c, a, b):
+    """Weights w = p / (p + q), as constants: the value is that of Jeffreys' divergence, and the slope
+    -w p + (1 - w) q (1 - d) = q - p - (1 - w) q d.
+    """
+    value, _ = jeffreys(lp, lq, p, q, d, d2, 0.0, 1.0, 1.0)
+    _, fall = kl_terms(p, q, log_ratio(p, d * -1.0))
+    rest = reciprocal(1.0 + tl.exp2(at_most(d2, 120.0)))
+    return value, fall - rest * (q * log_ratio(q, d)) - q * c
+
+
+@triton.jit
+def taid(lp, lq, p, q, d, d2, c, a, b):
+    """Terms of KL(m || q), and q - m, with m = w / sum w, w = p^a q^b, c = log sum w."""
+    log_w = tl.where(tl.maximum(lp, lq) > -float("inf"), a * lp + b * lq, -float("inf"))
+    c *= LOG2E
+    m = tl.exp2(log_w - c)
+    x = a * d2 - c  # log2(m / q)
+    value, _ = kl_terms(m, q, log_ratio(m, x * -LN2))
+    return value, tl.where(tl.abs(x) < NEAR2, -exp2m1_times(q, x), q - m)
+
+
+@triton.jit
+def taid_outer(total, c, a, b):
+    return tl.where(c > -float("inf"), total, float("inf"))
+
+
+@triton.jit
+def times(x, log):
+    """x log, and 0 where x is, be the logarithm infinite."""
+    return tl.where(x == 0, 0.0, x * log)
+
+
+@triton.jit
+def growth(lp, lq, d2, x, s):
+    """q^s ((p / q)^x - 1) / x, and its limit at x = 0."""
+    q = tl.exp2(times(s, lq))
+    limit = LN2 * tl.where(q > 0, q * d2, 0.0)
+    far = tl.exp2(times(x, lp) + times(s - x, lq)) - q
+    rise = tl.where(tl.abs(x * d2) < NEAR2, exp2m1_times(q, x * d2), far)
+    return tl.where(x == 0, limit, rise / tl.where(x == 0, 1.0, x))
+
+
+@triton.jit
+def alpha_beta(lp, lq, p, q, d, d2, c, a, b):
+    """(g(s) - g(a)) / b with g(x) = growth and s = a + b, or the same with the roles exchanged: the
+    order that divides is the larger. Near 0 the first orders of both cancel.
+    """
+    some = tl.maximum(lp, lq) > -float("inf")
+    swap = tl.abs(a) > tl.abs(b)
+    low, high = tl.where(swap, b, a), tl.where(swap, a, b)
+    high = tl.where(high == 0, 1e-20, high)
+    s = low + high
+    x = tl.where(swap, -d2, d2)
+    lm, lo = tl.where(swap, lq, lp), tl.where(swap, lp, lq)
+    far = (growth(lm, lo, x, s, s) - growth(lm, lo, x, low, s)) / high
+    far = tl.where(far == far, far, float("inf"))  # of infinite terms the larger
+    near = tl.maximum(tl.abs(s * x), tl.abs(low * x)) < NEAR2
+    bent = (s * bend2(s * x) - low * bend2(low * x)) / high
+    value = tl.where(near, tl.exp2(times(s, lo)) * (x * x) * bent, far)
+    slope = -growth(lp, lq, d2, a, a + b)
+    slope = tl.where(slope == slope, slope, float("inf"))
+    return tl.where(some, value, 0.0), tl.where(some, slope, 0.0) - q * c
+
+
 TABLE = {
     "forward_kl": Device(forward_kl),
     "reverse_kl": Device(reverse_kl),
@@ -350,6 +415,9 @@ TABLE = {
     "tvd": Device(tvd),
     "alpha": Device(alpha),
     "renyi": Device(renyi, renyi_outer),
+    "todi": Device(todi),
+    "taid": Device(taid, taid_outer),
+    "alpha_beta": Device(alpha_beta),
 }
 # What serves in their place where a, or b = 1 - a, is below NEAR_END, and they lose digits.
 NEAR_END = 1 / 16
@@ -364,6 +432,8 @@ NEAR_ONE = {
 
 def device_of(name: str, a: float, b: float) -> Device:
     """The entry of table 2, or what the user's own class brings."""
+    if name == "taid" and b == 0:
+        return Device(forward_kl, constant=NONE)
     near = NEAR_ZERO if abs(a) < NEAR_END else NEAR_ONE if abs(b) < NEAR_END else {}
     device = near.get(name) or TABLE.get(name) or Divergence.of_name(name).device
     if device is None:

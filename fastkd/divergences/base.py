@@ -60,6 +60,8 @@ class Divergence:
     label_aware: ClassVar[bool] = False
     # Whether all sums of `value_and_pull` are the pair's: the columns may be spread over processes.
     sharded: ClassVar[bool] = True
+    # Whether it has a meaning where several entries are one event, as beside a teacher's top k.
+    over_events: ClassVar[bool] = True
     # The modules of a backend that compute it: "logits", rows of a softmax, or "bernoulli".
     rows: ClassVar[str] = "logits"
     # Whether the Triton backend has it, in table 2 or by its `device`.
@@ -81,7 +83,8 @@ class Divergence:
         if {"value_and_pull", "of_rows"} & vars(cls).keys():
             cls.sharded = vars(cls).get("sharded", False)
         built_in = cls.__module__.startswith(f"{__package__}.") and cls.__module__ != __name__
-        cls.has_device_function = built_in or cls.device is not None
+        own = vars(cls).get("has_device_function", built_in)
+        cls.has_device_function = own or cls.device is not None
         # The same class once more replaces itself, as when a cell of a notebook runs again.
         Divergence._classes[name] = cls
         Divergence._classes.pop(_exchanged(name), None)
@@ -180,6 +183,11 @@ class Divergence:
             outer = staticmethod(lambda sums, a, b, *label: kind.outer(sums, a, b, *label[::-1]))
             members = {"name": name, "value": value, "outer": outer}
             members |= {"label_aware": kind.label_aware, "__module__": kind.__module__}
+            members |= {"has_device_function": False}
+            if vars(kind).get("of_rows"):
+                members["of_rows"] = classmethod(
+                    lambda cls, lp, lq, a, b, labels=None: kind.of_rows(lq, lp, a, b, labels)
+                )
             type(f"{kind.__name__}Dual", (Divergence,), members)
         return name, self.parameters, 1.0
 

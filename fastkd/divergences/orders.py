@@ -123,7 +123,7 @@ class Renyi(Divergence):
 
     @classmethod
     def of_rows(cls, lp, lq, a, b, labels=None):
-        return _log_escort(lp, lq, a).logsumexp(-1) / (a - 1)
+        return log_escort(lp, lq, a).logsumexp(-1) / (a - 1)
 
     @staticmethod
     def curvature(a, b):
@@ -142,10 +142,10 @@ class Renyi(Divergence):
 
 def _escort(lp: Tensor, lq: Tensor, a: float) -> Tensor:
     """p^a q^(1-a), and 0 where both are 0; differentiable."""
-    return _log_escort(lp, lq, a).exp()
+    return log_escort(lp, lq, a).exp()
 
 
-def _log_escort(lp: Tensor, lq: Tensor, a: float) -> Tensor:
+def log_escort(lp: Tensor, lq: Tensor, a: float) -> Tensor:
     empty = (lp == -math.inf) & (lq == -math.inf)
     lp, lq = torch.where(empty, 0.0, lp), torch.where(empty, 0.0, lq)
     return torch.where(empty, -math.inf, a * lp + (1 - a) * lq)
