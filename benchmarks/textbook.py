@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels.arithmetic import LN2, fast_log2, reciprocal
-from fastkd.kernels.divergences import Device, at_most, exp, log_ratio
+from fastkd.kernels.divergences import Device
+from fastkd.kernels.terms import at_most, exp, log_ratio
 
 
 @triton.jit

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from . import operators, sharding, tracing
+from .forms import sources
 from .operators import readable, signed
-from .problem import CE, ENTROPY, KD, Coefficients, Problem, sources, unpacked_numbers
+from .problem import CE, ENTROPY, KD, Coefficients, Problem, unpacked_numbers
 
 
 @signed

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from . import ensembles, linear, sharding, soft_labels
-from .problem import Coefficients, Head, Mixture, Problem
+from .forms import Head, Mixture
+from .problem import Coefficients, Problem
 
 # Bytes of a chunk's buffers. On a GPU products of thousands of rows run at its full rate; on a CPU
 # the logits stay in the cache between what makes them and the loss.

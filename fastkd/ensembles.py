@@ -16,7 +16,8 @@ from torch import Tensor
 
 from . import linear, moments
 from .divergences import Divergence
-from .problem import MEAN, PULL, WIDTH, Events, Head, Mixture, Problem
+from .forms import Events, Head, Mixture
+from .problem import MEAN, PULL, WIDTH, Problem
 
 BUFFERS = 3  # that a chunk takes: the mixture, one teacher, and what a function leaves behind
 

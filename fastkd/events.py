@@ -23,8 +23,9 @@ from torch import Tensor
 
 from . import checks
 from .divergences import Divergence, plogr
+from .forms import Events
 from .operands import Sampled, TopK
-from .problem import AGREEMENT, KD, TEACHER_ENTROPY, Coefficients, Events, Problem
+from .problem import AGREEMENT, KD, TEACHER_ENTROPY, Coefficients, Problem
 from .settings import Settings
 
 NOTHING = -1  # an index where nothing is listed

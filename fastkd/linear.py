@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .forms import Head
 from .operands import LinearHead
 from .operators import readable
-from .problem import Head, Problem
+from .problem import Problem
 
 # Columns of a head that are converted at once where it is not in the dtype of its products.
 COLUMNS = 4096

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from . import tracing
 from .divergences import Divergence
-from .problem import Coefficients, Events, Head, Problem, sources
+from .forms import Events, Head, sources
+from .problem import Coefficients, Problem
 from .sharding import Phases
 
 Function = TypeVar("Function", bound=type[torch.autograd.Function])

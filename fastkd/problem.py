@@ -12,8 +12,7 @@ with the layouts below, so that `autograd.py` does not know which of them it cal
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,6 +20,17 @@ from torch import Tensor
 
 from . import sharding, tracing
 from .divergences import Divergence
+from .forms import (
+    Events,
+    Head,
+    Mixture,
+    kind_of,
+    numbers_of,
+    one_dimension,
+    rows_of_sides,
+    side_of,
+    sources,
+)
 
 if TYPE_CHECKING:
     from .settings import Settings
@@ -74,47 +84,6 @@ class Coefficients(NamedTuple):
         return sum(terms, loss)
 
 
-class Head(NamedTuple):
-    """Rows of logits that are not made yet: hidden states and the layer that makes logits of them.
-
-    logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap); without the cap where
-    softcap is 0.
-    """
-
-    hidden: Tensor  # [N, H]
-    weight: Tensor  # [>= V, H]
-    bias: Tensor | None  # [>= V]
-    scale: float
-    softcap: float
-    product: torch.dtype  # of the factors of all products
-    trains: tuple[bool, bool, bool]  # which of the three tensors do
-
-    def same(self, other: Head) -> bool:
-        """Whether the logits are those of the other, made of the same memory."""
-        places = [
-            [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in head[:3] if x is not None]
-            for head in (self, other)
-        ]
-        return places[0] == places[1] and self[3:6] == other[3:6]
-
-
-class Events(NamedTuple):
-    """A teacher of which K entries are known; all others are one event. Each is listed once."""
-
-    indices: Tensor  # [N, K], int64; -1: nothing is listed
-    log_probs: Tensor  # [N, K], at the teacher's temperature
-    rest: Tensor | None  # log-mass of what is not listed, [N]; None: that is left out
-
-
-class Mixture(NamedTuple):
-    """Several teachers of the same rows, which become one chunk by chunk."""
-
-    combine: str  # "probs" or "logits"
-    members: tuple[Any, ...]  # logits [1, N, >= V], Heads, or Events that leave no rest
-    weights: Tensor  # [M, N]; the sum of a row is 1
-    routed: tuple[bool, ...]  # which of the members may weigh nothing in a row, and are not read
-
-
 class Packed(NamedTuple):
     """A Problem as an operator takes it. A new field of a Problem comes in here, and nowhere else.
 
@@ -163,7 +132,7 @@ class Problem(NamedTuple):
         row_dims, rows, device = source.dim() - 1, math.prod(source.shape[:-1]), source.device
         sides = [student] if teacher is None else [student, teacher]
         soft = labels is not None and labels.is_floating_point() and not given.sigmoids
-        sides = [_one_dimension(side) for side in sides] if soft else rows_of_sides(sides)
+        sides = [one_dimension(side) for side in sides] if soft else rows_of_sides(sides)
         a, b = given.divergence.parameters
         teacher_temperature = None
         if given.teacher_temperature is not None:
@@ -253,9 +222,9 @@ class Problem(NamedTuple):
             self.student_temperature, self.teacher_temperature, self.labels, self.counted,
             self.moments,
         ]  # fmt: skip
-        scales = [x for side in sides for x in _numbers(side)]
+        scales = [x for side in sides for x in numbers_of(side)]
         flags = f"{self.standardize:d}{self.temperature_trains:d}"
-        spec = "|".join((*map(_kind, sides), flags, self.merge, self.divergence))
+        spec = "|".join((*map(kind_of, sides), flags, self.merge, self.divergence))
         numbers = packed_numbers(self.label_smoothing, self.a, self.b, *scales)
         return Packed(tensors, numbers, self.vocab_size, spec)
 
@@ -272,7 +241,7 @@ class Problem(NamedTuple):
         found = iter(tensors)
         label_smoothing, a, b, *scales = unpacked_numbers(numbers)
         scale = iter(scales)
-        sides = [_side(kind, found, scale) for kind in kinds]
+        sides = [side_of(kind, found, scale) for kind in kinds]
         *rows, moments = found
         return Problem._make((
             *sides, *rows, label_smoothing, divergence, a, b, vocab_size, moments, merge,
@@ -280,99 +249,7 @@ class Problem(NamedTuple):
         ))  # fmt: skip
 
 
-# --- a side as its tensors, numbers, and a word for what they are ------------------------------
-
-LOGITS, EVENTS, NOTHING = "logits", "events", ""
-
-
-def sources(side: Any) -> list[Any]:
-    """The tensors that a side's logits come from, and its gradient goes to."""
-    if isinstance(side, Tensor):
-        return [side]
-    if isinstance(side, Mixture):
-        return [x for member in side.members for x in sources(member)] + [side.weights]
-    return [] if side is None else list(side[:3])
-
-
-def _numbers(side: Any) -> list[float]:
-    if isinstance(side, Mixture):
-        return [x for member in side.members for x in _numbers(member)]
-    return [side.scale, side.softcap] if isinstance(side, Head) else []
-
-
-def _kind(side: Any) -> str:
-    if isinstance(side, Head):
-        return f"{str(side.product)[6:]}:{''.join(str(int(flag)) for flag in side.trains)}"
-    if isinstance(side, Mixture):
-        routed = "".join(str(int(flag)) for flag in side.routed)
-        return ",".join((side.combine, routed, *map(_kind, side.members)))
-    if isinstance(side, Events):
-        return EVENTS
-    return NOTHING if side is None else LOGITS
-
-
-def _side(kind: str, found: Iterator[Any], scales: Iterator[Any]) -> Any:
-    """Of its kind, from the next tensors and numbers."""
-    if kind == NOTHING:
-        return None
-    if kind == LOGITS:
-        return next(found)
-    if kind == EVENTS:
-        return Events(next(found), next(found), next(found))
-    if "," in kind:
-        combine, routed, *kinds = kind.split(",")
-        members = tuple(_side(one, found, scales) for one in kinds)
-        return Mixture(combine, members, next(found), tuple(flag == "1" for flag in routed))
-    product, trains = kind.split(":")
-    flags = tuple(flag == "1" for flag in trains)
-    return Head._make((
-        next(found), next(found), next(found), next(scales), next(scales),
-        getattr(torch, product), flags,
-    ))  # fmt: skip
-
-
 # --- rows and numbers ------------------------------------------------------------------------
-
-
-def rows_of_sides(sides: Sequence[Any]) -> list[Any]:
-    """Logits as [O, I, width], beside a head as [1, N, width], and heads' hidden states as [N, H].
-
-    Where one is not logits the rows of both are worked off in chunks, whatever their dimensions.
-    """
-    if all(isinstance(side, Tensor) for side in sides):
-        return as_rows(*sides)
-    return [_one_dimension(side) for side in sides]
-
-
-def _one_dimension(side: Any) -> Any:
-    if isinstance(side, Tensor):
-        return as_rows(side.reshape(1, math.prod(side.shape[:-1]), side.size(-1)))[0]
-    if isinstance(side, Head):
-        return side._replace(hidden=side.hidden.reshape(-1, side.hidden.size(-1)))
-    if isinstance(side, Mixture):
-        return side._replace(members=tuple(map(_one_dimension, side.members)))
-    return side
-
-
-def as_rows(*tensors: Tensor) -> list[Tensor]:
-    """Views [O, I, width] with one split for all; a copy only where the strides allow none."""
-    if all(t.dim() == 2 and t.stride(1) == 1 for t in tensors):
-        return [t[None] for t in tensors]
-    tensors = tuple(t if t.stride(-1) == 1 or t.size(-1) == 1 else t.contiguous() for t in tensors)
-    seams = {seam for tensor in tensors for seam in _seams(tensor)}
-    if len(seams) > 1:
-        tensors, seams = tuple(t.contiguous() for t in tensors), set()
-    split = max(seams, default=0)
-    leading = tensors[0].shape[:-1]
-    outer, inner = math.prod(leading[:split]), math.prod(leading[split:])
-    return [tensor.view(outer, inner, tensor.size(-1)) for tensor in tensors]
-
-
-def _seams(tensor: Tensor) -> list[int]:
-    """The leading dimensions that do not merge with the one before."""
-    leading = range(tensor.dim() - 1)
-    dims = [(i, tensor.size(i), tensor.stride(i)) for i in leading if tensor.size(i) != 1]
-    return [i for (_, _, before), (i, size, stride) in pairwise(dims) if before != size * stride]
 
 
 def per_row(value: float | Tensor, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from . import checks, tracing
 from .events import events_of
+from .forms import Mixture, sources
 from .labels import check as check_labels
 from .labels import soft as is_soft
 from .linear import head_of
 from .operands import Ensemble, LinearHead, Sampled, TopK
 from .operators import readable
-from .problem import Mixture, per_row, sources
+from .problem import per_row
 from .settings import Settings
 from .sharding import Group, Merge
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from fastkd.kernels import arithmetic as A
 from fastkd.kernels import memory as M
 from fastkd.kernels import phases as P
-from fastkd.kernels.divergences import NEAR, NEAR_RATIO, bend
 from fastkd.kernels.launch import new_gradient, per_row, rows_in_memory, two_sides
+from fastkd.kernels.terms import NEAR, NEAR_RATIO, bend
 from fastkd.kernels.tuning import schedule
 from fastkd.problem import Coefficients, Problem
 from fastkd.sharding import Phases, of, together

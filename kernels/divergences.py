@@ -17,23 +17,24 @@ import triton
 import triton.language as tl
 
 from fastkd.divergences import NONE, SLOPE_SUM, Divergence
-from fastkd.kernels.arithmetic import (
-    INTERPRETED,
-    LN2,
-    LOG2E,
-    fast_log2,
-    log1p,
-    log_bend,
-    reciprocal,
+from fastkd.kernels.arithmetic import LN2, LOG2E, fast_log2, log1p, log_bend, reciprocal
+from fastkd.kernels.terms import (
+    NEAR,
+    NEAR2,
+    NEAR_LOG,
+    NEAR_RATIO,
+    at_most,
+    bend,
+    bend2,
+    exp,
+    exp2m1_times,
+    kl_terms,
+    log2_mixture_ratio,
+    log_of,
+    log_ratio,
+    mixture_value,
+    powers,
 )
-
-# Below these a series replaces the direct form: e^x - 1 - x, also to base 2; the logarithm of a
-# mixture, and the value of JSD, which needs more digits of that logarithm, by x to base 2;
-# y - log(1 + y) with y = m/p - 1, likewise.
-NEAR, NEAR2 = tl.constexpr(0.5), tl.constexpr(0.72)
-NEAR_LOG = tl.constexpr(0.18)
-NEAR_VALUE = tl.constexpr(0.866)
-NEAR_RATIO = tl.constexpr(0.25)
 
 
 @triton.jit
@@ -47,111 +48,6 @@ class Device(NamedTuple):
     evaluate: Any
     outer: Any = identity
     constant: str | None = None  # where it is not the class's
-
-
-# --- helpers ---------------------------------------------------------------------------------
-
-
-@triton.jit
-def bend(x):
-    """(e^x - 1 - x) / x^2 for |x| < 0.5, to a relative 8e-7."""
-    return 0.49999996 + x * (0.1666628 + x * (0.041667477 + x * (0.008395411 + x * 0.0013914635)))
-
-
-@triton.jit
-def bend2(x):
-    """(2^x - 1 - x log 2) / x^2 for |x| < 0.72, to a relative 8e-7."""
-    y = 0.009618316 + x * (0.0013432884 + x * 0.00015432084)
-    return 0.24022649 + x * (0.05550282 + x * y)
-
-
-@triton.jit
-def at_most(x, bound):
-    """The smaller; a NaN, which is where p and q are 0, becomes the bound."""
-    if INTERPRETED:
-        return tl.where(x < bound, x, bound)
-    else:
-        return tl.minimum(x, bound)
-
-
-@triton.jit
-def log_ratio(p, x):
-    """x = log(m / p), but finite where p is 0, be it masked or too small for fp32."""
-    return tl.where(p > 0, x, 200.0)
-
-
-@triton.jit
-def kl_terms(p, m, x):
-    """(m - p - p x, m - p) where m = p e^x, without cancellation; x not infinite where p is 0."""
-    near = tl.abs(x) < NEAR
-    linear = p * x
-    curved = linear * (x * bend(x))
-    rise = m - p
-    return tl.where(near, curved, rise - linear), tl.where(near, linear + curved, rise)
-
-
-@triton.jit
-def exp(x):
-    return tl.exp2(x * LOG2E)
-
-
-@triton.jit
-def exp2m1_times(q, x):
-    """q (2^x - 1), for |x| < 0.72."""
-    return (q * x) * (LN2 + x * bend2(x))
-
-
-@triton.jit
-def log2_mixture_ratio(x, a):
-    """log2(1 - a + a 2^x) for x <= 60: the cumulants of a coin near 0, else one logarithm.
-
-    The fourth, whose x^3 is left to the best line, costs 1e-5, as much as the logarithm beyond.
-    """
-    k = a * (1.0 - a)
-    fourth = LN2 * LN2 * LN2 / 24 * k * (1.0 - 6.0 * k)
-    y = LN2 / 2 * k + 0.75 * NEAR_LOG * NEAR_LOG * fourth
-    y = a + x * (y + x * (LN2 * LN2 / 6 * k * (1.0 - 2.0 * a)))
-    return tl.where(tl.abs(x) < NEAR_LOG, x * y, fast_log2(1.0 - a + a * tl.exp2(x)))
-
-
-@triton.jit
-def mixture_value(p, q, x, r, linear, a):
-    """a p log(p/m) + (1 - a) q log(q/m), m = a p + (1 - a) q, x = log2(p/q), r = log2(m/q).
-
-    linear: the second term. Near 0 it is m (x K'(x) - K(x)) by the cumulants, where K = log(m/q);
-    the last one's x^6 is left to the best polynomial of fewer.
-    """
-    from_p = (a * LN2) * p
-    m = from_p + ((1.0 - a) * LN2) * q
-    k = a * (1.0 - a)
-    skew = 1.0 - 2.0 * a
-    H: tl.constexpr = (NEAR_VALUE * LN2) * (NEAR_VALUE * LN2)
-    k8 = k * (1.0 - k * (126.0 - k * (1680.0 - 5040.0 * k))) / 5760
-    k7 = k * skew * (1.0 - k * (60.0 - 360.0 * k)) / 840
-    k6 = k * (1.0 - k * (30.0 - 120.0 * k)) / 144 + 1.5 * H * k8
-    k5 = k * skew * (1.0 - 12.0 * k) / 30
-    k4 = k * (1.0 - 6.0 * k) / 8 - 0.5625 * H * H * k8
-    k2 = k / 2 + H * H * H / 32 * k8
-    S: tl.constexpr = LN2 * LN2
-    y = S * S * LN2 * k6 + x * (S * S * S * k7)
-    y = S * (k * skew / 3) + x * (S * LN2 * k4 + x * (S * S * k5 + x * y))
-    y = LN2 * k2 + x * y
-    return tl.where(tl.abs(x) < NEAR_VALUE, (m * x) * (x * y), from_p * (x - r) + linear)
-
-
-@triton.jit
-def powers(x, a, b):
-    """(e, e - 1, m) with e = 2^x and m = a + b e, x held within [-115, 115]."""
-    x = tl.maximum(at_most(x, 115.0), -115.0)
-    e = tl.exp2(x)
-    rise = tl.where(tl.abs(x) < NEAR2, exp2m1_times(1.0, x), e - 1.0)
-    return e, rise, a + b * e
-
-
-@triton.jit
-def log_of(m, x, a):
-    """log2 m, for (_, _, m) = powers(x, a, b); a = 0 is a KL, with its infinities."""
-    return tl.where(a == 0, x, fast_log2(m))
 
 
 # --- the divergences -------------------------------------------------------------------------
@@ -342,8 +238,8 @@ def renyi_outer(total, c, a, b):
 
 @triton.jit
 def todi(lp, lq, p, q, d, d2, c, a, b):
-    """Weights w = p / (p + q), as constants: the value is that of Jeffreys' divergence, and the slope
-    -w p + (1 - w) q (1 - d) = q - p - (1 - w) q d.
+    """Weights w = p / (p + q), as constants: the value is that of Jeffreys' divergence, and the
+    slope -w p + (1 - w) q (1 - d) = q - p - (1 - w) q d.
     """
     value, _ = jeffreys(lp, lq, p, q, d, d2, 0.0, 1.0, 1.0)
     _, fall = kl_terms(p, q, log_ratio(p, d * -1.0))
