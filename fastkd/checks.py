@@ -365,16 +365,10 @@ def sharded(divergence: Divergence) -> None:
         )
 
 
-def backend(
-    name: str, student: Tensor, teacher: Tensor, has_device_function: bool, sharded: bool = False
-) -> str:
+def backend(name: str, student: Tensor, teacher: Tensor, has_device_function: bool) -> str:
     """The backend that runs, for the name that was asked for."""
     if name not in ("auto", "triton"):
         return name
-    if sharded:  # the kernels have no phases yet
-        if name == "triton":
-            raise NotImplementedError("backend='triton' has no group: pass backend='torch'")
-        return "torch"
     double = torch.float64 in (student.dtype, teacher.dtype)
     if name == "auto":
         usable = student.is_cuda and HAS_TRITON and not double and has_device_function

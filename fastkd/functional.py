@@ -250,9 +250,7 @@ def _backend(given: Settings, student: Tensor, teacher: Tensor) -> str:
     kind = given.divergence
     if given.backend == "auto" and student.is_cuda and not kind.has_device_function:
         warnings.warn(f"{type(kind).__name__} has no device function: using torch", stacklevel=3)
-    return checks.backend(
-        given.backend, student, teacher, kind.has_device_function, given.group is not None
-    )
+    return checks.backend(given.backend, student, teacher, kind.has_device_function)
 
 
 def _reads_labels(given: Settings) -> bool:

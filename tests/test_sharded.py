@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fastkd
-from fastkd import sharding, tracing
+from fastkd import checks, sharding, tracing
 from tests import running, sharded, sharded_dtensors
 from tests.cases import DIVERGENCES, KINDS
 from tests.closeness import assert_close, assert_zero
@@ -326,6 +327,15 @@ def halves() -> None:
     assert_close(grads[0], grads[1].double(), "gradient")
 
 
+def kernels(settings: dict[str, Any]) -> None:
+    """The same by the Triton backend."""
+    student, teacher = torch.randn(2, 2, V) * 2
+    ours = everything(student, teacher, LABELS[:2], backend="triton", **settings)
+    true = running.everything(student, teacher, LABELS[:2], backend=None, **settings)
+    for name, one in ours.items():
+        assert_close(one, true[name], "gradient" if name.startswith("to ") else "value")
+
+
 def refused() -> None:
     student, teacher = torch.randn(2, N, V)
     mine = sharded.columns(V)
@@ -390,6 +400,10 @@ def cases(world: int) -> dict[str, sharded.Case]:
         replicated_teacher, evenly_padded, module, halves, refused, shapes_differ,
     ):  # fmt: skip
         found[case.__name__] = case
+    if world == 2 and os.environ.get("TRITON_INTERPRET") == "1" and checks.HAS_TRITON:
+        options = {"alpha": 0.6, "label_smoothing": 0.1, "temperature": ROWS[:2]}
+        found["kernels"] = partial(kernels, {"divergence": fastkd.JSD(beta=0.3)} | options)
+        found["kernels standardized"] = partial(kernels, {"standardize": True} | options)
     found |= sharded_dtensors.CASES
     if world == 4:
         found["uneven"] = uneven
