@@ -236,13 +236,11 @@ def phases(problem: Problem, entropy: bool, metrics: bool) -> Phases[tuple[Tenso
     values, _ = _run(problem, kinds)
     if not problem.merge:
         return values, values.new_empty(0, problem.rows)
-    slopes = values.new_zeros(2, problem.rows)
+    one, zero = values.new_ones(problem.rows), values.new_zeros(problem.rows)
+    slopes = torch.stack([zero, zero])
     if problem.temperature_trains:
-        one, zero = slopes[0] + 1, slopes[0]
-        for term, factors in enumerate(
-            (Coefficients(one, None, None), Coefficients(zero, None, one))
-        ):
-            slopes[term] = _run(problem, 0, factors, heat=True)[1]
+        terms = Coefficients(one, None, None), Coefficients(zero, None, one)
+        slopes = torch.stack([_run(problem, 0, term, heat=True)[1] for term in terms])
     pieces = yield torch.cat([values, slopes])
     return pieces.sum(0).split([kinds, 2])  # type: ignore[return-value]
 
