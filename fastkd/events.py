@@ -14,14 +14,14 @@ without a teacher.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks
+from . import checks, sharding
 from .divergences import Divergence, plogr
 from .forms import Events
 from .operands import Sampled, TopK
@@ -107,15 +107,27 @@ class Listed(NamedTuple):
     backend: Any
 
     def forward(self, problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
+        merge = sharding.of(problem.merge)
+        (result,) = sharding.together(merge, self.phases(problem, entropy, metrics))
+        return result
+
+    def phases(
+        self, problem: Problem, entropy: bool, metrics: bool
+    ) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """`forward` up to its gathers: see `sharding.together`."""
+        shares = yield from _shares(problem)
         if problem.labels is None and not entropy and not metrics:
             values = problem.student_temperature.new_zeros(1, problem.rows)
             state = values.new_empty(0, problem.rows)
         else:
             alone = problem._replace(teacher=None)
-            values, state = self.backend.forward(alone, entropy, metrics)
+            if problem.merge:
+                values, state = yield from self.backend.phases(alone, entropy, metrics)
+            else:
+                values, state = self.backend.forward(alone, entropy, metrics)
         for rows, part in _chunks(problem):
-            _Terms.of(part).write(values, rows)
-        return values, state
+            _Terms.of(part, _of_rows(shares, rows)).write(values, rows)
+        return values, state if shares is None else torch.cat([shares, state])
 
     def backward(
         self,
@@ -125,7 +137,10 @@ class Listed(NamedTuple):
         gradient: bool,
         temperature: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        base = heat = None
+        shares, base, heat = None, None, None
+        if problem.merge:
+            count = problem.teacher.indices.size(1) + SHARES
+            shares, state = state[:count], state[count:]
         if upstream.ce is not None or upstream.entropy is not None:
             base, heat = self.backend.backward(
                 problem._replace(teacher=None), state, upstream, gradient, temperature
@@ -133,7 +148,8 @@ class Listed(NamedTuple):
         out = _new_gradient(problem) if gradient and base is None else base
         heat = upstream.kd.new_zeros(problem.rows) if temperature and heat is None else heat
         for rows, part in _chunks(problem):
-            found, hot = _Terms.of(part).gradient(part, upstream.kd[rows], temperature)
+            terms = _Terms.of(part, _of_rows(shares, rows))
+            found, hot = terms.gradient(part, upstream.kd[rows], temperature)
             if out is not None:
                 _write(problem, out, rows, found, base)
             if heat is not None:
@@ -143,6 +159,7 @@ class Listed(NamedTuple):
     def fused(
         self, problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
+        (shares,) = sharding.together(sharding.of(problem.merge), _shares(problem))
         base, loss = None, torch.zeros_like(coefficients.kd)
         values = loss.new_zeros(1, problem.rows)
         if metrics or coefficients.ce is not None or coefficients.entropy is not None:
@@ -152,7 +169,7 @@ class Listed(NamedTuple):
         if out is None:
             out = _new_gradient(problem) if base is None else base
         for rows, part in _chunks(problem):
-            terms = _Terms.of(part)
+            terms = _Terms.of(part, _of_rows(shares, rows))
             terms.write(values, rows)
             found, _ = terms.gradient(part, coefficients.kd[rows], False)
             _write(problem, out, rows, found, base)
@@ -160,12 +177,66 @@ class Listed(NamedTuple):
         return loss + kd, values if metrics else None, out
 
 
+# --- rows over several owners -----------------------------------------------------------------
+
+SHARES = 3  # what owners share besides the K listed logits, each of which one of them has
+
+
+def _shares(problem: Problem) -> Generator[Tensor, Tensor, Tensor | None]:
+    """Of all owners, [K + 3, N]: the listed logits, and of the other entries the largest, the sum
+    of exp((z - largest) / T), and that of (z - largest) times it. None: there is one owner.
+    """
+    if not problem.merge:
+        return None
+    count = problem.teacher.indices.size(1)
+    own = problem.student.new_zeros(count + SHARES, problem.rows, dtype=torch.float64)
+    for rows, part in _chunks(problem):
+        z, index = _own_logits(part)
+        T = part.student_temperature[:, None]
+        own[:count, rows] = z.gather(-1, index).t().double()
+        z.scatter_(-1, index, -math.inf)
+        largest = z.amax(-1, keepdim=True)
+        z.sub_(torch.where(largest == -math.inf, 0.0, largest))
+        exps = (z / T).exp_()
+        own[count, rows] = largest[:, 0].double()
+        own[count + 1, rows] = exps.sum(-1).double()
+        own[count + 2, rows] = torch.where(exps > 0, exps * z, 0.0).sum(-1).double()
+    pieces = yield own
+    largest = pieces[:, count].amax(0)
+    lower = torch.where(pieces[:, count] == -math.inf, 0.0, pieces[:, count] - largest)
+    weight = (lower / problem.student_temperature.double()).exp()
+    sums, products = pieces[:, count + 1], pieces[:, count + 2]
+    joined = largest, (weight * sums).sum(0), (weight * (products + lower * sums)).sum(0)
+    return torch.cat([pieces[:, :count].amax(0), torch.stack(joined)])
+
+
+def _of_rows(shares: Tensor | None, rows: slice) -> Tensor | None:
+    return None if shares is None else shares[:, rows].t()
+
+
+def _own_logits(part: Problem) -> tuple[Tensor, Tensor]:
+    """This owner's logits, [R, V + 1], the last of them -inf; the column of each listed entry, the
+    last for what is listed nowhere, or is another owner's.
+    """
+    columns, T = part.vocab_size, part.student_temperature
+    z = T.new_empty(part.rows, columns + 1)  # the last takes what padding marks
+    z[:, :columns] = part.student[0, :, :columns]
+    z[:, columns] = -math.inf
+    if part.counted is not None:  # what does not count may hold NaN
+        z.masked_fill_(~part.counted[:, None], 0.0)
+    index = part.teacher.indices - sharding.of(part.merge).first_column
+    own = (part.teacher.indices != NOTHING) & (index >= 0) & (index < columns)
+    return z, torch.where(own, index, columns)
+
+
 # --- chunks of rows --------------------------------------------------------------------------
 
 
 def _chunks(problem: Problem) -> Iterator[tuple[slice, Problem]]:
     budget = GPU_BYTES if problem.student_temperature.is_cuda else CPU_BYTES
-    size = max(1, budget // (problem.vocab_size * problem.student_temperature.element_size()))
+    size = max(
+        1, budget // (max(problem.vocab_size, 1) * problem.student_temperature.element_size())
+    )
     for start in range(0, problem.rows, size):
         rows = slice(start, min(start + size, problem.rows))
         yield rows, problem.part(rows)
@@ -201,32 +272,32 @@ class _Terms(NamedTuple):
     rest: Tensor  # exp((z - shift) / T) of what is not listed, else 0: [R, V + 1]
     shift: Tensor  # [R, 1]
     total: Tensor  # the sum of `rest`, [R, 1], fp64
+    moved: Tensor | None  # the sum of (z - shift) * rest, [R]; None: `rest` is that of all owners
     counted: Tensor | None  # [R, 1]
 
     @staticmethod
-    def of(part: Problem) -> _Terms:
-        columns, events = part.vocab_size, part.teacher
+    def of(part: Problem, shares: Tensor | None) -> _Terms:
+        """shares: of all owners of these rows, [R, K + 3]; None: there is one."""
+        events = part.teacher
         counted = None if part.counted is None else part.counted[:, None]
         T = part.student_temperature[:, None]
-        z = T.new_empty(part.rows, columns + 1)  # the last takes what padding marks
-        z[:, :columns] = part.student[0, :, :columns]
-        z[:, columns] = -math.inf
-        if counted is not None:  # what does not count may hold NaN
-            z.masked_fill_(~counted, 0.0)
-        index = torch.where(events.indices == NOTHING, columns, events.indices)
+        z, index = _own_logits(part)
         logits = z.gather(-1, index)
         z.scatter_(-1, index, -math.inf)
         highest = z.amax(-1, keepdim=True)
+        if shares is not None:
+            logits, highest = (x.to(z.dtype) for x in (shares[:, :-SHARES], shares[:, -3:-2]))
         best = logits >= torch.maximum(highest, logits.amax(-1, keepdim=True))
+        best = best & (events.indices != NOTHING)
         shift = torch.where(highest == -math.inf, 0.0, highest)
         rest = z.sub_(shift).div_(T).exp_()
-        total = rest.sum(-1, keepdim=True).double()
+        total = rest.sum(-1, keepdim=True).double() if shares is None else shares[:, -2:-1]
 
         warm = T.double()
         scores = torch.cat([logits.double() / warm, shift / warm + total.log()], -1)
         lq = scores - scores.logsumexp(-1, keepdim=True)
         lp = events.log_probs.double()
-        out = index == columns
+        out = events.indices == NOTHING
         if events.rest is None:
             lp, out = F.pad(lp, (0, 1)), F.pad(out, (0, 1), value=True)
         else:
@@ -235,7 +306,10 @@ class _Terms(NamedTuple):
         if counted is not None:
             out = out | ~counted
         value, slope = _value_and_slope(part, lp, lq, out)
-        return _Terms(value, slope, lp, lq, index, logits, best, rest, shift, total, counted)
+        unlisted = None if shares is None else shares[:, -1]
+        return _Terms(
+            value, slope, lp, lq, index, logits, best, rest, shift, total, unlisted, counted
+        )
 
     def write(self, values: Tensor, rows: slice) -> None:
         """The figures of these rows, as far as they are wanted."""
@@ -243,7 +317,7 @@ class _Terms(NamedTuple):
         if len(values) > TEACHER_ENTROPY:
             entropy = -plogr(self.lp, self.lp).sum(-1)
             top = self.lp[:, :-1] == self.lp[:, :-1].amax(-1, keepdim=True)
-            agree = (top & self.best & (self.listed < self.rest.size(1) - 1)).any(-1)
+            agree = (top & self.best).any(-1)
             for kind, figure in ((TEACHER_ENTROPY, entropy), (AGREEMENT, agree)):
                 figure = figure.to(values.dtype)
                 if self.counted is not None:
@@ -268,8 +342,11 @@ class _Terms(NamedTuple):
 
     def _temperature(self, events: Tensor, scale: Tensor, T: Tensor) -> Tensor:
         """-1 / T sum z dD/dz, with the logits measured from `shift`, as the gradient's sum is 0."""
-        depth = self.rest.log() * T.to(self.rest.dtype)  # z - shift
-        unlisted = torch.where(self.rest > 0, self.rest * scale * depth, 0.0).sum(-1)
+        if self.moved is None:
+            depth = self.rest.log() * T.to(self.rest.dtype)  # z - shift
+            unlisted = torch.where(self.rest > 0, self.rest * scale * depth, 0.0).sum(-1)
+        else:
+            unlisted = scale[:, 0] * self.moved
         apart = (self.logits - self.shift).double()
         listed = torch.where(events[:, :-1] == 0, 0.0, events[:, :-1] * apart).sum(-1)
         return -(unlisted.double() + listed) / T[:, 0]

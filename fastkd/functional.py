@@ -213,11 +213,12 @@ def distillation_loss(
     if torch.compiler.is_compiling():
         factor = scalar(factor, dtype, outlines[0].device)
     factors = factors_of_terms(given, row_weight)
+    of_all = merge.columns or columns
     reads_teacher = _reads_teacher(given, outlines[1])
     problem = Problem.of(
         given,
         sides.side_of(student, given, labels, columns, backend),
-        sides.side_of(teacher, given, labels, columns, backend) if reads_teacher else None,
+        sides.side_of(teacher, given, labels, of_all, backend) if reads_teacher else None,
         labels if _reads_labels(given) else None, counted, columns, dtype,
         sharding.name_of(merge),
     )  # fmt: skip

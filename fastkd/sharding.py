@@ -158,6 +158,31 @@ def name_of(merge: Merge) -> str:
     return name
 
 
+class _Copied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+def copied(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The same tensor, which all ranks hold; its gradient is the sum of what each rank gives.
+
+    For the hidden states of a column-parallel `LinearHead`, whose gradient on a rank is that of its
+    own columns. A tensor-parallel framework does the same where it hands hidden states to its head
+    (Megatron's copy to the tensor-parallel region, DTensor's Replicate): leave it out there, or the
+    gradient is too large by the group's size.
+    """
+    found: Tensor = _Copied.apply(tensor, group)
+    return found
+
+
 def together(merge: Merge, *phases: Phases[Result]) -> list[Result]:
     """Runs all to their ends, each a backend's function that gathers between its phases.
 

@@ -346,3 +346,31 @@ def test_refusals():
         fastkd.distillation_loss(student, fastkd.TopK.from_logits(other, K, tail="label"))
     with pytest.raises(TypeError, match="student must be logits"):
         fastkd.distillation_loss(teacher, other)
+
+
+def test_figures_alone_add_nothing_to_the_gradient():
+    student, labels = torch.randn(4, 12), torch.randint(12, (4,))
+    teacher = fastkd.TopK(*torch.randn(4, 12).log_softmax(-1).topk(3)[::-1])
+    gradients = []
+    for metrics in (False, True):
+        dirty = [
+            torch.full((4, 12), math.nan) for _ in range(50)
+        ]  # what is not written may be this
+        del dirty
+        leaf = student.clone().requires_grad_()
+        found = fastkd.distillation_loss(leaf, teacher, labels, return_metrics=metrics)
+        (found[0] if metrics else found).backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+def test_the_students_entropy_is_at_its_temperature():
+    student, teacher = torch.randn(4, 12), torch.randn(4, 12)
+    listed = fastkd.TopK(*teacher.log_softmax(-1).topk(3)[::-1])
+    (_, found), (_, true) = (
+        fastkd.distillation_loss(
+            student, side, temperature=2.5, teacher_temperature=1.0, return_metrics=True
+        )
+        for side in (listed, teacher)
+    )
+    assert_close(found.student_entropy, true.student_entropy.double())

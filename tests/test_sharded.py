@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd import checks, sharding, tracing
-from tests import running, sharded, sharded_dtensors
+from tests import running, sharded, sharded_dtensors, sharded_operands
 from tests.cases import DIVERGENCES, KINDS
 from tests.closeness import assert_close, assert_zero
 from tests.test_label_aware import Decoupled
@@ -404,7 +404,7 @@ def cases(world: int) -> dict[str, sharded.Case]:
         options = {"alpha": 0.6, "label_smoothing": 0.1, "temperature": ROWS[:2]}
         found["kernels"] = partial(kernels, {"divergence": fastkd.JSD(beta=0.3)} | options)
         found["kernels standardized"] = partial(kernels, {"standardize": True} | options)
-    found |= sharded_dtensors.CASES
+    found |= sharded_dtensors.CASES | sharded_operands.CASES
     if world == 4:
         found["uneven"] = uneven
     found["one raises"] = one_raises  # the last: its group is of no use afterwards

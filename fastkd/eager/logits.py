@@ -103,6 +103,8 @@ def write_gradient(
             temperature[rows.flat] = slope[:, 0].to(temperature.dtype)
         if moments is not None:
             _add_pull(gradient, heat, moments, degrees, terms)
+    if not tempered and weights.ce is None:  # only figures are wanted
+        gradient.zero_()
     if weights.ce is not None:
         _cross_entropy_gradient(gradient, problem, rows, terms, weights.ce, add=tempered)
     if terms.counts is not None:

@@ -172,7 +172,7 @@ class Solver:
         """With the buffers of the depths, which may be the logits themselves."""
         problem, z, y = self.problem, logits[0], logits[-1]
         scales = [of_rows(scale, rows) for scale in scales]
-        if problem.teacher is None and not self.entropy:
+        if problem.teacher is None and not (self.entropy or self.metrics):
             scales = [1.0]  # only the cross-entropy is wanted
         values, unit = {}, None
         if self.metrics:
