@@ -109,7 +109,7 @@ def everything(student: Tensor, teacher: Tensor, labels: Any, **settings: Any) -
 
 def agree(student: Tensor, teacher: Tensor, labels: Any = None, **settings: Any) -> None:
     ours = everything(student, teacher, labels, **settings)
-    true = running.everything(student, teacher, labels, backend=None, **settings)
+    true = running.everything(student, teacher, labels, **settings | {"backend": None})
     assert ours.keys() == true.keys()
     for name, one in ours.items():
         kind = "gradient" if name.startswith("to ") else "value"
