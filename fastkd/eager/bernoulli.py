@@ -50,7 +50,7 @@ def phases(
                 _gradient(problem, block, Coefficients(one * 0, None, one), None, sums[-1])
     if shared:
         sums = (yield sums).sum(0)
-    return sums[:kinds].to(problem.dtype), sums[kinds:]
+    return sums[:kinds].to(problem.dtype), sums[kinds:].clone()  # which an operator keeps apart
 
 
 def backward(
