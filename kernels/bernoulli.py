@@ -14,7 +14,7 @@ from torch import Tensor
 from fastkd.kernels import arithmetic as A
 from fastkd.kernels import memory as M
 from fastkd.kernels import phases as P
-from fastkd.kernels.launch import new_gradient, per_row, rows_in_memory, two_sides
+from fastkd.kernels.launch import new_gradient, per_row, rows_in_memory
 from fastkd.kernels.terms import NEAR, NEAR_RATIO, bend
 from fastkd.kernels.tuning import schedule
 from fastkd.problem import Coefficients, Problem
@@ -93,15 +93,18 @@ def _step(
 ):  # fmt: skip
     """Adds a tile to the sums of kd, ce, entropy, teacher entropy, agreement and heat."""
     kd_sum, ce_sum, entropy_sum, teacher_sum, agreement_sum, heat = sums
-    z, y = M.load(student, at, inside, "evict_first"), M.load(teacher, at, inside, "evict_first")
+    z = M.load(student, at, inside, "evict_first")
+    y = M.load_beside(z, teacher, at, inside, "evict_first")
     tempered, tempered_teacher = z * s_rate, y * t_rate
     h = (z - y) * s_rate if SAME else tempered - tempered_teacher
     q_small, q_large, q_log = _logistic(tempered, VALUES > 1 or (REVERSE and VALUES > 0))
     p_small, _, p_log = _logistic(tempered_teacher, VALUES > 3 or (REVERSE and VALUES > 0))
-    value, slope, bell = _divergence(
-        tempered, tempered_teacher, h, q_log, q_small, q_large, p_log, p_small, a, b,
-        REVERSE,
-    )  # fmt: skip
+    value, slope, bell = tl.zeros_like(z), tl.zeros_like(z), q_small * q_large
+    if teacher is not None:
+        value, slope, bell = _divergence(
+            tempered, tempered_teacher, h, q_log, q_small, q_large, p_log, p_small, a, b,
+            REVERSE,
+        )  # fmt: skip
     if VALUES > 0:
         kd_sum = _row_sum(kd_sum, value, inside)
     if VALUES > 1:
@@ -167,7 +170,8 @@ def _bernoulli(
     k_ce = P.factor(ce, ce_stride, index, live)
     k_entropy = P.factor(entropy, entropy_stride, index, live)
     student += M.row_at(index, student_outer, student_inner, inner, ALIGN)
-    teacher += M.row_at(index, teacher_outer, teacher_inner, inner, ALIGN)
+    if teacher is not None:
+        teacher += M.row_at(index, teacher_outer, teacher_inner, inner, ALIGN)
     if gradient is not None:
         gradient += M.row_at(index, gradient_outer, gradient_inner, inner, ALIGN)
     if labels is not None:
@@ -273,10 +277,9 @@ def _run(
     gradient: Tensor | None = None, heat: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The first `kinds` of `values`, the gradient, and the temperatures' where heat is wanted."""
-    problem = two_sides(problem)
     student, teacher, rows = problem.student, problem.teacher, problem.rows
     width, device, columns = student.size(-1), student.device, problem.vocab_size
-    itemsize = min(student.element_size(), teacher.element_size())
+    itemsize = min(x.element_size() for x in (student, teacher) if x is not None)
     plan = schedule(rows, width, itemsize, device, once=True)
     resident = plan.kind == "resident"
     if not resident and problem.b and kinds > 1:  # what a thread holds of an entry is much
@@ -287,13 +290,16 @@ def _run(
     operands = rows_in_memory(*counts, student=student, teacher=teacher, gradient=gradient)
     block = plan.lanes * plan.vector
     kd, ce, entropy = factors or (None, None, None)
+    t_temperature = problem.teacher_temperature
+    if teacher is None:
+        kd = t_temperature = None
     if rows:
         with torch.cuda.device_of(student):
             _bernoulli[(triton.cdiv(rows, plan.lanes) if resident else rows, plan.splits)](
                 **operands,
                 **per_row(
                     s_temperature=problem.student_temperature,
-                    t_temperature=problem.teacher_temperature, kd=kd, ce=ce, entropy=entropy,
+                    t_temperature=t_temperature, kd=kd, ce=ce, entropy=entropy,
                 ),
                 labels=problem.labels, counted=problem.counted, a=float(problem.a),
                 b=float(problem.b), values=values, width=width,

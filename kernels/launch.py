@@ -48,20 +48,22 @@ def beginnings(rows: dict[str, Any], vector: int) -> dict[str, Any]:
 
     Unless its storage begins later, which one that PyTorch allocated does not.
     """
-    found, places = {"SHIFTED": 0}, []
-    for name in ("student", "teacher", "gradient"):
+    found: dict[str, Any] = {"SHIFTED": 0}
+    places = {}
+    for bit, name in ((1, "student"), (2, "teacher"), (4, "gradient")):
         x, first = rows[name], 0
         if x is not None:
             first = x.data_ptr() // x.element_size() % vector
             first *= first <= x.storage_offset()
             strides = rows[f"{name}_outer"], rows[f"{name}_inner"]
-            places.append((first, *(stride % vector for stride in strides)))
+            places[bit] = (first, *(stride % vector for stride in strides))
         if first:
             x = x.as_strided(x.size(), x.stride(), x.storage_offset() - first)
         found |= {name: x, f"{name}_first": first}
     if rows["ALIGN"] % vector:
-        lead = max(places[:2], key=places.count)
-        found["SHIFTED"] = sum(1 << i for i, place in enumerate(places) if place == lead)
+        sides = [place for bit, place in places.items() if bit < 4]
+        lead = max(sides, key=list(places.values()).count)
+        found["SHIFTED"] = sum(bit for bit, place in places.items() if place == lead)
     return found
 
 
@@ -82,10 +84,3 @@ def new_gradient(problem: Problem) -> Tensor:
     student = problem.student
     shape = (problem.rows, student.size(-1))
     return torch.empty(shape, dtype=student.dtype, device=student.device)
-
-
-def two_sides(problem: Problem) -> Problem:
-    """Beside no teacher the student again: its tiles are at hand, and the divergence is 0."""
-    if problem.teacher is not None:
-        return problem
-    return problem._replace(teacher=problem.student, teacher_temperature=None)

@@ -17,14 +17,13 @@ from torch import Tensor
 from fastkd.divergences import LOG_MIXTURE, REVERSE_KL, SLOPE_SUM, Divergence
 from fastkd.kernels import phases as P
 from fastkd.kernels import rows as R
-from fastkd.kernels.divergences import device_of
+from fastkd.kernels.divergences import Device, device_of
 from fastkd.kernels.launch import (
     beginnings,
     new_gradient,
     new_rows,
     per_row,
     rows_in_memory,
-    two_sides,
 )
 from fastkd.kernels.resident import resident
 from fastkd.kernels.sweep import sweep
@@ -125,12 +124,21 @@ def _launches(
     heat: bool = False,
 ) -> Phases[Tensor | None]:  # fmt: skip
     """Launches the phases from `first` on; the temperatures' gradient where heat is wanted."""
-    problem, merge = two_sides(problem), of(problem.merge)
+    merge = of(problem.merge)
     student, teacher, rows = problem.student, problem.teacher, problem.rows
     width, device = student.size(-1), student.device
-    device_function = device_of(problem.divergence, problem.a, problem.b)
-    constant = device_function.constant or Divergence.of_name(problem.divergence).constant
-    itemsize = min(student.element_size(), teacher.element_size())
+    sides = [x for x in (student, teacher) if x is not None]
+    kd, ce, h = factors or (None, None, None)
+    device_function, constant = Device(P.nothing), None
+    t_temperature = problem.teacher_temperature
+    if teacher is None:
+        kd = t_temperature = None
+    else:
+        device_function = device_of(problem.divergence, problem.a, problem.b)
+        constant = device_function.constant or Divergence.of_name(problem.divergence).constant
+        if t_temperature is None and problem.moments is not None:  # the widths make two of one
+            t_temperature = problem.student_temperature
+    itemsize = min(x.element_size() for x in sides)
     once = first.value == P.GRADIENT.value
     lean = problem.labels is None and problem.moments is None and not (entropy or metrics)
     shared = {} if merge is LOCAL else {"swept": True}
@@ -144,17 +152,13 @@ def _launches(
         return None if temperature is None else temperature.sum(1)
     counts = () if plan.kind == "sweep" else (width, problem.vocab_size)
     operands = rows_in_memory(*counts, student=student, teacher=teacher, gradient=gradient)
-    kd, ce, h = factors or (None, None, None)
     want = _wanted(problem, constant, entropy, metrics)
     apart = merge is not LOCAL and problem.temperature_trains  # whose gradient is to be in state
     want |= R.LEVER.value * (problem.moments is not None or (apart and state is not None))
-    alone = not once and gradient is None and not metrics
+    alone = not once and gradient is None and not metrics and teacher is not None
     swept = plan.kind == "sweep" and plan.splits == 1 and problem.moments is None
     if alone and swept and merge is LOCAL and problem.divergence in ("forward_kl", "reverse_kl"):
         want |= R.KL.value
-    t_temperature = problem.teacher_temperature
-    if t_temperature is None and problem.moments is not None:  # the widths make two of one
-        t_temperature = problem.student_temperature
     arguments = operands | per_row(
         s_temperature=problem.student_temperature, t_temperature=t_temperature, kd=kd, ce=ce,
         entropy=h,
@@ -176,7 +180,8 @@ def _launches(
             )  # fmt: skip
     else:
         arguments |= beginnings(operands, plan.vector)
-        shifted, everywhere = arguments["SHIFTED"], 3 if gradient is None else 7
+        shifted = arguments["SHIFTED"]
+        everywhere = 1 + 2 * (teacher is not None) + 4 * (gradient is not None)
         plain = lean and shifted in (0, everywhere)
         if not once:
             arguments |= registers(device, problem.divergence, shifted > 0, plain)
@@ -230,9 +235,13 @@ def _sweeps(
     launch(P.STATISTICS, P.STATISTICS, statistics, None)
     if not alone:
         statistics = (yield statistics).contiguous()
-    launch(P.SUMS, P.SUMS, statistics, sums)
-    if not alone:
-        sums = (yield sums).contiguous()
+    summed = arguments["teacher"] is not None or (
+        arguments["WANT"] & (R.LEVER.value | R.TEACHER_ENTROPY.value)
+    )
+    if summed:
+        launch(P.SUMS, P.SUMS, statistics, sums)
+        if not alone:
+            sums = (yield sums).contiguous()
     launch(P.GRADIENT, P.GRADIENT, statistics, sums)
 
 

@@ -45,6 +45,15 @@ def load(pointer, at, inside, EVICT: tl.constexpr):
 
 
 @triton.jit
+def load_beside(x, pointer, at, inside, EVICT: tl.constexpr):
+    """The same tile of the other side; x itself where there is none, of which nothing is read."""
+    if pointer is None:
+        return x
+    else:
+        return load(pointer, at, inside, EVICT)
+
+
+@triton.jit
 def aligned(x, ALIGN: tl.constexpr):
     """x, which the launcher found to be a multiple of ALIGN: the compiler learns it here."""
     return x // ALIGN * ALIGN

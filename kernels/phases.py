@@ -71,7 +71,8 @@ def temper_of(s_pointer, s_stride, t_pointer, t_stride, moments, index, rows, li
         s_width = inverse(M.row_load(moments + rows, index, live, 1.0))
         t_width = inverse(M.row_load(moments + 4 * rows, index, live, 1.0))
         pull = M.row_load(moments + 2 * rows, index, live, 0.0)
-        s_rate, t_rate = s_rate * s_width, t_rate * t_width
+        s_rate = s_rate * s_width
+        t_rate = s_rate if t_pointer is None else t_rate * t_width
     return R.Temper(s_rate, t_rate, s_rate * A.LOG2E, t_rate * A.LOG2E, a, mean, pull, s_width)
 
 
@@ -148,6 +149,13 @@ def write_row(
         total = tl.where(kd != 0, kd * kd_value, 0.0) + tl.where(ce != 0, ce * hard, 0.0)
         total += tl.where(entropy != 0, entropy * row.entropy, 0.0)
         M.row_store(loss, total, index, live)
+
+
+@triton.jit
+def nothing(lp, lq, p, q, d, d2, c, a, b):
+    """In place of a divergence where there is no teacher."""
+    zero = tl.zeros_like(q)
+    return zero, zero
 
 
 # --- sums -------------------------------------------------------------------------------------
@@ -308,16 +316,22 @@ def fold(x):
 
 @triton.jit
 def statistics_step(stats, student, teacher, at, inside, temper, WANT: tl.constexpr):
-    z = fold(M.load(student, at, inside, "evict_last"))
-    y = fold(M.load(teacher, at, inside, "evict_last"))
-    return R.add(stats, z, y, inside if inside is None else fold(inside), temper, WANT)
+    z = M.load(student, at, inside, "evict_last")
+    y = M.load_beside(z, teacher, at, inside, "evict_last")
+    inside = inside if inside is None else fold(inside)
+    if teacher is None:
+        stats = R.add(R.of_one_side(stats), fold(z), fold(z), inside, temper, WANT)
+        return R.of_one_side(stats)
+    else:
+        return R.add(stats, fold(z), fold(y), inside, temper, WANT)
 
 
 @triton.jit
 def sum_step(sums, student, teacher, at, inside, row, temper, a, b,
              WANT: tl.constexpr, DIVERGENCE: tl.constexpr, SAME: tl.constexpr,
              EVICT: tl.constexpr):  # fmt: skip
-    z, y = M.load(student, at, inside, EVICT), M.load(teacher, at, inside, EVICT)
+    z = M.load(student, at, inside, EVICT)
+    y = M.load_beside(z, teacher, at, inside, EVICT)
     lp, lq, p, q, d, d2 = R.elements(z, y, row, temper, SAME)
     value, slope = DIVERGENCE(lp, lq, p, q, d, d2, row.c, a, b)
     sums = add_sums(sums, z, y, value, slope, row, WANT)
@@ -337,7 +351,8 @@ def gradient_step(
     kd, ce, entropy, a, b, VALUE: tl.constexpr, HEAT: tl.constexpr, WANT: tl.constexpr,
     CE: tl.constexpr, H: tl.constexpr, DIVERGENCE: tl.constexpr, SAME: tl.constexpr,
 ):  # fmt: skip
-    z, y = M.load(student, at, inside, "evict_first"), M.load(teacher, at, inside, "evict_first")
+    z = M.load(student, at, inside, "evict_first")
+    y = M.load_beside(z, teacher, at, inside, "evict_first")
     g, tempered, value, slope = gradient_tile(
         z, y, at, row, temper, label, columns, smoothing, kd, ce, entropy, a, b,
         WANT, CE, H, DIVERGENCE, SAME,

@@ -84,9 +84,11 @@ def resident(
     )  # fmt: skip
     columns, width = M.aligned(columns, ALIGN), M.aligned(width, ALIGN)
     student += M.row_at(index, student_outer, student_inner, inner, ALIGN)
-    teacher += M.row_at(index, teacher_outer, teacher_inner, inner, ALIGN)
     zs = load_parts(student, live, columns, PARTS, PIECE)
-    ys = load_parts(teacher, live, columns, PARTS, PIECE)
+    ys = zs
+    if teacher is not None:
+        teacher += M.row_at(index, teacher_outer, teacher_inner, inner, ALIGN)
+        ys = load_parts(teacher, live, columns, PARTS, PIECE)
     label, label_logit = tl.zeros([LANES, 1], tl.int32), tl.zeros([LANES, 1], tl.float32)
     if labels is not None:
         label = P.label_of(tl.load(labels + index, mask=live, other=0), columns, None, None)

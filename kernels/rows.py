@@ -238,6 +238,15 @@ def both(old, new, WANT: tl.constexpr):
 
 
 @triton.jit
+def of_one_side(stats):
+    """Where there is no teacher, its figures are the student's, and the compiler sees it."""
+    return Statistics(
+        stats.s_max, stats.s_max, stats.mixture_max, stats.s_sum, stats.s_sum, stats.mixture,
+        stats.gap, stats.s_entropy, stats.s_entropy, stats.unit, stats.total, stats.share,
+    )  # fmt: skip
+
+
+@triton.jit
 def settle(stats, temper, WANT: tl.constexpr):
     """Statistics from `add`, relative to the maxima themselves."""
     s_scale = bounded(temper.s_scale, stats.s_max)

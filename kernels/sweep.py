@@ -67,6 +67,7 @@ def sweep(
         FIRST == P.STATISTICS and CONSTANT != "slope_sum" and R.LEVER & WANT == 0
         and gradient is not None and statistics is None
     )  # fmt: skip
+    SUMMED: tl.constexpr = teacher is not None or (R.LEVER + R.TEACHER_ENTROPY) & WANT != 0
     BACKWARD: tl.constexpr = FIRST == P.GRADIENT and statistics is None
     a, b, smoothing = P.singles(a, b, smoothing)
     index, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -110,7 +111,8 @@ def sweep(
         moments, index, rows, None, a,
     )  # fmt: skip
     student += student_at
-    teacher += teacher_at
+    if teacher is not None:
+        teacher += teacher_at
     offsets = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     label, label_logit = -1, 0.0
     if labels is not None:
@@ -148,7 +150,9 @@ def sweep(
         row = R.summarize(stats, temper, CONSTANT, WANT)
         hard = P.cross_entropy(stats, row, label, label_logit, all_columns, smoothing, WANT)
 
-    if FIRST <= P.SUMS and LAST >= P.SUMS and not LATE:
+    if not SUMMED:
+        sums = P.collapse_sums(P.no_sums(LANES), WANT)
+    elif FIRST <= P.SUMS and LAST >= P.SUMS and not LATE:
         EVICT: tl.constexpr = "evict_last" if gradient is not None else "evict_first"
         sums = P.no_sums(LANES)
         # Loss alone: one sweep is enough where the value is not small.

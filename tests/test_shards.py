@@ -151,10 +151,11 @@ class Case(NamedTuple):
             found[name] = None if leaf is None else leaf.grad
         return found | {"backward": shard.gathers - forward}
 
-    def fused(self, shard: Shard, backend: str) -> dict[str, Any]:
+    def fused(self, shard: Shard, backend: str, reads_teacher: bool = True) -> dict[str, Any]:
         """Loss rows and the student's gradient at once, in place of the logits."""
         leaves = [None if x is None else x.detach() for x in self.leaves(shard)]
         problem = self.problem(shard, backend, leaves)
+        problem = problem if reads_teacher else problem._replace(teacher=None)
         module = autograd.operators.backend(backend, problem)
         loss, _, gradient = module.fused(problem, self.coefficients, self.metrics, problem.student)
         return {"loss": loss, "student": gradient.view(leaves[0].shape), "forward": shard.gathers}
@@ -307,6 +308,21 @@ def test_labels_out_of_range(force):
         assert one["values"][CE].isnan().tolist() == [True, True, False]
         assert one["values"][KD].isfinite().all()
         assert one["student"].isnan().all(-1).tolist() == [True, True, False]
+
+
+def test_cross_entropy_alone(force):
+    """Without a teacher the kernels have no sums to gather."""
+    force("sweep")
+    student, teacher, temperature = rows()
+    case = Case(fastkd.TVD(), student, teacher, temperature, labels=LABELS, alpha=0.0)
+
+    def fused(shard: Shard) -> dict[str, Any]:
+        return case.fused(shard, "triton", reads_teacher=False)
+
+    found, true = on_shards(EDGES["two"], fused), case.truth()
+    assert [one["forward"] for one in found] == [1, 1]
+    assert_close(found[0]["loss"], true["loss"])
+    close_by_rows(_whole(found, "student"), true["student"])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
