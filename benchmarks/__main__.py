@@ -14,7 +14,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler otherwise report
 
 import torch
 
-from . import cache, cases, gpu, machine
+from . import cache, cases, gpu, host, machine
 from .ceilings import all_ceilings, copy_bandwidth
 from .operators import OPERATORS
 from .publish import publish
@@ -47,7 +47,7 @@ def parser() -> Parser:
         "--provider", nargs="+", metavar="NAME|MODULE:FUNCTION",
         help="with --suite: on logits, besides the suite's own",
     )  # fmt: skip
-    what.add_argument("--suite", choices=SUITES, help="a fixed selection in their stead")
+    what.add_argument("--suite", choices=(*SUITES, "host"), help="a fixed selection in their stead")
     what.add_argument("--list", action="store_true", help="show the names, measure nothing")
 
     how = top.add_argument_group("how")
@@ -96,6 +96,8 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         check_folder(options.out, ours=options.resume or bool(options.load))
     if options.load:
         return _report(Results.load(options.load), old, options.out)
+    if options.suite == "host":
+        return host.run(options.out, options.commit)
     began = time.monotonic()
     device = machine.device_of(options.device or ("cpu" if options.dry_run else None))
     if options.step == "versions":

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from . import operators, sharding, tracing
 from .forms import sources
-from .operators import readable, signed
+from .operators import readable
 from .problem import CE, ENTROPY, KD, Coefficients, Problem, unpacked_numbers
 
 
-@signed
 class Rows(torch.autograd.Function):
     """gradient="backward": per-row values, recomputed in the backward from the saved logits.
 
@@ -130,11 +129,11 @@ def _listed(found: Any, side: Any, wanted: bool) -> list[Any]:
     return found
 
 
-@signed
 class Fused(torch.autograd.Function):
     """gradient="forward": the weighted loss and its gradient at once; the backward only scales.
 
-    fused(inplace, metrics, backend, *coefficients, *problem.flat()) -> loss, values, *gradients.
+    fused(inplace, metrics, backend, *coefficients, *problem.beside_tensors()) -> loss, values,
+    *gradients.
     """
 
     @staticmethod
@@ -145,7 +144,7 @@ class Fused(torch.autograd.Function):
         kd: Tensor,
         ce: Tensor | None,
         entropy: Tensor | None,
-        numbers: Tensor,
+        numbers: Tensor | Problem,
         vocab_size: int,
         spec: str,
         *tensors: Tensor | None,

@@ -129,7 +129,7 @@ def one_dimension(side: Any) -> Any:
 def as_rows(*tensors: Tensor) -> list[Tensor]:
     """Views [O, I, width] with one split for all; a copy only where the strides allow none."""
     if all(t.dim() == 2 and t.stride(1) == 1 for t in tensors):
-        return [t[None] for t in tensors]
+        return [t.unsqueeze(0) for t in tensors]
     tensors = tuple(t if t.stride(-1) == 1 or t.size(-1) == 1 else t.contiguous() for t in tensors)
     seams = {seam for tensor in tensors for seam in _seams(tensor)}
     if len(seams) > 1:

@@ -14,7 +14,7 @@ from . import autograd, checks, dtensors, moments, reference, sharding, sides, t
 from .divergences import Divergence
 from .labels import soft as is_soft
 from .operands import Student, Teacher
-from .operators import readable
+from .operators import apply, readable
 from .problem import Problem, packed_numbers, per_row, scalar
 from .reduction import Metrics, factor_of_rows, factors_of_terms, rows_that_count, weighted
 from .settings import Keywords, Settings
@@ -229,16 +229,16 @@ def distillation_loss(
 
     shape = outlines[0].shape[:-1]
     if mode == "forward" and trains and backend != "reference":
-        loss, values, *_ = autograd.Fused.apply(
-            inplace, return_metrics, backend, *_coefficients(factors, factor, problem),
-            *problem.flat(),
+        loss, values, *_ = apply(
+            autograd.Fused, inplace, return_metrics, backend,
+            *_coefficients(factors, factor, problem), *problem.beside_tensors(),
         )  # fmt: skip
     else:
         if backend == "reference":
             values = reference.losses(problem, entropy_weight != 0, return_metrics, standardize)
         else:
-            values, *_ = autograd.Rows.apply(
-                entropy_weight != 0, return_metrics, backend,
+            values, *_ = apply(
+                autograd.Rows, entropy_weight != 0, return_metrics, backend,
                 *_dual(problem, given.divergence, others, backend), *problem.flat(),
             )  # fmt: skip
         rows = weighted(values, factors) * factor

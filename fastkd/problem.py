@@ -217,26 +217,35 @@ class Problem(NamedTuple):
 
     def pack(self) -> Packed:
         sides = self.student, self.teacher
-        tensors = [x for side in sides for x in sources(side)]
-        tensors += [
-            self.student_temperature, self.teacher_temperature, self.labels, self.counted,
-            self.moments,
-        ]  # fmt: skip
         scales = [x for side in sides for x in numbers_of(side)]
         flags = f"{self.standardize:d}{self.temperature_trains:d}"
         spec = "|".join((*map(kind_of, sides), flags, self.merge, self.divergence))
         numbers = packed_numbers(self.label_smoothing, self.a, self.b, *scales)
-        return Packed(tensors, numbers, self.vocab_size, spec)
+        return Packed(self._tensors(), numbers, self.vocab_size, spec)
+
+    def _tensors(self) -> list[Tensor | None]:
+        return [
+            *sources(self.student), *sources(self.teacher), self.student_temperature,
+            self.teacher_temperature, self.labels, self.counted, self.moments,
+        ]  # fmt: skip
 
     def flat(self) -> list[Any]:
         """For an autograd Function, which looks for tensors one by one: they come last."""
         tensors, *rest = self.pack()
         return [*rest, *tensors]
 
+    def beside_tensors(self) -> list[Any]:
+        """As `flat`, for a Function that makes nothing of them later: the problem goes along as it
+        is where no transform changes its tensors on their way.
+        """
+        return self.flat() if tracing.traced() else [self, 0, "", *self._tensors()]
+
     @staticmethod
     def unpack(
-        tensors: Sequence[Tensor | None], numbers: Tensor, vocab_size: int, spec: str
+        tensors: Sequence[Tensor | None], numbers: Tensor | Problem, vocab_size: int, spec: str
     ) -> Problem:
+        if isinstance(numbers, Problem):
+            return numbers
         *kinds, flags, merge, divergence = spec.split("|", 4)
         found = iter(tensors)
         label_smoothing, a, b, *scales = unpacked_numbers(numbers)

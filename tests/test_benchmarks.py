@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fastkd
-from benchmarks import cases, gpu
+from benchmarks import cases, gpu, host
 from benchmarks.__main__ import main
 from benchmarks.operators import OPERATORS
 from benchmarks.providers import Provider
@@ -454,6 +454,22 @@ def test_time_may_run_out_and_be_given_again(tmp_path):
     assert main([*options, "--resume"]) == 0
     (row,) = Results.load(tmp_path / "results.json").rows
     assert (row.status, row.note) == (OK, "")
+
+
+def test_the_host_suite_tells_the_parts_of_a_call(tmp_path, monkeypatch, capsys):
+    for name, value in {"BLOCKS": 2, "CALLS": 2, "WARM": 1, "CASES": {"torch": ((4, 20),)}}.items():
+        monkeypatch.setattr(host, name, value)
+    monkeypatch.setattr(host.stub, "install", lambda: host.CASES.update(triton=()))
+    assert main(["--suite", "host", "--out", str(tmp_path / "new")]) == 0
+    found = json.loads((tmp_path / "new" / "host.json").read_text())
+    assert {(row["divergence"], row["gradient"]) for row in found["rows"]} == {
+        (name, gradient) for name in host.DIVERGENCES for gradient in ("forward", "backward")
+    }
+    for row in found["rows"]:
+        parts = (float(row[name]) for name in ("loss, us", "backward, us"))
+        assert min(parts := tuple(parts)) > 0
+        assert abs(sum(parts) - float(row["both, us"])) <= 1
+    assert "python -m benchmarks --suite host" in capsys.readouterr().out
 
 
 @pytest.mark.slow
