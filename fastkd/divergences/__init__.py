@@ -18,8 +18,8 @@ from .pair import ALIKE, FATHOM, LN2, MASKED, SEARCHED, Pair, Pull, Softmax, plo
 
 # Row losses of the literature: tested by themselves, neither budgeted nor benchmarked.
 ROW_LOSSES = (AKL, DIST, DKD, NKD, TAID, AlphaBeta, ToDi)
-# The others of a softmax that fastkd brings, by name: what is compiled, budgeted and benchmarked. The
-# first is the default.
+# The others of a softmax that fastkd brings, by name: what is compiled, budgeted and benchmarked.
+# The first is the default.
 BUILT_IN = {ForwardKL.name: ForwardKL} | {
     n: kind
     for n, kind in Divergence._classes.items()
