@@ -190,7 +190,7 @@ def distillation_loss(
     soft = is_soft(labels) and not given.sigmoids
     labels = sides.classes_last(labels, given.dim) if soft or given.sigmoids else labels
     sides.check(given, student, teacher, labels)
-    merge = sharding.of_group(given.group, sides.outline(student).shape, given.vocab_size)
+    merge = sharding.of_group(given.group, sides.outline(student), given.vocab_size)
     teacher = sides.own_columns(teacher, merge)
     labels = sides.own_columns(labels, merge) if given.sigmoids else labels
     outlines = sides.outlines(student, teacher)

@@ -104,14 +104,15 @@ class Group(Merge):
 
 
 def of_group(
-    group: dist.ProcessGroup | Group | None, shape: torch.Size, vocab_size: int | None
+    group: dist.ProcessGroup | Group | None, student: Any, vocab_size: int | None
 ) -> Merge:
-    """The merge of a group whose rank has student logits of this shape, padding included.
+    """The merge of a group whose rank has these student logits, padding included.
 
     Without vocab_size all hold as many. With it they do too, and the last columns of all are
     padding; or the columns are split as torch.chunk does, and the last ranks hold fewer, or none.
     No rank knows what the others hold: each gather compares.
     """
+    shape = getattr(student, "shape", ())  # what is no tensor is refused later
     if group is None or not shape:
         return LOCAL
     width = shape[-1]
