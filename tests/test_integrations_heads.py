@@ -143,13 +143,14 @@ def test_a_prompt_is_what_stands_before_the_last_completion():
 
 def test_what_is_written_is_the_students_up_to_its_end():
     student, _ = models(initializer_range=1.0)
-    policy = OnPolicy(1.0, new_tokens=9, prompt_tokens=5)
+    policy = OnPolicy(1.0, new_tokens=9, prompt_tokens=5, end=(7,))
     with policy.random(0, 3, 0):
-        found = policy.written(student, batch(), vocab_size=40)
+        found = policy.written(student, batch(), vocab_size=8)
     with policy.random(0, 3, 0):
-        again = policy.written(student, batch(), vocab_size=40)
+        again = policy.written(student, batch(), vocab_size=8)
     assert all(torch.equal(found[name], again[name]) for name in found)
     assert found["input_ids"].shape == found["labels"].shape == (3, 12)
+    assert (found["labels"] != -100).sum(-1).min() < 9  # one came to its end
     prompts = [3, 3, 3]  # no more than leave room for what is written
     for row, size in enumerate(prompts):
         real = found["attention_mask"][row].bool()
@@ -157,9 +158,9 @@ def test_what_is_written_is_the_students_up_to_its_end():
         ids = found["input_ids"][row]
         assert torch.equal(found["labels"][row][own], ids[own])
         assert int((real & ~own).sum()) == size
-        assert ids[own].max() < 40
-        ends = (ids[own] == 1).nonzero().flatten().tolist()
-        assert ends == ([int(own.sum()) - 1] if ends else [])
+        assert ids[own].max() < 8
+        ends = (ids[own] == 7).nonzero().flatten().tolist()
+        assert ends == ([int(own.sum()) - 1] if own.sum() < 9 else ends[:1])
         assert found["position_ids"][row][real].tolist() == list(range(int(real.sum())))
         # One by one, without padding, the student gives its own tokens the same logits.
         alone = student(ids[real][None]).logits
@@ -181,7 +182,9 @@ def test_half_the_steps_are_on_policy_and_count_what_was_written(tmp_path):
     def compute_loss(model, inputs, **others):
         before = {k: v.clone() for k, v in inputs.items()}
         value = real(model, inputs, **others)
-        seen.append((job.own_words, before, others["num_items_in_batch"], value.item()))
+        seen.append((job.own_words, before, others["num_items_in_batch"]))
+        loss, kd = (figures := next(iter(job.step_figures.values())))[:2]
+        assert torch.isclose(loss, kd, rtol=1e-5, atol=0) == job.own_words, figures
         return value
 
     job.compute_loss = compute_loss
