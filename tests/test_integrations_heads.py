@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -191,6 +192,9 @@ def test_half_the_steps_are_on_policy_and_count_what_was_written(tmp_path):
     job.train()
     assert [own for own, *_ in seen[::2]] == [OnPolicy(0.5).at(step, 42) for step in range(8)]
     assert {own for own, *_ in seen} == {True, False}
+    wrote = [inputs["input_ids"] for own, inputs, _ in seen if own]
+    for some, other in itertools.combinations(wrote, 2):  # each step draws anew
+        assert not torch.equal(some, other)
     for first, second in zip(seen[::2], seen[1::2], strict=True):
         counted = sum(int((each[1]["labels"][:, 1:] != -100).sum()) for each in (first, second))
         assert int(first[2]) == counted == int(second[2])
