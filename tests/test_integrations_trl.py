@@ -15,7 +15,7 @@ trl = pytest.importorskip("trl")
 
 import fastkd.integrations  # noqa: E402
 import fastkd.integrations.trl as integration  # noqa: E402
-import fastkd.linear  # noqa: E402
+from fastkd import chunks  # noqa: E402
 from fastkd.integrations import numbers  # noqa: E402
 from tests import environments  # noqa: E402
 from tests.closeness import assert_close, assert_zero  # noqa: E402
@@ -185,8 +185,8 @@ def test_chunks_of_a_head(beta, scale, softcap, biased, monkeypatch):
     for side in (student, teacher):
         side.append(torch.randn(vocabulary) if biased else None)
     upstream = torch.randn(rows)
-    monkeypatch.setattr(fastkd.linear, "LEAST_ROWS", 4)  # a last chunk of one row
-    monkeypatch.setattr(fastkd.linear, "CPU_BYTES", 1)
+    monkeypatch.setattr(chunks, "LEAST_ROWS", 4)  # a last chunk of one row
+    monkeypatch.setattr(chunks, "CPU_BYTES", 1)
 
     def run(apply, dtype):
         sides = [[x if x is None else x.to(dtype).clone() for x in s] for s in (student, teacher)]
@@ -315,10 +315,14 @@ def test_an_unknown_trainer_is_refused():
         integration.patch("minillm")
 
 
+REQUESTS = ("requests", "urllib3", "certifi", "idna", "charset-normalizer")
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("version", ["1.12.0", "1.16.0"])
 def test_the_oldest_and_the_newest_trl(version, tmp_path):
-    needed = [f"trl=={version}", "requests"]  # which some of 1.12's trainers import undeclared
+    # --no-deps: torch stays the one under test. Some of 1.12's trainers import requests undeclared.
+    needed = ["--no-deps", f"trl=={version}", *REQUESTS]
     python = environments.with_others(tmp_path, *needed)
     code = "import trl; print(trl.__version__)"
     used = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)

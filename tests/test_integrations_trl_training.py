@@ -89,7 +89,9 @@ def trained(trainer, tokens, folder):
     arguments = getattr(module, f"{name}Config")(
         str(folder / "runs"), max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2,
         logging_steps=1, report_to="none", use_cpu=True, bf16=False, disable_tqdm=True,
-        save_strategy="no", seed=3, **settings,
+        save_strategy="no", seed=3,
+        adam_epsilon=1e-4,  # steps of Adam would else be as large for gradients that are only noise
+        **settings,
     )  # fmt: skip
     sides = {"student": model(tokens, 16, 0), "teacher": model(tokens, 32, 1)}
     for side, made in sides.items():  # some trainers load from where a model came from
