@@ -220,13 +220,13 @@ def _loops(lines: list[Line], jumps: list[tuple[int, int]]) -> list[list[str]]:
 def _main(lines: list[Line]) -> list[str]:
     """Up to the first stretch whose tile is masked, where a stretch before has it unmasked.
 
-    Without what a branch passes over that touches no memory: arithmetic that few rows need.
+    Without what a branch passes over that touches no global memory: what few rows need.
     """
     for at, line in lines:
         jump = _BRANCH.search(line)
         if jump and int(jump[1], 16) > at:
             over = [text for place, text in lines if at < place < int(jump[1], 16)]
-            if not any(re.search(r"\b(LDG|STG|LDS|STS|BAR|BRA|EXIT)\b", text) for text in over):
+            if not any(re.search(r"\b(LDG|STG|BRA|EXIT)\b", text) for text in over):
                 lines = [one for one in lines if not at < one[0] < int(jump[1], 16)]
     landings = {int(jump[1], 16) for _, line in lines if (jump := _BRANCH.search(line))}
     stretches: list[list[str]] = [[]]

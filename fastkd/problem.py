@@ -42,9 +42,10 @@ KD, CE, ENTROPY, TEACHER_ENTROPY, AGREEMENT = range(5)
 
 # Rows of `state`, fp32 [6, N], [8, N] where ce or entropy is wanted, [10, N] where the logits are
 # standardised or others hold columns too: the last two are -T times the derivatives of kd and
-# entropy to T. max is of the raw logits, sum is of exp((logit - max) / T), constant is c of
+# entropy to T. max is of the raw logits, sum is of exp((logit - max) / T), gap is the logarithm of
+# the teacher's sum over the student's, -inf where a side is masked throughout; constant is c of
 # table 1, rest what it lacks, unit_sum the sum at T = 1.
-STUDENT_MAX, STUDENT_SUM, TEACHER_MAX, TEACHER_SUM, CONSTANT, REST = range(6)
+STUDENT_MAX, STUDENT_SUM, TEACHER_MAX, GAP, CONSTANT, REST = range(6)
 STUDENT_ENTROPY, UNIT_SUM = 6, 7
 
 # Rows of `moments`, of the n finite entries of a row: their mean; the width std + eps, by which a

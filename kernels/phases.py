@@ -84,10 +84,14 @@ def restore(state, index, rows, live, WANT: tl.constexpr):
     if (R.UNIT + R.ENTROPY) & WANT:
         entropy = M.row_load(state, 6 * rows, live, 0.0)
         unit = M.row_load(state, 7 * rows, live, 1.0)
-    s_max, s_sum = M.row_load(state, 0, live, 0.0), M.row_load(state, rows, live, 1.0)
-    t_max, t_sum = M.row_load(state, 2 * rows, live, 0.0), M.row_load(state, 3 * rows, live, 1.0)
+    s_max, t_max = M.row_load(state, 0, live, 0.0), M.row_load(state, 2 * rows, live, 0.0)
+    s_sum, gap = M.row_load(state, rows, live, 1.0), M.row_load(state, 3 * rows, live, 0.0)
     c = M.row_load(state, 4 * rows, live, 0.0)
-    row = R.row_of(s_max, t_max, s_sum, t_sum, c, entropy, unit)
+    alive = (s_sum != 0) & (gap != -float("inf"))
+    gap = tl.where(alive, gap, 0.0)
+    s_log = A.log2(R.positive(s_sum))
+    t_log = s_log + gap * A.LOG2E
+    row = R.row_of(s_max, t_max, s_log, t_log, gap, alive, c, entropy, unit)
     if R.REST & WANT:
         row = with_rest(row, M.row_load(state, 5 * rows, live, 0.0))
     if R.STANDARDIZED & WANT:
@@ -135,7 +139,8 @@ def write_row(
         M.row_store(state, row.s_max, index, live)
         M.row_store(state + rows, stats.s_sum, index, live)
         M.row_store(state + 2 * rows, row.t_max, index, live)
-        M.row_store(state + 3 * rows, stats.t_sum, index, live)
+        gap = tl.where(row.alive, row.gap, -float("inf"))
+        M.row_store(state + 3 * rows, gap, index, live)
         M.row_store(state + 4 * rows, row.c, index, live)
         if R.REST & WANT:
             M.row_store(state + 5 * rows, row.rest, index, live)
@@ -324,6 +329,14 @@ def statistics_step(stats, student, teacher, at, inside, temper, WANT: tl.conste
         return R.of_one_side(stats)
     else:
         return R.add(stats, fold(z), fold(y), inside, temper, WANT)
+
+
+@triton.jit
+def difference_step(rise, lift, student, teacher, at, inside, stats, temper,
+                    WANT: tl.constexpr, SAME: tl.constexpr):  # fmt: skip
+    z, y = M.load(student, at, inside, ""), M.load(teacher, at, inside, "")
+    more_rise, more_lift = R.differences_of(z, y, stats, temper, SAME, WANT)
+    return rise + more_rise, lift + more_lift
 
 
 @triton.jit

@@ -14,6 +14,8 @@ from fastkd.kernels import memory as M
 from fastkd.kernels import phases as P
 from fastkd.kernels import rows as R
 
+MANY = tl.constexpr(1 << 16)  # more rows than a program has
+
 
 @triton.jit
 def columns_of(PARTS: tl.constexpr, PART: tl.constexpr):
@@ -110,6 +112,17 @@ def resident(
             else:
                 stats = R.both(stats, new, WANT)
             mixture_max = stats.mixture_max
+        rise, lift = R.differences(stats, WANT)
+        close, saturated = R.close(stats), R.saturated(stats)
+        # How many rows are either, by one sum over the program.
+        found = tl.sum(close.to(tl.int32) + saturated.to(tl.int32) * MANY)
+        if found % MANY > 0:
+            rises, lifts = tl.zeros([LANES, 1], tl.float32), tl.zeros([LANES, 1], tl.float32)
+            for i in tl.static_range(len(PARTS)):
+                more = R.differences_of(zs[i], ys[i], stats, temper, SAME, WANT)
+                rises, lifts = rises + more[0], lifts + more[1]
+            rise, lift = tl.where(close, rises, rise), tl.where(close, lifts, lift)
+        stats = R.with_differences(stats, rise, lift)
         row = R.summarize(stats, temper, CONSTANT, WANT)
         hard = P.cross_entropy(stats, row, label, label_logit, columns, smoothing, WANT)
         sums = P.no_sums(LANES)
@@ -120,12 +133,11 @@ def resident(
             sums = P.add_levers(sums, slope, q, lq, row, WANT)
         row = P.with_sums(row, sums, CONSTANT, WANT)
         if R.REST & WANT:
-            lacking = P.lacking(row, R.saturated(stats))
             rest = tl.zeros([LANES, 1], tl.float32)
-            if tl.max(lacking.to(tl.int32)) > 0:
+            if found >= MANY:
                 for i in tl.static_range(len(PARTS)):
                     rest += P.rest_of(zs[i], ys[i], row, temper, a, b, DIVERGENCE, SAME)
-                rest = tl.where(lacking, rest, 0.0)
+                rest = tl.where(P.lacking(row, saturated), rest, 0.0)
             row = P.with_rest(row, rest)
         P.write_row(
             index, rows, live, stats, row, sums, hard, kd, k_ce, k_entropy, a, b,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels.arithmetic import LN2, LOG2E, log1p, log2, product_sum, reciprocal
+from fastkd.kernels.terms import NEAR, bend, exp
 
 # Below every maximum: a piece of a row that is masked throughout has exponentials of 0, not NaN.
 FLOOR = tl.constexpr(-1e30)
@@ -27,6 +28,9 @@ LEVER = tl.constexpr(64)  # the derivatives to the temperature, in the sweep of 
 KL = tl.constexpr(128)  # the value of a Kullback-Leibler divergence
 STANDARDIZED = tl.constexpr(512)  # logits over their deviation, through which the gradient goes
 REST = tl.constexpr(256)  # what c lacks, in a sweep of rows whose student is saturated
+# A difference of both sides' sums below this share of them is summed up by itself: of the sums it
+# has three digits at most, and d is then no larger where the student's mass is.
+CLOSE = tl.constexpr(2.0**-9)
 # The sum of a saturated row: its maximum has nearly all of the probability, and in its gradient two
 # numbers nearly cancel, its slope and the mean of all slopes.
 SATURATED = tl.constexpr(1.1)
@@ -72,6 +76,8 @@ class Statistics(NamedTuple):
     unit: Any  # sum exp(z - max): the student at T = 1
     total: Any  # sum (z - max) SHARE
     share: Any  # sum SHARE
+    rise: Any  # sum 2^v - 2^u
+    lift: Any  # sum 2^w - 2^u
 
 
 class Row(NamedTuple):
@@ -111,7 +117,7 @@ def empty(LANES: tl.constexpr):
     zero = tl.zeros([LANES, 1], tl.float32)
     floor = zero + FLOOR
     return Statistics(
-        floor, floor, floor / 10, zero, zero, zero, zero, zero, zero, zero, zero, zero,
+        floor, floor, floor / 10, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero,
     )  # fmt: skip
 
 
@@ -119,7 +125,14 @@ def empty(LANES: tl.constexpr):
 def move(stats, s_max, t_max, temper, WANT: tl.constexpr):
     """The same sums relative to maxima that are as high or higher."""
     ds, dt = (stats.s_max - s_max) * temper.s_scale, (stats.t_max - t_max) * temper.t_scale
-    return shift(stats, s_max, t_max, ds, dt, temper, WANT)
+    moved = shift(stats, s_max, t_max, ds, dt, temper, WANT)
+    rise = stats.rise * tl.exp2(dt) + gain(moved.s_sum, (dt - ds) * LN2, stats.s_sum * tl.exp2(dt))
+    lift = stats.lift
+    if MIXTURE & WANT:
+        dw = temper.a * (dt - ds)
+        factor = tl.exp2(ds + dw)
+        lift = lift * factor + gain(moved.s_sum, dw * LN2, stats.s_sum * factor)
+    return with_differences(moved, rise, lift)
 
 
 @triton.jit
@@ -145,7 +158,7 @@ def shift(stats, s_max, t_max, ds, dt, temper, WANT: tl.constexpr):
         t_entropy = tl.where(ft > 0, ft * (t_entropy + stats.t_sum * dt), 0.0)
     return Statistics(
         s_max, t_max, mixture_max, stats.s_sum * fs, stats.t_sum * ft, stats.mixture,
-        gap, s_entropy, t_entropy, unit, total, stats.share,
+        gap, s_entropy, t_entropy, unit, total, stats.share, stats.rise, stats.lift,
     )  # fmt: skip
 
 
@@ -186,7 +199,7 @@ def measure(z, u, v, inside, s_max, t_max, mixture_max, temper, WANT: tl.constex
         t_entropy = tl.sum(tl.where(p > 0, p * v, 0.0), 1, keep_dims=True)
     return Statistics(
         s_max, t_max, mixture_max, tl.sum(q, 1, keep_dims=True), tl.sum(p, 1, keep_dims=True),
-        mixture, gap, s_entropy, t_entropy, unit, total, share,
+        mixture, gap, s_entropy, t_entropy, unit, total, share, zero, zero,
     )  # fmt: skip
 
 
@@ -233,7 +246,7 @@ def both(old, new, WANT: tl.constexpr):
     return Statistics(
         new.s_max, new.t_max, new.mixture_max, old.s_sum + new.s_sum, old.t_sum + new.t_sum,
         mixture, old.gap + new.gap, old.s_entropy + new.s_entropy, old.t_entropy + new.t_entropy,
-        old.unit + new.unit, old.total + new.total, old.share + new.share,
+        old.unit + new.unit, old.total + new.total, old.share + new.share, new.rise, new.lift,
     )  # fmt: skip
 
 
@@ -261,6 +274,7 @@ def settle(stats, temper, WANT: tl.constexpr):
     return Statistics(
         stats.s_max, stats.t_max, stats.mixture_max, moved.s_sum, moved.t_sum, mixture,
         moved.gap, moved.s_entropy, moved.t_entropy, stats.unit, stats.total, stats.share,
+        stats.rise, stats.lift,
     )  # fmt: skip
 
 
@@ -294,8 +308,9 @@ def gather(stats, WANT: tl.constexpr):
     """The same from lanes that have their maxima in common."""
     mixture_max = FLOOR / 10
     mixture, gap, unit, total, share = 0.0, 0.0, 0.0, 0.0, 0.0
-    s_entropy, t_entropy = 0.0, 0.0
+    s_entropy, t_entropy, lift = 0.0, 0.0, 0.0
     if MIXTURE & WANT:
+        lift = tl.sum(stats.lift)
         mixture_max = tl.max(stats.mixture_max)
         mixture = tl.sum(stats.mixture * tl.exp2(stats.mixture_max - mixture_max))
     if (GAP + KL) & WANT:
@@ -311,6 +326,60 @@ def gather(stats, WANT: tl.constexpr):
     return Statistics(
         stats.s_max, stats.t_max, mixture_max, tl.sum(stats.s_sum),
         tl.sum(stats.t_sum), mixture, gap, s_entropy, t_entropy, unit, total, share,
+        tl.sum(stats.rise), lift,
+    )  # fmt: skip
+
+
+# --- differences of the sums -----------------------------------------------------------------
+
+
+@triton.jit
+def gain(q, x, p):
+    """p - q where p = q e^x, without cancellation."""
+    return tl.where(tl.abs(x) < NEAR, (q * x) * (1.0 + x * bend(x)), p - q)
+
+
+@triton.jit
+def close(stats):
+    """Whether the sums of both sides lack the digits of their difference."""
+    return tl.abs(stats.t_sum - stats.s_sum) < stats.s_sum * CLOSE
+
+
+@triton.jit
+def differences(stats, WANT: tl.constexpr):
+    """(rise, lift) by the sums, which serves where they are not close."""
+    lift = stats.s_sum * 0.0
+    if MIXTURE & WANT:
+        lift = stats.mixture * tl.exp2(stats.mixture_max) - stats.s_sum
+    return stats.t_sum - stats.s_sum, lift
+
+
+@triton.jit
+def differences_of(z, y, stats, temper, SAME: tl.constexpr, WANT: tl.constexpr):
+    """(rise, lift) of a tile, relative to the maxima of stats.
+
+    By natural exponents, and x by z - y: what the sweeps before and after it compute likewise, a
+    compiler would keep of a whole row, which may not even be close.
+    """
+    dz, dy = z - stats.s_max, y - stats.t_max
+    u, v = dz * temper.s_rate, dy * temper.t_rate
+    x = (dz - dy) * -temper.s_rate if SAME else v - u
+    q = exp(u)
+    rise = tl.sum(gain(q, x, exp(v)), 1, keep_dims=True)
+    lift = tl.zeros_like(rise)
+    if MIXTURE & WANT:
+        low = tl.maximum(u, FLOOR)
+        w = low + temper.a * (tl.maximum(v, FLOOR) - low)
+        lift = tl.sum(gain(q, temper.a * x, exp(w)), 1, keep_dims=True)
+    return rise, lift
+
+
+@triton.jit
+def with_differences(stats, rise, lift):
+    return Statistics(
+        stats.s_max, stats.t_max, stats.mixture_max, stats.s_sum, stats.t_sum, stats.mixture,
+        stats.gap, stats.s_entropy, stats.t_entropy, stats.unit, stats.total, stats.share, rise,
+        lift,
     )  # fmt: skip
 
 
@@ -324,33 +393,39 @@ def positive(total):
 
 
 @triton.jit
-def row_of(s_max, t_max, s_sum, t_sum, c, entropy, unit):
-    alive = (s_sum != 0) & (t_sum != 0)
-    s_sum, t_sum = positive(s_sum), positive(t_sum)
-    low = tl.minimum(s_sum, t_sum)
-    gap = log1p((tl.maximum(s_sum, t_sum) - low) * reciprocal(low))
-    # A minimum drops a NaN, which has to reach the loss and the gradient of its row.
-    gap = tl.where(t_sum < s_sum, -gap, gap) + s_sum * 0.0 + t_sum * 0.0
+def row_of(s_max, t_max, s_log, t_log, gap, alive, c, entropy, unit):
     zero = tl.zeros_like(s_max)
     return Row(
-        s_max, t_max, log2(s_sum), log2(t_sum), gap, c, zero, entropy, zero,
-        log2(positive(unit)), alive, zero, zero,
+        s_max, t_max, s_log, t_log, gap, c, zero, entropy, zero, log2(positive(unit)), alive,
+        zero, zero,
     )  # fmt: skip
+
+
+@triton.jit
+def gap_of(stats):
+    """log(t_sum / s_sum), of a row that is masked on neither side."""
+    low = tl.minimum(positive(stats.s_sum), positive(stats.t_sum))
+    gap = log1p(tl.abs(stats.rise) * reciprocal(low))
+    return tl.where(stats.rise < 0, -gap, gap)
 
 
 @triton.jit
 def summarize(stats, temper, CONSTANT: tl.constexpr, WANT: tl.constexpr):
     """Row from its statistics, with the row constant where the first sweep gives it."""
+    zero = tl.zeros_like(stats.s_max)
     row = row_of(
-        stats.s_max, stats.t_max, stats.s_sum, stats.t_sum, tl.zeros_like(stats.s_max),
-        tl.zeros_like(stats.s_max), stats.unit,
+        stats.s_max, stats.t_max, log2(positive(stats.s_sum)), log2(positive(stats.t_sum)),
+        gap_of(stats), (stats.s_sum != 0) & (stats.t_sum != 0), zero, zero, stats.unit,
     )  # fmt: skip
     c, entropy, t_entropy = row.gap * 0.0, row.entropy, row.t_entropy  # NaN where a side has one
     if CONSTANT == "reverse_kl":
         c = stats.gap / positive(stats.s_sum) * LN2 + row.gap
     if CONSTANT == "log_mixture":
-        size = log1p((stats.mixture - stats.s_sum) / positive(stats.s_sum))
-        c = stats.mixture_max * LN2 + size - temper.a * row.gap
+        growth = (stats.mixture - stats.s_sum) / positive(stats.s_sum)
+        lift = stats.lift * reciprocal(positive(stats.s_sum))
+        near = tl.abs(lift) < 0.25
+        size = log1p(tl.where(near, lift, growth))
+        c = tl.where(near, 0.0, stats.mixture_max * LN2) + size - temper.a * row.gap
         c = tl.where(tl.abs(c) > 1e20, c * float("inf"), c)
     if (ENTROPY + LEVER) & WANT:
         entropy = (row.s_log - stats.s_entropy / positive(stats.s_sum)) * LN2
@@ -392,7 +467,8 @@ def elements(z, y, row, temper, SAME: tl.constexpr):
     SAME: one temperature, so that d needs no difference of products.
     """
     dz, dy = z - row.s_max, y - row.t_max
-    u, v = dz * temper.s_scale - row.s_log, dy * temper.t_scale - row.t_log
+    u = product_sum(dz, temper.s_scale, -row.s_log)
+    v = product_sum(dy, temper.t_scale, -row.t_log)
     if SAME:
         d = (dy - dz) * temper.s_rate - row.gap
         d2 = (dy - dz) * temper.s_scale - row.gap * LOG2E

@@ -136,6 +136,25 @@ def sweep(
             at = tail + offsets
             stats = P.statistics_step(stats, student, teacher, at, at < end, temper, WANT)
         stats = R.collapse(R.settle(stats, temper, WANT), temper, WANT)
+        rise, lift = R.differences(stats, WANT)
+        if R.close(stats):
+            rises, lifts = tl.zeros([LANES, 1], tl.float32), tl.zeros([LANES, 1], tl.float32)
+            if SHIFTED:
+                if headed:
+                    at = begin + offsets
+                    inside = (at >= shift) & (at < end)
+                    rises, lifts = P.difference_step(rises, lifts, student, teacher, at, inside,
+                                                     stats, temper, WANT, SAME)  # fmt: skip
+            for i in range(full):
+                at = head + i * BLOCK + offsets
+                rises, lifts = P.difference_step(rises, lifts, student, teacher, at, None,
+                                                 stats, temper, WANT, SAME)  # fmt: skip
+            if tail < end:
+                at = tail + offsets
+                rises, lifts = P.difference_step(rises, lifts, student, teacher, at, at < end,
+                                                 stats, temper, WANT, SAME)  # fmt: skip
+            rise, lift = tl.sum(rises), tl.sum(lifts)
+        stats = R.with_differences(stats, rise, lift)
         if LAST == P.STATISTICS:
             label_logit = tl.where(split == 0, label_logit, 0.0)
             P.write_statistics(statistics, split, index, rows, stats, label_logit)
