@@ -83,6 +83,7 @@ GCN = Isa(
 )
 
 _BRANCH = re.compile(r"\bBRA\b.*0x([0-9a-f]+)")
+_APART = re.compile(r"\bBRA\.DIV\b.*0x([0-9a-f]+)")
 
 
 def binaries(
@@ -190,6 +191,13 @@ def _sass(cubin: bytes) -> tuple[list[Line], list[list[str]], int]:
         ).stdout
     lines = [
         (int(at, 16), line) for at, line in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*?);", text)
+    ]
+    # Behind the end stands what shuffles do where a warp's threads have gone apart, which none do.
+    apart = [int(jump[1], 16) for _, line in lines if (jump := _APART.search(line))]
+    lines = [
+        (at, line)
+        for at, line in lines
+        if at < min(apart, default=at + 1) and not _APART.search(line)
     ]
     targets = [(int(back[1], 16), at) for at, line in lines if (back := _BRANCH.search(line))]
     return lines, _loops(lines, targets), int(re.search(r"REG:(\d+)", text)[1])

@@ -35,7 +35,7 @@ from fastkd.kernels.tuning import (
     registers,
     schedule,
 )
-from fastkd.problem import CONSTANT, STUDENT_SUM, TEACHER_SUM, WIDTH, Coefficients, Problem
+from fastkd.problem import CONSTANT, GAP, STUDENT_SUM, WIDTH, Coefficients, Problem
 from fastkd.sharding import LOCAL, Merge, Phases, of, together
 
 
@@ -247,7 +247,7 @@ def _sweeps(
 
 def _temperature_gradient(problem: Problem, state: Tensor, upstream: Coefficients) -> Tensor:
     """From the derivatives that the forward pass has summed up over all columns."""
-    alive = (state[STUDENT_SUM] != 0) & (state[TEACHER_SUM] != 0)
+    alive = (state[STUDENT_SUM] != 0) & (state[GAP] != -torch.inf)
     defined = alive & (state[CONSTANT].abs() != torch.inf) & (upstream.kd != 0)
     slope = torch.where(defined, upstream.kd * state[-2], 0.0)
     if upstream.entropy is not None:

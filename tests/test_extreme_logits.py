@@ -6,6 +6,7 @@ A finite number is a logit like any other, however large; only -inf is left out.
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch
 import fastkd
 from tests.cases import DIVERGENCES, logits
 from tests.closeness import assert_close
-from tests.running import run, truth
+from tests.running import NO_TRITON, run, truth
 
 BACKENDS = ["reference", "torch"]
 MODES = ["forward", "backward"]
@@ -164,6 +165,23 @@ def test_high_temperatures_tend_to_the_limit(divergence, temperature):
         if temperature < 1e6:
             assert_close(loss, true)
             assert_close(gradient, true_gradient, "gradient")
+
+
+@NO_TRITON
+@pytest.mark.parametrize(
+    ("divergence", "plan"),
+    [
+        *((divergence, "sweep") for divergence in (*KINDS, fastkd.Jeffreys(0.3, 1.2))),
+        *product((fastkd.ForwardKL(), fastkd.Renyi(2.0)), ("resident", "split")),
+    ],
+    ids=str,
+)
+def test_high_temperatures_on_triton(divergence, plan, force):
+    student, teacher = (x.float() for x in logits(1, 75))
+    force(plan)
+    for temperature in (1e4, 1e8):
+        settings = {"divergence": divergence, "temperature": temperature}
+        check_rows(student, teacher, "triton", **settings)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)

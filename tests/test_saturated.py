@@ -105,3 +105,17 @@ def test_beside_other_rows(divergence, backend):
     student, teacher = (torch.cat(side) for side in zip(*rows, strict=True))
     check(student, teacher, divergence=divergence, backend=backend)
     check(student, teacher, divergence=divergence, backend=backend, temperature=2.0)
+
+
+@pytest.mark.parametrize("backend", ["torch", *TRITON])
+@pytest.mark.parametrize("rest", [1e-3, 1e-5])
+@pytest.mark.parametrize("divergence", ["forward_kl", "tvd", fastkd.Renyi(2.0)], ids=str)
+def test_a_teacher_that_is_certain_of_the_same(divergence, rest, backend, force):
+    """The sums of both sides then differ in their last digits only, and TVD is their difference."""
+    plans = [(40, None), (75, "sweep"), (75, "split")] if backend == "triton" else [(40, None)]
+    for columns, plan in plans:
+        student, _ = saturated(rest, columns)
+        teacher, _ = saturated(rest, columns)
+        if plan:
+            force(plan)
+        check_rows(student, teacher, backend, divergence=divergence, reduction="none")
