@@ -332,14 +332,6 @@ def statistics_step(stats, student, teacher, at, inside, temper, WANT: tl.conste
 
 
 @triton.jit
-def difference_step(rise, lift, student, teacher, at, inside, stats, temper,
-                    WANT: tl.constexpr, SAME: tl.constexpr):  # fmt: skip
-    z, y = M.load(student, at, inside, ""), M.load(teacher, at, inside, "")
-    more_rise, more_lift = R.differences_of(z, y, stats, temper, SAME, WANT)
-    return rise + more_rise, lift + more_lift
-
-
-@triton.jit
 def sum_step(sums, student, teacher, at, inside, row, temper, a, b,
              WANT: tl.constexpr, DIVERGENCE: tl.constexpr, SAME: tl.constexpr,
              EVICT: tl.constexpr):  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastkd.kernels import differences as D
 from fastkd.kernels import memory as M
 from fastkd.kernels import phases as P
 from fastkd.kernels import rows as R
@@ -112,16 +113,19 @@ def resident(
             else:
                 stats = R.both(stats, new, WANT)
             mixture_max = stats.mixture_max
-        rise, lift = R.differences(stats, WANT)
-        close, saturated = R.close(stats), R.saturated(stats)
-        # How many rows are either, by one sum over the program.
-        found = tl.sum(close.to(tl.int32) + saturated.to(tl.int32) * MANY)
-        if found % MANY > 0:
-            rises, lifts = tl.zeros([LANES, 1], tl.float32), tl.zeros([LANES, 1], tl.float32)
-            for i in tl.static_range(len(PARTS)):
-                more = R.differences_of(zs[i], ys[i], stats, temper, SAME, WANT)
-                rises, lifts = rises + more[0], lifts + more[1]
-            rise, lift = tl.where(close, rises, rise), tl.where(close, lifts, lift)
+        rise, lift = D.by_sums(stats, WANT)
+        saturated = R.saturated(stats)
+        if teacher is not None:
+            close = D.close(stats)
+            # How many rows are either, by one sum over the program.
+            found = tl.sum(close.to(tl.int32) + saturated.to(tl.int32) * MANY)
+            if found % MANY > 0:
+                zero = tl.zeros([LANES, 1], tl.float32)
+                rises, lifts = zero, zero
+                for i in tl.static_range(len(PARTS)):
+                    more = D.of_tile(zs[i], ys[i], stats, temper, SAME, WANT)
+                    rises, lifts = rises + more[0], lifts + more[1]
+                rise, lift = tl.where(close, rises, rise), tl.where(close, lifts, lift)
         stats = R.with_differences(stats, rise, lift)
         row = R.summarize(stats, temper, CONSTANT, WANT)
         hard = P.cross_entropy(stats, row, label, label_logit, columns, smoothing, WANT)

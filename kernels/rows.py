@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels.arithmetic import LN2, LOG2E, log1p, log2, product_sum, reciprocal
-from fastkd.kernels.terms import NEAR, bend, exp
+from fastkd.kernels.terms import gain
 
 # Below every maximum: a piece of a row that is masked throughout has exponentials of 0, not NaN.
 FLOOR = tl.constexpr(-1e30)
@@ -28,9 +28,6 @@ LEVER = tl.constexpr(64)  # the derivatives to the temperature, in the sweep of 
 KL = tl.constexpr(128)  # the value of a Kullback-Leibler divergence
 STANDARDIZED = tl.constexpr(512)  # logits over their deviation, through which the gradient goes
 REST = tl.constexpr(256)  # what c lacks, in a sweep of rows whose student is saturated
-# A difference of both sides' sums below this share of them is summed up by itself: of the sums it
-# has three digits at most, and d is then no larger where the student's mass is.
-CLOSE = tl.constexpr(2.0**-9)
 # The sum of a saturated row: its maximum has nearly all of the probability, and in its gradient two
 # numbers nearly cancel, its slope and the mean of all slopes.
 SATURATED = tl.constexpr(1.1)
@@ -256,6 +253,7 @@ def of_one_side(stats):
     return Statistics(
         stats.s_max, stats.s_max, stats.mixture_max, stats.s_sum, stats.s_sum, stats.mixture,
         stats.gap, stats.s_entropy, stats.s_entropy, stats.unit, stats.total, stats.share,
+        stats.rise, stats.lift,
     )  # fmt: skip
 
 
@@ -328,50 +326,6 @@ def gather(stats, WANT: tl.constexpr):
         tl.sum(stats.t_sum), mixture, gap, s_entropy, t_entropy, unit, total, share,
         tl.sum(stats.rise), lift,
     )  # fmt: skip
-
-
-# --- differences of the sums -----------------------------------------------------------------
-
-
-@triton.jit
-def gain(q, x, p):
-    """p - q where p = q e^x, without cancellation."""
-    return tl.where(tl.abs(x) < NEAR, (q * x) * (1.0 + x * bend(x)), p - q)
-
-
-@triton.jit
-def close(stats):
-    """Whether the sums of both sides lack the digits of their difference."""
-    return tl.abs(stats.t_sum - stats.s_sum) < stats.s_sum * CLOSE
-
-
-@triton.jit
-def differences(stats, WANT: tl.constexpr):
-    """(rise, lift) by the sums, which serves where they are not close."""
-    lift = stats.s_sum * 0.0
-    if MIXTURE & WANT:
-        lift = stats.mixture * tl.exp2(stats.mixture_max) - stats.s_sum
-    return stats.t_sum - stats.s_sum, lift
-
-
-@triton.jit
-def differences_of(z, y, stats, temper, SAME: tl.constexpr, WANT: tl.constexpr):
-    """(rise, lift) of a tile, relative to the maxima of stats.
-
-    By natural exponents, and x by z - y: what the sweeps before and after it compute likewise, a
-    compiler would keep of a whole row, which may not even be close.
-    """
-    dz, dy = z - stats.s_max, y - stats.t_max
-    u, v = dz * temper.s_rate, dy * temper.t_rate
-    x = (dz - dy) * -temper.s_rate if SAME else v - u
-    q = exp(u)
-    rise = tl.sum(gain(q, x, exp(v)), 1, keep_dims=True)
-    lift = tl.zeros_like(rise)
-    if MIXTURE & WANT:
-        low = tl.maximum(u, FLOOR)
-        w = low + temper.a * (tl.maximum(v, FLOOR) - low)
-        lift = tl.sum(gain(q, temper.a * x, exp(w)), 1, keep_dims=True)
-    return rise, lift
 
 
 @triton.jit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastkd.kernels import differences as D
 from fastkd.kernels import memory as M
 from fastkd.kernels import phases as P
 from fastkd.kernels import rows as R
@@ -136,24 +137,13 @@ def sweep(
             at = tail + offsets
             stats = P.statistics_step(stats, student, teacher, at, at < end, temper, WANT)
         stats = R.collapse(R.settle(stats, temper, WANT), temper, WANT)
-        rise, lift = R.differences(stats, WANT)
-        if R.close(stats):
-            rises, lifts = tl.zeros([LANES, 1], tl.float32), tl.zeros([LANES, 1], tl.float32)
-            if SHIFTED:
-                if headed:
-                    at = begin + offsets
-                    inside = (at >= shift) & (at < end)
-                    rises, lifts = P.difference_step(rises, lifts, student, teacher, at, inside,
-                                                     stats, temper, WANT, SAME)  # fmt: skip
-            for i in range(full):
-                at = head + i * BLOCK + offsets
-                rises, lifts = P.difference_step(rises, lifts, student, teacher, at, None,
-                                                 stats, temper, WANT, SAME)  # fmt: skip
-            if tail < end:
-                at = tail + offsets
-                rises, lifts = P.difference_step(rises, lifts, student, teacher, at, at < end,
-                                                 stats, temper, WANT, SAME)  # fmt: skip
-            rise, lift = tl.sum(rises), tl.sum(lifts)
+        rise, lift = D.by_sums(stats, WANT)
+        if teacher is not None:
+            if D.close(stats):
+                rise, lift = D.swept(
+                    student, teacher, begin, head, full, tail, end, shift, headed, offsets, stats,
+                    temper, BLOCK, SHIFTED, SAME, WANT,
+                )  # fmt: skip
         stats = R.with_differences(stats, rise, lift)
         if LAST == P.STATISTICS:
             label_logit = tl.where(split == 0, label_logit, 0.0)

@@ -60,6 +60,12 @@ def exp(x):
 
 
 @triton.jit
+def gain(q, x, p):
+    """p - q where p = q e^x, without cancellation."""
+    return tl.where(tl.abs(x) < NEAR, (q * x) * (1.0 + x * bend(x)), p - q)
+
+
+@triton.jit
 def exp2m1_times(q, x):
     """q (2^x - 1), for |x| < 0.72."""
     return (q * x) * (LN2 + x * bend2(x))

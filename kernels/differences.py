@@ -1,0 +1,82 @@
+"""The difference of both sides' sums, where it is small: of the sums it would have few digits.
+
+rise = sum 2^v - 2^u gives log(t_sum / s_sum), and lift = sum 2^w - 2^u the mixture's logarithm.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastkd.kernels import memory as M
+from fastkd.kernels import rows as R
+from fastkd.kernels.terms import exp, gain
+
+# A difference of both sides' sums below this share of them is summed up by itself: of the sums it
+# has three digits at most, and d is then no larger where the student's mass is.
+CLOSE = tl.constexpr(2.0**-9)
+
+
+@triton.jit
+def close(stats):
+    """Whether the sums of both sides lack the digits of their difference."""
+    return tl.abs(stats.t_sum - stats.s_sum) < stats.s_sum * CLOSE
+
+
+@triton.jit
+def by_sums(stats, WANT: tl.constexpr):
+    """(rise, lift) by the sums, which serves where they are not close."""
+    lift = stats.s_sum * 0.0
+    if R.MIXTURE & WANT:
+        lift = stats.mixture * tl.exp2(stats.mixture_max) - stats.s_sum
+    return stats.t_sum - stats.s_sum, lift
+
+
+@triton.jit
+def of_tile(z, y, stats, temper, SAME: tl.constexpr, WANT: tl.constexpr):
+    """(rise, lift) of a tile, relative to the maxima of stats.
+
+    By natural exponents, and x by z - y: what the sweeps before and after it compute likewise, a
+    compiler would keep of a whole row, which may not even be close.
+    """
+    dz, dy = z - stats.s_max, y - stats.t_max
+    u, v = dz * temper.s_rate, dy * temper.t_rate
+    x = (dz - dy) * -temper.s_rate if SAME else v - u
+    q = exp(u)
+    rise = tl.sum(gain(q, x, exp(v)), 1, keep_dims=True)
+    lift = tl.zeros_like(rise)
+    if R.MIXTURE & WANT:
+        low = tl.maximum(u, R.FLOOR)
+        w = low + temper.a * (tl.maximum(v, R.FLOOR) - low)
+        lift = tl.sum(gain(q, temper.a * x, exp(w)), 1, keep_dims=True)
+    return rise, lift
+
+
+@triton.jit
+def step(rise, lift, student, teacher, at, inside, stats, temper,
+         WANT: tl.constexpr, SAME: tl.constexpr):  # fmt: skip
+    z, y = M.load(student, at, inside, ""), M.load(teacher, at, inside, "")
+    more_rise, more_lift = of_tile(z, y, stats, temper, SAME, WANT)
+    return rise + more_rise, lift + more_lift
+
+
+@triton.jit
+def swept(
+    student, teacher, begin, head, full, tail, end, shift, headed, offsets, stats, temper,
+    BLOCK: tl.constexpr, SHIFTED: tl.constexpr, SAME: tl.constexpr, WANT: tl.constexpr,
+):  # fmt: skip
+    """(rise, lift) of a piece of a row, in a sweep of its own, which few rows need."""
+    zero = tl.zeros([offsets.shape[0], 1], tl.float32)
+    rise, lift = zero, zero
+    if SHIFTED:
+        if headed:
+            at = begin + offsets
+            inside = (at >= shift) & (at < end)
+            rise, lift = step(rise, lift, student, teacher, at, inside, stats, temper, WANT, SAME)
+    for i in range(full):
+        at = head + i * BLOCK + offsets
+        rise, lift = step(rise, lift, student, teacher, at, None, stats, temper, WANT, SAME)
+    if tail < end:
+        at = tail + offsets
+        rise, lift = step(rise, lift, student, teacher, at, at < end, stats, temper, WANT, SAME)
+    return tl.sum(rise), tl.sum(lift)
