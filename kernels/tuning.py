@@ -77,9 +77,9 @@ def schedule(
     swept: programs that share a row, be it short, hand on through memory, by sweeps.
     """
     held = LEAN if lean else HELD
-    resident = 0 if swept else COLUMNS["resident"]
     if device.type == "cpu":  # the interpreter: small, so that tests meet every seam
-        return table(rows, columns, itemsize, 1, resident and 128, block=256, held=held)
+        return table(rows, columns, itemsize, 1, -1 if swept else 128, block=256, held=held)
+    resident = -1 if swept else COLUMNS["resident"]  # a shard may have no columns at all
     processors = multiprocessors(device)
     if not (once or swept) and resident < columns <= COLUMNS["cluster"]:
         if columns % (16 // itemsize) == 0 and generation(device) >= HOPPER:

@@ -14,8 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton", reason="the kernels need triton")
+
 import fastkd
 from fastkd import autograd, moments
+from fastkd.kernels import tuning
 from fastkd.problem import CE, KD, Coefficients, Problem, packed_numbers
 from fastkd.sharding import Merge, registered
 from tests import oracle
@@ -308,6 +311,12 @@ def test_labels_out_of_range(force):
         assert one["values"][CE].isnan().tolist() == [True, True, False]
         assert one["values"][KD].isfinite().all()
         assert one["student"].isnan().all(-1).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("columns", [0, 1, 4096])
+def test_a_shard_is_swept_however_narrow(columns):
+    plan = tuning.schedule(4, columns, 4, torch.device("cpu"), once=True, swept=True)
+    assert (plan.kind, plan.splits) == ("sweep", 1)
 
 
 def test_cross_entropy_alone(force):
