@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from types import ModuleType
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 import torch.nn.functional as F
@@ -97,7 +97,7 @@ def _alone(name: str) -> Any:
     (folder,) = found.submodule_search_locations
     for path in (package, f"{package}.utils", *(f"{package}.{part}" for part in inner)):
         if path not in sys.modules:
-            module = ModuleType(path)
-            module.__path__ = ["/".join((folder, *path.split(".")[1:]))]
-            sys.modules[path] = module
+            spec = ModuleSpec(path, None, is_package=True)
+            spec.submodule_search_locations = ["/".join((folder, *path.split(".")[1:]))]
+            sys.modules[path] = importlib.util.module_from_spec(spec)
     return importlib.import_module(name)

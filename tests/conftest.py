@@ -58,6 +58,17 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _device_lost():
+    """A device that a kernel broke fails whatever its process runs later: xdist begins another."""
+    yield
+    if DEVICE == "cuda" and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(3)
+
+
 @pytest.fixture
 def device():
     return DEVICE
