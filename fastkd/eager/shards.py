@@ -2,36 +2,68 @@
 
     statistics of this owner's columns | gather | sums | gather | gradient, all of it local
 
-All is in fp64: which rows need it shows by the divergence, which nobody knows before the end. Tops
-and masses join as those of a log-sum-exp do. Sums that the formulas take of products with `climb`,
-of growths and of blends change with the tops in a known way, so that they come from the first sweep
-too; other sums need the masses of all, and a sweep of their own.
+Rows are computed in the dtype of the problem, and in fp64 where that may lose digits. Which these
+are the divergence itself says too late; the total variation of both sides, of which the first sweep
+gives bounds, says it before. Figures of rows are in fp64, and so the gathers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd import sharding
-from fastkd.divergences import ALIKE, FATHOM, LN2, MASKED, Divergence, Pair, Pull, Softmax, total
-from fastkd.problem import AGREEMENT, CE, ENTROPY, KD, TEACHER_ENTROPY, Coefficients, Problem
+from fastkd.divergences import FATHOM, LN2, MASKED, Divergence, Pull, Softmax, total
+from fastkd.problem import (
+    AGREEMENT,
+    CE,
+    ENTROPY,
+    KD,
+    TEACHER_ENTROPY,
+    WIDTH,
+    Coefficients,
+    Problem,
+)
 
 from .blocks import Rows, Store, blocks, largest
+from .joins import (
+    SIDES,
+    STUDENT,
+    TEACHER,
+    Known,
+    Labels,
+    Shard,
+    asked,
+    empty,
+    first_names,
+    is_top,
+    joined,
+    statistics_names,
+)
 from .logits import blank, new_gradient, weights_of, write_gradient
-from .solver import CLOSE, FAR, ROUNDING, SPREAD, Terms, exact_scales, of_rows, without
+from .solver import (
+    CERTAIN,
+    CLOSE,
+    FAR,
+    LARGE,
+    LEAST_SCALE,
+    ROUNDING,
+    SPREAD,
+    Terms,
+    exact_scales,
+    of_rows,
+    without,
+)
 
-SIDES = STUDENT, TEACHER = "student", "teacher"
 # In a row whose log-ratios are smaller, the difference of the masses is summed entry by entry.
 SMALL = 1e-3
-# Pieces whose tops lie nearer are joined by their differences too.
-NEAR = 1.0
-
-Known = dict[Any, Tensor]  # what the owners know of each row, [N], by names
+# Rows whose sides are further apart than the first, in total variation, have divergences that fp32
+# gives; nearer to disjoint than the second, gradients may be small differences again. An owner
+# takes the third for its own columns: where a row is near, those of other owners weigh little.
+APART, DISJOINT, APART_HERE = 1 / 7, 7 / 8, 1 / 6
 
 
 def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
@@ -75,117 +107,10 @@ def fused(
     return coefficients.weigh(values), values if metrics else None, target
 
 
-# --- the sums that a divergence asks for ------------------------------------------------------
-
-
-class Shard(Pair):
-    """A Pair of this owner's columns, whose sums over a row are those of all owners.
-
-    first: those of the first sweep, in the order in which they are asked for; None: they are found,
-        of these columns alone.
-    later: those that need the masses of all, likewise.
-    """
-
-    def __init__(
-        self,
-        sides: tuple[Softmax, Softmax],
-        scale: float | Tensor,
-        new: Callable[[], Tensor],
-        gap: Tensor,
-        first: list[Tensor] | None = None,
-        later: list[Tensor] | None = None,
-        labels: Labels | None = None,
-        student_mean: Tensor | None = None,
-    ) -> None:
-        super().__init__(*sides, scale, new, gap=gap)
-        self.first, self.later, self.own_labels = first, later, labels
-        self.student_mean = student_mean  # of its depth
-        self.asked: list[tuple[Any, ...]] = []  # what is asked for in the first sweep
-        self.found_first: list[Tensor] = []
-        self.found_later: list[Tensor] = []
-
-    def _first(self, asked: tuple[Any, ...], find: Callable[[], tuple[Tensor, ...]]) -> Any:
-        self.asked.append(asked)
-        if self.first is None:
-            found = find()
-        else:
-            start = len(self.found_first)
-            found = tuple(self.first[start : start + _width(asked)])
-        self.found_first += found
-        return found
-
-    def total(self, terms: Tensor) -> Tensor:
-        found = total(terms) if self.later is None else self.later[len(self.found_later)]
-        self.found_later.append(found)
-        return found
-
-    def total_climb(self, side: Softmax, products: Tensor) -> Tensor:
-        (found,) = self._first(("climb", self._name(side)), lambda: (total(products),))
-        return found
-
-    def total_growth(self, side: Softmax, order: float, terms: Tensor) -> Tensor:
-        (found,) = self._first(("growth", self._name(side), order), lambda: (total(terms),))
-        return found
-
-    def blend(self, depth: Tensor, a: float) -> tuple[Tensor, Tensor, Tensor]:
-        def find() -> tuple[Tensor, Tensor]:
-            if not depth.size(1):
-                return depth.new_full((len(depth), 1), MASKED), depth.new_zeros(len(depth), 1)
-            top = depth.amax(-1, keepdim=True)
-            return top, total(torch.exp2(depth - top))
-
-        top, mass = self._first(("blend", a), find)
-        return depth.sub_(top).exp2_(), top, mass
-
-    def mean_depth(self, side: Softmax) -> Tensor:
-        assert self.student_mean is not None
-        return self.student_mean
-
-    def label_logs(self) -> tuple[Tensor, Tensor]:
-        assert self.own_labels is not None
-        return self.own_labels.lp, self.own_labels.lq
-
-    def add_at_labels(self, rows: Tensor, values: Tensor) -> None:
-        assert self.own_labels is not None
-        if rows.size(1):
-            own = torch.where(self.own_labels.own, values, 0.0)
-            rows.scatter_add_(-1, self.own_labels.columns[:, None], own[:, None])
-
-    def _name(self, side: Softmax) -> str:
-        return TEACHER if side is self.teacher else STUDENT
-
-
-class Labels(NamedTuple):
-    """The labels of rows, as one owner sees them, [R]."""
-
-    own: Tensor  # bool: whether the column is here
-    columns: Tensor  # here, any where it is elsewhere
-    lp: Tensor  # log-probabilities of the label, by all owners; of divergences that look at them
-    lq: Tensor
-
-
-def _width(asked: tuple[Any, ...]) -> int:
-    return 2 if asked[0] == "blend" else 1
-
-
-@cache
-def asked(kind: type[Divergence], a: float, b: float) -> tuple[tuple[tuple[Any, ...], ...], int]:
-    """What a divergence asks for: its sums of the first sweep, and how many need another."""
-    row = torch.zeros(1, 1, dtype=torch.float64)
-    none = row.new_zeros(1, 0)
-    labels = Labels(torch.zeros(1, dtype=torch.bool), none.long(), row[0] - 1, row[0] - 1)
-    sides = (_empty(row, row + 1), _empty(row, row + 1))
-    pair = Shard(sides, 1.0, lambda: none.clone(), row, labels=labels)
-    kind.value_and_pull(pair, a, b)
-    return tuple(pair.asked), len(pair.found_later)
-
-
-def _empty(top: Tensor, mass: Tensor) -> Softmax:
-    """Of no columns; top and mass [R, 1]."""
-    return Softmax(top, top.new_zeros(len(top), 0), top.new_zeros(len(top), 0), mass)
-
-
 # --- sweeps -----------------------------------------------------------------------------------
+
+
+PARTS = ("top", "mass")
 
 
 class Sweeps:
@@ -195,22 +120,41 @@ class Sweeps:
         self.problem, self.entropy, self.metrics = problem, entropy, metrics
         self.merge = sharding.of(problem.merge)
         self.sides = [problem.student] + [problem.teacher] * (problem.teacher is not None)
-        self.scales = exact_scales(problem)
         self.kind = Divergence.of_name(problem.divergence)
         self.first: tuple[tuple[Any, ...], ...] = ()
         self.later = 0
+        single = problem.dtype != torch.float64
         if problem.teacher is not None:
             find: Any = asked
-            self.first, self.later = find(self.kind, problem.a, problem.b)
+            numbers = self.kind, problem.a, problem.b
+            self.first, self.later = find(*numbers, torch.float64)
+            single = single and find(*numbers, problem.dtype) == (self.first, self.later)
         # The derivatives to T are sums as well.
         self.tempered = problem.temperature_trains or problem.moments is not None
-        self.store = Store(problem, torch.float64)
+        self.means = entropy or metrics or self.tempered
+        # Against a student that is nearly certain.
+        self.guarded = self.means or (self.kind.cancels and problem.teacher is not None)
+        self.exact_scales = exact_scales(problem)
+        self.exact_store = Store(problem, torch.float64)
+        self.plain_store = Store(problem, problem.dtype)
+        # Rows that need fp64, as far as this owner's columns are concerned.
+        self.exact = problem.student.new_full((problem.rows,), not single, dtype=torch.bool)
+        self.begin(False)
+
+    def begin(self, exact: bool) -> None:
+        """What comes next is computed in fp64, or in the dtype of the problem."""
+        self.store = self.exact_store if exact else self.plain_store
+        self.scales = [
+            scale.to(self.store.dtype) if isinstance(scale, Tensor) else scale
+            for scale in self.exact_scales
+        ]
 
     def known(self) -> Generator[Tensor, Tensor, Known]:
         """All that is known of the rows when both sweeps are done."""
-        names = _statistics_names(self)
+        names = statistics_names(self)
         pieces = yield self._swept(names, self._statistics)
         known = joined(self, dict(zip(names, pieces.unbind(1), strict=True)))
+        self._mark(known)
         later: list[Any] = [("later", i) for i in range(self.later)]
         if self.tempered and self.sides[1:]:
             later.append(("later", "depth"))
@@ -225,24 +169,80 @@ class Sweeps:
         problem = self.problem
         fields = problem.student.new_zeros(len(names), problem.rows, dtype=torch.float64)
         for index, name in enumerate(names):
-            if _is_top(name):
+            if is_top(name):
                 fields[index] = MASKED
-        if problem.vocab_size:
-            for rows in self._blocks():
-                found = find(rows)
-                for field, name in zip(fields, names, strict=True):
-                    field[rows.flat] = found[name]
+        for rows in self._blocks():
+            exact = self.store is self.exact_store
+            self._keep(fields, names, rows, found := find(rows))
+            if not exact and (lost := self._lost(found, rows)).any():
+                self.exact[rows.flat] = lost
+                for part in self._parts(rows.only(lost)):
+                    self._keep(fields, names, part, find(part))
         return fields
 
+    def _keep(self, fields: Tensor, names: Sequence[Any], rows: Rows, found: Known) -> None:
+        for field, name in zip(fields, names, strict=True):
+            field[rows.flat] = found[name].to(field.dtype)
+
     def _blocks(self) -> Iterator[Rows]:
-        for rows in blocks(self.problem, -(-largest(self.problem) // 2)):
-            self.store.start(rows.size)
-            yield rows
+        """All rows that count, in blocks, and the store made ready for them."""
+        if not self.problem.vocab_size:
+            return
+        for rows in blocks(self.problem, largest(self.problem)):
+            exact = self.exact[rows.flat]
+            some = bool(exact.any())
+            if not some or not exact.all():
+                kept = rows.only(~exact) if some else rows
+                self.begin(False)
+                self.store.start(kept.size)
+                yield kept
+            if some:
+                yield from self._parts(rows.only(exact))
+
+    def _parts(self, rows: Rows) -> Iterator[Rows]:
+        """Rows in fp64, which takes twice the memory."""
+        for part in rows.parts(-(-largest(self.problem) // 2)):
+            self.begin(True)
+            self.store.start(part.size)
+            yield part
+
+    def _lost(self, found: Known, rows: Rows) -> Tensor:
+        """Rows of which this owner's columns need fp64, [R]."""
+        figures = torch.stack([x.to(self.problem.dtype) for x in found.values()])
+        kept = figures.isfinite().all(0)
+        if "apart" in found:
+            kept &= found["apart"] > APART_HERE
+        if self.guarded and (STUDENT, "mass") in found:
+            kept &= found[STUDENT, "mass"] > CERTAIN
+        for scale in self.scales:
+            if isinstance(scale, Tensor):
+                kept &= of_rows(scale, rows)[:, 0] > LEAST_SCALE
+        for name in found.keys() & set(self._sums_of_columns()):
+            kept &= found[name].abs() < LARGE
+        return ~kept
+
+    def _sums_of_columns(self) -> list[Any]:
+        return [name for name in first_names(self.first) if not is_top(name)] + [
+            ("later", i) for i in range(self.later)
+        ]
+
+    def _mark(self, known: Known) -> None:
+        """Marks the rows that need fp64 by what is known of all columns."""
+        kept = known[STUDENT, "mass"] > (CERTAIN if self.guarded else 0)
+        if self.problem.teacher is not None:
+            kept &= known["least apart"] > APART
+            if self.kind.cancels:
+                kept &= known["most apart"] < DISJOINT
+        self.exact |= ~kept
 
     def _logits(self, rows: Rows) -> list[Tensor]:
+        """Of both sides; in fp64 in buffers, and with a number for -inf, which times 0 is 0."""
         columns = self.problem.vocab_size
         found = [side[rows.outer, rows.inner, :columns] for side in self.sides]
-        return [self.store.new().copy_(side).clamp_min_(MASKED) for side in found]
+        if self.store is self.exact_store:
+            return [self.store.new().copy_(x).clamp_min_(MASKED) for x in found]
+        dtype = self.store.dtype
+        return [x if x.dtype == dtype else self.store.new().copy_(x) for x in found]
 
     # --- the first sweep ---
 
@@ -251,34 +251,38 @@ class Sweeps:
         logits = self._logits(rows)
         scales = [of_rows(scale, rows) for scale in self.scales]
         found: Known = {}
-        if problem.labels is not None:
-            unit = Softmax.of(logits[0], 1.0, new(), new())
-            labels = self._labels(rows, {})
-            found["unit"] = unit.mass
-            found["label"] = self._at_labels(logits[0], labels)
-            found["sum"] = total(logits[0])
         if self.metrics:
             best = [x == x.amax(-1, keepdim=True) for x in (logits[0], logits[-1])]
-            found["agreement"] = (best[0] & best[1]).any(-1).double()
-        if self.kind.label_aware and self.sides[1:]:
-            found["teacher_label"] = self._at_labels(logits[-1], self._labels(rows, {}))
+            found["agreement"] = (best[0] & best[1]).any(-1).to(logits[0].dtype)
+        if problem.labels is not None:
+            labels = self._labels(rows, {})
+            found["label"] = self._at_labels(logits[0], labels)
+            found["sum"] = total(logits[0])
+            if self.kind.label_aware and self.sides[1:]:
+                found["teacher_label"] = self._at_labels(logits[-1], labels)
         softmaxes = [
-            Softmax.of(x, scale, x, new())
+            Softmax.of(x, scale, new(), new(), whole=True)
             for x, scale in zip(logits, (scales[0], scales[-1]), strict=False)
         ]
+        if problem.labels is not None:
+            at_one = isinstance(scales[0], float) and scales[0] == 1
+            unit = softmaxes[0] if at_one else Softmax.of(logits[0], 1.0, new(), new(), whole=True)
+            found["unit"] = unit.mass
         for name, side in zip(SIDES, softmaxes, strict=False):
             found[name, "top"], found[name, "mass"] = side.top, side.mass
-            products = torch.mul(side.terms, side.depth, out=new())
-            found[name, "depth"] = total(products)
-            if self.tempered and self.entropy and name == STUDENT:
-                found["depth_square"] = total(products.mul_(side.depth))
+            if self.means:
+                products = torch.mul(side.terms, side.depth, out=new())
+                found[name, "depth"] = total(products)
+                if self.tempered and self.entropy and name == STUDENT:
+                    found["depth_square"] = total(products.mul_(side.depth))
         if softmaxes[1:]:
             q, p = softmaxes
+            found["apart"] = _apart(q, p, new())
             found |= _closeness(q, p, new, self.tempered)
             if self.first:
                 pair = Shard((q, p), scales[0], new, torch.zeros_like(q.mass))
                 self.kind.value_and_pull(pair, problem.a, problem.b)
-                found |= zip(_first_names(self.first), pair.found_first, strict=True)
+                found |= zip(first_names(self.first), pair.found_first, strict=True)
         return {name: x[:, 0] if x.dim() == 2 else x for name, x in found.items()}
 
     def _at_labels(self, logits: Tensor, labels: Labels) -> Tensor:
@@ -298,12 +302,19 @@ class Sweeps:
         """Of these rows, with the tops and masses of all owners, and with their later sums."""
         scales = [of_rows(scale, rows) for scale in self.scales]
         scales = [scales[0], scales[-1]]
-        sides = []
-        for name, x, scale in zip(SIDES, self._logits(rows), scales, strict=False):
-            top, mass = (known[name, part][rows.flat, None] for part in ("top", "mass"))
-            depth = x.sub_(top).mul_(scale / LN2)
-            sides.append(Softmax(top, depth, torch.exp2(depth, out=self.store.new()), mass))
+        sides = [
+            self._softmax(x, scale, *(self._of(known, (name, part), rows) for part in PARTS))
+            for name, x, scale in zip(SIDES, self._logits(rows), scales, strict=False)
+        ]
         return self._shard(sides, rows, known, scales[0], self.store.new, later)
+
+    def _softmax(self, x: Tensor, scale: float | Tensor, top: Tensor, mass: Tensor) -> Softmax:
+        depth = torch.sub(x, top, out=self.store.new()).mul_(scale / LN2)
+        return Softmax(top, depth, torch.exp2(depth, out=self.store.new()), mass)
+
+    def _of(self, known: Known, name: Any, rows: Rows) -> Tensor:
+        """Of these rows, [R, 1], in the dtype of what is computed."""
+        return known[name][rows.flat, None].to(self.store.dtype)
 
     def _shard(
         self,
@@ -315,9 +326,9 @@ class Sweeps:
         later: bool,
     ) -> Shard:
         def of(name: Any) -> Tensor:
-            return known[name][rows.flat, None]
+            return self._of(known, name, rows)
 
-        first = [of(name) for name in _first_names(self.first)]
+        first = [of(name) for name in first_names(self.first)]
         sums = [of(("later", i)) for i in range(self.later)] if later else None
         labels = None if self.problem.labels is None else self._labels(rows, known)
         gap = of("gap") if sides[1:] else torch.zeros_like(sides[0].mass)
@@ -340,9 +351,8 @@ class Sweeps:
         if problem.teacher is None:
             return
         rows = Rows(0, slice(0, problem.rows), slice(0, problem.rows))
-        sides = [
-            _empty(known[name, "top"][:, None], known[name, "mass"][:, None]) for name in SIDES
-        ]
+        self.begin(True)
+        sides = [empty(known[name, "top"][:, None], known[name, "mass"][:, None]) for name in SIDES]
         none = sides[0].terms
         scale = self.scales[0]
         pair = self._shard(sides, rows, known, scale, lambda: torch.empty_like(none), later=True)
@@ -417,24 +427,42 @@ class Sweeps:
         """Writes the gradient to the student's logits, and to the temperature of each row."""
         problem = self.problem
         target = None if out is None else out[..., : problem.vocab_size]
-        weights = weights_of(upstream, self.scales[0])
+        weights = weights_of(upstream, self.exact_scales[0])
+        plain = Coefficients._make(None if x is None else x.to(problem.dtype) for x in weights)
         for rows in self._blocks():
-            write_gradient(problem, rows, self._terms(rows, known), weights, target, degrees)
+            some = weights if self.store is self.exact_store else plain
+            write_gradient(problem, rows, self._terms(rows, known), some, target, None)
+        if degrees is not None:
+            degrees.copy_(self._temperature(known, weights))
+
+    def _temperature(self, known: Known, weights: Coefficients) -> Tensor:
+        """The derivative to T of each row, the same on all owners."""
+        slopes = (known.get("kd_slope"), None, known.get("entropy_slope"))
+        found = sum(
+            -(weight[:, 0] if weight.dim() else weight) * slope
+            for weight, slope in zip(weights, slopes, strict=True)
+            if weight is not None and slope is not None
+        )
+        kept = self._counts(known)
+        if self.problem.counted is not None:
+            kept = kept & self.problem.counted
+        if self.problem.moments is not None:
+            found = found * self.problem.moments[0, WIDTH]
+        return torch.where(kept, found, 0.0)
 
     def _terms(self, rows: Rows, known: Known) -> Terms:
         problem, tempering = self.problem, None
         counts = self._counts(known)[rows.flat]
-        unit = None
+        pair, unit = self._pair(rows, known, later=True), None
         if problem.labels is not None:
-            raw = self._logits(rows)[0].sub_(known[STUDENT, "top"][rows.flat, None])
-            depth = raw.mul_(1 / LN2)
-            mass = known["unit"][rows.flat, None]
-            unit = Softmax(mass, depth, torch.exp2(depth, out=self.store.new()), mass)
-        pair = self._pair(rows, known, later=True)
+            top, mass = (self._of(known, name, rows) for name in ((STUDENT, "top"), "unit"))
+            unit = pair.student
+            if not isinstance(pair.student_scale, float) or pair.student_scale != 1:
+                unit = self._softmax(self._logits(rows)[0], 1.0, top, mass)
         if self.tempered:
             zero = torch.zeros_like(pair.student.mass)
             slopes = [
-                known[name][rows.flat, None] if name in known else zero
+                self._of(known, name, rows) if name in known else zero
                 for name in ("kd_slope", "entropy_slope")
             ]
             tempering = slopes[0], slopes[1]
@@ -446,8 +474,8 @@ class Sweeps:
 
     def _mended(self, rows: Rows, known: Known, pair: Shard, pull: Pull, dead: Tensor) -> Pull:
         """See `Solver.mended`: but what says so is known of all columns."""
-        values, close = known["kd"][rows.flat], known["close"][rows.flat] > 0
-        infinite = values.abs() > FAR
+        values, close = self._of(known, "kd", rows)[:, 0], known["close"][rows.flat] > 0
+        infinite = values.abs() >= FAR
         if infinite.any():
             dead = dead | infinite & ~_finite(pull)[:, 0]
         if close.any():
@@ -461,7 +489,7 @@ class Sweeps:
     def _close(self, rows: Rows, known: Known, close: Tensor, pair: Shard, pull: Pull) -> Pull:
         """Puts in the first term of rows that differ little."""
         q = pair.student
-        scales = [of_rows(scale, rows) for scale in self.scales]
+        scales = [of_rows(scale, rows) for scale in self.exact_scales]
         columns = self.problem.vocab_size
         d = _depth(self.sides[1], rows, known[TEACHER, "top"], scales[-1], columns)
         d -= _depth(self.sides[0], rows, known[STUDENT, "top"], scales[0], columns)
@@ -475,171 +503,29 @@ class Sweeps:
 
     def packed(self, known: Known) -> Tensor:
         """What the gradient needs, [F, N]."""
-        return torch.stack([known[name] for name in self._kept()])
+        return torch.stack([known[name] for name in self._kept()] + [self.exact.double()])
 
     def unpacked(self, state: Tensor) -> Known:
-        return dict(zip(self._kept(), state, strict=True))
+        self.exact = state[-1] > 0
+        return dict(zip(self._kept(), state[:-1], strict=True))
 
     def _kept(self) -> list[Any]:
-        kept: list[Any] = [(STUDENT, "top"), (STUDENT, "mass"), (STUDENT, "depth")]
+        kept: list[Any] = [(STUDENT, "top"), (STUDENT, "mass")]
+        if self.entropy or self.tempered:
+            kept.append((STUDENT, "depth"))
         if self.problem.labels is not None:
             kept.append("unit")
         if self.tempered and self.entropy:
             kept.append("entropy_slope")
         if self.problem.teacher is not None:
             kept += [(TEACHER, "top"), (TEACHER, "mass"), "gap", "mean", "kd", "close"]
-            kept += _first_names(self.first)
+            kept += first_names(self.first)
             kept += [("later", i) for i in range(self.later)]
             if self.tempered:
                 kept.append("kd_slope")
             if self.kind.label_aware:
                 kept += ["lp", "lq"]
         return kept
-
-
-# --- names of fields --------------------------------------------------------------------------
-
-
-def _first_names(asked: Sequence[tuple[Any, ...]]) -> list[Any]:
-    names = (("first", i) for i in range(sum(map(_width, asked))))
-    tops = [part for one in asked for part in (["top", ""] if one[0] == "blend" else [""])]
-    return [(*name, top) for name, top in zip(names, tops, strict=True)]
-
-
-def _is_top(name: Any) -> bool:
-    return isinstance(name, tuple) and name[-1] == "top"
-
-
-def _statistics_names(sweeps: Sweeps) -> list[Any]:
-    problem = sweeps.problem
-    names: list[Any] = []
-    for side in SIDES[: len(sweeps.sides)]:
-        names += [(side, "top"), (side, "mass"), (side, "depth")]
-    if problem.labels is not None:
-        names += ["unit", "label", "sum"]
-    if sweeps.metrics:
-        names.append("agreement")
-    if sweeps.tempered and sweeps.entropy:
-        names.append("depth_square")
-    if problem.teacher is not None:
-        names += ["excess", "mean", "square", "cross", "spread"]
-        names += _first_names(sweeps.first)
-        if sweeps.kind.label_aware:
-            names.append("teacher_label")
-    return names
-
-
-# --- the join of all owners' statistics -------------------------------------------------------
-
-
-def joined(sweeps: Sweeps, pieces: Known) -> Known:
-    """Of the statistics of each owner, [size, N], those of the rows, [N]."""
-    known: Known = {}
-    scales = [scale[:, 0] if isinstance(scale, Tensor) else scale for scale in sweeps.scales]
-    scale = dict(zip(SIDES, (scales[0], scales[-1]), strict=True))
-    shift, weight = {}, {}  # of an owner's top to the highest, in nats, and its exponential
-    for side in SIDES[: len(sweeps.sides)]:
-        tops, masses = pieces[side, "top"], pieces[side, "mass"]
-        known[side, "top"] = top = tops.amax(0)
-        shift[side] = (tops - top) * scale[side]
-        weight[side] = shift[side].exp()
-        known[side, "mass"] = mass = (weight[side] * masses).sum(0)
-        depths = pieces[side, "depth"] + masses * (shift[side] / LN2)
-        known[side, "depth"] = _weighted(weight[side], depths).sum(0) / mass
-    sweep, problem = shift[STUDENT], sweeps.problem
-    if "depth_square" in pieces:
-        bits, masses = sweep / LN2, pieces[STUDENT, "mass"]
-        squares = pieces["depth_square"] + bits * (2 * pieces[STUDENT, "depth"] + bits * masses)
-        mean = known[STUDENT, "depth"]
-        squares = _weighted(weight[STUDENT], squares).sum(0) / known[STUDENT, "mass"]
-        known["entropy_slope"] = LN2**2 * (mean * mean - squares)
-    if problem.labels is not None:
-        to_top = pieces[STUDENT, "top"] - known[STUDENT, "top"]
-        known["unit"] = (to_top.exp() * pieces["unit"]).sum(0)
-        known["label"] = pieces["label"].sum(0)
-        known["sum"] = pieces["sum"].sum(0)
-    if sweeps.metrics:
-        best = [pieces[side, "top"] == known[side, "top"] for side in shift]
-        both = best[0] & best[-1] & (pieces["agreement"] > 0)
-        known["agreement"] = both.any(0).double()
-    if problem.teacher is not None:
-        _join_sides(sweeps, pieces, known, shift, weight)
-    if "teacher_label" in pieces:
-        for side, name, field in ((TEACHER, "lp", "teacher_label"), (STUDENT, "lq", "label")):
-            depth = (pieces[field].sum(0) - known[side, "top"]) * scale[side]
-            known[name] = depth - known[side, "mass"].log()
-    return known
-
-
-def _join_sides(sweeps: Sweeps, pieces: Known, known: Known, shift: Known, weight: Known) -> None:
-    """Adds what is of both sides: with d the log-ratio of their terms, measured from both tops."""
-    apart = shift[TEACHER] - shift[STUDENT]  # what d of an owner lacks
-    mass, own = known[STUDENT, "mass"], weight[STUDENT]
-    masses = pieces[STUDENT, "mass"]
-
-    excess = own * (pieces["excess"] * apart.exp() + masses * apart.expm1())
-    plain = weight[TEACHER] * pieces[TEACHER, "mass"] - own * masses
-    excess = torch.where(apart.abs() < NEAR, excess, plain).sum(0)
-    ratio = mass / known[TEACHER, "mass"]
-    alike = (ratio - 1).abs() < ALIKE
-    known["gap"] = torch.where(alike, -(excess / mass).log1p(), ratio.log())
-
-    mean = pieces["mean"] + masses * apart
-    square = pieces["square"] + apart * (2 * pieces["mean"] + masses * apart)
-    bits = shift[STUDENT] / LN2
-    cross = pieces["cross"] + bits * mean + apart * pieces[STUDENT, "depth"]
-    mean, square, cross = (_weighted(own, x).sum(0) / mass for x in (mean, square, cross))
-    known["mean"], known["variance"] = mean, square - mean * mean
-    known["covariance"] = cross - mean * known[STUDENT, "depth"]
-    nothing = (own == 0) & (weight[TEACHER] == 0)
-    spread = torch.where(nothing, 0.0, pieces["spread"] + apart.abs())
-    known["spread"] = spread.amax(0) + mean.abs()
-
-    names = iter(_first_names(sweeps.first))
-    for kind, *what in sweeps.first:
-        name = next(names)
-        if kind == "climb":
-            side = what[0]
-            climbs = pieces[name] + pieces[side, "mass"] * (apart / LN2)
-            known[name] = _weighted(weight[side], climbs).sum(0)
-        elif kind == "growth":
-            side, order = what
-            move, masses = order * apart, pieces[side, "mass"]
-            growth = pieces[name] * move.exp() + masses * move.expm1()
-            share = _weighted(weight[side], growth).sum(0) / known[side, "mass"]
-            known[name] = known[side, "mass"] * (order * known["gap"] + share.log1p()).expm1()
-        else:
-            (a,), masses = what, pieces[next(names)]
-            masked = (pieces[STUDENT, "top"] == MASKED) & (pieces[TEACHER, "top"] == MASKED)
-            moved = (a * shift[TEACHER] + (1 - a) * shift[STUDENT]) / LN2
-            tops = torch.where(masked, MASKED, pieces[name] + moved)
-            known[name] = top = tops.amax(0)
-            known[(*name[:1], name[1] + 1, "")] = _weighted((tops - top).exp2(), masses).sum(0)
-
-
-def _weighted(weight: Tensor, x: Tensor) -> Tensor:
-    return torch.where(weight == 0, 0.0, weight * x)
-
-
-def _closeness(
-    q: Softmax, p: Softmax, new: Callable[[], Tensor], tempered: bool
-) -> dict[Any, Tensor]:
-    """How far apart the sides' terms are: their difference, and sums of their log-ratio d."""
-    d = torch.sub(p.depth, q.depth, out=new()).mul_(LN2)
-    d.masked_fill_((q.terms + p.terms) == 0, 0.0)
-    spread = d.abs().amax(-1, keepdim=True)
-    found = {"excess": p.mass - q.mass, "spread": spread}
-    found |= {name: torch.zeros_like(spread) for name in ("mean", "square", "cross")}
-    small = (spread[:, 0] < SMALL).nonzero()[:, 0]
-    if len(small):
-        d, terms = d[small], q.terms[small]
-        found["excess"][small] = total(d.expm1().mul_(terms))
-        products = d * terms
-        found["mean"][small] = total(products)
-        found["square"][small] = total(products * d)
-        if tempered:
-            found["cross"][small] = total(products.mul_(q.depth[small]).nan_to_num_(nan=0.0))
-    return found
 
 
 # --- pieces of rows ---------------------------------------------------------------------------
@@ -660,3 +546,33 @@ def _depth(logits: Tensor, rows: Rows, top: Tensor, scale: float | Tensor, colum
     """(logit - top) / T of these rows, in fp64."""
     x = logits[rows.outer, rows.inner, :columns].double().clamp_min_(MASKED)
     return x.sub_(top[rows.flat, None]).mul_(scale)
+
+
+def _apart(q: Softmax, p: Softmax, spare: Tensor) -> Tensor:
+    """The total variation of both sides over these columns alone, [R, 1]."""
+    apart = torch.mul(q.terms, p.mass / q.mass, out=spare).sub_(p.terms)
+    return torch.linalg.vector_norm(apart, 1, dim=-1, keepdim=True) / (2 * p.mass)
+
+
+def _closeness(
+    q: Softmax, p: Softmax, new: Callable[[], Tensor], tempered: bool
+) -> dict[Any, Tensor]:
+    """How far apart the sides' terms are: their difference, and sums of their log-ratio d."""
+    found = {"excess": p.mass - q.mass, "spread": torch.ones_like(q.mass)}
+    found |= {name: torch.zeros_like(q.mass) for name in ("mean", "square", "cross")}
+    if q.depth.dtype != torch.float64:  # not in rows that need it
+        return found
+    d = torch.sub(p.depth, q.depth, out=new()).mul_(LN2)
+    d.masked_fill_((q.terms + p.terms) == 0, 0.0)
+    spread = d.abs().amax(-1, keepdim=True)
+    found["spread"] = spread
+    small = (spread[:, 0] < SMALL).nonzero()[:, 0]
+    if len(small):
+        d, terms = d[small], q.terms[small]
+        found["excess"][small] = total(d.expm1().mul_(terms))
+        products = d * terms
+        found["mean"][small] = total(products)
+        found["square"][small] = total(products * d)
+        if tempered:
+            found["cross"][small] = total(products.mul_(q.depth[small]).nan_to_num_(nan=0.0))
+    return found
