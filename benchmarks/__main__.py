@@ -14,7 +14,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler otherwise report
 
 import torch
 
-from . import cache, cases, gpu, host, machine
+from . import cache, cases, gpu, host, machine, sharded
 from .ceilings import all_ceilings, copy_bandwidth
 from .operators import OPERATORS
 from .publish import publish
@@ -47,7 +47,9 @@ def parser() -> Parser:
         "--provider", nargs="+", metavar="NAME|MODULE:FUNCTION",
         help="with --suite: on logits, besides the suite's own",
     )  # fmt: skip
-    what.add_argument("--suite", choices=(*SUITES, "host"), help="a fixed selection in their stead")
+    what.add_argument(
+        "--suite", choices=(*SUITES, "host", "sharded"), help="a fixed selection in their stead"
+    )
     what.add_argument("--list", action="store_true", help="show the names, measure nothing")
 
     how = top.add_argument_group("how")
@@ -99,6 +101,9 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if options.suite == "host":
         return host.run(options.out, options.commit)
     began = time.monotonic()
+    if options.suite == "sharded":
+        header = machine.header(torch.device("cpu"), arguments, options.commit)
+        return sharded.run(max(options.rounds, 5), options.dry_run, header, options.out)
     device = machine.device_of(options.device or ("cpu" if options.dry_run else None))
     if options.step == "versions":
         return machine.announce(device, arguments, options.commit)

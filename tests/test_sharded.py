@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd import checks, sharding, tracing
-from tests import running, sharded, sharded_dtensors, sharded_operands
+from tests import running, sharded, sharded_dtensors, sharded_operands, sharded_training
 from tests.cases import DIVERGENCES, KINDS
 from tests.closeness import assert_close, assert_zero
 from tests.test_label_aware import Decoupled
@@ -407,6 +407,8 @@ def cases(world: int) -> dict[str, sharded.Case]:
     found |= sharded_dtensors.CASES | sharded_operands.CASES
     if world == 4:
         found["uneven"] = uneven
+    else:
+        found |= sharded_training.CASES
     found["one raises"] = one_raises  # the last: its group is of no use afterwards
     return found
 

@@ -238,8 +238,7 @@ def _join_sides(sweeps: Sweeps, pieces: Known, known: Known, shift: Known, weigh
     known["covariance"] = cross - mean * known.get((STUDENT, "depth"), 0.0)
     shares = weight[TEACHER] * pieces[TEACHER, "mass"] / known[TEACHER, "mass"]
     between, within = (shares - own * masses / mass).abs(), 2 * shares * pieces["apart"]
-    known["least apart"] = torch.maximum(between, within - between).sum(0) / 2
-    known["most apart"] = (between + within).sum(0) / 2
+    known["apart"] = torch.maximum(between, within - between).sum(0) / 2  # at least
 
     nothing = (own == 0) & (weight[TEACHER] == 0)
     spread = torch.where(nothing, 0.0, pieces["spread"] + apart.abs())

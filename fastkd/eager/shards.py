@@ -61,9 +61,9 @@ from .solver import (
 # In a row whose log-ratios are smaller, the difference of the masses is summed entry by entry.
 SMALL = 1e-3
 # Rows whose sides are further apart than the first, in total variation, have divergences that fp32
-# gives; nearer to disjoint than the second, gradients may be small differences again. An owner
-# takes the third for its own columns: where a row is near, those of other owners weigh little.
-APART, DISJOINT, APART_HERE = 1 / 7, 7 / 8, 1 / 6
+# gives. An owner takes the second for its own columns, and the third for a slope near its bound:
+# where a row is near, or saturated, the columns of owners that do not find so weigh little.
+APART, APART_HERE, NEARLY_HERE = 1 / 7, 1 / 6, 1 - 2.0**-5
 
 
 def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
@@ -217,8 +217,12 @@ class Sweeps:
         for scale in self.scales:
             if isinstance(scale, Tensor):
                 kept &= of_rows(scale, rows)[:, 0] > LEAST_SCALE
+        if "saturated" in found:
+            kept &= found["saturated"] == 0
+        masses = [found[name, "mass"] for name in SIDES if (name, "mass") in found]
+        size = torch.stack(masses).amax(0) if masses else self.mass[rows.flat]
         for name in found.keys() & set(self._sums_of_columns()):
-            kept &= found[name].abs() < LARGE
+            kept &= found[name].abs() < LARGE * size
         return ~kept
 
     def _sums_of_columns(self) -> list[Any]:
@@ -230,10 +234,9 @@ class Sweeps:
         """Marks the rows that need fp64 by what is known of all columns."""
         kept = known[STUDENT, "mass"] > (CERTAIN if self.guarded else 0)
         if self.problem.teacher is not None:
-            kept &= known["least apart"] > APART
-            if self.kind.cancels:
-                kept &= known["most apart"] < DISJOINT
+            kept &= known["apart"] > APART
         self.exact |= ~kept
+        self.mass = torch.stack([known[name, "mass"] for name in SIDES[: len(self.sides)]]).amax(0)
 
     def _logits(self, rows: Rows) -> list[Tensor]:
         """Of both sides; in fp64 in buffers, and with a number for -inf, which times 0 is 0."""
@@ -341,6 +344,11 @@ class Sweeps:
         pair = self._pair(rows, known, later=False)
         _, pull = self.kind.value_and_pull(pair, self.problem.a, self.problem.b)
         found: Known = {("later", i): sums[:, 0] for i, sums in enumerate(pair.found_later)}
+        bound = self.kind.most(self.problem.a, self.problem.b)
+        if self.guarded and bound < torch.inf:  # of this owner's share of the student's mass
+            share = total(pair.student.terms) / pair.student.mass
+            slopes = torch.as_tensor(pull.total)
+            found["saturated"] = (slopes.abs() > NEARLY_HERE * bound * share)[:, 0]
         if self.tempered:
             found["later", "depth"] = total(_times_depth(pull.terms, pair))[:, 0]
         return found
