@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ def adapted(
     model = load(name, dtype)
     if recomputed:
         recompute(model)  # before, so that peft lets gradients through the frozen embedding
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft asks
     if checkpoint is not None:
         return peft.PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True)
     torch.manual_seed(seed)
