@@ -1,9 +1,9 @@
 """TRL's GKDTrainer and `fastkd distill` on one job: `python -m benchmarks.gkd --out FOLDER`.
 
-The same tiny models, chats, batches and settings: JSD(0.5) at T = 1 on completions, off-policy. Each
-trains in a process of its own, first the one, then the other, then in the other order. A step is the
-time between two steps of the optimizer; its memory, what is resident at most beyond what is
-resident before it. On a busy machine only the ratios mean something.
+The same tiny models, chats, batches and settings: JSD(0.5) at T = 1 on completions, off-policy.
+Each trains in a process of its own on one thread, first the one, then the other, then in the other
+order. A step is the time between two steps of the optimizer; its memory, what is resident at most
+beyond what is resident before it. On a busy machine only the ratios mean something.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -57,6 +58,7 @@ def main(arguments: Sequence[str]) -> None:
         for name in (GKD, FASTKD, FASTKD, GKD):
             runs.append({"trainer": name, **in_a_process(name, Path(temporary))})
             print(f"{name}: {line(runs[-1])}", flush=True)
+    torch.set_num_threads(1)
     header = machine.header(torch.device("cpu"), arguments, None)
     header["versions"] = doctor.versions(*PACKAGES)
     header["command"] = header["command"].replace("benchmarks", "benchmarks.gkd", 1)
@@ -113,7 +115,7 @@ def in_a_process(name: str, folder: Path) -> dict[str, Any]:
 
 
 def trained(name: str, folder: Path) -> dict[str, Any]:
-    """Loss of each step, seconds of all but the first two, and MiB beyond what a step begins with."""
+    """Loss of each step, seconds of all but the first, and MiB beyond what a step begins with."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     torch.set_num_threads(1)
@@ -126,9 +128,8 @@ def trained(name: str, folder: Path) -> dict[str, Any]:
     with register_optimizer_step_post_hook(step):
         losses = (with_gkd if name == GKD else with_fastkd)(folder)
     assert len(times) == len(losses) == STEPS
-    seconds = [after - before for before, after in zip(times[2:-1], times[3:], strict=True)]
-    pairs = zip(resident[1:-1], resident[2:], strict=True)
-    beyond = max(peak - before for (before, _), (_, peak) in pairs)
+    seconds = [after - before for before, after in pairwise(times)]
+    beyond = max(peak - before for (before, _), (_, peak) in pairwise(resident))
     return {"losses": losses, "seconds": seconds, "mib": beyond}
 
 
