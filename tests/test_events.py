@@ -87,6 +87,20 @@ def test_a_bucket_never_exceeds_the_full_divergence(divergence):
         assert (some <= full * (1 + 1e-5) + 1e-7).all()
 
 
+@pytest.mark.parametrize("temperature", [0.7, 2.0])
+@pytest.mark.parametrize("offset", [3e3, -5e4])
+def test_what_all_logits_have_in_common_is_not_seen(offset, temperature):
+    student, other = logits(ROWS, VOCAB)
+    teacher = fastkd.TopK.from_logits(other, K)
+    student = student + offset
+
+    def truth(leaf):
+        q, p = events(leaf, teacher, temperature)
+        return defined(q, p, divergence="jeffreys", reduction="none")[0]
+
+    check(student, teacher, truth, temperature, divergence="jeffreys")
+
+
 @pytest.mark.parametrize("per_row", [False, True])
 def test_the_temperature_trains(per_row):
     student, other = logits(ROWS, VOCAB)
