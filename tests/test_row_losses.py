@@ -254,11 +254,12 @@ def test_certain_of_the_label(height, divergence, backend):
         assert_close(gradient, true_gradient, "gradient")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_nothing_but_the_label(backend):
+def test_nothing_but_the_label(backend, dtype):
     """All other classes masked, on one side or both."""
-    z = torch.tensor([[0.0, 1.0, 2.0]]).repeat(2, 1)
-    y = torch.tensor([[0.0, -math.inf, -math.inf]]).repeat(2, 1)
+    z = torch.tensor([[0.0, 1.0, 2.0]], dtype=dtype).repeat(2, 1)
+    y = torch.tensor([[0.0, -math.inf, -math.inf]], dtype=dtype).repeat(2, 1)
     z[1, 1:] = -math.inf
     labels = torch.tensor([0, 0])
     loss, gradient = run(z, y, labels, divergence=DKD(1, 8), reduction="none", backend=backend)
@@ -294,6 +295,20 @@ def test_masks(divergence, backend):
         pair[side][:, 2] = -math.inf
         loss, gradient = run(*pair, labels, **settings)
         assert not loss.isnan().any()
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("orders", [(-0.5, -1.0), (-1.0, -0.5), (0.4, -0.4), (0.0, 0.0)], ids=str)
+def test_orders_that_masks_make_infinite(orders, backend):
+    student, teacher = sides(2)
+    for side in (student, teacher):
+        masked = side.clone()
+        masked[:, 3] = -math.inf
+        pair = (masked, teacher) if side is student else (student, masked)
+        settings = {"reduction": "none", "backend": backend}
+        loss, gradient = run(*pair, divergence=AlphaBeta(*orders), **settings)
+        assert (loss == math.inf).all()
         assert gradient.isfinite().all()
 
 

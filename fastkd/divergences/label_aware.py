@@ -120,5 +120,4 @@ def _apart(logs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     others = logs.scatter(-1, at, -math.inf)
     none = (others == -math.inf).all(-1, keepdim=True)
     rest = torch.where(none, 0.0, others).logsumexp(-1, keepdim=True)
-    others = others - torch.where(none, 0.0, rest)
-    return logs.gather(-1, at)[:, 0], torch.where(none, -math.inf, rest)[:, 0], others
+    return logs.gather(-1, at)[:, 0], torch.where(none, -math.inf, rest)[:, 0], others - rest
