@@ -18,9 +18,13 @@ CLOSE = tl.constexpr(2.0**-9)
 
 
 @triton.jit
-def close(stats):
-    """Whether the sums of both sides lack the digits of their difference."""
-    return tl.abs(stats.t_sum - stats.s_sum) < stats.s_sum * CLOSE
+def close(stats, lift, temper, WANT: tl.constexpr):
+    """Whether the sums lack the digits of a difference; of w too, more so at an order near 0."""
+    few = tl.abs(stats.t_sum - stats.s_sum) < stats.s_sum * CLOSE
+    if R.MIXTURE & WANT:
+        most = tl.where(tl.abs(temper.a) < 1 / 16, CLOSE * 32, CLOSE)
+        few |= tl.abs(lift) < stats.s_sum * most
+    return few
 
 
 @triton.jit

@@ -176,7 +176,7 @@ def alpha_terms(lp, lq, p, q, d2, c, a, b):
     value = (one_b * p + one_a * q) + tl.where(a * b > 0, -w, w)
     c *= LOG2E
     x -= c
-    slope = tl.where(near & (tl.abs(x) < NEAR2), -exp2m1_times(q, x), q - tl.exp2(log_w - c))
+    slope = tl.where(tl.abs(x) < NEAR2, -exp2m1_times(q, x), q - tl.exp2(log_w - c))
     return tl.where(near, series, value), slope
 
 
@@ -206,6 +206,13 @@ def alpha_near_zero(lp, lq, p, q, d, d2, c, a, b):
     value = (first - a * ((q * x) * (x * curve))) * (1.0 / b)
     slope = tl.where(near, x * (-1.0 - t * curve), (1.0 - exp(t)) * (1.0 / a))
     return tl.where(near, value, far), q * (slope - c)
+
+
+@triton.jit
+def renyi_near_zero(lp, lq, p, q, d, d2, c, a, b):
+    value, _ = alpha_near_zero(lp, lq, p, q, d, d2, 0.0, a, b)
+    _, slope = alpha_terms(lp, lq, p, q, d2, c, a, b)
+    return value, slope
 
 
 @triton.jit
@@ -317,7 +324,11 @@ TABLE = {
 }
 # What serves in their place where a, or b = 1 - a, is below NEAR_END, and they lose digits.
 NEAR_END = 1 / 16
-NEAR_ZERO = {"jsd": Device(jsd_ends), "alpha": Device(alpha_near_zero, constant=SLOPE_SUM)}
+NEAR_ZERO = {
+    "jsd": Device(jsd_ends),
+    "alpha": Device(alpha_near_zero, constant=SLOPE_SUM),
+    "renyi": Device(renyi_near_zero, renyi_outer),
+}
 NEAR_ONE = {
     "jsd": Device(jsd_ends),
     "skew_reverse_kl": Device(skew_reverse_kl_near_one),

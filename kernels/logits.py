@@ -198,7 +198,7 @@ def _wanted(problem: Problem, constant: str | None, entropy: bool, metrics: bool
     want |= R.ENTROPY.value * (entropy or metrics)
     want |= R.TEACHER_ENTROPY.value * metrics
     want |= R.STANDARDIZED.value * (problem.moments is not None)
-    want |= R.REST.value * (constant in (REVERSE_KL, SLOPE_SUM))
+    want |= R.REST.value * (constant in (REVERSE_KL, LOG_MIXTURE, SLOPE_SUM))
     return want
 
 

@@ -116,7 +116,7 @@ def resident(
         rise, lift = D.by_sums(stats, WANT)
         saturated = R.saturated(stats)
         if teacher is not None:
-            close = D.close(stats)
+            close = D.close(stats, lift, temper, WANT)
             # How many rows are either, by one sum over the program.
             found = tl.sum(close.to(tl.int32) + saturated.to(tl.int32) * MANY)
             if found % MANY > 0:

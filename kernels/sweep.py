@@ -139,7 +139,7 @@ def sweep(
         stats = R.collapse(R.settle(stats, temper, WANT), temper, WANT)
         rise, lift = D.by_sums(stats, WANT)
         if teacher is not None:
-            if D.close(stats):
+            if D.close(stats, lift, temper, WANT):
                 rise, lift = D.swept(
                     student, teacher, begin, head, full, tail, end, shift, headed, offsets, stats,
                     temper, BLOCK, SHIFTED, SAME, WANT,

@@ -65,10 +65,10 @@ CROWDED = ("everything", "standardized", "slices, own gradient", "split")
 LEAST = 256
 # Scalars that ptxas sets aside once per row, outside the loops; which of the kernels that happens
 # to changes with its version, and more where a row's first and last columns are masked.
-SET_ASIDE, ODD = 32, 64
+SET_ASIDE, ODD = 40, 64
 # Rows of 100 with all options run out of registers; more so by Triton 3.6, which sends them through
 # shared memory.
-SHORT = 80 if triton.__version__.startswith("3.6.") else 40
+SHORT = 80 if triton.__version__.startswith("3.6.") else SET_ASIDE
 
 
 # The divergences that stand for all on targets other than sm_90, but with --full.

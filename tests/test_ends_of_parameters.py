@@ -75,7 +75,7 @@ NEARER = [
     *(fastkd.SkewKL(x) for e in DISTANCES for x in (e, 1 - e)),
     *(fastkd.SkewReverseKL(x) for e in DISTANCES for x in (e, 1 - e)),
     *(fastkd.AlphaDivergence(x) for e in DISTANCES for x in (e, -e, 1 - e, 1 + e)),
-    *(fastkd.Renyi(x) for e in DISTANCES for x in (1 - e, 1 + e)),
+    *(fastkd.Renyi(x) for e in DISTANCES for x in (e, 1 - e, 1 + e)),
 ]
 
 

@@ -23,7 +23,7 @@ SCHEDULES = [
 ]  # fmt: skip
 CANCELLING = [
     "reverse_kl", fastkd.Jeffreys(0.3, 0.7), fastkd.JSD(0.5), fastkd.JSD(0.01), fastkd.SkewKL(0.1),
-    fastkd.SkewReverseKL(0.1), "tvd",
+    fastkd.SkewReverseKL(0.1), "tvd", fastkd.AlphaDivergence(0.5), fastkd.Renyi(1e-3),
 ]  # fmt: skip
 
 
