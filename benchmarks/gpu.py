@@ -34,6 +34,8 @@ CLOSING = 5
 PATIENCE = 100
 DEVICE_LOST = 3
 SUMMARY, LOG, TEST_LOG, TABLE = "summary.txt", "suite.log", "tests.log", "table.md"
+# Tests of these files run on the device; the others, which do not, would take its time.
+ON_DEVICE = re.compile(r"\bDEVICE\b|\btests\.running\b|def test_\w+\([^)]*\bdevice\b")
 VERDICT = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
 
 
@@ -70,23 +72,24 @@ def steps(out: Path, options: Sequence[str], rehearsal: bool) -> list[Step]:
     part = (*python, "benchmarks", "--suite", "gpu", "--out", str(out), *options, "--step")
     small = ("--dry-run",) if rehearsal else ()
     found = [
-        Step("versions", 15, (*part, "versions")),
-        Step("verify", 40, (*python, "benchmarks.verify", *small)),
-        Step("ceilings", 15, (*part, "ceilings")),
+        Step("versions", 40, (*part, "versions")),
+        Step("verify", 50, (*python, "benchmarks.verify", *small)),
+        Step("ceilings", 25, (*part, "ceilings")),
         Step("headline", 60, (*part, "headline"), again=True),
-        Step("divergences", 40, (*part, "divergences"), again=True),
-        Step("choices", 40, (*python, "benchmarks.choices", *small)),
+        Step("divergences", 45, (*part, "divergences"), again=True),
+        Step("choices", 45, (*python, "benchmarks.choices", *small)),
         Step("tests", 150, _tests(rehearsal), TEST_LOG),
         Step("table", REST, (*part, "table"), again=True),
         Step("training", 30, (*python, "benchmarks.training", *small)),
-        Step("racecheck", 20, _racecheck(python, small)),
+        Step("racecheck", 25, _racecheck(python, small)),
     ]
     return [one._replace(seconds=4 * one.seconds) for one in found] if rehearsal else found
 
 
 def _tests(rehearsal: bool) -> list[str]:
     """Verdicts come line by line, so that a kill costs only those to come; a rehearsal collects."""
-    files = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "tests").glob("test_*.py"))
+    tests = sorted((ROOT / "tests").glob("test_*.py"))
+    files = [str(file.relative_to(ROOT)) for file in tests if ON_DEVICE.search(file.read_text())]
     command = [sys.executable, "-u", "-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider"]
     if rehearsal:
         return [*command, "--collect-only", files[0]]
