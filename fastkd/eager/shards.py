@@ -264,12 +264,12 @@ class Sweeps:
             if self.kind.label_aware and self.sides[1:]:
                 found["teacher_label"] = self._at_labels(logits[-1], labels)
         softmaxes = [
-            Softmax.of(x, scale, new(), new(), whole=True)
+            self._softmax(x, scale)
             for x, scale in zip(logits, (scales[0], scales[-1]), strict=False)
         ]
         if problem.labels is not None:
             at_one = isinstance(scales[0], float) and scales[0] == 1
-            unit = softmaxes[0] if at_one else Softmax.of(logits[0], 1.0, new(), new(), whole=True)
+            unit = softmaxes[0] if at_one else self._softmax(logits[0], 1.0)
             found["unit"] = unit.mass
         for name, side in zip(SIDES, softmaxes, strict=False):
             found[name, "top"], found[name, "mass"] = side.top, side.mass
@@ -311,9 +311,22 @@ class Sweeps:
         ]
         return self._shard(sides, rows, known, scales[0], self.store.new, later)
 
-    def _softmax(self, x: Tensor, scale: float | Tensor, top: Tensor, mass: Tensor) -> Softmax:
+    def _softmax(
+        self,
+        x: Tensor,
+        scale: float | Tensor,
+        top: Tensor | None = None,
+        mass: Tensor | None = None,
+    ) -> Softmax:
+        """With the top and mass of all owners, or of these columns.
+
+        Logits are measured from the top before they are scaled: a rounding that is common to the
+        columns of one owner would not cancel against those of others.
+        """
+        top = x.amax(-1, keepdim=True) if top is None else top
         depth = torch.sub(x, top, out=self.store.new()).mul_(scale / LN2)
-        return Softmax(top, depth, torch.exp2(depth, out=self.store.new()), mass)
+        terms = torch.exp2(depth, out=self.store.new())
+        return Softmax(top, depth, terms, total(terms) if mass is None else mass)
 
     def _of(self, known: Known, name: Any, rows: Rows) -> Tensor:
         """Of these rows, [R, 1], in the dtype of what is computed."""

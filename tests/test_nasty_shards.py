@@ -1,0 +1,112 @@
+"""Rows that break losses, their columns spread over owners, each a thread: held to the oracle."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+import fastkd
+from fastkd import sharding
+from tests import running, test_nasty_rows
+
+EDGES = {3: (0, 1, 1, 3), 17: (0, 5, 5, 17), 70: (0, 30, 64, 70)}  # by the number of columns
+
+
+class Table:
+    """What the owners share."""
+
+    def __init__(self, edges: tuple[int, ...]) -> None:
+        self.edges, self.size = edges, len(edges) - 1
+        self.pieces: list[Any] = [None] * self.size
+        self.all = threading.Barrier(self.size, timeout=30)
+
+
+class Owner(sharding.Group):
+    """One of them, as a process of a group would be."""
+
+    def __init__(self, rank: int, table: Table) -> None:
+        self.rank, self.size, self.table = rank, table.size, table
+        self.first_column, self.columns = table.edges[rank], table.edges[-1]
+        self.mine = table.edges[rank + 1] - self.first_column
+        self.process_group = SimpleNamespace(group_name=f"owner {rank}")
+
+    def gather(self, fields: Tensor) -> Tensor:
+        self.table.pieces[self.rank] = fields.clone()
+        self.table.all.wait()
+        found = torch.stack(self.table.pieces)
+        self.table.all.wait()
+        return found
+
+
+def everything(student: Tensor, teacher: Tensor, backend: str | None, **given: Any) -> Any:
+    """What running.everything gives, of the columns of all owners."""
+    if backend is None:
+        return running.everything(student, teacher, backend=None, **given)
+    table = Table(EDGES[student.size(-1)])
+    found: list[Any] = [None] * table.size
+
+    def work(rank: int) -> None:
+        try:
+            found[rank] = of_owner(Owner(rank, table), student, teacher, given)
+        except Exception as error:
+            found[rank] = error
+            table.all.abort()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(table.size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one in found:
+        if isinstance(one, Exception) and not isinstance(one, threading.BrokenBarrierError):
+            raise one
+    joined = {}
+    for name, first in found[0].items():
+        pieces = [one[name] for one in found]
+        if name in ("to student", "to teacher"):
+            joined[name] = torch.cat(pieces, -1)
+        else:
+            joined[name] = first
+            assert all(torch.equal(x.nan_to_num(), first.nan_to_num()) for x in pieces)
+    return joined
+
+
+def of_owner(owner: Owner, student: Tensor, teacher: Tensor, given: dict[str, Any]) -> Any:
+    mine = slice(owner.first_column, owner.first_column + owner.mine)
+    given = {"student": student[:, mine], "teacher": teacher[:, mine]} | given
+    leaves = {
+        name: value.clone().requires_grad_()
+        for name, value in given.items()
+        if isinstance(value, Tensor)
+    }
+    sides = leaves["student"], leaves["teacher"]
+    rest = {name: leaves.get(name, value) for name, value in given.items()}
+    del rest["student"], rest["teacher"]
+    loss, metrics = fastkd.distillation_loss(
+        *sides, teacher_grad=True, return_metrics=True, backend="torch", group=owner, **rest
+    )
+    upstream = torch.tensor(-0.3)
+    grads = torch.autograd.grad(loss, list(leaves.values()), upstream, materialize_grads=True)
+    figures = {name: x for name, x in metrics._asdict().items() if x is not None}
+    return {"loss": loss.detach(), **figures} | {
+        f"to {name}": grad for name, grad in zip(leaves, grads, strict=True)
+    }
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(*test_nasty_rows.CASES)
+def test_owners(divergence, sides, heat, standardize):
+    def as_given(group: Any, shape: Any, vocab_size: Any) -> Any:
+        return group if isinstance(group, Owner) else sharding.LOCAL
+
+    with (
+        mock.patch.object(sharding, "of_group", as_given),
+        mock.patch.object(test_nasty_rows, "everything", everything),
+    ):
+        test_nasty_rows.check(divergence, sides, heat, standardize, "torch")
