@@ -13,7 +13,7 @@ import torch
 
 import fastkd
 
-from .problems import Run, in_place, kl_div, loss
+from .problems import Run, in_place, kl_div, loss, shards
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
@@ -222,7 +222,16 @@ def other_gradients() -> Iterator[Case]:
         )
 
 
+def columns_of_owners() -> Iterator[Case]:
+    """Of two, of three of whom one has none, and of four; 45 columns in all."""
+    labelled = {"labels": torch.tensor([3, 40]), "alpha": 0.6, "smoothing": 0.1, "padding": 3}
+    yield Case("shards TVD", shards(fastkd.TVD(), (0, 20, 45), {}))
+    yield Case("shards JSD full", shards(JSD, (0, 20, 20, 45), labelled | {"metrics": True}))
+    standardized = shards(FORWARD_KL, (0, 11, 11, 30, 45), labelled | {"standardize": True})
+    yield Case("shards ForwardKL() std", standardized)
+
+
 GROUPS = (
     logits_in_place, slices_in_place, padded, far_apart, entry_by_entry, many_rows, divergences,
-    multi_label, edges, other_gradients,
+    multi_label, edges, other_gradients, columns_of_owners,
 )  # fmt: skip

@@ -298,6 +298,26 @@ def in_place(
     return run
 
 
+def shards(
+    divergence: fastkd.Divergence, edges: tuple[int, ...], options: dict[str, Any]
+) -> Run:  # fmt: skip
+    """Owners of columns, who gather between the launches: see tests/test_shards.py."""
+
+    def run() -> list[str]:
+        from tests import test_shards
+
+        torch.manual_seed(0)
+        student, teacher, temperature = test_shards.rows(2)
+        case = test_shards.Case(divergence, student, teacher, temperature, **options)
+        try:
+            test_shards.hold(case, edges, "triton")
+        except AssertionError as error:
+            return [str(error)]
+        return []
+
+    return run
+
+
 # --- kl_div --------------------------------------------------------------------------------------
 
 
