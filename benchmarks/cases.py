@@ -145,6 +145,14 @@ GPU = (
         "logits", ("forward_kl", "jsd"), ("llama3-8192",), ("bf16",), ("full",), COMPILED[1:]
     ),
     Selection("logits", ("jsd",), LARGE, ("bf16",), ("full",), (*QUICK, "compile")),
+    Selection(
+        "linear", ("forward_kl",), ("llama3-8192",), ("bf16",), ("full",),
+        ("eager", "chunked", "fastkd"),
+    ),
+    Selection(
+        "topk", ("forward_kl",), ("llama3-8192",), ("bf16",), ("full",),
+        ("eager", "subtracted", "fastkd"),
+    ),
 )  # fmt: skip
 
 # Every operator, pass and kind of provider once, on a shape that the interpreter can do.
@@ -155,4 +163,6 @@ REHEARSAL = (
     Selection("cross_entropy", ("label",), ("6x40",), ("fp32",), ("full",), ("quack", "fastkd")),
     Selection("logits", ("jsd", "forward_kl+ce"), ("6x40",), ("fp32",), ("full",), CPU_PROVIDERS),
     Selection("kl_div", ("target",), ("6x40",), ("fp32",), ("full",), CPU_PROVIDERS),
+    Selection("linear", ("forward_kl",), ("6x40",), ("fp32",), ("full",), ("chunked", "fastkd")),
+    Selection("topk", ("forward_kl",), ("6x80",), ("fp32",), ("full",), ("subtracted", "fastkd")),
 )

@@ -225,7 +225,7 @@ def test_rows_may_be_ignored_and_labels_mixed_in(tmp_path, monkeypatch):
         (["--suite", "cpu", "--case", "16x200"], "--suite fixes the case: leave it out"),
         (["--suite", "gpu", "--device", "cpu"], "--suite gpu needs a CUDA device"),
         (["--suite", "cpu", "--dry-run"], "--dry-run and --step go with --suite gpu"),
-        (["--op", "linear"], "invalid choice: 'linear'"),
+        (["--op", "sorted"], "invalid choice: 'sorted'"),
         (["--compare", "no/such.json"], "cannot read results no/such.json"),
     ],
 )
