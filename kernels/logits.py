@@ -25,6 +25,7 @@ from fastkd.kernels.launch import (
     per_row,
     rows_in_memory,
 )
+from fastkd.kernels.pieces import STATISTICS_FIELDS, SUMS_FIELDS
 from fastkd.kernels.resident import resident
 from fastkd.kernels.sweep import sweep
 from fastkd.kernels.tuning import (
@@ -231,7 +232,7 @@ def _sweeps(
     if first.value == P.GRADIENT.value or (alone and plan.splits == 1):
         launch(first, P.GRADIENT, None, None)
         return
-    statistics, sums = new(P.STATISTICS_FIELDS), new(P.SUMS_FIELDS)
+    statistics, sums = new(STATISTICS_FIELDS), new(SUMS_FIELDS)
     launch(P.STATISTICS, P.STATISTICS, statistics, None)
     if not alone:
         statistics = (yield statistics).contiguous()

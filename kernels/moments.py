@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fastkd import problem
 from fastkd.kernels import memory as M
-from fastkd.kernels import phases as P
 from fastkd.kernels.launch import rows_in_memory
+from fastkd.kernels.pieces import read_fields, write_fields
 from fastkd.kernels.tuning import power_of_two, schedule
 from fastkd.sharding import LOCAL, Merge
 
@@ -166,7 +166,7 @@ def _moments(
         _write(out, index, rows, s, exists)
         _write(out + 3 * rows, index, rows, t, exists)
     else:
-        P.write_fields(pieces, tl.program_id(0) * 0, index, rows, s + t, 2 * FIELDS)
+        write_fields(pieces, tl.program_id(0) * 0, index, rows, s + t, 2 * FIELDS)
 
 
 @triton.jit(do_not_specialize=("rows",))
@@ -174,7 +174,7 @@ def _join(out, pieces, rows, PIECES: tl.constexpr, PADDED: tl.constexpr):
     """The moments of a row from its pieces, [pieces, fields, N]."""
     index = tl.program_id(0).to(tl.int64)
     nothing = _empty(PADDED)
-    found = P.read_fields(pieces, index, rows, nothing + nothing, 2 * FIELDS, PIECES)
+    found = read_fields(pieces, index, rows, nothing + nothing, 2 * FIELDS, PIECES)
     _write(out, index, rows, _collapse(Piece(*found[:FIELDS])), None)
     _write(out + 3 * rows, index, rows, _collapse(Piece(*found[FIELDS:])), None)
 

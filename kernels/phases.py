@@ -10,13 +10,6 @@ from fastkd.kernels import memory as M
 from fastkd.kernels import rows as R
 
 THREAD = tl.constexpr(16)  # entries of a tile per thread, as tuning.py has them
-# What the pieces of a row hand on, [pieces, fields, N]: after the sweep of statistics, and after
-# that of sums, whose slopes are taken about `anchor`.
-STATISTICS_FIELDS = tl.constexpr(len(R.Statistics._fields) + 1)
-LABEL_LOGIT = tl.constexpr(STATISTICS_FIELDS.value - 1)
-SUMS_FIELDS = tl.constexpr(len(R.Sums._fields) + 1)
-ANCHOR = tl.constexpr(SUMS_FIELDS.value - 1)
-
 # The phases of a row, in their order.
 STATISTICS, SUMS, GRADIENT = map(tl.constexpr, (1, 2, 3))
 
@@ -369,66 +362,3 @@ def gradient_step(
     if HEAT:
         heat += temperature_term(tempered, z, row)
     return sums, heat
-
-
-# --- what the pieces of a row hand on ---------------------------------------------------------
-
-
-@triton.jit
-def write_fields(pieces, piece, index, rows, fields, FIELDS: tl.constexpr):
-    pieces += piece.to(tl.int64) * FIELDS * rows + index
-    for i in tl.static_range(FIELDS):
-        tl.store(pieces + i * rows, fields[i])
-
-
-@triton.jit
-def read_fields(pieces, index, rows, neutral, FIELDS: tl.constexpr, PIECES: tl.constexpr):
-    """[pieces, 1] each, of a power of two of pieces: those beyond PIECES are neutral."""
-    piece = tl.arange(0, neutral[0].shape[0])[:, None]
-    pieces += piece.to(tl.int64) * FIELDS * rows + index
-    found = ()
-    for i in tl.static_range(FIELDS):
-        found = found + (tl.load(pieces + i * rows, mask=piece < PIECES, other=neutral[i]),)
-    return found
-
-
-@triton.jit
-def write_statistics(pieces, piece, index, rows, stats, label_logit):
-    write_fields(pieces, piece, index, rows, stats + (label_logit,), STATISTICS_FIELDS)
-
-
-@triton.jit
-def read_statistics(pieces, index, rows, temper, WANT: tl.constexpr, PIECES: tl.constexpr,
-                    PADDED: tl.constexpr):  # fmt: skip
-    """Of the row, its label's logit, and what of the student's probability each piece has."""
-    nothing = R.empty(PADDED)
-    found = read_fields(pieces, index, rows, nothing + (nothing.s_sum,), STATISTICS_FIELDS, PIECES)
-    label_logit = tl.sum(found[LABEL_LOGIT])  # 0 where it is another's
-    each = R.Statistics(*found[:LABEL_LOGIT])
-    stats = R.collapse(each, temper, WANT)
-    sums = each.s_sum * tl.exp2((each.s_max - stats.s_max) * temper.s_scale)
-    return stats, label_logit, sums / R.positive(stats.s_sum)
-
-
-@triton.jit
-def write_sums(pieces, piece, index, rows, sums, anchor):
-    write_fields(pieces, piece, index, rows, sums + (anchor,), SUMS_FIELDS)
-
-
-@triton.jit
-def read_sums(pieces, index, rows, share, WANT: tl.constexpr, PIECES: tl.constexpr,
-              PADDED: tl.constexpr):  # fmt: skip
-    """Of the row, and of each piece its slopes and the anchor about which they are taken."""
-    nothing = no_sums(PADDED)
-    found = read_fields(pieces, index, rows, nothing + (nothing.value,), SUMS_FIELDS, PIECES)
-    each, anchor = R.Sums(*found[:ANCHOR]), found[ANCHOR]
-    sums = collapse_sums(with_slope(each, each.slope + share * anchor), WANT)
-    return sums, each.slope, anchor
-
-
-@triton.jit
-def rest_of_pieces(slope, share, anchor, row, CONSTANT: tl.constexpr):
-    """What c lacks: the slopes of all pieces about c, which a piece that knows it has taken so."""
-    if CONSTANT == "slope_sum":
-        slope += share * (anchor - row.c)
-    return tl.sum(slope)

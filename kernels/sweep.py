@@ -9,6 +9,13 @@ from fastkd.kernels import differences as D
 from fastkd.kernels import memory as M
 from fastkd.kernels import phases as P
 from fastkd.kernels import rows as R
+from fastkd.kernels.pieces import (
+    read_statistics,
+    read_sums,
+    rest_of_pieces,
+    write_statistics,
+    write_sums,
+)
 
 
 @triton.jit
@@ -147,9 +154,9 @@ def sweep(
         stats = R.with_differences(stats, rise, lift)
         if LAST == P.STATISTICS:
             label_logit = tl.where(split == 0, label_logit, 0.0)
-            P.write_statistics(statistics, split, index, rows, stats, label_logit)
+            write_statistics(statistics, split, index, rows, stats, label_logit)
     elif not BACKWARD:
-        stats, label_logit, share = P.read_statistics(
+        stats, label_logit, share = read_statistics(
             statistics, index, rows, temper, WANT, PIECES, PADDED
         )
 
@@ -199,11 +206,9 @@ def sweep(
                         about, temper, a, b, BLOCK, SHIFTED, DIVERGENCE, SAME,
                     )  # fmt: skip
                     sums = P.with_slope(sums, slope)
-            P.write_sums(sums_of_pieces, split, index, rows, sums, anchor)
+            write_sums(sums_of_pieces, split, index, rows, sums, anchor)
     elif FIRST > P.SUMS and not BACKWARD:
-        sums, slopes, anchors = P.read_sums(
-            sums_of_pieces, index, rows, share, WANT, PIECES, PADDED
-        )
+        sums, slopes, anchors = read_sums(sums_of_pieces, index, rows, share, WANT, PIECES, PADDED)
 
     if LAST > P.SUMS and not BACKWARD:
         if not LATE:
@@ -211,9 +216,9 @@ def sweep(
         if R.REST & WANT:
             rest = 0.0
             if FIRST == P.GRADIENT:
-                pieces = P.rest_of_pieces(slopes, share, anchors, row, CONSTANT)
+                lacking = rest_of_pieces(slopes, share, anchors, row, CONSTANT)
                 rest = tl.where(
-                    P.lacking(row, R.saturated(stats) | R.huge(stats, temper)), pieces, 0.0
+                    P.lacking(row, R.saturated(stats) | R.huge(stats, temper)), lacking, 0.0
                 )
             elif P.lacking(row, R.saturated(stats) | R.huge(stats, temper)):
                 rest = refined(
