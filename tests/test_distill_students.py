@@ -93,16 +93,21 @@ def adapters(folder):
     return load_file(folder / "student" / "adapter_model.safetensors")
 
 
-def test_a_run_killed_while_adapters_are_saved_is_finished(home, tmp_path, monkeypatch):
-    """The best, at an earlier step, is saved as adapters too."""
+@pytest.mark.parametrize("teacher", ["teacher", "student"])
+def test_a_run_killed_while_adapters_are_saved_is_finished(home, tmp_path, monkeypatch, teacher):
+    """The best, at an earlier step, is saved as adapters too; the teacher is still the same."""
     pytest.importorskip("peft")
     from fastkd.distill import user_models
 
-    chosen = options(home, lora="4", steps=12, learning_rate=3.0, evaluate_every=2, save_every=2)
+    chosen = options(
+        home, teacher=home / teacher, alpha=0.9, lora="4", steps=12, learning_rate=3.0,
+        evaluate_every=2, save_every=2,
+    )  # fmt: skip
     chosen.append("--checkpointing")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert distil("--out", whole, *chosen) == 0
-    assert (whole / "best" / "adapter_model.safetensors").exists()
+    if teacher == "teacher":
+        assert (whole / "best" / "adapter_model.safetensors").exists()
 
     def killed(*arguments):
         raise KeyboardInterrupt
