@@ -31,6 +31,8 @@ ABOUT = "about.json"
 GROUP = "__grp__"
 # What a launch needs; the rest is how the compiler came to it.
 KEPT = (".cubin", ".json", ".so")
+# Operators whose products would be computed here, or whose operands are read: compiled there.
+COMPUTED = ("linear", "topk")
 
 
 def enter(folder: Path) -> None:
@@ -156,6 +158,8 @@ def _table() -> Iterator[tuple[str, Launch]]:
     from .run import groups_of
 
     for group in groups_of(cases.GPU):
+        if group.operator.name in COMPUTED:
+            continue
         for provider in group.providers:
             if provider.ours:
                 for part in group.parts:
