@@ -52,7 +52,9 @@ def known(what: str, name: Any, names: Iterable[str]) -> None:
     names = list(names)
     if name not in names:
         near = difflib.get_close_matches(str(name), names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+        hint = (
+            f"did you mean {near[0]!r}?" if near else f"there are {', '.join(filter(None, names))}"
+        )
         raise Usage(f"{what} {name!r} is unknown: {hint}")
 
 

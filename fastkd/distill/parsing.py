@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -35,8 +36,13 @@ def divergence(text: str) -> Divergence:
     """
     name, _, rest = text.partition(":")
     known("divergence", name, DIVERGENCES)
+    kind = DIVERGENCES[name]
+    most = sum(item.init for item in dataclasses.fields(kind))
     try:
-        return DIVERGENCES[name](*_numbers(rest))
+        numbers = _numbers(rest)
+        if len(numbers) > most:
+            raise ValueError(f"{name} takes {most or 'no'} numbers, got {len(numbers)}")
+        return kind(*numbers)
     except (TypeError, ValueError) as error:
         raise Usage(f"divergence {text!r}: {error}") from None
 

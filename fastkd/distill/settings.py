@@ -65,6 +65,8 @@ class Common:
             least = 0 if item.default == 0 else AT_LEAST.get(item.name, 1)
             if type(value) is int and value < least:
                 raise Usage(f"{item.name} must be at least {least}, got {value}")
+            if type(value) is int and value >= MOST:
+                raise Usage(f"{item.name} must be below {MOST}, got {value}")
         if not 0 < self.learning_rate < math.inf:
             raise Usage(f"learning_rate must be positive and finite, got {self.learning_rate}")
         if not 0 <= self.alpha <= 1:
@@ -271,6 +273,7 @@ class Search:
 
 # The bytes and a token beyond them; a token and its next.
 AT_LEAST = {"vocabulary": 257, "sequence_length": 2}
+MOST = 2**32  # seeds of NumPy, which transformers sets too, end there
 
 
 # --- TOML ------------------------------------------------------------------------------------
