@@ -176,7 +176,9 @@ def alpha_terms(lp, lq, p, q, d2, c, a, b):
     value = (one_b * p + one_a * q) + tl.where(a * b > 0, -w, w)
     c *= LOG2E
     x -= c
-    slope = tl.where(tl.abs(x) < NEAR2, -exp2m1_times(q, x), q - tl.exp2(log_w - c))
+    # w is at most its sum, which rounding of huge logarithms forgets; a NaN stays.
+    share = tl.exp2(tl.minimum(log_w - c, 0.0, tl.PropagateNan.ALL))
+    slope = tl.where(tl.abs(x) < NEAR2, -exp2m1_times(q, x), q - share)
     return tl.where(near, series, value), slope
 
 

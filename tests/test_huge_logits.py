@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastkd
-from tests.running import FUSED, check
+from tests.running import FUSED, check, run
 
 COLUMNS = [pytest.param(20, id="resident"), pytest.param(300, id="swept")]
 LOWEST = torch.finfo(torch.float32).min
@@ -42,6 +42,19 @@ def test_a_mask_is_a_logit_of_a_standardised_row(mask, columns, backend):
     check(student, teacher, standardize=True, backend=backend)
     check(student[1:] * 1e20, teacher[1:], standardize=True, backend=backend)
     check(student[1:] * 1e-24, teacher[1:], standardize=True, backend=backend)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_infinite_values_have_finite_gradients(columns, backend):
+    """A negative order of a huge ratio: w over its sum is at most 1, were both rounded by 64."""
+    student, teacher = torch.randn(2, 16, columns)
+    teacher[:, 0] = -1e9 * (1 + torch.rand(16))
+    for temperature in (0.1, 1.0):
+        settings = {"divergence": fastkd.AlphaDivergence(-0.5), "temperature": temperature}
+        loss, gradient = run(student, teacher, backend=backend, **settings)
+        assert loss == torch.inf
+        assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("backend", FUSED)
