@@ -160,6 +160,13 @@ def certain(divergence: Any) -> None:
     agree(student + 1000, teacher - 300, divergence=divergence, reduction="none")
 
 
+def offset() -> None:
+    """Logits far from 0 at a low temperature, where a product with 1 / T rounds by whole units."""
+    student, teacher = 100 + torch.randn(2, N, V) / 500
+    for kind in (fastkd.ReverseKL(), fastkd.JSD(beta=0.3)):
+        agree(student, teacher, divergence=kind, temperature=1e-3, reduction="none")
+
+
 def empty_shard() -> None:
     size = 2 * dist.get_world_size() + 1 if dist.get_world_size() > 2 else 1
     student, teacher = torch.randn(2, N, size)
@@ -396,7 +403,7 @@ def cases(world: int) -> dict[str, sharded.Case]:
         one = kind.constant != "slope_sum"
         found[f"gathers {kind}"] = partial(gathers, kind, 1 if one else 2)
     for case in (
-        empty_shard, nothing_counts, faults_stay_visible, no_rows, multi_label, by_label,
+        offset, empty_shard, nothing_counts, faults_stay_visible, no_rows, multi_label, by_label,
         replicated_teacher, evenly_padded, module, halves, refused, shapes_differ,
     ):  # fmt: skip
         found[case.__name__] = case
