@@ -25,6 +25,14 @@ class LinearHead:
     2 V, and its top K about 4 K: with H = 4096, V = 128256 and K = 64 that is 8 KiB, 251 KiB and
     0.3 KiB. It is exact over the whole vocabulary.
 
+    A chunk's logits are fp32 whatever the hidden states are. Relative errors of bf16 gradients
+    against fp64, at N = 128, H = 256, V = 32000 (a rounding to bf16 is 1.7e-3):
+
+        divergence    chunks in fp32: hidden, weight    logits in bf16: hidden, weight
+        forward_kl    1.6e-3, 1.7e-3                    5.9e-3, 1.4e-2
+        reverse_kl    1.7e-3, 1.7e-3                    1.3e-2, 1.6e-2
+        JSD(0.5)      1.7e-3, 1.7e-3                    6.5e-3, 1.4e-2
+
     Args:
         hidden: hidden states h, [..., H].
         weight: of the head, [V, H], as in `torch.nn.Linear`.
