@@ -72,6 +72,12 @@ def test_a_folder_that_holds_something_is_refused_and_left_as_it_is(tmp_path, ca
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
+def test_without_a_name_the_recipes_are_listed(capsys):
+    assert main(["recipe"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"  {name}" in said for name in recipes.RECIPES)
+
+
 def test_an_unknown_recipe_is_refused_before_anything_is_made(tmp_path):
     with pytest.raises(ValueError, match="did you mean 'modes'"):
         recipes.run("mode", tmp_path / "new")

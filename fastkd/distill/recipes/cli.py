@@ -21,17 +21,22 @@ def add(commands: Any) -> None:
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    recipe.add_argument("name", choices=RECIPES, metavar="NAME", help=", ".join(RECIPES))
+    recipe.add_argument(
+        "name", choices=RECIPES, metavar="NAME", nargs="?", help="without one: this help"
+    )
     recipe.add_argument(
         "--out", type=Path, metavar="DIR", help="where to save; default: runs/<date>_NAME"
     )
     recipe.add_argument(
         "--quick", action="store_true", help="seconds, and outcomes that say little"
     )
-    recipe.set_defaults(run=partial(cli.run, _recipe))
+    recipe.set_defaults(run=partial(cli.run, partial(_recipe, recipe)))
 
 
-def _recipe(options: argparse.Namespace) -> None:
+def _recipe(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.name is None:
+        parser.print_help()
+        return
     out = options.out or storage.dated(f"_{options.name}")
     print(run(options.name, out, options.quick))
     print(f"\nSaved: {out}/")
