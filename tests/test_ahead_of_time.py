@@ -49,7 +49,7 @@ RESIDENT_JSD = 25.5  # more than forward KL
 # Of 10 and of 100 columns; of Triton 3.6 and later, where there is a difference.
 NARROW = {
     "forward_kl": (71.5, 60), "reverse_kl": (72, 57), "jeffreys": (94, 76.5), "jsd": (91, 77),
-    "skew_kl": (92.5, 78), "skew_reverse_kl": (99, 85), "tvd": (74, 58), "alpha": (111, 94.5),
+    "skew_kl": (93, 78), "skew_reverse_kl": (99, 85), "tvd": (74, 58), "alpha": (111, 94.5),
     "renyi": (111, 94),
 }  # fmt: skip
 DEAREST_SHORT = tuple(map(max, zip(*NARROW.values(), strict=True)))
@@ -61,6 +61,8 @@ OPTIONS = 40
 # Fewer where more is wanted than the divergence of rows that begin alike.
 THREADS, FEWER = 768, 512
 CROWDED = ("everything", "standardized", "slices, own gradient", "split")
+# Its loops would spill at half the registers.
+LARGE = ("jeffreys", "everything")
 # Where a row lies in registers, or of other targets: all its loads are under way at once.
 LEAST = 256
 # Scalars that ptxas sets aside once per row, outside the loops; which of the kernels that happens
@@ -174,6 +176,7 @@ def test_enough_warps_fit_a_processor(target, name, compiled):
         threads = kernel["occupancy"] * kernel["warps"] * (64 if "gfx" in target else 32)
         crowded = kernel["configuration"].startswith(CROWDED)
         swept = target == "sm_90" and kernel["kernel"] == "sweep"
+        swept &= (name, kernel["configuration"]) != LARGE
         assert threads >= ((FEWER if crowded else THREADS) if swept else LEAST), kernel
 
 
