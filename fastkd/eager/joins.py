@@ -18,7 +18,7 @@ from torch import Tensor
 from fastkd.divergences import ALIKE, LN2, MASKED, Divergence, Pair, Softmax, total
 
 if TYPE_CHECKING:
-    from .shards import Sweeps
+    from .columns import Columns
 
 SIDES = STUDENT, TEACHER = "student", "teacher"
 # Pieces whose tops lie nearer are joined by their differences too.
@@ -153,7 +153,7 @@ def is_top(name: Any) -> bool:
     return isinstance(name, tuple) and name[-1] == "top"
 
 
-def statistics_names(sweeps: Sweeps) -> list[Any]:
+def statistics_names(sweeps: Columns) -> list[Any]:
     problem = sweeps.problem
     names: list[Any] = []
     for side in SIDES[: len(sweeps.sides)]:
@@ -175,7 +175,7 @@ def statistics_names(sweeps: Sweeps) -> list[Any]:
 # --- the join of all owners' statistics -------------------------------------------------------
 
 
-def joined(sweeps: Sweeps, pieces: Known) -> Known:
+def joined(sweeps: Columns, pieces: Known) -> Known:
     """Of the statistics of each owner, [size, N], those of the rows, [N]."""
     known: Known = {}
     scales = [scale[:, 0] if isinstance(scale, Tensor) else scale for scale in sweeps.exact_scales]
@@ -215,7 +215,7 @@ def joined(sweeps: Sweeps, pieces: Known) -> Known:
     return known
 
 
-def _join_sides(sweeps: Sweeps, pieces: Known, known: Known, shift: Known, weight: Known) -> None:
+def _join_sides(sweeps: Columns, pieces: Known, known: Known, shift: Known, weight: Known) -> None:
     """Adds what is of both sides: with d the log-ratio of their terms, measured from both tops."""
     apart = shift[TEACHER] - shift[STUDENT]  # what d of an owner lacks
     mass, own = known[STUDENT, "mass"], weight[STUDENT]
