@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels import memory as M
+from fastkd.kernels import records
 from fastkd.kernels import rows as R
 from fastkd.kernels.terms import exp, gain
 
@@ -21,7 +22,7 @@ CLOSE = tl.constexpr(2.0**-9)
 def close(stats, lift, temper, WANT: tl.constexpr):
     """Whether the sums lack the digits of a difference; of w too, more so at an order near 0."""
     few = tl.abs(stats.t_sum - stats.s_sum) < stats.s_sum * CLOSE
-    if R.MIXTURE & WANT:
+    if records.MIXTURE & WANT:
         most = tl.where(tl.abs(temper.a) < 1 / 16, CLOSE * 32, CLOSE)
         few |= tl.abs(lift) < stats.s_sum * most
     return few
@@ -31,7 +32,7 @@ def close(stats, lift, temper, WANT: tl.constexpr):
 def by_sums(stats, WANT: tl.constexpr):
     """(rise, lift) by the sums, which serves where they are not close."""
     lift = stats.s_sum * 0.0
-    if R.MIXTURE & WANT:
+    if records.MIXTURE & WANT:
         lift = stats.mixture * tl.exp2(stats.mixture_max) - stats.s_sum
     return stats.t_sum - stats.s_sum, lift
 
@@ -49,7 +50,7 @@ def of_tile(z, y, stats, temper, SAME: tl.constexpr, WANT: tl.constexpr):
     q = exp(u)
     rise = tl.sum(gain(q, x, exp(v)), 1, keep_dims=True)
     lift = tl.zeros_like(rise)
-    if R.MIXTURE & WANT:
+    if records.MIXTURE & WANT:
         low = tl.maximum(u, R.FLOOR)
         w = low + temper.a * (tl.maximum(v, R.FLOOR) - low)
         lift = tl.sum(gain(q, temper.a * x, exp(w)), 1, keep_dims=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastkd.divergences import LOG_MIXTURE, REVERSE_KL, SLOPE_SUM, Divergence
 from fastkd.kernels import phases as P
-from fastkd.kernels import rows as R
+from fastkd.kernels import records
 from fastkd.kernels.divergences import Device, device_of
 from fastkd.kernels.launch import (
     beginnings,
@@ -155,11 +155,11 @@ def _launches(
     operands = rows_in_memory(*counts, student=student, teacher=teacher, gradient=gradient)
     want = _wanted(problem, constant, entropy, metrics)
     apart = merge is not LOCAL and problem.temperature_trains  # whose gradient is to be in state
-    want |= R.LEVER.value * (problem.moments is not None or (apart and state is not None))
+    want |= records.LEVER.value * (problem.moments is not None or (apart and state is not None))
     alone = not once and gradient is None and not metrics and teacher is not None
     swept = plan.kind == "sweep" and plan.splits == 1 and problem.moments is None
     if alone and swept and merge is LOCAL and problem.divergence in ("forward_kl", "reverse_kl"):
-        want |= R.KL.value
+        want |= records.KL.value
     arguments = operands | per_row(
         s_temperature=problem.student_temperature, t_temperature=t_temperature, kd=kd, ce=ce,
         entropy=h,
@@ -192,14 +192,14 @@ def _launches(
 
 def _wanted(problem: Problem, constant: str | None, entropy: bool, metrics: bool) -> int:
     """Bits of rows.py."""
-    want = R.GAP.value * (constant == REVERSE_KL)
-    want |= R.MIXTURE.value * (constant == LOG_MIXTURE)
-    want |= R.UNIT.value * (problem.labels is not None)
-    want |= R.MEAN.value * (problem.labels is not None and problem.label_smoothing != 0)
-    want |= R.ENTROPY.value * (entropy or metrics)
-    want |= R.TEACHER_ENTROPY.value * metrics
-    want |= R.STANDARDIZED.value * (problem.moments is not None)
-    want |= R.REST.value * (constant in (REVERSE_KL, LOG_MIXTURE, SLOPE_SUM))
+    want = records.GAP.value * (constant == REVERSE_KL)
+    want |= records.MIXTURE.value * (constant == LOG_MIXTURE)
+    want |= records.UNIT.value * (problem.labels is not None)
+    want |= records.MEAN.value * (problem.labels is not None and problem.label_smoothing != 0)
+    want |= records.ENTROPY.value * (entropy or metrics)
+    want |= records.TEACHER_ENTROPY.value * metrics
+    want |= records.STANDARDIZED.value * (problem.moments is not None)
+    want |= records.REST.value * (constant in (REVERSE_KL, LOG_MIXTURE, SLOPE_SUM))
     return want
 
 
@@ -237,7 +237,7 @@ def _sweeps(
     if not alone:
         statistics = (yield statistics).contiguous()
     summed = arguments["teacher"] is not None or (
-        arguments["WANT"] & (R.LEVER.value | R.TEACHER_ENTROPY.value)
+        arguments["WANT"] & (records.LEVER.value | records.TEACHER_ENTROPY.value)
     )
     if summed:
         launch(P.SUMS, P.SUMS, statistics, sums)

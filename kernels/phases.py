@@ -7,6 +7,7 @@ import triton.language as tl
 
 from fastkd.kernels import arithmetic as A
 from fastkd.kernels import memory as M
+from fastkd.kernels import records
 from fastkd.kernels import rows as R
 
 THREAD = tl.constexpr(16)  # entries of a tile per thread, as tuning.py has them
@@ -66,15 +67,17 @@ def temper_of(s_pointer, s_stride, t_pointer, t_stride, moments, index, rows, li
         pull = M.row_load(moments + 2 * rows, index, live, 0.0)
         s_rate = s_rate * s_width
         t_rate = s_rate if t_pointer is None else t_rate * t_width
-    return R.Temper(s_rate, t_rate, s_rate * A.LOG2E, t_rate * A.LOG2E, a, mean, pull, s_width)
+    return records.Temper(
+        s_rate, t_rate, s_rate * A.LOG2E, t_rate * A.LOG2E, a, mean, pull, s_width
+    )
 
 
 @triton.jit
 def restore(state, index, rows, live, WANT: tl.constexpr):
-    """R.Row from what `write_row` saved."""
+    """records.Row from what `write_row` saved."""
     state += index
     entropy, unit = 0.0, 1.0
-    if (R.UNIT + R.ENTROPY) & WANT:
+    if (records.UNIT + records.ENTROPY) & WANT:
         entropy = M.row_load(state, 6 * rows, live, 0.0)
         unit = M.row_load(state, 7 * rows, live, 1.0)
     s_max, t_max = M.row_load(state, 0, live, 0.0), M.row_load(state, 2 * rows, live, 0.0)
@@ -85,9 +88,9 @@ def restore(state, index, rows, live, WANT: tl.constexpr):
     s_log = A.log2(R.positive(s_sum))
     t_log = s_log + gap * A.LOG2E
     row = R.row_of(s_max, t_max, s_log, t_log, gap, alive, c, entropy, unit)
-    if R.REST & WANT:
+    if records.REST & WANT:
         row = with_rest(row, M.row_load(state, 5 * rows, live, 0.0))
-    if R.STANDARDIZED & WANT:
+    if records.STANDARDIZED & WANT:
         lever = M.row_load(state, 8 * rows, live, 0.0)
         row = with_levers(row, lever, M.row_load(state, 9 * rows, live, 0.0))
     return row
@@ -100,10 +103,10 @@ def cross_entropy(stats, row, label, label_logit, columns, smoothing, WANT: tl.c
     columns: of all owners.
     """
     value = tl.zeros_like(row.s_max)
-    if R.UNIT & WANT:
+    if records.UNIT & WANT:
         value = row.unit_log * A.LN2
         value += tl.where(smoothing < 1, (1.0 - smoothing) * (row.s_max - label_logit), 0.0)
-        if R.MEAN & WANT:
+        if records.MEAN & WANT:
             value -= smoothing * (stats.total / (R.SHARE * columns))
         value = tl.where(label != NOWHERE, value, float("nan"))
     return tl.where(row.alive, value, 0.0)
@@ -121,10 +124,10 @@ def write_row(
     kd_value = tl.where(row.alive, OUTER(sums.value, row.c, a, b), 0.0)
     if values is not None:
         M.row_store(values, kd_value, index, live)
-        if (R.UNIT + R.ENTROPY) & WANT:
+        if (records.UNIT + records.ENTROPY) & WANT:
             M.row_store(values + rows, hard, index, live)
             M.row_store(values + 2 * rows, row.entropy, index, live)
-        if R.TEACHER_ENTROPY & WANT:
+        if records.TEACHER_ENTROPY & WANT:
             M.row_store(values + 3 * rows, row.t_entropy, index, live)
             agreement = tl.where(row.alive, sums.agreement, 0.0)
             M.row_store(values + 4 * rows, agreement, index, live)
@@ -135,12 +138,12 @@ def write_row(
         gap = tl.where(row.alive, row.gap, -float("inf"))
         M.row_store(state + 3 * rows, gap, index, live)
         M.row_store(state + 4 * rows, row.c, index, live)
-        if R.REST & WANT:
+        if records.REST & WANT:
             M.row_store(state + 5 * rows, row.rest, index, live)
-        if (R.UNIT + R.ENTROPY) & WANT:
+        if (records.UNIT + records.ENTROPY) & WANT:
             M.row_store(state + 6 * rows, row.entropy, index, live)
             M.row_store(state + 7 * rows, stats.unit, index, live)
-        if R.LEVER & WANT:
+        if records.LEVER & WANT:
             M.row_store(state + 8 * rows, row.lever, index, live)
             M.row_store(state + 9 * rows, row.entropy_lever, index, live)
     if loss is not None:
@@ -162,10 +165,10 @@ def nothing(lp, lq, p, q, d, d2, c, a, b):
 @triton.jit
 def add_sums(sums, z, y, value, slope, row, WANT: tl.constexpr):
     agreement = sums.agreement
-    if R.TEACHER_ENTROPY & WANT:
+    if records.TEACHER_ENTROPY & WANT:
         both = tl.where((z == row.s_max) & (y == row.t_max), 1.0, 0.0)
         agreement = tl.maximum(agreement, tl.max(both, 1, keep_dims=True))
-    return R.Sums(
+    return records.Sums(
         sums.value + tl.sum(value, 1, keep_dims=True),
         sums.slope + tl.sum(slope, 1, keep_dims=True),
         agreement, sums.lever, sums.entropy_lever,
@@ -176,32 +179,32 @@ def add_sums(sums, z, y, value, slope, row, WANT: tl.constexpr):
 def add_levers(sums, slope, q, lq, row, WANT: tl.constexpr):
     """Where the logits are standardised: the slopes' sums times log q + H, whose mean is 0."""
     lever, entropy_lever = sums.lever, sums.entropy_lever
-    if R.LEVER & WANT:
+    if records.LEVER & WANT:
         depth = tl.where(lq > -float("inf"), lq * A.LN2 + row.entropy, 0.0)
         lever += tl.sum(slope * depth, 1, keep_dims=True)
         entropy_lever -= tl.sum(q * depth * depth, 1, keep_dims=True)
-    return R.Sums(sums.value, sums.slope, sums.agreement, lever, entropy_lever)
+    return records.Sums(sums.value, sums.slope, sums.agreement, lever, entropy_lever)
 
 
 @triton.jit
 def no_sums(LANES: tl.constexpr):
     zero = tl.zeros([LANES, 1], tl.float32)
-    return R.Sums(zero, zero, zero, zero, zero)
+    return records.Sums(zero, zero, zero, zero, zero)
 
 
 @triton.jit
 def collapse_sums(sums, WANT: tl.constexpr):
     lever, entropy_lever = 0.0, 0.0
-    if R.LEVER & WANT:
+    if records.LEVER & WANT:
         lever, entropy_lever = tl.sum(sums.lever), tl.sum(sums.entropy_lever)
-    return R.Sums(
+    return records.Sums(
         tl.sum(sums.value), tl.sum(sums.slope), tl.max(sums.agreement), lever, entropy_lever
     )
 
 
 @triton.jit
 def with_constant(row, c):
-    return R.Row(
+    return records.Row(
         row.s_max, row.t_max, row.s_log, row.t_log, row.gap, c, row.rest,
         row.entropy, row.t_entropy, row.unit_log, row.alive, row.lever, row.entropy_lever,
     )  # fmt: skip
@@ -209,7 +212,7 @@ def with_constant(row, c):
 
 @triton.jit
 def with_levers(row, lever, entropy_lever):
-    return R.Row(
+    return records.Row(
         row.s_max, row.t_max, row.s_log, row.t_log, row.gap, row.c, row.rest,
         row.entropy, row.t_entropy, row.unit_log, row.alive, lever, entropy_lever,
     )  # fmt: skip
@@ -217,7 +220,7 @@ def with_levers(row, lever, entropy_lever):
 
 @triton.jit
 def with_rest(row, rest):
-    return R.Row(
+    return records.Row(
         row.s_max, row.t_max, row.s_log, row.t_log, row.gap, row.c, rest,
         row.entropy, row.t_entropy, row.unit_log, row.alive, row.lever, row.entropy_lever,
     )  # fmt: skip
@@ -225,12 +228,12 @@ def with_rest(row, rest):
 
 @triton.jit
 def with_value(sums, value):
-    return R.Sums(value, sums.slope, sums.agreement, sums.lever, sums.entropy_lever)
+    return records.Sums(value, sums.slope, sums.agreement, sums.lever, sums.entropy_lever)
 
 
 @triton.jit
 def with_slope(sums, slope):
-    return R.Sums(sums.value, slope, sums.agreement, sums.lever, sums.entropy_lever)
+    return records.Sums(sums.value, slope, sums.agreement, sums.lever, sums.entropy_lever)
 
 
 @triton.jit
@@ -238,7 +241,7 @@ def with_sums(row, sums, CONSTANT: tl.constexpr, WANT: tl.constexpr):
     """The row with what the sweep of sums gives."""
     if CONSTANT == "slope_sum":
         row = with_constant(row, sums.slope + row.c)
-    if R.LEVER & WANT:
+    if records.LEVER & WANT:
         row = with_levers(row, sums.lever, sums.entropy_lever)
     return row
 
@@ -270,7 +273,7 @@ def gradient_tile(
     lp, lq, p, q, d, d2 = R.elements(z, y, row, temper, SAME)
     defined = row.alive & (tl.abs(row.c) != float("inf"))
     value, slope = DIVERGENCE(lp, lq, p, q, d, d2, tl.where(defined, row.c, 0.0), a, b)
-    if R.REST & WANT:
+    if records.REST & WANT:
         slope -= q * row.rest
     lever = tl.where(defined & (kd != 0), kd * row.lever, 0.0)
     kd = tl.where(defined, kd * temper.s_rate, 0.0)
@@ -281,7 +284,7 @@ def gradient_tile(
         depth = lq * A.LN2 + row.entropy
         gradient -= tl.where(q > 0, (entropy * temper.s_rate) * q * depth, 0.0)
     tempered = gradient
-    if R.STANDARDIZED & WANT:  # through the standard deviation
+    if records.STANDARDIZED & WANT:  # through the standard deviation
         gradient -= tl.where(
             z != -float("inf"), (lever * temper.width) * (temper.pull * (z - temper.mean)), 0.0
         )

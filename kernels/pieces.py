@@ -6,13 +6,14 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels import phases as P
+from fastkd.kernels import records
 from fastkd.kernels import rows as R
 
 # [pieces, fields, N]: after the sweep of statistics, and after that of sums, whose slopes are taken
 # about `anchor`.
-STATISTICS_FIELDS = tl.constexpr(len(R.Statistics._fields) + 1)
+STATISTICS_FIELDS = tl.constexpr(len(records.Statistics._fields) + 1)
 LABEL_LOGIT = tl.constexpr(STATISTICS_FIELDS.value - 1)
-SUMS_FIELDS = tl.constexpr(len(R.Sums._fields) + 1)
+SUMS_FIELDS = tl.constexpr(len(records.Sums._fields) + 1)
 ANCHOR = tl.constexpr(SUMS_FIELDS.value - 1)
 
 
@@ -47,7 +48,7 @@ def read_statistics(pieces, index, rows, temper, WANT: tl.constexpr, PIECES: tl.
     nothing = R.empty(PADDED)
     found = read_fields(pieces, index, rows, nothing + (nothing.s_sum,), STATISTICS_FIELDS, PIECES)
     label_logit = tl.sum(found[LABEL_LOGIT])  # 0 where it is another's
-    each = R.Statistics(*found[:LABEL_LOGIT])
+    each = records.Statistics(*found[:LABEL_LOGIT])
     stats = R.collapse(each, temper, WANT)
     sums = each.s_sum * tl.exp2((each.s_max - stats.s_max) * temper.s_scale)
     return stats, label_logit, sums / R.positive(stats.s_sum)
@@ -64,7 +65,7 @@ def read_sums(pieces, index, rows, share, WANT: tl.constexpr, PIECES: tl.constex
     """Of the row, and of each piece its slopes and the anchor about which they are taken."""
     nothing = P.no_sums(PADDED)
     found = read_fields(pieces, index, rows, nothing + (nothing.value,), SUMS_FIELDS, PIECES)
-    each, anchor = R.Sums(*found[:ANCHOR]), found[ANCHOR]
+    each, anchor = records.Sums(*found[:ANCHOR]), found[ANCHOR]
     sums = P.collapse_sums(P.with_slope(each, each.slope + share * anchor), WANT)
     return sums, each.slope, anchor
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from fastkd.kernels import differences as D
 from fastkd.kernels import memory as M
 from fastkd.kernels import phases as P
+from fastkd.kernels import records
 from fastkd.kernels import rows as R
 
 MANY = tl.constexpr(1 << 16)  # more rows than a program has
@@ -136,7 +137,7 @@ def resident(
             sums = P.add_sums(sums, zs[i], ys[i], value, slope, row, WANT)
             sums = P.add_levers(sums, slope, q, lq, row, WANT)
         row = P.with_sums(row, sums, CONSTANT, WANT)
-        if R.REST & WANT:
+        if records.REST & WANT:
             rest = tl.zeros([LANES, 1], tl.float32)
             if found >= MANY:
                 for i in tl.static_range(len(PARTS)):

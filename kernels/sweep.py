@@ -8,6 +8,7 @@ import triton.language as tl
 from fastkd.kernels import differences as D
 from fastkd.kernels import memory as M
 from fastkd.kernels import phases as P
+from fastkd.kernels import records
 from fastkd.kernels import rows as R
 from fastkd.kernels.pieces import (
     read_statistics,
@@ -72,10 +73,12 @@ def sweep(
     BLOCK: tl.constexpr = LANES * VECTOR
     # One sweep fewer where all that the gradient needs is known from the first.
     LATE: tl.constexpr = (
-        FIRST == P.STATISTICS and CONSTANT != "slope_sum" and R.LEVER & WANT == 0
+        FIRST == P.STATISTICS and CONSTANT != "slope_sum" and records.LEVER & WANT == 0
         and gradient is not None and statistics is None
     )  # fmt: skip
-    SUMMED: tl.constexpr = teacher is not None or (R.LEVER + R.TEACHER_ENTROPY) & WANT != 0
+    SUMMED: tl.constexpr = (
+        teacher is not None or (records.LEVER + records.TEACHER_ENTROPY) & WANT != 0
+    )
     BACKWARD: tl.constexpr = FIRST == P.GRADIENT and statistics is None
     a, b, smoothing = P.singles(a, b, smoothing)
     index, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -173,7 +176,7 @@ def sweep(
         sums = P.no_sums(LANES)
         # Loss alone: one sweep is enough where the value is not small.
         rounds, last = full, end
-        if R.KL & WANT:
+        if records.KL & WANT:
             known = R.kl_of(stats, row, WANT)
             clear = (known > R.CLEAR) & (R.huge(stats, temper) == 0)
             rounds, last = tl.where(clear, 0, full), tl.where(clear, tail, end)
@@ -192,7 +195,7 @@ def sweep(
                 sums = P.sum_step(sums, student, teacher, at, inside, row, temper, a, b,
                                 WANT, DIVERGENCE, SAME, EVICT)  # fmt: skip
         sums = P.collapse_sums(sums, WANT)
-        if R.KL & WANT:
+        if records.KL & WANT:
             sums = P.with_value(sums, tl.where(clear, known, sums.value))
         if LAST == P.SUMS:
             anchor = 0.0
@@ -213,7 +216,7 @@ def sweep(
     if LAST > P.SUMS and not BACKWARD:
         if not LATE:
             row = P.with_sums(row, sums, CONSTANT, WANT)
-        if R.REST & WANT:
+        if records.REST & WANT:
             rest = 0.0
             if FIRST == P.GRADIENT:
                 lacking = rest_of_pieces(slopes, share, anchors, row, CONSTANT)

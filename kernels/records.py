@@ -1,0 +1,85 @@
+"""What kernels hold of a row, and what may be wanted of it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton.language as tl
+
+# What else the first sweep gathers, as bits.
+GAP = tl.constexpr(1)
+MIXTURE = tl.constexpr(2)
+UNIT = tl.constexpr(4)
+MEAN = tl.constexpr(8)
+ENTROPY = tl.constexpr(16)
+TEACHER_ENTROPY = tl.constexpr(32)
+LEVER = tl.constexpr(64)  # the derivatives to the temperature, in the sweep of sums
+KL = tl.constexpr(128)  # the value of a Kullback-Leibler divergence
+STANDARDIZED = tl.constexpr(512)  # logits over their deviation, through which the gradient goes
+REST = tl.constexpr(256)  # what c lacks, in a sweep of rows whose student is saturated
+
+
+class Temper(NamedTuple):
+    """The temperatures of a row: rate = 1 / T, scale = log2(e) / T; a of the divergence.
+
+    mean, pull and 1 / width of the student's row where its logits are standardised.
+    """
+
+    s_rate: Any
+    t_rate: Any
+    s_scale: Any
+    t_scale: Any
+    a: Any
+    mean: Any
+    pull: Any
+    width: Any
+
+
+class Statistics(NamedTuple):
+    """Sums over a piece of a row, relative to the maxima of that piece; u, v = scaled (z, y) - max.
+
+    mixture is relative to mixture_max, the maximum of w = (1 - a) u + a v.
+    """
+
+    s_max: Any
+    t_max: Any
+    mixture_max: Any
+    s_sum: Any  # sum 2^u
+    t_sum: Any  # sum 2^v
+    mixture: Any  # sum 2^w
+    gap: Any  # sum 2^u (u - v), or for forward KL's value sum 2^v (v - u)
+    s_entropy: Any  # sum 2^u u
+    t_entropy: Any  # sum 2^v v
+    unit: Any  # sum exp(z - max): the student at T = 1
+    total: Any  # sum (z - max) SHARE
+    share: Any  # sum SHARE
+    rise: Any  # sum 2^v - 2^u
+    lift: Any  # sum 2^w - 2^u
+
+
+class Row(NamedTuple):
+    """What the later sweeps need of a row: they see z and y relative to their maxima only."""
+
+    s_max: Any
+    t_max: Any
+    s_log: Any  # log2 of the sums
+    t_log: Any
+    gap: Any  # log(t_sum / s_sum)
+    c: Any  # the constant of table 1
+    rest: Any  # what c lacks
+    entropy: Any
+    t_entropy: Any
+    unit_log: Any
+    alive: Any  # both sides have a logit: else the row counts 0
+    lever: Any  # minus T times the derivative to T, of the divergence
+    entropy_lever: Any  # and of the entropy
+
+
+class Sums(NamedTuple):
+    """Sums of the second sweep."""
+
+    value: Any
+    slope: Any
+    agreement: Any
+    lever: Any
+    entropy_lever: Any
