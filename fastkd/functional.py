@@ -144,11 +144,13 @@ def distillation_loss(
             allows one backward; "backward" keeps the logits and recomputes, and gives gradients
             to teacher, temperatures and weight too; "auto" is "forward" for scalar losses in bf16,
             fp32 and fp64 where only the student trains, else "backward". fp16 has no "forward": a
-            loss scale, which comes later, could not bring back what was rounded to 0.
+            loss scale, which comes later, could not bring back what was rounded to 0. In bf16 what
+            is held is rounded, and again by an upstream gradient that is no power of two.
         inplace: overwrite the student's logits with their gradient (needs "forward"). Refused where
             another operand lies in the same memory.
         backend: "triton" (GPU), "torch" (any device), "reference" (naive, differentiated by
-            autograd), or "auto": triton on a GPU where it can run, else torch.
+            autograd), or "auto": triton on a GPU where it can run, else torch. Triton takes for -inf
+            what lies more than 3e38 T below the largest logit of its row.
         return_metrics: return (loss, Metrics) instead.
         dim: the classes' dimension. Dense predictions [B, C, H, W] have 1, and rows [B, H, W]; they
             are read without a copy in torch.channels_last.
