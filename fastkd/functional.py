@@ -149,8 +149,8 @@ def distillation_loss(
         inplace: overwrite the student's logits with their gradient (needs "forward"). Refused where
             another operand lies in the same memory.
         backend: "triton" (GPU), "torch" (any device), "reference" (naive, differentiated by
-            autograd), or "auto": triton on a GPU where it can run, else torch. Triton takes for -inf
-            what lies more than 3e38 T below the largest logit of its row.
+            autograd), or "auto": triton on a GPU where it can run, else torch. Triton takes what
+            lies more than 3e38 T below the largest logit of its row for -inf.
         return_metrics: return (loss, Metrics) instead.
         dim: the classes' dimension. Dense predictions [B, C, H, W] have 1, and rows [B, H, W]; they
             are read without a copy in torch.channels_last.
