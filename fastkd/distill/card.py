@@ -20,6 +20,8 @@ def text(figures: dict[str, Any]) -> str:
         tags=["distillation", "fastkd"],
         base_model=bases or None,
     )
+    crossed = chosen["cross_tokenizer"]
+    measure = f"{crossed} distance to the teacher" if crossed else "KL to the teacher in nats"
     rows = "\n".join(
         f"| {when} | {found['validation_loss']:.4f} | {found['kl_to_teacher']:.4f} "
         f"| {found['agreement']:.1%} |"
@@ -37,7 +39,7 @@ def text(figures: dict[str, Any]) -> str:
 
 On held-out text, per token:
 
-| student | loss in nats | KL to the teacher in nats | top-1 agreement |
+| student | loss in nats | {measure} | top-1 agreement |
 |---|---|---|---|
 {rows}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,13 +16,16 @@ class Document(NamedTuple):
     """Token ids, and which of them are to be learnt.
 
     A `whole` one stays in one sequence. Others are cut where a sequence ends, and go on in the
-    next one. One that `continues` belongs to the document before it.
+    next one. One that `continues` belongs to the document before it. Offsets are of the tokens in
+    the text, the end token's as if it were one character more; without them it is a conversation.
     """
 
     ids: list[int]
     learnt: list[bool]
     whole: bool
     continues: bool = False
+    text: str = ""
+    offsets: Sequence[tuple[int, int]] = ()
 
 
 @dataclass
@@ -62,7 +65,7 @@ class Reader:
         special = sorted(self.tokenizer.all_special_tokens, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
         end = self.tokenizer.eos_token_id
-        self._end = [] if end is None or not self.chosen.end_of_text else [end]
+        self.end = [] if end is None or not self.chosen.end_of_text else [end]
 
     def documents(self, rows: Iterable[Row]) -> Iterator[Document]:
         for row in rows:
@@ -105,22 +108,26 @@ class Reader:
         text = _string(row, column)
         if not text.strip() and not row.continues:
             return None
-        ids, _ = self._tokens(text, special=self.chosen.special_tokens and not row.continues)
-        ids += [] if row.goes_on else self._end
+        ids, offsets = self.tokens(text, special=self.chosen.special_tokens and not row.continues)
+        if not row.goes_on:
+            ids, offsets = ids + self.end, offsets + end_offsets(text, self.end)
         # Nothing says what the first token of a document would be.
-        return Document(ids, [row.continues] + [True] * (len(ids) - 1), False, row.continues)
+        learnt = [row.continues] + [True] * (len(ids) - 1)
+        return Document(ids, learnt, False, row.continues, text, offsets)
 
     def _pair(self, row: Row) -> Document | None:
         self._need_offsets(row)
         prompt, completion = _string(row, "prompt"), _string(row, "completion")
         if not completion.strip():
             return None
-        ids, offsets = self._tokens(prompt + completion, special=self.chosen.special_tokens)
+        whole = prompt + completion
+        ids, offsets = self.tokens(whole, special=self.chosen.special_tokens)
         start = 0 if self.chosen.loss_on == "all" else len(prompt)
-        learnt = [end > start for _, end in offsets] + [True] * len(self._end)
-        return Document(ids + self._end, [False, *learnt[1:]], True)
+        learnt = [end > start for _, end in offsets] + [True] * len(self.end)
+        offsets = offsets + end_offsets(whole, self.end)
+        return Document(ids + self.end, [False, *learnt[1:]], True, False, whole, offsets)
 
-    def _tokens(self, text: str, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    def tokens(self, text: str, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
         parse = self.chosen.parse_special_tokens
         if not parse:
             self.counts.spelt += sum(1 for _ in self._special.finditer(text))
@@ -133,7 +140,7 @@ class Reader:
         )
         ids = found["input_ids"]
         offsets = found.get("offset_mapping", [(0, 0)] * len(ids))
-        if special and self._end and ids[-1:] == self._end:
+        if special and self.end and ids[-1:] == self.end:
             ids, offsets = ids[:-1], offsets[:-1]  # it is added below, to every kind
         return ids, offsets
 
@@ -150,6 +157,11 @@ class Reader:
         """A conversation by the template; of the turns from `taught` on, what the loss counts."""
         if not messages:
             return None
+        if self.chosen.cross_tokenizer:
+            raise RunError(
+                f"{row.where} is a conversation, which each tokenizer writes by a template of its "
+                "own: --cross-tokenizer takes text, or prompt and completion as text"
+            )
         self._need_offsets(row)
         for message in messages:
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
@@ -210,6 +222,11 @@ class Reader:
                 "that its tokens are not known: say --loss-on last, or --loss-on all"
             )
         return len(asked), end
+
+
+def end_offsets(text: str, end: list[int]) -> list[tuple[int, int]]:
+    """Of an end token: one character beyond the text, so that it has a place in it."""
+    return [(len(text), len(text) + 1)] * len(end)
 
 
 def _string(row: Row, column: str) -> str:

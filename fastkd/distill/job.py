@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import cached, models, parsing, quantised, sequences, settings
+from fastkd.cross_tokenizer import shared_tokens
+
+from . import aligned, cached, models, parsing, quantised, sequences, settings
 from .default_job import pick
 from .errors import Usage, one_line
 
@@ -40,14 +42,25 @@ class Job:
         self.device = pick(chosen.device)
         self.dtype = precision(chosen.precision, self.device)
         cache = cached.opened(chosen) if chosen.teacher_cache else None
-        sources = chosen.teacher if cache is None else (str(cache.path / cached.TOKENIZER),)
-        self.tokens = models.common_tokenizer(sources, chosen.student)
+        self.teacher_tokens = None
+        if chosen.cross_tokenizer:
+            self.tokens, self.teacher_tokens = models.both_tokenizers(
+                chosen.teacher[0], chosen.student
+            )
+        else:
+            sources = chosen.teacher if cache is None else (str(cache.path / cached.TOKENIZER),)
+            self.tokens = models.common_tokenizer(sources, chosen.student)
         if chosen.chat_template:
             self.tokens.chat_template = text(chosen.chat_template)
         self.vocab_size = models.vocabulary(self.tokens, chosen.vocab_size)
         named = [*(("teacher", each) for each in chosen.teacher), ("student", chosen.student)]
+        other = None  # a teacher of other tokens
         for what, name in named:
             shape = models.configuration(name)
+            if what == "teacher" and self.teacher_tokens is not None:
+                models.check_width(what, shape, models.vocabulary(self.teacher_tokens, 0))
+                other = self.teacher_tokens, models.positions(shape)
+                continue
             models.check_width(what, shape, self.vocab_size)
             models.check_positions(what, shape, chosen.sequence_length)
         names = () if chosen.own_teacher() else chosen.teacher
@@ -56,7 +69,7 @@ class Job:
         processes = PartialState(cpu=self.device.type == "cpu")
         with processes.main_process_first():
             self.training, self.held_out, self.counts = sequences.prepare(
-                chosen, self.tokens, tokens, tell
+                chosen, self.tokens, tokens, tell, other
             )
         if cache is not None:
             self.training, self.held_out = cached.with_rows(cache, self.training, self.held_out)
@@ -78,19 +91,35 @@ class Job:
             model, _ = self.student(chosen, checkpoint)
         apart = self.cache is None or bool(self.cache.manifest.about.get(cached.APART))
         self.separate = apart and all(map(models.keeps_documents_apart, (*self.teachers, model)))
-        trainer = DistillationTrainer(
-            teacher=self.cache if self.cache is not None else self.teachers or None,
-            teacher_weights=parsing.weights(chosen.teacher_weights),
-            loss=chosen.loss,
-            vocab_size=self.vocab_size,
-            heads=chosen.chunked_logits,
-            on_policy=_on_policy(chosen, self.tokens.eos_token_id),
-            model=model,
-            args=_arguments(chosen, folder, self.device, self.dtype, **arguments),
-            train_dataset=self.training,
-            eval_dataset=self.held_out,
-            data_collator=partial(sequences.collate, separate=self.separate),
-        )
+        common = {
+            "loss": chosen.loss,
+            "vocab_size": self.vocab_size,
+            "model": model,
+            "args": _arguments(chosen, folder, self.device, self.dtype, **arguments),
+            "train_dataset": self.training,
+            "eval_dataset": self.held_out,
+        }
+        if self.teacher_tokens is not None:
+            from .cross import CrossTokenizerTrainer
+
+            theirs = self.teacher_tokens
+            trainer: DistillationTrainer = CrossTokenizerTrainer(
+                shared=shared_tokens(self.tokens.get_vocab(), theirs.get_vocab()),
+                teacher_vocab_size=models.vocabulary(theirs, 0),
+                distance=chosen.cross_tokenizer,
+                teacher=self.teachers,
+                data_collator=aligned.collate,
+                **common,
+            )
+        else:
+            trainer = DistillationTrainer(
+                teacher=self.cache if self.cache is not None else self.teachers or None,
+                teacher_weights=parsing.weights(chosen.teacher_weights),
+                heads=chosen.chunked_logits,
+                on_policy=_on_policy(chosen, self.tokens.eos_token_id),
+                data_collator=partial(sequences.collate, separate=self.separate),
+                **common,
+            )
         trainer.remove_callback(PrinterCallback)
         return trainer
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -151,9 +152,15 @@ def configuration(name: str) -> Any:
     return _load(AutoConfig, name, "model configuration")
 
 
-def check_positions(name: str, shape: Any, length: int) -> None:
+def positions(shape: Any) -> int:
+    """The most tokens that a model reads."""
     most = getattr(shape.get_text_config(), "max_position_embeddings", None)
-    if isinstance(most, int) and 0 < most < length:
+    return most if isinstance(most, int) and most > 0 else sys.maxsize
+
+
+def check_positions(name: str, shape: Any, length: int) -> None:
+    most = positions(shape)
+    if most < length:
         raise Usage(f"sequence_length={length} is beyond the {most} positions of the {name}")
 
 
@@ -168,6 +175,24 @@ def common_tokenizer(teachers: Sequence[str], student: str) -> Any:
     for other in found[1:]:
         check_tokenizers(found[0], other)
     return found[0]
+
+
+def both_tokenizers(teacher: str, student: str) -> tuple[Any, Any]:
+    """The student's and the teacher's, each of which knows the place of its tokens in the text."""
+    _check_path(student)
+    if is_config(student):
+        raise Usage(
+            "--cross-tokenizer: a config.json comes without a tokenizer, so that the student has "
+            "the teacher's: leave the option out, or give --student a model"
+        )
+    found = _tokenizer(student), _tokenizer(teacher)
+    for name, tokens in zip((student, teacher), found, strict=True):
+        if not getattr(tokens, "is_fast", False):
+            raise RunError(
+                f"--cross-tokenizer: {name} needs a tokenizer with a tokenizer.json, which knows "
+                "the place of each token in the text"
+            )
+    return found
 
 
 def _tokenizer(name: str) -> Any:
@@ -262,8 +287,9 @@ def check_tokenizers(teacher: Any, student: Any) -> None:
         finding = f"token {token!r} is {of_teacher} in the teacher's, {of_student} in the student's"
     raise RunError(
         f"teacher and student have different tokenizers: {finding}. Distillation compares the "
-        "probabilities of the same tokens; take a student of the teacher's family, or give a "
-        "config.json to --student to train a new one with the teacher's tokenizer"
+        "probabilities of the same tokens; take a student of the teacher's family, give a "
+        "config.json to --student to train a new one with the teacher's tokenizer, or say "
+        "--cross-tokenizer gold"
     )
 
 

@@ -335,7 +335,8 @@ def show_user_models(figures: Figures, student: Path) -> None:
     console = Console(highlight=False)
     grid = Table(title="Held-out text")
     grid.add_column("student")
-    for name in ("loss", "KL to\nteacher", "top-1\nagreement"):
+    measure = "distance to" if figures["settings"]["cross_tokenizer"] else "KL to"
+    for name in ("loss", f"{measure}\nteacher", "top-1\nagreement"):
         grid.add_column(name, justify="right")
     for when in ("before", "after"):
         found = figures[when]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import files, hub, storage
+from . import aligned, files, hub, storage
 from .cached import ROW
 from .documents import Counts, Document, Reader
 from .errors import RunError
@@ -31,19 +31,25 @@ Packed = dict[str, list[Any]]
 
 
 def prepare(
-    chosen: UserModels, tokenizer: Any, folder: Path, tell: Callable[[int], None]
+    chosen: UserModels,
+    tokenizer: Any,
+    folder: Path,
+    tell: Callable[[int], None],
+    teacher: tuple[Any, int] | None = None,
 ) -> tuple[Dataset, Dataset, Counts]:
     """Sequences to train on and to evaluate on, and what became of the rows they come from.
 
     They are written to `folder`, where a run that goes on finds them; of other data than they came
-    from it is told so. `tell` learns how many are written.
+    from it is told so. `tell` learns how many are written. A `teacher` that reads the same text in
+    tokens of its own is known by its tokenizer and the most tokens that it takes.
     """
     from datasets import Dataset
 
     named = (("training", chosen.data), ("held-out", chosen.eval_data))
     wanted = {name: files.expand(data) for name, data in named if data}
     reader = Reader(tokenizer, chosen)
-    fingerprint = _fingerprint(chosen, tokenizer, itertools.chain(*wanted.values()))
+    tokenizers = [tokenizer, teacher[0]] if teacher else [tokenizer]
+    fingerprint = _fingerprint(chosen, tokenizers, itertools.chain(*wanted.values()))
     described = folder / "data.json"
     if described.exists():
         found = json.loads(described.read_text())
@@ -56,10 +62,15 @@ def prepare(
         folder.mkdir(exist_ok=True)
         for name, data in wanted.items():
             documents = reader.documents(row for file in data for row in files.rows(file))
-            packed = pack(
-                documents, chosen.sequence_length, tokenizer.eos_token_id or 0, reader.counts
-            )
-            _write(folder / f"{name}.arrow", packed, tell)
+            length = chosen.sequence_length
+            columns: Sequence[str] = COLUMNS
+            if teacher is None:
+                packed = pack(documents, length, tokenizer.eos_token_id or 0, reader.counts)
+            else:
+                theirs, most = Reader(teacher[0], chosen), teacher[1]
+                packed = aligned.pack(documents, theirs, length, most, reader.counts)
+                columns = aligned.COLUMNS
+            _write(folder / f"{name}.arrow", packed, tell, columns)
         values = {"fingerprint": fingerprint, "counts": asdict(reader.counts)}
         storage.write(described, json.dumps(values))
     sets = {name: Dataset.from_file(str(folder / f"{name}.arrow")) for name in wanted}
@@ -131,13 +142,14 @@ def pack(
         yield from ended()
 
 
-def _write(path: Path, packed: Iterator[Packed], tell: Callable[[int], None]) -> None:
+def _write(
+    path: Path, packed: Iterator[Packed], tell: Callable[[int], None], columns: Sequence[str]
+) -> None:
     import pyarrow
 
-    schema = pyarrow.schema(
-        [(IDS, pyarrow.list_(pyarrow.int32())), (LEARNT, pyarrow.list_(pyarrow.bool_())),
-         (BEGINS, pyarrow.list_(pyarrow.bool_()))]
-    )  # fmt: skip
+    numbers, flags = pyarrow.int32(), pyarrow.bool_()
+    kinds = {LEARNT: flags, BEGINS: flags, aligned.SPANS: pyarrow.list_(numbers)}
+    schema = pyarrow.schema([(name, pyarrow.list_(kinds.get(name, numbers))) for name in columns])
     temporary, written = path.with_suffix(".part"), 0
     try:
         with (
@@ -171,13 +183,14 @@ def collate(rows: list[Packed], separate: bool) -> dict[str, Tensor]:
     return batch
 
 
-def _fingerprint(chosen: UserModels, tokenizer: Any, names: Iterable[str]) -> str:
+def _fingerprint(chosen: UserModels, tokenizers: Sequence[Any], names: Iterable[str]) -> str:
     """Changes with any byte of the data, and with what makes tokens of it."""
     digest = hashlib.blake2b(digest_size=16)
     settings = ("sequence_length", "text", "loss_on", "special_tokens", "parse_special_tokens")
     how = [getattr(chosen, name) for name in (*settings, "end_of_text")]
-    digest.update(repr((how, sorted(tokenizer.get_vocab().items()))).encode())
-    digest.update(repr((tokenizer.chat_template, tokenizer("a b")["input_ids"])).encode())
+    for tokenizer in tokenizers:
+        digest.update(repr((how, sorted(tokenizer.get_vocab().items()))).encode())
+        digest.update(repr((tokenizer.chat_template, tokenizer("a b")["input_ids"])).encode())
     for name in names:
         digest.update(name.encode(errors="surrogateescape"))
         if name.startswith(hub.PREFIX):

@@ -133,6 +133,11 @@ class UserModels(Common):
         "bucket", "what a cached top-k does not list: bucket, renormalize, drop or label"
     )
     student: str = setting("", "folder, hub name, or config.json (a new student) of the student")
+    cross_tokenizer: str = setting(
+        "",
+        "learn from a teacher of another tokenizer: uld (sorted probabilities) or gold (the "
+        "divergence on shared tokens, and uld on the others)",
+    )
     quantize: str = setting(
         "", "train the student for linear layers of these bits: int8 or int4, as torchao has them"
     )
@@ -201,6 +206,7 @@ class UserModels(Common):
             raise Usage(f"teacher_weights must be at least 0, and not all 0, got {given}")
         self._check_adapters()
         self._check_on_policy()
+        self._check_cross_tokenizer()
         if self.teacher and self.teacher_cache:
             raise Usage("--teacher-cache stands in place of --teacher: leave one of them out")
         known("teacher_tail", self.teacher_tail, ("bucket", "renormalize", "drop", "label"))
@@ -255,6 +261,27 @@ class UserModels(Common):
                 f"sequence_length={self.sequence_length}"
             )
 
+    def _check_cross_tokenizer(self) -> None:
+        known("cross_tokenizer", self.cross_tokenizer, ("", *CROSS_TOKENIZER))
+        if not self.cross_tokenizer:
+            return
+        default = {item.name: item.default for item in dataclasses.fields(self)}
+        refused = {
+            "teacher_cache": "a cache is of the student's tokens",
+            "on_policy": "the student writes in its own tokens",
+            "standardize": "the losses are of probabilities",
+            "entropy_weight": "the losses have no such term",
+        }
+        for name, why in refused.items():
+            if getattr(self, name) != default[name]:
+                raise Usage(f"{name}: with cross_tokenizer it has no meaning, {why}: leave it out")
+        if len(self.teacher) > 1:
+            raise Usage(f"cross_tokenizer takes one teacher, got {len(self.teacher)}")
+        if self.teacher == (self.student,):
+            raise Usage("cross_tokenizer: teacher and student are one model: leave it out")
+        if self.cross_tokenizer == "uld" and self.divergence != default["divergence"]:
+            raise Usage("divergence: uld has its own distance: leave it out, or take gold")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
@@ -271,6 +298,7 @@ class Search:
                 raise Usage(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
+CROSS_TOKENIZER = ("uld", "gold")
 # The bytes and a token beyond them; a token and its next.
 AT_LEAST = {"vocabulary": 257, "sequence_length": 2}
 MOST = 2**32  # seeds of NumPy, which transformers sets too, end there

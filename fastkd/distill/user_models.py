@@ -114,6 +114,8 @@ def _announcement(
         known = f"teacher known by its {job.cache.manifest.layout.kind}"
     length, passes = chosen.sequence_length, f"{chosen.epochs:g} passes"
     how = "apart" if job.separate else "not kept apart, which one of the models cannot do"
+    if chosen.cross_tokenizer:
+        how = "each in sequences of its own, as both tokenizers have it"
     lines = [
         f"{len(job.training):,} sequences of {length} tokens to train on, {len(job.held_out):,} "
         f"held out, from {job.counts.documents:,} documents, {how}",

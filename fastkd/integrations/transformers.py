@@ -155,14 +155,17 @@ class DistillationTrainer(Trainer):
             settings["alpha"] = 1.0  # what the student wrote is no label
         with self._precision(of=student):
             loss, metrics = distillation_loss(student, teacher, labels, **settings)
-        scale = 1
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            # DistributedDataParallel divides by the processes, which the count has done; those
-            # of one tensor-parallel group see the same batch.
-            scale = self.accelerator.num_processes // self.get_tp_size()
+        scale = self._divided(num_items_in_batch)
         self._keep(loss, metrics, labels, num_items_in_batch, scale)
         loss = loss * scale
         return (loss, outputs) if return_outputs else loss
+
+    def _divided(self, num_items_in_batch: Tensor | int | None) -> int:
+        """By what DistributedDataParallel divides what the count of tokens has divided before."""
+        if num_items_in_batch is None or not self.args.average_tokens_across_devices:
+            return 1
+        # Those of one tensor-parallel group see the same batch.
+        return self.accelerator.num_processes // self.get_tp_size()
 
     def student_outputs(self, model: Any, inputs: Mapping[str, Any]) -> Any:
         with self._precision():
