@@ -62,16 +62,11 @@ def _sequence(document: Document, part: slice, teacher: Reader, most: int) -> di
         ids, theirs = ids + teacher.end, theirs + end_offsets(document.text, teacher.end)
     ids, theirs = ids[:most], theirs[:most]
     learnt = document.learnt[part]
-    # Nothing predicts the first token of either side.
     spans = [
-        [
-            span.student.start + 1,
-            span.student.stop + 1,
-            span.teacher.start + 1,
-            span.teacher.stop + 1,
-        ]
-        for span in align(offsets[1:], theirs[1:])
-        if all(learnt[i + 1] for i in span.student)
+        [mine.start, mine.stop, other.start, other.stop]
+        for mine, other in align(offsets, theirs)
+        # Nothing predicts the first token of either side.
+        if mine.start > 0 and other.start > 0 and all(learnt[i] for i in mine)
     ]
     return {IDS: document.ids[part], LEARNT: learnt, THEIRS: ids, SPANS: spans}
 
