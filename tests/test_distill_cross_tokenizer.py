@@ -101,7 +101,7 @@ def test_the_loss_is_that_of_each_span(home, pair, tmp_path):
         args=transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
     )  # fmt: skip
     torch.manual_seed(0)
-    spans = [[[1, 3, 2, 3], [3, 4, 3, 6]], [[2, 4, 1, 2]]]
+    spans = [[[1, 3, 2, 3], [3, 4, 3, 6], [4, 5, 6, 7]], [[2, 4, 1, 2], [4, 5, 2, 3]]]
     rows = [
         {
             "input_ids": torch.randint(330, (size,)).tolist(),
