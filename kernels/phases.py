@@ -76,9 +76,9 @@ def temper_of(s_pointer, s_stride, t_pointer, t_stride, moments, index, rows, li
 def restore(state, index, rows, live, WANT: tl.constexpr):
     """records.Row from what `write_row` saved."""
     state += index
-    entropy, unit = 0.0, 1.0
+    mean_depth, unit = 0.0, 1.0
     if (records.UNIT + records.ENTROPY) & WANT:
-        entropy = M.row_load(state, 6 * rows, live, 0.0)
+        mean_depth = M.row_load(state, 6 * rows, live, 0.0)
         unit = M.row_load(state, 7 * rows, live, 1.0)
     s_max, t_max = M.row_load(state, 0, live, 0.0), M.row_load(state, 2 * rows, live, 0.0)
     s_sum, gap = M.row_load(state, rows, live, 1.0), M.row_load(state, 3 * rows, live, 0.0)
@@ -87,7 +87,7 @@ def restore(state, index, rows, live, WANT: tl.constexpr):
     gap = tl.where(alive, gap, 0.0)
     s_log = A.log2(R.positive(s_sum))
     t_log = s_log + gap * A.LOG2E
-    row = R.row_of(s_max, t_max, s_log, t_log, gap, alive, c, entropy, unit)
+    row = R.row_of(s_max, t_max, s_log, t_log, gap, alive, c, mean_depth, unit)
     if records.REST & WANT:
         row = with_rest(row, M.row_load(state, 5 * rows, live, 0.0))
     if records.STANDARDIZED & WANT:
@@ -122,11 +122,12 @@ def write_row(
     hard: the cross-entropy. A factor of exactly 0 removes its term, be it infinite.
     """
     kd_value = tl.where(row.alive, OUTER(sums.value, row.c, a, b), 0.0)
+    student_entropy = R.entropy_of(row)
     if values is not None:
         M.row_store(values, kd_value, index, live)
         if (records.UNIT + records.ENTROPY) & WANT:
             M.row_store(values + rows, hard, index, live)
-            M.row_store(values + 2 * rows, row.entropy, index, live)
+            M.row_store(values + 2 * rows, student_entropy, index, live)
         if records.TEACHER_ENTROPY & WANT:
             M.row_store(values + 3 * rows, row.t_entropy, index, live)
             agreement = tl.where(row.alive, sums.agreement, 0.0)
@@ -141,14 +142,14 @@ def write_row(
         if records.REST & WANT:
             M.row_store(state + 5 * rows, row.rest, index, live)
         if (records.UNIT + records.ENTROPY) & WANT:
-            M.row_store(state + 6 * rows, row.entropy, index, live)
+            M.row_store(state + 6 * rows, row.mean_depth, index, live)
             M.row_store(state + 7 * rows, stats.unit, index, live)
         if records.LEVER & WANT:
             M.row_store(state + 8 * rows, row.lever, index, live)
             M.row_store(state + 9 * rows, row.entropy_lever, index, live)
     if loss is not None:
         total = tl.where(kd != 0, kd * kd_value, 0.0) + tl.where(ce != 0, ce * hard, 0.0)
-        total += tl.where(entropy != 0, entropy * row.entropy, 0.0)
+        total += tl.where(entropy != 0, entropy * student_entropy, 0.0)
         M.row_store(loss, total, index, live)
 
 
@@ -176,11 +177,11 @@ def add_sums(sums, z, y, value, slope, row, WANT: tl.constexpr):
 
 
 @triton.jit
-def add_levers(sums, slope, q, lq, row, WANT: tl.constexpr):
+def add_levers(sums, z, slope, q, lq, row, temper, WANT: tl.constexpr):
     """Where the logits are standardised: the slopes' sums times log q + H, whose mean is 0."""
     lever, entropy_lever = sums.lever, sums.entropy_lever
     if records.LEVER & WANT:
-        depth = tl.where(lq > -float("inf"), lq * A.LN2 + row.entropy, 0.0)
+        depth = tl.where(lq > -float("inf"), R.centred_depth(z, row, temper), 0.0)
         lever += tl.sum(slope * depth, 1, keep_dims=True)
         entropy_lever -= tl.sum(q * depth * depth, 1, keep_dims=True)
     return records.Sums(sums.value, sums.slope, sums.agreement, lever, entropy_lever)
@@ -206,7 +207,7 @@ def collapse_sums(sums, WANT: tl.constexpr):
 def with_constant(row, c):
     return records.Row(
         row.s_max, row.t_max, row.s_log, row.t_log, row.gap, c, row.rest,
-        row.entropy, row.t_entropy, row.unit_log, row.alive, row.lever, row.entropy_lever,
+        row.mean_depth, row.t_entropy, row.unit_log, row.alive, row.lever, row.entropy_lever,
     )  # fmt: skip
 
 
@@ -214,7 +215,7 @@ def with_constant(row, c):
 def with_levers(row, lever, entropy_lever):
     return records.Row(
         row.s_max, row.t_max, row.s_log, row.t_log, row.gap, row.c, row.rest,
-        row.entropy, row.t_entropy, row.unit_log, row.alive, lever, entropy_lever,
+        row.mean_depth, row.t_entropy, row.unit_log, row.alive, lever, entropy_lever,
     )  # fmt: skip
 
 
@@ -222,7 +223,7 @@ def with_levers(row, lever, entropy_lever):
 def with_rest(row, rest):
     return records.Row(
         row.s_max, row.t_max, row.s_log, row.t_log, row.gap, row.c, rest,
-        row.entropy, row.t_entropy, row.unit_log, row.alive, row.lever, row.entropy_lever,
+        row.mean_depth, row.t_entropy, row.unit_log, row.alive, row.lever, row.entropy_lever,
     )  # fmt: skip
 
 
@@ -281,7 +282,7 @@ def gradient_tile(
     if H:
         entropy = tl.where(row.alive, entropy, 0.0)
         lever += entropy * row.entropy_lever
-        depth = lq * A.LN2 + row.entropy
+        depth = R.centred_depth(z, row, temper)
         gradient -= tl.where(q > 0, (entropy * temper.s_rate) * q * depth, 0.0)
     tempered = gradient
     if records.STANDARDIZED & WANT:  # through the standard deviation
@@ -336,7 +337,7 @@ def sum_step(sums, student, teacher, at, inside, row, temper, a, b,
     lp, lq, p, q, d, d2 = R.elements(z, y, row, temper, SAME)
     value, slope = DIVERGENCE(lp, lq, p, q, d, d2, row.c, a, b)
     sums = add_sums(sums, z, y, value, slope, row, WANT)
-    return add_levers(sums, slope, q, lq, row, WANT)
+    return add_levers(sums, z, slope, q, lq, row, temper, WANT)
 
 
 @triton.jit

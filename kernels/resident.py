@@ -135,7 +135,7 @@ def resident(
             lp, lq, p, q, d, d2 = R.elements(zs[i], ys[i], row, temper, SAME)
             value, slope = DIVERGENCE(lp, lq, p, q, d, d2, row.c, a, b)
             sums = P.add_sums(sums, zs[i], ys[i], value, slope, row, WANT)
-            sums = P.add_levers(sums, slope, q, lq, row, WANT)
+            sums = P.add_levers(sums, zs[i], slope, q, lq, row, temper, WANT)
         row = P.with_sums(row, sums, CONSTANT, WANT)
         if records.REST & WANT:
             rest = tl.zeros([LANES, 1], tl.float32)

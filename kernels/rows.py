@@ -279,10 +279,10 @@ def positive(total):
 
 
 @triton.jit
-def row_of(s_max, t_max, s_log, t_log, gap, alive, c, entropy, unit):
+def row_of(s_max, t_max, s_log, t_log, gap, alive, c, mean_depth, unit):
     zero = tl.zeros_like(s_max)
     return Row(
-        s_max, t_max, s_log, t_log, gap, c, zero, entropy, zero, log2(positive(unit)), alive,
+        s_max, t_max, s_log, t_log, gap, c, zero, mean_depth, zero, log2(positive(unit)), alive,
         zero, zero,
     )  # fmt: skip
 
@@ -303,7 +303,8 @@ def summarize(stats, temper, CONSTANT: tl.constexpr, WANT: tl.constexpr):
         stats.s_max, stats.t_max, log2(positive(stats.s_sum)), log2(positive(stats.t_sum)),
         gap_of(stats), (stats.s_sum != 0) & (stats.t_sum != 0), zero, zero, stats.unit,
     )  # fmt: skip
-    c, entropy, t_entropy = row.gap * 0.0, row.entropy, row.t_entropy  # NaN where a side has one
+    c = row.gap * 0.0  # NaN where a side has one
+    mean_depth, t_entropy = row.mean_depth, row.t_entropy
     if CONSTANT == "reverse_kl":
         c = stats.gap / positive(stats.s_sum) * LN2 + row.gap
     if CONSTANT == "log_mixture":
@@ -314,15 +315,26 @@ def summarize(stats, temper, CONSTANT: tl.constexpr, WANT: tl.constexpr):
         c = tl.where(near, 0.0, stats.mixture_max * LN2) + size - temper.a * row.gap
         c = tl.where(tl.abs(c) > 1e20, c * float("inf"), c)
     if (ENTROPY + LEVER) & WANT:
-        entropy = (row.s_log - stats.s_entropy / positive(stats.s_sum)) * LN2
-        entropy = tl.where(row.alive, entropy, 0.0)
+        mean_depth = stats.s_entropy / positive(stats.s_sum) * LN2
     if TEACHER_ENTROPY & WANT:
         t_entropy = (row.t_log - stats.t_entropy / positive(stats.t_sum)) * LN2
         t_entropy = tl.where(row.alive, t_entropy, 0.0)
     return Row(
-        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, c, row.rest, entropy, t_entropy,
+        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, c, row.rest, mean_depth, t_entropy,
         row.unit_log, row.alive, row.lever, row.entropy_lever,
     )  # fmt: skip
+
+
+@triton.jit
+def entropy_of(row):
+    """The student's."""
+    return tl.where(row.alive, row.s_log * LN2 - row.mean_depth, 0.0)
+
+
+@triton.jit
+def centred_depth(z, row, temper):
+    """log q + H of a tile, whose mean under q is 0: at a high temperature, both are far larger."""
+    return product_sum(z - row.s_max, temper.s_rate, -row.mean_depth)
 
 
 @triton.jit

@@ -73,6 +73,17 @@ def test_every_option_with_the_gradient_in_the_forward(name, backend):
     check(*inputs(OPTIONS[name]), gradient="forward", backend=backend, **OPTIONS[name])
 
 
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+def test_entropy_at_a_high_temperature(mode, backend):
+    """The gradient is that of log q less its mean, of which each is far larger."""
+    student, teacher = (x.float() for x in logits(3, 40))
+    check(
+        student, teacher, temperature=1e5, scale_by_temperature=False, entropy_weight=1e5,
+        gradient=mode, backend=backend,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
 def test_every_reduction(reduction, backend):

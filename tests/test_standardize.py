@@ -102,6 +102,19 @@ def test_every_dtype(dtype, mode, backend):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("divergence", [fastkd.JSD(0.1), fastkd.ForwardKL()], ids=str)
+@pytest.mark.parametrize("teacher_temperature", [1.0, 1e5])
+def test_high_temperatures(teacher_temperature, divergence, mode, backend):
+    """log q and the entropy are then far larger than their sum, through which the width trains."""
+    student, teacher = (x.float() for x in logits(3, 40))
+    check(
+        student, teacher, divergence=divergence, temperature=1e5,
+        teacher_temperature=teacher_temperature, standardize=True, gradient=mode, backend=backend,
+    )  # fmt: skip
+
+
 @EVERY
 @pytest.mark.parametrize("shared", [True, False])
 def test_gradients_of_teacher_temperatures_and_weight(divergence, shared, backend):
