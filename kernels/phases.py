@@ -182,8 +182,8 @@ def add_levers(sums, z, slope, q, lq, row, temper, WANT: tl.constexpr):
     lever, entropy_lever = sums.lever, sums.entropy_lever
     if records.LEVER & WANT:
         depth = tl.where(lq > -float("inf"), R.centred_depth(z, row, temper), 0.0)
-        lever += tl.sum(slope * depth, 1, keep_dims=True)
-        entropy_lever -= tl.sum(q * depth * depth, 1, keep_dims=True)
+        lever += A.LN2 * tl.sum(slope * depth, 1, keep_dims=True)
+        entropy_lever -= (A.LN2 * A.LN2) * tl.sum(q * depth * depth, 1, keep_dims=True)
     return records.Sums(sums.value, sums.slope, sums.agreement, lever, entropy_lever)
 
 
@@ -282,8 +282,9 @@ def gradient_tile(
     if H:
         entropy = tl.where(row.alive, entropy, 0.0)
         lever += entropy * row.entropy_lever
-        depth = R.centred_depth(z, row, temper)
-        gradient -= tl.where(q > 0, (entropy * temper.s_rate) * q * depth, 0.0)
+        # Finite, so that it counts 0 where q is.
+        depth = tl.maximum(R.centred_depth(z, row, temper), R.FLOOR)
+        gradient -= (entropy * temper.s_rate * A.LN2) * q * depth
     tempered = gradient
     if records.STANDARDIZED & WANT:  # through the standard deviation
         gradient -= tl.where(

@@ -67,7 +67,7 @@ class Row(NamedTuple):
     gap: Any  # log(t_sum / s_sum)
     c: Any  # the constant of table 1
     rest: Any  # what c lacks
-    mean_depth: Any  # sum q u by natural exponents: the student's entropy is log s_sum less it
+    mean_depth: Any  # sum q u: the student's entropy is s_log less it
     t_entropy: Any
     unit_log: Any
     alive: Any  # both sides have a logit: else the row counts 0

@@ -315,7 +315,7 @@ def summarize(stats, temper, CONSTANT: tl.constexpr, WANT: tl.constexpr):
         c = tl.where(near, 0.0, stats.mixture_max * LN2) + size - temper.a * row.gap
         c = tl.where(tl.abs(c) > 1e20, c * float("inf"), c)
     if (ENTROPY + LEVER) & WANT:
-        mean_depth = stats.s_entropy / positive(stats.s_sum) * LN2
+        mean_depth = stats.s_entropy / positive(stats.s_sum)
     if TEACHER_ENTROPY & WANT:
         t_entropy = (row.t_log - stats.t_entropy / positive(stats.t_sum)) * LN2
         t_entropy = tl.where(row.alive, t_entropy, 0.0)
@@ -328,13 +328,13 @@ def summarize(stats, temper, CONSTANT: tl.constexpr, WANT: tl.constexpr):
 @triton.jit
 def entropy_of(row):
     """The student's."""
-    return tl.where(row.alive, row.s_log * LN2 - row.mean_depth, 0.0)
+    return tl.where(row.alive, (row.s_log - row.mean_depth) * LN2, 0.0)
 
 
 @triton.jit
 def centred_depth(z, row, temper):
-    """log q + H of a tile, whose mean under q is 0: at a high temperature, both are far larger."""
-    return product_sum(z - row.s_max, temper.s_rate, -row.mean_depth)
+    """(log q + H) / log 2, whose mean under q is 0: at a high temperature, both are far larger."""
+    return product_sum(z - row.s_max, temper.s_scale, -row.mean_depth)
 
 
 @triton.jit
