@@ -372,7 +372,7 @@ def _exponentials(z: Tensor, shift: Tensor, temperature: Tensor, alone: bool) ->
     shift is rounded to is the same for all of a row. alone: no other owner makes such.
     """
     if alone and z.is_cpu and z.dtype == torch.float32 and shared(temperature):
-        bits = torch.tensor(1 / (temperature[0].item() * LN2), dtype=z.dtype).item()
+        bits = torch.tensor(1 / (temperature[0].item() * LN2), dtype=z.dtype, device="cpu").item()
         lift = shift * -bits
         torch.add(lift, z, alpha=bits, out=z).exp2_()
         return bits * LN2, lift.double() * -LN2

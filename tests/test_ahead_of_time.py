@@ -50,7 +50,7 @@ RESIDENT_JSD = 25.5  # more than forward KL
 NARROW = {
     "forward_kl": (71.5, 60), "reverse_kl": (72, 57), "jeffreys": (94, 76.5), "jsd": (91, 77),
     "skew_kl": (93, 78), "skew_reverse_kl": (99, 85), "tvd": (74, 58), "alpha": (111, 94.5),
-    "renyi": (111, 94),
+    "renyi": (111.5, 94),
 }  # fmt: skip
 DEAREST_SHORT = tuple(map(max, zip(*NARROW.values(), strict=True)))
 # kl_div, per entry: at most two gradients from one upstream value, in fp32 by an exact logarithm.

@@ -165,6 +165,7 @@ def test_names_of_the_hub_have_revisions(home, tmp_path, monkeypatch, capsys):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     place = tmp_path / "hub" / "models--owner--name"
     (place / "refs").mkdir(parents=True)
     for tag, commit, model in (("main", "a" * 40, "teacher"), ("v1", "b" * 40, "student")):

@@ -79,16 +79,20 @@ def test_renyi_in_60_digits(rows, order):
 
 
 @pytest.mark.parametrize("standardize", [False, True])
-@pytest.mark.parametrize("name", oracle.DIVERGENCES)
+@pytest.mark.parametrize("name", sorted(oracle.DIVERGENCES.keys() - {"taid", "todi", "akl"}))
 def test_gradcheck(name, standardize):
-    """To student, teacher, temperatures and weight, every option on."""
+    """To student, teacher, temperatures and weight, every option on.
+
+    Three divergences are left out: what follows the student in them has no gradient by definition.
+    """
     multi_label = name == "bernoulli"
     if multi_label and standardize:
         return
     parameters = {
         "jeffreys": {"forward": 0.3, "reverse": 1.2}, "jsd": {"beta": 0.3},
         "skew_kl": {"alpha": 0.1}, "skew_reverse_kl": {"alpha": 0.1},
-        "alpha": {"alpha": 2.0}, "renyi": {"alpha": 0.5},
+        "alpha": {"alpha": 2.0}, "renyi": {"alpha": 0.5}, "alpha_beta": {"alpha": 0.2, "beta": 0.7},
+        "dkd": {"alpha": 1.0, "beta": 8.0}, "nkd": {"gamma": 1.5}, "dist": {"beta": 1.0},
     }.get(name, {})  # fmt: skip
     labels = torch.rand(3, 4) if multi_label else torch.tensor([0, 3, -100])
     leaves = [2 * torch.randn(3, 5), 2 * torch.randn(3, 5), torch.rand(3) + 0.5, torch.rand(()) + 1]
