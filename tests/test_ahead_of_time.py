@@ -73,8 +73,10 @@ SET_ASIDE, ODD = 40, 64
 SHORT = 80 if triton.__version__.startswith("3.6.") else SET_ASIDE
 
 
-# The divergences that stand for all on targets other than sm_90, but with --full.
-FEW = ("forward_kl", "jsd", "kl_div")
+# The divergences that stand for all, but with --full: one of each kind of row constant on sm_90, on
+# the other targets the first and the dearest.
+FEW = {"sm_90": ("forward_kl", "reverse_kl", "jsd", "renyi", "kl_div")}
+OTHERS = ("forward_kl", "jsd", "kl_div")
 
 
 def _params():
@@ -83,7 +85,7 @@ def _params():
         pytest.param(
             target, name,
             marks=[] if (target, name) in quick
-            else pytest.mark.slow if target == "sm_90" or name in FEW
+            else pytest.mark.slow if name in FEW.get(target, OTHERS)
             else pytest.mark.full,
         )
         for target, name in tasks(quick=False)
@@ -96,7 +98,10 @@ def _runs(config):
         return [[]]
     if config.getoption("--quick"):
         return [["--quick"]]
-    return [["--target", "sm_90"], ["--target", *OTHER_TARGETS, "--divergence", *FEW]]
+    return [
+        ["--target", "sm_90", "--divergence", *FEW["sm_90"]],
+        ["--target", *OTHER_TARGETS, "--divergence", *OTHERS],
+    ]
 
 
 @pytest.fixture(scope="session")
