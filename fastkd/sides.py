@@ -225,24 +225,26 @@ def columns(
     return columns
 
 
-def side_of(operand: Any, given: Settings, labels: Tensor | None, columns: int, engine: str) -> Any:
+def side_of(
+    operand: Any, given: Settings, labels: Tensor | None, columns: int, backend: str
+) -> Any:
     """Logits, a Head, Events or a Mixture."""
     if isinstance(operand, LinearHead):
-        return operand.logits() if engine == "reference" else head_of(operand)
+        return operand.logits() if backend == "reference" else head_of(operand)
     if isinstance(operand, (TopK, Sampled)):
         return events_of(operand, given, labels, columns)
     if isinstance(operand, Ensemble):
-        return _mixture_of(operand, given, labels, columns, engine)
+        return _mixture_of(operand, given, labels, columns, backend)
     return readable(operand)
 
 
 def _mixture_of(
-    operand: Ensemble, given: Settings, labels: Tensor | None, columns: int, engine: str
+    operand: Ensemble, given: Settings, labels: Tensor | None, columns: int, backend: str
 ) -> Mixture:
     """Without the teachers whose weight is the number 0."""
     weights = [1.0] * len(operand.teachers) if operand.weights is None else operand.weights
     kept = [
-        (side_of(teacher, given, labels, columns, engine), weight)
+        (side_of(teacher, given, labels, columns, backend), weight)
         for teacher, weight in zip(operand.teachers, weights, strict=True)
         if isinstance(weight, Tensor) or weight > 0
     ]

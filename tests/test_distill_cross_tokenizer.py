@@ -12,6 +12,7 @@ from tests.test_distill_user_models import (
     losses,
     model,
     options,
+    stopped_after,
     tokenizer,
     transformers,
     weights,
@@ -48,10 +49,8 @@ def figures(folder):
 
 
 @pytest.mark.parametrize("kind", ["uld", "gold"])
-def test_it_learns_and_goes_on_as_if_it_had_not_stopped(pair, home, tmp_path, monkeypatch, kind):
+def test_it_learns_and_goes_on_as_if_it_had_not_stopped(pair, home, tmp_path, kind):
     """From the teacher alone, no label; its words are known where tokens are shared."""
-    from fastkd.distill import watch
-
     asked = chosen(pair, home, cross_tokenizer=kind)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert distil("--out", whole, *asked) == 0
@@ -64,13 +63,7 @@ def test_it_learns_and_goes_on_as_if_it_had_not_stopped(pair, home, tmp_path, mo
     tokens = transformers.AutoTokenizer.from_pretrained(whole / "student")
     assert len(tokens) == 330
 
-    def stop(self, args, state, control, **others):
-        self.asked = lambda: state.global_step == 7
-        real_step(self, args, state, control, **others)
-
-    real_step = watch.Watch.on_step_end
-    with monkeypatch.context() as patched:
-        patched.setattr(watch.Watch, "on_step_end", stop)
+    with stopped_after(7):
         assert distil("--out", cut, *asked) == 130
     assert distil("--resume", cut) == 0
     mine, theirs = weights(cut), weights(whole)

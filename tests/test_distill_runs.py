@@ -21,6 +21,7 @@ from tests.test_distill_user_models import (
     distil,
     losses,
     options,
+    stopped_after,
     tokenizer,
     transformers,
     weights,
@@ -233,18 +234,10 @@ def test_a_save_that_was_cut_off_in_its_last_file_is_none(tmp_path):
 
 
 @pytest.fixture
-def stopped(home, tmp_path, monkeypatch):
+def stopped(home, tmp_path):
     """The folder of a run that stopped at step 3, and its inputs, which may be changed."""
-    from fastkd.distill import watch
-
-    def stop(self, args, state, control, **others):
-        self.asked = lambda: state.global_step == 3
-        real(self, args, state, control, **others)
-
-    real = watch.Watch.on_step_end
     inputs = shutil.copytree(home, tmp_path / "inputs")
-    with monkeypatch.context() as patched:
-        patched.setattr(watch.Watch, "on_step_end", stop)
+    with stopped_after(3):
         assert distil("--out", tmp_path / "out", *options(inputs)) == 130
     return tmp_path / "out", inputs
 

@@ -12,6 +12,7 @@ from tests.test_distill_user_models import (
     losses,
     model,
     options,
+    stopped_after,
     tokenizer,
     transformers,
     weights,
@@ -45,7 +46,7 @@ def last_line(capsys):
 def test_adapters_are_trained_saved_and_resumed(home, tmp_path, monkeypatch, capsys, teacher):
     """By another teacher, and by the model itself, of which there is one copy then."""
     pytest.importorskip("peft")
-    from fastkd.distill import job, watch
+    from fastkd.distill import job
 
     loaded, real = [], job.models.load
     monkeypatch.setattr(
@@ -73,13 +74,7 @@ def test_adapters_are_trained_saved_and_resumed(home, tmp_path, monkeypatch, cap
     assert (student / "tokenizer.json").exists()
     assert "lora = " in (student / "README.md").read_text()
 
-    def stop(self, args, state, control, **others):
-        self.asked = lambda: state.global_step == 3
-        real_step(self, args, state, control, **others)
-
-    real_step = watch.Watch.on_step_end
-    with monkeypatch.context() as patched:
-        patched.setattr(watch.Watch, "on_step_end", stop)
+    with stopped_after(3):
         assert distil("--out", cut, *chosen) == 130
     assert distil("--resume", cut) == 0
     for name, weight in adapters(whole).items():
@@ -181,9 +176,7 @@ def test_a_mixture_of_teachers_teaches(home, tmp_path):
 # --- on policy -------------------------------------------------------------------------------
 
 
-def test_a_run_on_policy_goes_on_to_the_same_student(home, tmp_path, monkeypatch, capsys):
-    from fastkd.distill import watch
-
+def test_a_run_on_policy_goes_on_to_the_same_student(home, tmp_path, capsys):
     chosen = options(
         home, on_policy=0.5, completion_length=8, prompt_length=4, top_p=0.95, steps=8,
         sampling_temperature=0.9, divergence="reverse_kl", seed=3, save_every=2,
@@ -195,13 +188,7 @@ def test_a_run_on_policy_goes_on_to_the_same_student(home, tmp_path, monkeypatch
     assert distil("--out", off, *chosen, "--on-policy=0") == 0
     assert losses(off) != losses(whole)
 
-    def stop(self, args, state, control, **others):
-        self.asked = lambda: state.global_step == 5
-        real_step(self, args, state, control, **others)
-
-    real_step = watch.Watch.on_step_end
-    with monkeypatch.context() as patched:
-        patched.setattr(watch.Watch, "on_step_end", stop)
+    with stopped_after(5):
         assert distil("--out", cut, *chosen) == 130
     assert distil("--resume", cut) == 0
     mine, theirs = weights(cut), weights(whole)

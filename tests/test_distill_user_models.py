@@ -6,8 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from pydoc_data.topics import topics
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -77,6 +79,20 @@ def options(home, **others):
 
 def distil(*arguments):
     return __main__.main(["distill", *map(str, arguments)])
+
+
+@contextmanager
+def stopped_after(step):
+    """A run ends after this step, as by Ctrl-C."""
+    from fastkd.distill import watch
+
+    def stop(self, args, state, control, **others):
+        self.asked = lambda: state.global_step == step
+        real(self, args, state, control, **others)
+
+    real = watch.Watch.on_step_end
+    with patch.object(watch.Watch, "on_step_end", stop):
+        yield
 
 
 def weights(folder):
@@ -218,18 +234,9 @@ def test_a_new_student_from_a_config_in_bf16_with_another_divergence(home, tmp_p
     assert 'divergence = "jsd:0.2"' in (tmp_path / "out" / "config.toml").read_text()
 
 
-def test_a_stopped_run_goes_on_to_the_same_student(finished, home, tmp_path, monkeypatch, capsys):
-    from fastkd.distill import watch
-
-    def stop(self, args, state, control, **options):
-        self.asked = lambda: state.global_step == 3
-        real(self, args, state, control, **options)
-
-    real = watch.Watch.on_step_end
-
+def test_a_stopped_run_goes_on_to_the_same_student(finished, home, tmp_path, capsys):
     out = tmp_path / "out"
-    with monkeypatch.context() as patched:
-        patched.setattr(watch.Watch, "on_step_end", stop)
+    with stopped_after(3):
         assert distil("--out", out, *options(home)) == 130
     assert f"fastkd distill --resume {out}" in capsys.readouterr().err
     assert not (out / "student").exists()

@@ -35,21 +35,25 @@ class Operator(ABC):
     ) -> Operands:
         """Random operands on the generator's device."""
 
-    @abstractmethod
     def options(self, divergence: str, temperature: float) -> dict[str, Any]:
         """The keyword arguments of every provider."""
+        return {}
 
-    @abstractmethod
     def change(self, operands: Operands) -> None:
         """Changes them in place so that loss and gradient change too; twice is as before."""
+        first, *_ = operands
+        assert first is not None
+        first.neg_()
 
     @abstractmethod
     def row_losses(self, operands: Operands, options: Mapping[str, Any]) -> Tensor:
         """The naive loss of each row, 0 where ignored; differentiable, never fast."""
 
-    @abstractmethod
     def divisor(self, operands: Operands) -> float:
         """What the sum of the rows' losses is divided by."""
+        first, *_ = operands
+        assert first is not None
+        return len(first)
 
     def rows(self, operands: Operands, index: Any) -> Operands:
         """Some rows of the operands, detached, the leaves as leaves again."""

@@ -58,21 +58,8 @@ class CrossEntropy(Operator):
         labels = torch.randint(case.vocab, shape[:1], generator=generator, device=device)
         return logits.to(dtype).requires_grad_(), labels
 
-    def options(self, divergence: str, temperature: float) -> dict[str, Any]:
-        return {}
-
-    def change(self, operands: Operands) -> None:
-        logits, _ = operands
-        assert logits is not None
-        logits.neg_()
-
     def row_losses(self, operands: Operands, options: Mapping[str, Any]) -> Tensor:
         logits, labels = operands
         assert logits is not None
         assert labels is not None
         return F.cross_entropy(logits, labels, reduction="none")
-
-    def divisor(self, operands: Operands) -> float:
-        logits, _ = operands
-        assert logits is not None
-        return len(logits)

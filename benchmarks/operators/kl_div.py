@@ -68,8 +68,3 @@ class KLDiv(Operator):
         assert input is not None
         assert target is not None
         return F.kl_div(input, target, reduction="none", **options).sum(-1)
-
-    def divisor(self, operands: Operands) -> float:
-        input, _ = operands
-        assert input is not None
-        return len(input)

@@ -69,14 +69,6 @@ class Linear(Operator):
         weight, other_weight = weights
         return hidden.requires_grad_(), weight, other, other_weight
 
-    def options(self, divergence: str, temperature: float) -> dict[str, Any]:
-        return {}
-
-    def change(self, operands: Operands) -> None:
-        hidden, *_ = operands
-        assert hidden is not None
-        hidden.neg_()
-
     def rows(self, operands: Operands, index: Any) -> Operands:
         """Of the hidden states; the weights belong to all."""
         hidden, weight, other, other_weight = operands
@@ -90,8 +82,3 @@ class Linear(Operator):
         assert other is not None
         assert other_weight is not None
         return _rows(hidden, weight, other, other_weight)
-
-    def divisor(self, operands: Operands) -> float:
-        hidden, *_ = operands
-        assert hidden is not None
-        return len(hidden)

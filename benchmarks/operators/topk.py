@@ -68,14 +68,6 @@ class TopK(Operator):
         known = teacher.log_probs, teacher.tail_log_prob
         return logits.to(dtype).requires_grad_(), teacher.indices, *known
 
-    def options(self, divergence: str, temperature: float) -> dict[str, Any]:
-        return {}
-
-    def change(self, operands: Operands) -> None:
-        student, *_ = operands
-        assert student is not None
-        student.neg_()
-
     def row_losses(self, operands: Operands, options: Mapping[str, Any]) -> Tensor:
         student, indices, log_probs, tail = operands
         assert student is not None
@@ -83,8 +75,3 @@ class TopK(Operator):
         assert log_probs is not None
         assert tail is not None
         return _rows(student, indices, log_probs, tail)
-
-    def divisor(self, operands: Operands) -> float:
-        student, *_ = operands
-        assert student is not None
-        return len(student)
