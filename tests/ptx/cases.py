@@ -128,7 +128,7 @@ def far_apart() -> Iterator[Case]:
 
 def entry_by_entry() -> Iterator[Case]:
     shapes = (
-        ((4, 100), (4, 100)), ((3, 5000), (3, 5000)), ((2, 8192), (2, 8192)), ((2, 4097), (2, 1)),
+        ((4, 100), (4, 100)), ((3, 5000), (3, 5000)), ((2, 8192), (2, 8192)), ((2, 3001), (2, 1)),
         ((3, 1, 4100), (1, 2, 4100)), ((7,), (7,)),
     )  # fmt: skip
     ways = (("none", "xt"), ("sum", "x"), ("batchmean", "t"))
@@ -164,7 +164,9 @@ def divergences() -> Iterator[Case]:
                 continue
             turn += 1
             kind = KINDS[turn % len(KINDS)] if turn % 3 else "plain"
-            nature = "masked" if divergence.name in ("jsd", "tvd") and n % 2 == 0 else ""
+            # With smoothed labels a mask makes all losses infinite.
+            bounded = divergence.name in ("jsd", "tvd") and kind not in ("full", "stdfull")
+            nature = "masked" if bounded and n % 2 == 0 else ""
             dtype, place = DTYPES[(d + n) % 3], _place(mode, turn)
             yield _loss(divergence, shape, dtype, mode, place, kind, turn, nature)
     for n, columns in enumerate((10, 100, 1000, 5000, 16389)):
