@@ -99,9 +99,7 @@ def of_owner(owner: Owner, student: Tensor, teacher: Tensor, given: dict[str, An
     }
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(*test_nasty_rows.CASES)
-def test_owners(divergence, sides, heat, standardize):
+def check(divergence: Any, sides: Any, heat: Any, standardize: bool) -> None:
     def as_given(group: Any, shape: Any, vocab_size: Any) -> Any:
         return group if isinstance(group, Owner) else sharding.LOCAL
 
@@ -110,3 +108,18 @@ def test_owners(divergence, sides, heat, standardize):
         mock.patch.object(test_nasty_rows, "everything", everything),
     ):
         test_nasty_rows.check(divergence, sides, heat, standardize, "torch")
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(*test_nasty_rows.CASES)
+def test_owners(divergence, sides, heat, standardize):
+    check(divergence, sides, heat, standardize)
+
+
+def test_rows_far_apart_with_a_small_divergence():
+    """By its parameter."""
+    divergence = fastkd.SkewKL(0.999)
+    for _ in range(20):
+        teacher = 1e-3 * torch.randn(1, 17)
+        student = teacher + 1e-3 * torch.rand(1) * torch.randn(1, 17)
+        check(divergence, (student, teacher), {"temperature": torch.tensor(1e-3)}, False)

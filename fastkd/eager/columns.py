@@ -7,6 +7,7 @@ gives bounds, says it before. Figures of rows are in fp64.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -45,6 +46,10 @@ class Columns:
             numbers = self.kind, problem.a, problem.b
             self.first, self.later = find(*numbers, torch.float64)
             single = single and find(*numbers, problem.dtype) == (self.first, self.later)
+            # Of rows further apart than APART, by Pinsker's bound; a parameter may make it small.
+            curvature = self.kind.curvature(problem.a, problem.b)
+            least = math.inf if curvature is None else 2 * curvature * APART**2
+            single = single and least > self.kind.near
         # The derivatives to T are sums as well.
         self.tempered = problem.temperature_trains or problem.moments is not None
         self.means = entropy or metrics or self.tempered
