@@ -3,11 +3,11 @@
 Five clients have private, unequal shares of 600 digits: four of the ten classes each, every class
 at two clients, and the fifth client a fifth of the first one's images. Each trains a 64-32-10
 network on what it has. The server sees 400 other images, without labels, asks every client for its
-logits there, and makes one teacher of them for its student:
+logits there, and makes one teacher of them for its student, a `fastkd.Ensemble`:
 
-    mixture    log sum_m w_m p_m, with equal weights, by the clients' sizes, or by row
+    mixture    of their probabilities, with equal weights, by the clients' sizes, or by row
     logits     their mean (FedDF): a client that is sure can veto
-    routed     by row, the one client that seems to know: w is one-hot
+    routed     by row, the one client that seems to know: weights are one-hot
 
 A client knows nothing of six classes and is sure all the same. What it knows shows in its logits:
 their log sum exp, the energy, is larger on what a network was trained on; "by energy" weighs each
@@ -16,7 +16,9 @@ no server knows: what routing can reach.
 
 Expected: with even shares, another implementation has clients at 38 to 39 %, a student of the mean
 of the logits at 88.4 % and one of equally mixed probabilities at 74.4 %. For weights and routing
-nothing was measured before.
+nothing was measured before. Seen here, with standard errors up to 1.1: clients at 37.7 %, the
+mixture at 73.8, by size 63.9, by energy 84.9, the mean of logits 84.9, routed by energy 84.4 and by
+certainty 84.7, by class 90.4; one teacher with all images 95.0.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .digits import Digits, MLPs, adam, cross_entropy, kd
+import fastkd
+from fastkd import Ensemble
+
+from .digits import Digits, MLPs, adam, cross_entropy
 from .report import Report, Table, bars
 
 CLIENTS, PRIVATE = 5, 600
@@ -99,45 +104,45 @@ def train_clients(digits: Digits, owned: Tensor) -> MLPs:
     return networks
 
 
-def teachers(digits: Digits, owned: Tensor, answers: Tensor) -> dict[str, Tensor]:
-    """Logits [seeds, N, 10] of one teacher made of the clients' answers [CLIENTS, seeds, N, 10]."""
-    sizes = owned.sum(-1, keepdim=True).float()  # [CLIENTS, seeds, 1]
+def teachers(digits: Digits, owned: Tensor, answers: Tensor) -> dict[str, Tensor | Ensemble]:
+    """Teachers made of the clients' answers [CLIENTS, seeds, N, 10], and one that saw all."""
+    clients = list(answers)
     energy = answers.logsumexp(-1)
     certainty = answers.softmax(-1).amax(-1)
+    sizes = owned.sum(-1, keepdim=True).float().expand_as(energy)
     labels = digits.y[:, PRIVATE:]
-    knowing = torch.stack([labels // 2 == client for client in range(CLIENTS)]).float()
+    knowing = [(labels // 2 == client).float() for client in range(CLIENTS)]
     return {
-        MIXED: mixture(answers, torch.ones_like(energy)),
-        BY_SIZE: mixture(answers, sizes.expand_as(energy)),
-        BY_ENERGY: mixture(answers, energy.softmax(0)),
-        LOGITS: answers.mean(0),
-        ROUTED_BY_CERTAINTY: mixture(answers, one_hot(certainty)),
-        ROUTED: mixture(answers, one_hot(energy)),
-        BOUND: mixture(answers, knowing),
+        MIXED: Ensemble(clients),
+        BY_SIZE: Ensemble(clients, list(sizes)),
+        BY_ENERGY: Ensemble(clients, list(energy.softmax(0))),
+        LOGITS: Ensemble(clients, combine="logits"),
+        ROUTED_BY_CERTAINTY: Ensemble(clients, largest(certainty)),
+        ROUTED: Ensemble(clients, largest(energy)),
+        BOUND: Ensemble(clients, knowing),
         CENTRAL: digits.teacher[:, PRIVATE:],
     }
 
 
-def mixture(answers: Tensor, weights: Tensor) -> Tensor:
-    """log sum_m w_m p_m, with weights [CLIENTS, seeds, N] in any scale."""
-    weights = weights / weights.sum(0)
-    return (answers.log_softmax(-1) + weights.log()[..., None]).logsumexp(0)
+def largest(scores: Tensor) -> list[Tensor]:
+    """For each client, 1 where its score [CLIENTS, ...] is the largest, else 0."""
+    return list(torch.zeros_like(scores).scatter_(0, scores.argmax(0, keepdim=True), 1.0))
 
 
-def one_hot(scores: Tensor) -> Tensor:
-    return torch.zeros_like(scores).scatter_(0, scores.argmax(0, keepdim=True), 1.0)
-
-
-def students(digits: Digits, teachers: dict[str, Tensor]) -> dict[str, Tensor]:
+def students(digits: Digits, teachers: dict[str, Tensor | Ensemble]) -> dict[str, Tensor]:
     """Accuracy of a student 64-16-10 of each teacher, on the images that are not private."""
     networks = MLPs(digits.seeds, (64, 16, 10), len(teachers))
     x = digits.x[:, PRIVATE:].repeat(len(teachers), 1, 1)
-    y = digits.y[:, PRIVATE:].repeat(len(teachers), 1)
-    taught = torch.cat(list(teachers.values()))
-    loss, optimizer = kd(), adam(networks.parameters(), 3e-3)
-    for step in range(digits.steps):
+    optimizer = adam(networks.parameters(), 3e-3)
+    for _ in range(digits.steps):
         optimizer.zero_grad()
-        loss(networks(x), taught, y, step).backward()
+        losses = [
+            fastkd.distillation_loss(student, teacher, num_items=student.size(-2))
+            for student, teacher in zip(
+                networks(x).split(digits.seeds), teachers.values(), strict=True
+            )
+        ]
+        torch.stack(losses).sum().backward()
         optimizer.step()
     return dict(zip(teachers, digits.accuracy(networks), strict=True))
 
