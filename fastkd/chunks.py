@@ -8,13 +8,14 @@ from. Only the sums for a head's weight and bias outlast a chunk.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ensembles, linear, sharding, soft_labels
+from .eager.blocks import slices
 from .forms import Head, Mixture
 from .problem import Coefficients, Problem
 
@@ -60,7 +61,7 @@ class Chunked(NamedTuple):
 
     def phases(
         self, problem: Problem, entropy: bool, metrics: bool
-    ) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    ) -> sharding.Phases[tuple[Tensor, Tensor]]:
         """`forward` up to its gathers: see `sharding.together`."""
         values, state = _Rows(problem), _Rows(problem)
         for rows, part in _chunks(problem, self.name):
@@ -152,8 +153,7 @@ def _pieces(problem: Problem, size: int) -> Iterator[Any]:
         if 4 * len(counted) < 3 * problem.rows:
             yield from counted.split(size)  # of nothing, nothing once: a backend's fields are seen
             return
-    for start in range(0, max(problem.rows, 1), size):
-        yield slice(start, min(start + size, problem.rows))
+    yield from slices(max(problem.rows, 1), size)
 
 
 class _Rows:

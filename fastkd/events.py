@@ -14,7 +14,7 @@ without a teacher.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import checks, chunks, sharding
 from .divergences import LN2, Divergence, plogr
+from .eager.blocks import slices
 from .eager.solver import shared
 from .forms import Events
 from .operands import Sampled, TopK
@@ -112,7 +113,7 @@ class Listed(NamedTuple):
 
     def phases(
         self, problem: Problem, entropy: bool, metrics: bool
-    ) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    ) -> sharding.Phases[tuple[Tensor, Tensor]]:
         """`forward` up to its gathers: see `sharding.together`."""
         shares = yield from _shares(problem)
         if problem.labels is None and not entropy and not metrics:
@@ -183,7 +184,7 @@ class Listed(NamedTuple):
 SHARES = 3  # what owners share besides the K listed logits, each of which one of them has
 
 
-def _shares(problem: Problem) -> Generator[Tensor, Tensor, Tensor | None]:
+def _shares(problem: Problem) -> sharding.Phases[Tensor | None]:
     """Of all owners, [K + 3, N]: the listed logits, and of the other entries the largest, the sum
     of exp((z - largest) / T), and that of (z - largest) times it. None: there is one owner.
     """
@@ -242,9 +243,7 @@ def _only(mask: Tensor, value: Any, dtype: torch.dtype) -> Tensor:
 
 
 def _chunks(problem: Problem) -> Iterator[tuple[slice, Problem]]:
-    size = chunks.rows_within(problem, 1)
-    for start in range(0, problem.rows, size):
-        rows = slice(start, min(start + size, problem.rows))
+    for rows in slices(problem.rows, chunks.rows_within(problem, 1)):
         yield rows, problem.part(rows)
 
 

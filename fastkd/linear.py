@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .eager.blocks import slices
 from .forms import Head
 from .operands import LinearHead
 from .operators import readable
@@ -135,8 +136,7 @@ def logits(head: Head, out: Tensor) -> Tensor:
 def _converted(head: Head, columns: int) -> Iterator[tuple[slice, Tensor]]:
     """The weight's first columns in the dtype of its products, all at once where it has that."""
     step = columns if head.weight.dtype == head.product else COLUMNS
-    for start in range(0, columns, step):
-        some = slice(start, min(start + step, columns))
+    for some in slices(columns, step):
         yield some, head.weight[some].to(head.product)
 
 

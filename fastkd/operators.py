@@ -159,15 +159,15 @@ def _forward(*arguments: Any) -> Any:
 @_forward.register_fake
 def _(*arguments: Any) -> Any:
     problem, (entropy, metrics, name) = _split(arguments)
-    long = entropy or metrics or problem.labels is not None
+    kinds = problem.kinds(entropy, metrics)
     with_temperature = problem.standardize or problem.moments is not None or problem.merge != ""
-    saved = 10 if with_temperature else 8 if long else 6
-    events = isinstance(problem.teacher, Events) and not long
+    saved = 10 if with_temperature else 8 if kinds > 1 else 6
+    events = isinstance(problem.teacher, Events) and kinds == 1
     sigmoids = Divergence.of_name(problem.divergence).rows == "bernoulli"
     if name == "torch" or events or sigmoids:
         saved = 2 if sigmoids and problem.merge and name == "triton" else 0
     new = problem.student_temperature.new_empty
-    return new(5 if metrics else 3 if long else 1, problem.rows), new(saved, problem.rows)
+    return new(kinds, problem.rows), new(saved, problem.rows)
 
 
 @torch.library.custom_op(

@@ -67,10 +67,6 @@ class Coefficients(NamedTuple):
     ce: Tensor | None
     entropy: Tensor | None
 
-    def kinds(self, metrics: bool) -> int:
-        """The rows of `values` that are needed."""
-        return 5 if metrics else 1 if self.ce is None and self.entropy is None else 3
-
     def part(self, rows: Any) -> Coefficients:
         """Of some rows, a slice or indices."""
         return Coefficients._make(None if factor is None else factor[rows] for factor in self)
@@ -173,6 +169,10 @@ class Problem(NamedTuple):
         """V of all owners of the rows together."""
         columns = sharding.of(self.merge).columns
         return self.vocab_size if columns is None else columns
+
+    def kinds(self, entropy: bool, metrics: bool) -> int:
+        """The rows of `values` that are wanted."""
+        return 5 if metrics else 3 if entropy or self.labels is not None else 1
 
     def part(self, rows: Any) -> Problem:
         """The problem of some of the N rows, a slice or indices; logits are [1, N, width]."""

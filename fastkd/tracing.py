@@ -1,12 +1,18 @@
-"""Who looks on, and what may be asked of a tensor then: its values, or whether it trains."""
+"""Who looks on, and what may be asked of a tensor then: its values, or whether it trains.
+
+What PyTorch's dispatcher does not say in public is asked here, and nowhere else.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey, _functorch, _SetExcludeDispatchKeyGuard
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 DEBUG = os.environ.get("FASTKD_DEBUG") == "1"
@@ -22,7 +28,7 @@ def trained_of(operands: dict[str, Any]) -> list[str]:
 
 def traced() -> bool:
     """Whether the compiler or a functorch transform looks on, for which values are not there."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    return torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None
 
 
 def watched() -> bool:
@@ -38,3 +44,15 @@ def opaque(tensor: Tensor) -> bool:
 def may_read(tensor: Tensor) -> bool:
     """Whether looking at values costs no synchronisation, or was asked for."""
     return not (watched() or opaque(tensor)) and (tensor.device.type == "cpu" or DEBUG)
+
+
+@contextlib.contextmanager
+def autograd() -> Iterator[None]:
+    """Autograd inside an operator, whose body the dispatcher runs with autograd's keys excluded.
+
+    torch.func.grad is no help in a compiled function, which excludes functorch's keys too. No
+    public context takes in ADInplaceOrView, without which a view changed in place goes unseen.
+    """
+    views = _SetExcludeDispatchKeyGuard(DispatchKey.ADInplaceOrView, False)
+    with torch.inference_mode(False), views:
+        yield

@@ -236,7 +236,7 @@ def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Ten
 
 def phases(problem: Problem, entropy: bool, metrics: bool) -> Phases[tuple[Tensor, Tensor]]:
     """The same, where other owners' columns come in between."""
-    kinds = 5 if metrics else 3 if entropy or problem.labels is not None else 1
+    kinds = problem.kinds(entropy, metrics)
     values, _ = _run(problem, kinds)
     if not problem.merge:
         return values, values.new_empty(0, problem.rows)
@@ -266,7 +266,8 @@ def fused(
     problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     gradient = new_gradient(problem) if out is None else out
-    values, _ = _run(problem, coefficients.kinds(metrics), coefficients, gradient)
+    kinds = problem.kinds(coefficients.entropy is not None, metrics)
+    values, _ = _run(problem, kinds, coefficients, gradient)
     if problem.merge:
         values = of(problem.merge).gather(values).sum(0)
     return coefficients.weigh(values), values if metrics else None, gradient

@@ -64,10 +64,10 @@ def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Ten
 
 def phases(problem: Problem, entropy: bool, metrics: bool) -> Phases[tuple[Tensor, Tensor]]:
     """The same, where other owners' columns come in between."""
-    long = problem.labels is not None or entropy or metrics
+    kinds = problem.kinds(entropy, metrics)
     temperature = problem.merge or problem.moments is not None
-    values = new_rows(problem, 5 if metrics else 3 if long else 1)
-    state = new_rows(problem, 10 if temperature else 8 if long else 6)
+    values = new_rows(problem, kinds)
+    state = new_rows(problem, 10 if temperature else 8 if kinds > 1 else 6)
     yield from _launches(problem, P.STATISTICS, entropy, metrics, state=state, values=values)
     return values, state
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from fastkd import tracing
 
 from .pair import Pair, Pull
 
@@ -146,7 +146,7 @@ class Divergence:
             return cls._by_rows(pair, a, b)
         label = pair.label_logs() if cls.label_aware else ()
         rows = pair.logs()
-        with _autograd():
+        with tracing.autograd():
             lp, leaf = (_differentiable(side) for side in rows)
             terms = cls.value(lp, leaf.requires_grad_(), a, b)
             (slope,) = torch.autograd.grad(terms.sum(), leaf)
@@ -168,7 +168,7 @@ class Divergence:
     def _by_rows(cls, pair: Pair, a: float, b: float) -> tuple[Tensor, Pull]:
         """The same of a class whose `of_rows` is its own."""
         rows = pair.logs()
-        with _autograd():
+        with tracing.autograd():
             lp, leaf = (_differentiable(side) for side in rows)
             labels = None if pair.labels is None else _differentiable(pair.labels)
             value = cls.of_rows(lp, leaf.requires_grad_(), a, b, labels)[:, None]
@@ -204,18 +204,6 @@ class Divergence:
 def _exchanged(name: str) -> str:
     """The name of the divergence with teacher and student exchanged."""
     return f"{name} with roles exchanged"
-
-
-@contextlib.contextmanager
-def _autograd() -> Iterator[None]:
-    """Autograd inside an operator, whose body the dispatcher runs with autograd's keys excluded.
-
-    torch.func.grad is no help in a compiled function, which excludes functorch's keys too. No
-    public context takes in ADInplaceOrView, without which a view changed in place goes unseen.
-    """
-    views = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False)
-    with torch.inference_mode(False), views:
-        yield
 
 
 def _differentiable(rows: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ is 0.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
 
@@ -17,9 +17,11 @@ from torch import Tensor
 from fastkd import sharding
 from fastkd.problem import AGREEMENT, CE, ENTROPY, KD, TEACHER_ENTROPY, Coefficients, Problem
 
+from .blocks import Rows, blank, blocks, new_gradient, new_values
+from .solver import FAR
+
 BLOCK_ELEMENTS = 1 << 15  # in fp64, with some ten temporaries
 CERTAIN = 1e200
-FAR = torch.finfo(torch.float32).max  # from here on a value is infinite
 
 
 def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
@@ -31,12 +33,12 @@ def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Ten
 
 def phases(
     problem: Problem, entropy: bool, metrics: bool
-) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
+) -> sharding.Phases[tuple[Tensor, Tensor]]:
     """`forward` up to its gather, if it needs one: see `sharding.together`.
 
     A row is a sum over classes, and so is its derivative to T, which owners of some classes keep.
     """
-    kinds = 5 if metrics else 3 if entropy or problem.labels is not None else 1
+    kinds = problem.kinds(entropy, metrics)
     shared = bool(problem.merge)
     dtype = torch.float64 if shared else problem.dtype
     slopes = 2 if shared and problem.temperature_trains else 0
@@ -57,35 +59,32 @@ def backward(
     problem: Problem, state: Tensor, upstream: Coefficients, gradient: bool, temperature: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradient of the student's logits, in their dtype, and of each row's temperature."""
-    out = _new_gradient(problem) if gradient else None
+    out = new_gradient(problem) if gradient else None
     heat = upstream.kd.new_zeros(problem.rows) if temperature else None
     for block in _blocks(problem):
         _gradient(problem, block, upstream, out, None if len(state) else heat)
     if heat is not None and len(state):
         factors = (upstream.kd, upstream.entropy)
         heat += sum(x * row for x, row in zip(factors, state, strict=True) if x is not None)
-    return _blank(problem, out), heat
+    return out, heat
 
 
 def fused(
     problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Weighted loss rows, `values` with metrics, and the gradient of the sum of those rows."""
-    target = _new_gradient(problem) if out is None else out.view(problem.student.shape)
-    kinds = coefficients.kinds(metrics)
-    values = problem.student.new_zeros(kinds, problem.rows, dtype=problem.dtype)
+    target = new_gradient(problem) if out is None else out.view(problem.student.shape)
+    entropy = coefficients.entropy is not None
+    values = new_values(problem, problem.kinds(entropy, metrics))
     if problem.merge:
-        values = forward(problem, coefficients.entropy is not None, metrics)[0]
+        values = forward(problem, entropy, metrics)[0]
     for block in _blocks(problem):
         if not problem.merge:
             _store(values, problem, block)
         _gradient(problem, block, coefficients, target, None)
-    _blank(problem, target)
+    if out is not None:
+        blank(problem, target)
     return coefficients.weigh(values), values if metrics else None, target
-
-
-def _new_gradient(problem: Problem) -> Tensor:
-    return torch.empty_like(problem.student, memory_format=torch.contiguous_format)
 
 
 # --- blocks -----------------------------------------------------------------------------------
@@ -113,11 +112,7 @@ class _Heads:
 
 
 class _Block(NamedTuple):
-    """The rows [outer, inner] of [O, I, V]."""
-
-    outer: int
-    inner: slice
-    rows: slice  # of [N]
+    rows: Rows
     raw: Tensor  # the student's logits, [R, V]
     rate: Tensor  # 1 / T of the student, [R, 1]
     student: _Heads
@@ -125,40 +120,22 @@ class _Block(NamedTuple):
 
 
 def _blocks(problem: Problem) -> Iterator[_Block]:
-    outer_rows, inner_rows = problem.student.shape[:2]
     step = max(1, BLOCK_ELEMENTS // max(problem.vocab_size, 1))
     student_rate = 1 / problem.student_temperature.double()[:, None]
     teacher_rate = student_rate
     if problem.teacher_temperature is not None:
         teacher_rate = 1 / problem.teacher_temperature.double()[:, None]
-    for outer in range(outer_rows):
-        for start in range(0, inner_rows, step):
-            inner = slice(start, min(start + step, inner_rows))
-            rows = slice(outer * inner_rows + inner.start, outer * inner_rows + inner.stop)
-            sides = [
-                x[outer, inner, : problem.vocab_size].double().clamp(-CERTAIN, CERTAIN)
-                for x in (problem.student, problem.teacher)
-                if x is not None
-            ]
-            z, rate = sides[0], student_rate[rows]
-            student = teacher = _Heads(z * rate)  # without a teacher, the divergence is 0
-            if len(sides) > 1:
-                teacher = _Heads(sides[1].mul_(teacher_rate[rows]))
-            yield _Block(outer, inner, rows, z, rate, student, teacher)
-
-
-def _counted(problem: Problem, block: _Block, x: Tensor) -> Tensor:
-    """0 in the rows that do not count, which may hold NaN."""
-    if problem.counted is None:
-        return x
-    counted = problem.counted[block.rows]
-    return torch.where(counted[:, None] if x.dim() == 2 else counted, x, 0.0)
-
-
-def _blank(problem: Problem, out: Tensor | None) -> Tensor | None:
-    if out is not None:
-        out[..., problem.vocab_size :] = 0
-    return out
+    for rows in blocks(problem.student, problem.counted, step):
+        sides = [
+            x[rows.outer, rows.inner, : problem.vocab_size].double().clamp(-CERTAIN, CERTAIN)
+            for x in (problem.student, problem.teacher)
+            if x is not None
+        ]
+        z, rate = sides[0], student_rate[rows.flat]
+        student = teacher = _Heads(z * rate)  # without a teacher, the divergence is 0
+        if len(sides) > 1:
+            teacher = _Heads(sides[1].mul_(teacher_rate[rows.flat]))
+        yield _Block(rows, z, rate, student, teacher)
 
 
 # --- values and gradients of one --------------------------------------------------------------
@@ -173,15 +150,15 @@ def _store(values: Tensor, problem: Problem, block: _Block) -> None:
     if len(values) > 1:
         terms[ENTROPY] = _entropy(student)
         if problem.labels is not None:
-            terms[CE] = _cross_entropy(_Heads(block.raw), problem.labels[block.rows])
+            terms[CE] = _cross_entropy(_Heads(block.raw), problem.labels[block.rows.flat])
     if len(values) > 3:
         terms[TEACHER_ENTROPY] = _entropy(teacher)
         agree = (student.logit > 0) == (teacher.logit > 0)
         terms[AGREEMENT] = agree.double() / problem.columns
     for kind, term in terms.items():
         total = term.sum(-1)
-        total = _counted(problem, block, torch.where(total > FAR, torch.inf, total))
-        values[kind][block.rows] = total.to(values.dtype)
+        total = torch.where(total > FAR, torch.inf, total)
+        values[kind][block.rows.flat] = total.to(values.dtype)
 
 
 def _cross_entropy(heads: _Heads, yes: Tensor) -> Tensor:
@@ -201,8 +178,8 @@ def _gradient(
     heat: Tensor | None,
 ) -> None:
     """Writes the block's gradient to the student's logits, and to its temperature."""
-    kd = upstream.kd[block.rows, None].double()
-    ce, entropy = (None if x is None else x[block.rows, None].double() for x in upstream[1:])
+    kd = upstream.kd[block.rows.flat, None].double()
+    ce, entropy = (None if x is None else x[block.rows.flat, None].double() for x in upstream[1:])
     student, teacher = block.student, block.teacher
     gradient = (student.yes - teacher.yes).mul_(problem.a)
     if problem.b:
@@ -214,11 +191,11 @@ def _gradient(
     gradient *= block.rate
     if heat is not None:
         moved = torch.where(block.raw.abs() > FAR, 0.0, block.raw * gradient)
-        slope = _counted(problem, block, moved.sum(-1) * block.rate[:, 0])
-        heat[block.rows] = -slope.to(heat.dtype)
+        slope = moved.sum(-1) * block.rate[:, 0]
+        heat[block.rows.flat] = -slope.to(heat.dtype)
     if ce is not None:
         assert problem.labels is not None
-        gradient += ce * (block.raw.sigmoid() - problem.labels[block.rows])
+        gradient += ce * (block.raw.sigmoid() - problem.labels[block.rows.flat])
     if out is not None:
-        gradient = _counted(problem, block, gradient)
-        out[block.outer, block.inner, : problem.vocab_size] = gradient.to(out.dtype)
+        rows = block.rows
+        out[rows.outer, rows.inner, : problem.vocab_size] = gradient.to(out.dtype)

@@ -39,8 +39,7 @@ class Rows(NamedTuple):
 
     def parts(self, step: int) -> Iterator[Rows]:
         """At most `step` rows each; the first are the largest."""
-        for start in range(0, self.size, step):
-            some = slice(start, min(start + step, self.size))
+        for some in slices(self.size, step):
             yield Rows(*(_some(index, some) for index in self))
 
 
@@ -48,6 +47,12 @@ def _some(index: int | slice | Tensor, some: slice) -> Any:
     if isinstance(index, slice):
         return slice(index.start + some.start, index.start + some.stop)
     return index if isinstance(index, int) else index[some]
+
+
+def slices(size: int, step: int) -> Iterator[slice]:
+    """All of [0, size), at most `step` at a time."""
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))
 
 
 def largest(problem: Problem) -> int:
@@ -59,14 +64,14 @@ def largest(problem: Problem) -> int:
     return threads * max(1, round(elements / columns / threads))
 
 
-def blocks(problem: Problem, step: int) -> Iterator[Rows]:
-    """The rows that count, in blocks of at most `step`."""
-    outer_rows, inner_rows = problem.student.shape[:2]
+def blocks(logits: Tensor, counted: Tensor | None, step: int) -> Iterator[Rows]:
+    """The rows of [O, I, V] that count, in blocks of at most `step`."""
+    outer_rows, inner_rows = logits.shape[:2]
     for outer in range(outer_rows):
         first = outer * inner_rows
         rows = Rows(outer, slice(0, inner_rows), slice(first, first + inner_rows))
-        if problem.counted is not None and not (counted := problem.counted[rows.flat]).all():
-            rows = rows.only(counted)
+        if counted is not None and not (some := counted[rows.flat]).all():
+            rows = rows.only(some)
         yield from rows.parts(step)
 
 
@@ -75,6 +80,24 @@ def marked(problem: Problem, mask: Tensor, step: int) -> Iterator[Rows]:
     flat = mask.nonzero()[:, 0]
     inner_rows = problem.student.size(1)
     return Rows(flat // inner_rows, flat % inner_rows, flat).parts(step)
+
+
+def new_values(problem: Problem, kinds: int) -> Tensor:
+    return problem.student.new_zeros(kinds, problem.rows, dtype=problem.dtype)
+
+
+def new_gradient(problem: Problem) -> Tensor:
+    out = torch.empty_like(problem.student, memory_format=torch.contiguous_format)
+    blank(problem, out)
+    return out
+
+
+def blank(problem: Problem, out: Tensor) -> None:
+    """Sets to 0 what no block writes: the padding, and the rows that do not count."""
+    if problem.vocab_size < out.size(-1):
+        out[..., problem.vocab_size :] = 0
+    if problem.counted is not None and not problem.counted.all():
+        out[~problem.counted.view(out.shape[:2])] = 0
 
 
 def place_of(out: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor | None:

@@ -94,7 +94,7 @@ class Columns:
         """All rows that count, in blocks, and the store made ready for them."""
         if not self.problem.vocab_size:
             return
-        for rows in blocks(self.problem, largest(self.problem)):
+        for rows in blocks(self.problem.student, self.problem.counted, largest(self.problem)):
             exact = self.exact[rows.flat]
             some = bool(exact.any())
             if not some or not exact.all():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from itertools import repeat
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .blocks import slices
 
 LOG2E = 1 / math.log(2)
 # Elements per piece on the CPU: temporaries that the cache holds, enough work for every thread.
@@ -40,14 +41,16 @@ def backward(
             dts.copy_(to_target(gs, xs, ts, log_target))
 
 
-def _pieces(*matrices: Any) -> Iterable[tuple[Any, ...]]:
+def _pieces(*matrices: Any) -> Iterator[Sequence[Any]]:
     """Blocks of rows, or of the only row, whose temporaries stay in the cache of a CPU."""
     rows, columns = matrices[0].shape
     if matrices[0].device.type != "cpu" or rows * columns <= PIECE:
-        return [matrices]
-    dim, size = (1, PIECE) if rows == 1 else (0, max(1, PIECE // columns))
-    pieces = (repeat(None) if m is None else m.split(size, dim) for m in matrices)
-    return zip(*pieces, strict=False)  # repeat has no end
+        yield matrices
+    elif rows == 1:
+        yield from _pieces(*(m if m is None else m.t() for m in matrices))
+    else:
+        for some in slices(rows, max(1, PIECE // columns)):
+            yield [m if m is None else m[some] for m in matrices]
 
 
 # --- the formulas ----------------------------------------------------------------------------

@@ -10,14 +10,13 @@ from torch import Tensor
 from fastkd.divergences import FATHOM, LN2
 from fastkd.problem import WIDTH, Coefficients, Problem
 
-from .blocks import Rows, place_of
+from .blocks import Rows, blank, new_gradient, new_values, place_of
 from .solver import Solver, Terms, of_rows, shared
 
 
 def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
     """`values`, and an empty `state`: the backward recomputes from the logits."""
-    kinds = 5 if metrics else 3 if entropy or problem.labels is not None else 1
-    values = _new_values(problem, kinds)
+    values = new_values(problem, problem.kinds(entropy, metrics))
     kept = values.unbind()
     for rows, terms in Solver(problem, entropy, metrics, gradient=False):
         _store(kept, rows, terms)
@@ -47,9 +46,9 @@ def fused(
     target = out[..., : problem.vocab_size]
     alone = (coefficients.ce is None or problem.teacher is None) and coefficients.entropy is None
     room = target if alone and not inplace else None
-    values = _new_values(problem, coefficients.kinds(metrics))
-    kept = values.unbind()
     entropy = coefficients.entropy is not None
+    values = new_values(problem, problem.kinds(entropy, metrics))
+    kept = values.unbind()
     solver = Solver(problem, entropy, metrics, True, room, inplace)
     weights = weights_of(coefficients, solver.scales[0])
     for rows, terms in solver:
@@ -171,24 +170,6 @@ def _cross_entropy_gradient(
     terms.pair.add_at_labels(gradient, at_labels[:, 0])
     if smoothing:
         gradient.sub_(weight * (smoothing / problem.columns))
-
-
-def _new_values(problem: Problem, kinds: int) -> Tensor:
-    return problem.student.new_zeros(kinds, problem.rows, dtype=problem.dtype)
-
-
-def new_gradient(problem: Problem) -> Tensor:
-    out = torch.empty_like(problem.student, memory_format=torch.contiguous_format)
-    blank(problem, out)
-    return out
-
-
-def blank(problem: Problem, out: Tensor) -> None:
-    """Sets to 0 what no block writes: the padding, and the rows that do not count."""
-    if problem.vocab_size < out.size(-1):
-        out[..., problem.vocab_size :] = 0
-    if problem.counted is not None and not problem.counted.all():
-        out[~problem.counted.view(out.shape[:2])] = 0
 
 
 def _store(values: Sequence[Tensor], rows: Rows, terms: Terms) -> None:

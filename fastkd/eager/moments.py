@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd.problem import EPS, FLAT
 from fastkd.sharding import LOCAL, Merge
+
+from .blocks import blocks
 
 # In fp32, the std of a row is right between these, and where it is no rounding of the mean.
 LEAST_STD, MOST_STD, NEAR_ROUNDING = 1e-14, 1e17, 1e-4
@@ -28,29 +32,28 @@ def fill(
     sides = [x[..., :vocab_size] for x in (student, teacher)]
     if merge.size > 1:
         pieces = merge.gather(torch.stack([_piece(x, out) for x in sides]))
-        for rows, piece in zip(out, pieces.unbind(1), strict=True):
-            rows.copy_(_joined(*piece.unbind(1)))
+        for found, piece in zip(out, pieces.unbind(1), strict=True):
+            found.copy_(_joined(*piece.unbind(1)))
     else:
-        for rows, logits in zip(out, sides, strict=True):
-            _fill(rows, logits)
+        for found, logits in zip(out, sides, strict=True):
+            for rows, block in _blocks(logits):
+                found[:, rows] = _of_block(block)
     if counted is not None:  # what does not count may hold NaN
         out[:, :, ~counted] = out.new_tensor([0.0, FLAT, 0.0])[:, None]
     return out
 
 
-def _fill(out: Tensor, logits: Tensor) -> None:
-    """The moments [3, N] of logits [O, I, V], block by block."""
+def _blocks(logits: Tensor) -> Iterator[tuple[Any, Tensor]]:
+    """Rows of [N], and their logits [R, V]; also of those that do not count."""
     step = max(1, BLOCK_ELEMENTS // logits.size(-1))
-    for rows, matrix in zip(out.view(3, *logits.shape[:2]).unbind(1), logits, strict=True):
-        for part, block in zip(rows.split(step, 1), matrix.split(step), strict=True):
-            _of_block(part, block)
+    for outer, inner, flat in blocks(logits, None, step):
+        yield flat, logits[outer, inner]
 
 
-def _of_block(out: Tensor, x: Tensor) -> None:
+def _of_block(x: Tensor) -> Tensor:
     """Mean, width and pull, [3, R], of rows [R, V]; in fp64 where fp32 has no room for squares."""
     if x.dtype == torch.float64:
-        out.copy_(_exact(x))
-        return
+        return _exact(x)
     x = x.float()
     mean = x.mean(-1, keepdim=True)
     centred = x - mean
@@ -58,10 +61,11 @@ def _of_block(out: Tensor, x: Tensor) -> None:
     mean = mean[:, 0].double()
     variance = centred.square_().mean(-1).double() - rest.square()
     std = (variance * (x.size(-1) / max(x.size(-1) - 1, 1))).sqrt()
-    out.copy_(_rows(mean + rest, std, x.size(-1)))
+    found = _rows(mean + rest, std, x.size(-1))
     doubtful = ~((std > LEAST_STD) & (std > NEAR_ROUNDING * mean.abs()) & (std < MOST_STD))
     if doubtful.any():
-        out[:, doubtful] = _exact(x[doubtful].double())
+        found[:, doubtful] = _exact(x[doubtful].double())
+    return found
 
 
 def _exact(x: Tensor) -> Tensor:
@@ -97,10 +101,8 @@ def _piece(logits: Tensor, like: Tensor) -> Tensor:
     found = like.new_zeros(5, rows, dtype=torch.float64)
     found[3], found[4] = math.inf, -math.inf
     if columns:
-        step = max(1, BLOCK_ELEMENTS // columns)
-        for part, block in zip(found.view(5, *logits.shape[:2]).unbind(1), logits, strict=True):
-            for some, matrix in zip(part.split(step, 1), block.split(step), strict=True):
-                some.copy_(torch.stack([x.double() for x in _sums(matrix.double())]))
+        for some, block in _blocks(logits):
+            found[:, some] = torch.stack([x.double() for x in _sums(block.double())])
     return found
 
 

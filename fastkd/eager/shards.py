@@ -7,7 +7,7 @@ Figures of rows are in fp64, and so the gathers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from fastkd.problem import (
     Problem,
 )
 
-from .blocks import Rows
+from .blocks import Rows, blank, new_gradient, new_values
 from .columns import Columns
 from .joins import (
     SIDES,
@@ -39,7 +39,7 @@ from .joins import (
     joined,
     statistics_names,
 )
-from .logits import blank, new_gradient, weights_of, write_gradient
+from .logits import weights_of, write_gradient
 from .solver import (
     CLOSE,
     FAR,
@@ -64,7 +64,7 @@ def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Ten
 
 def phases(
     problem: Problem, entropy: bool, metrics: bool
-) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
+) -> sharding.Phases[tuple[Tensor, Tensor]]:
     """`forward` up to its gathers: see `sharding.together`."""
     sweeps = Sweeps(problem, entropy, metrics)
     known = yield from sweeps.known()
@@ -105,7 +105,7 @@ PARTS = ("top", "mass")
 class Sweeps(Columns):
     """The sweeps over this owner's columns."""
 
-    def known(self) -> Generator[Tensor, Tensor, Known]:
+    def known(self) -> sharding.Phases[Known]:
         """All that is known of the rows when both sweeps are done."""
         names = statistics_names(self)
         pieces = yield self._swept(names, self._statistics)
@@ -204,7 +204,7 @@ class Sweeps(Columns):
     def values(self, known: Known) -> Tensor:
         """`values`, in the dtype of the problem."""
         problem = self.problem
-        kinds = 5 if self.metrics else 3 if self.entropy or problem.labels is not None else 1
+        kinds = problem.kinds(self.entropy, self.metrics)
         found = {KD: known.get("kd")}
         if problem.labels is not None:
             found[CE] = self._cross_entropy(known)
@@ -213,7 +213,7 @@ class Sweeps(Columns):
         if self.metrics:
             found[TEACHER_ENTROPY] = self._entropy(known, TEACHER)
             found[AGREEMENT] = known["agreement"]
-        values = problem.student.new_zeros(kinds, problem.rows, dtype=problem.dtype)
+        values = new_values(problem, kinds)
         kept = self._counts(known)
         if problem.counted is not None:
             kept = kept & problem.counted

@@ -85,7 +85,7 @@ class Solver:
         half = -(-size // 2)  # fp64 takes twice the memory
         double = self.problem.dtype == torch.float64
         exact = double  # where most rows of a block need fp64, the next begins with it
-        for rows in blocks(self.problem, size):
+        for rows in blocks(self.problem.student, self.problem.counted, size):
             if not exact:
                 terms = self.plain_terms(rows)
                 doubtful = self.doubtful(terms)
