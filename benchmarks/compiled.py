@@ -25,7 +25,7 @@ from fastkd.kernels import tuning
 from fastkd.problem import Coefficients, Problem
 
 from . import cases, machine, model
-from .assembly import Binary, binaries, replaced
+from .assembly import Binary, Counts, binaries, replaced
 from .report import table
 
 TARGETS = tuple(model.GPUS)
@@ -205,7 +205,7 @@ def _call(name: str, one: Configuration) -> Callable[[], object]:
 COLUMNS = (
     "configuration", "divergence", "kernel", "tile", "warps", "registers", "shared", "spills",
     "programs per SM", "loaded", "stored", "DRAM, no reuse", "DRAM, L2 reuse", "instructions",
-    "EX2", "LG2", "MUFU",
+    "value known", "EX2", "LG2", "MUFU",
 )  # fmt: skip
 
 
@@ -227,11 +227,22 @@ def _tile(binary: Binary) -> tuple[int, ...]:
     return tuple(size for size in (sizes[0], held, *sizes[1:]) if size is not None)
 
 
-def work(binary: Binary, entry: int, width: int) -> Work:
+def way(loops: Sequence[Counts], known: bool) -> list[Counts]:
+    """What a row takes: of several loops that store its gradient one.
+
+    known: the shortest, which serves where the first sweep's sums give the value.
+    """
+    storing = [loop for loop in loops if loop.stored]
+    chosen = (min if known else max)(storing, key=lambda loop: loop.instructions, default=None)
+    return [loop for loop in loops if not loop.stored or loop is chosen]
+
+
+def work(binary: Binary, entry: int, width: int, known: bool = False) -> Work:
     """A resident kernel has no loop: all of it is spread over its tile."""
     if binary.loops:
-        loads = [entry] * len(binary.loops)
-        parts = [(loop, loop.loaded / entry) for loop in binary.loops]
+        loops = way(binary.loops, known)
+        loads = [entry] * len(loops)
+        parts = [(loop, loop.loaded / entry) for loop in loops]
     else:
         tile = math.prod(_tile(binary))
         parts = [(binary.main, tile / (width * binary.warps * binary.blocks))]
@@ -255,7 +266,7 @@ def _line(one: Measured) -> list[str]:
         " x ".join(map(str, _tile(binary))), str(binary.warps),
         str(binary.registers), str(binary.shared), str(binary.all.spills), str(held),
         *(f"{x:.2f}" for x in (sum(done.loads), done.stored, bytes_.unshared, bytes_.shared)),
-        f"{done.instructions:.1f}",
+        f"{done.instructions:.1f}", f"{work(binary, one.entry, gpu.width, True).instructions:.1f}",
         *(f"{x:.2f}" for x in (done.exp2, done.log2, done.special)),
     ]  # fmt: skip
 
@@ -298,7 +309,7 @@ def _against_textbook(target: str, name: str) -> list[str]:
         (theirs,) = measure(target, name, MAIN[:1])
     width = model.GPUS[target].width
     count, plain = (work(one.binary, one.entry, width).instructions for one in (ours, theirs))
-    loops = ours.binary.loops
+    loops = way(ours.binary.loops, known=False)
     sweeps = [loop.instructions * ours.entry / loop.loaded for loop in loops]
     return [
         name, " + ".join(f"{n:.1f}" for n in sweeps),
@@ -314,8 +325,8 @@ PREDICTED = (
     "L2, ms", "issue, ms", "MUFU, ms", "predicted, ms", "limit", "of the floor", "of a copy",
 )  # fmt: skip
 EVERY = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd")
-# The loss alone of rows whose KL is not small.
-ONE_SWEEP = "forward, large"
+# Of rows whose KL is not small: the loss alone in one sweep, the gradient without a value.
+ONE_SWEEP, GRADIENT_ALONE = "forward, large", "fused, large"
 # (case, pass, divergences)
 CASES = (
     ("llama3-8192", "fused", NAMES),
@@ -323,6 +334,7 @@ CASES = (
     ("llama2-8192", "fused", EVERY), ("gpt2-8192", "fused", EVERY[:1]),
     ("llama3-8192", "forward", EVERY), ("llama3-8192", "backward", EVERY),
     ("llama3-8192", ONE_SWEEP, EVERY[:2]),
+    ("llama3-8192", GRADIENT_ALONE, EVERY[:2]), ("llama2-8192", GRADIENT_ALONE, EVERY[:2]),
     ("imagenet-65536", "fused", EVERY), ("cifar100-65536", "fused", EVERY),
     ("cifar10-65536", "fused", EVERY), ("llama3-64", "fused", EVERY), ("qwen3-512", "fused", EVERY),
     ("llama3-8192", "sum", ("kl_div",)), ("llama3-8192", "input's gradient", ("kl_div",)),
@@ -330,7 +342,10 @@ CASES = (
 
 
 # Bytes of bf16 that must move per position.
-FLOOR = {"fused": 6, "forward": 4, ONE_SWEEP: 4, "backward": 6, "sum": 4, "input's gradient": 4}
+FLOOR = {
+    "fused": 6, GRADIENT_ALONE: 6, "forward": 4, ONE_SWEEP: 4, "backward": 6, "sum": 4,
+    "input's gradient": 4,
+}  # fmt: skip
 
 
 def predictions(gpu: model.Gpu, target: str, names: Sequence[str]) -> list[list[str]]:
@@ -359,7 +374,8 @@ def _prediction(
     if launcher == ONE_SWEEP:
         (one,) = kernels
         kernels = [one._replace(binary=one.binary._replace(loops=one.binary.loops[:1]))]
-    done = [work(one.binary, one.entry, gpu.width) for one in kernels]
+    known = launcher == GRADIENT_ALONE
+    done = [work(one.binary, one.entry, gpu.width, known) for one in kernels]
     first = kernels[0].binary
     padding = _held(first) / shape.vocab if _held(first) else 1.0
     instructions = padding * sum(part.instructions for part in done)
@@ -457,6 +473,7 @@ def _task(quick: bool, task: tuple[str, str]) -> list[dict[str, Any]]:
             "main": one.binary.main._asdict(),
             "loops": [loop._asdict() for loop in one.binary.loops],
             "work": work(one.binary, one.entry, model.GPUS[target].width)._asdict(),
+            "known": work(one.binary, one.entry, model.GPUS[target].width, True)._asdict(),
             "occupancy": model.occupancy(
                 model.GPUS[target], one.binary.registers, one.binary.shared, one.binary.warps
             ),

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastkd.divergences import LOG_MIXTURE, REVERSE_KL, SLOPE_SUM, Divergence
 from fastkd.kernels import phases as P
 from fastkd.kernels import records
-from fastkd.kernels.divergences import Device, device_of
+from fastkd.kernels.divergences import SLOPES, Device, device_of
 from fastkd.kernels.launch import (
     beginnings,
     new_gradient,
@@ -156,10 +156,10 @@ def _launches(
     want = _wanted(problem, constant, entropy, metrics)
     apart = merge is not LOCAL and problem.temperature_trains  # whose gradient is to be in state
     want |= records.LEVER.value * (problem.moments is not None or (apart and state is not None))
-    alone = not once and gradient is None and not metrics and teacher is not None
-    swept = plan.kind == "sweep" and plan.splits == 1 and problem.moments is None
-    if alone and swept and merge is LOCAL and problem.divergence in ("forward_kl", "reverse_kl"):
-        want |= records.KL.value
+    alone = plan.kind == "sweep" and plan.splits == 1 and merge is LOCAL and not once
+    slope = SLOPES.get(problem.divergence) if teacher is not None else None
+    if alone and slope is not None and problem.moments is None and not metrics:
+        want |= records.KL.value + records.AGAIN.value * (gradient is not None)
     arguments = operands | per_row(
         s_temperature=problem.student_temperature, t_temperature=t_temperature, kd=kd, ce=ce,
         entropy=h,
@@ -180,7 +180,7 @@ def _launches(
                 **arguments,
             )  # fmt: skip
     else:
-        arguments |= beginnings(operands, plan.vector)
+        arguments |= beginnings(operands, plan.vector) | {"SLOPE": slope}
         shifted = arguments["SHIFTED"]
         everywhere = 1 + 2 * (teacher is not None) + 4 * (gradient is not None)
         plain = lean and shifted in (0, everywhere)

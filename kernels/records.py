@@ -15,6 +15,7 @@ ENTROPY = tl.constexpr(16)
 TEACHER_ENTROPY = tl.constexpr(32)
 LEVER = tl.constexpr(64)  # the derivatives to the temperature, in the sweep of sums
 KL = tl.constexpr(128)  # the value of a Kullback-Leibler divergence
+AGAIN = tl.constexpr(1024)  # beside KL: another sweep follows, and the value may come out NaN
 STANDARDIZED = tl.constexpr(512)  # logits over their deviation, through which the gradient goes
 REST = tl.constexpr(256)  # what c lacks, in a sweep of rows whose student is saturated
 

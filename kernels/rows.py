@@ -11,6 +11,7 @@ import triton.language as tl
 
 from fastkd.kernels.arithmetic import LN2, LOG2E, log1p, log2, product_sum, reciprocal
 from fastkd.kernels.records import (
+    AGAIN,
     ENTROPY,
     GAP,
     KL,
@@ -36,6 +37,9 @@ HUGE = tl.constexpr(2.0**30)
 SHARE = tl.constexpr(2.0**-24)
 # A KL divergence beyond this is right to 1e-5 from the first sweep's sums, which cancel.
 CLEAR = tl.constexpr(0.1)
+# Where the largest q and the largest p differ by this share of them, so does some q - p at least,
+# and what q - p of two exponentials lacks is no more than 2e-5 of that.
+APART = tl.constexpr(2.0**-5)
 
 # --- row statistics --------------------------------------------------------------------------
 
@@ -104,7 +108,10 @@ def measure(z, u, v, inside, s_max, t_max, mixture_max, temper, WANT: tl.constex
     if GAP & WANT:
         gap = tl.sum(q * tl.where(q > 0, u - v, 0.0), 1, keep_dims=True)
     elif KL & WANT:
-        gap = tl.sum(p * tl.where(p > 0, v - u, 0.0), 1, keep_dims=True)
+        depth = v - u
+        if inside is not None or AGAIN & WANT == 0:
+            depth = tl.where(p > 0, depth, 0.0)
+        gap = tl.sum(p * depth, 1, keep_dims=True)
     if MIXTURE & WANT:
         # Finite stand-ins for -inf: w is then hugely negative or positive, never NaN.
         low = tl.maximum(u, FLOOR)
@@ -356,6 +363,24 @@ def kl_of(stats, row, WANT: tl.constexpr):
         return row.c
     else:
         return stats.gap / positive(stats.t_sum) * LN2 - row.gap
+
+
+@triton.jit
+def clear(known, stats, temper):
+    """Whether the KL divergence that kl_of has found is right."""
+    return (known > CLEAR) & (huge(stats, temper) == 0)
+
+
+@triton.jit
+def plain(stats, WANT: tl.constexpr):
+    """Whether a slope whose terms may cancel has the digits that a gradient needs.
+
+    Of reverse KL -q (d + c) without `rest`, of forward KL q - p.
+    """
+    if GAP & WANT:
+        return saturated(stats) == 0
+    else:
+        return tl.abs(stats.t_sum - stats.s_sum) > tl.maximum(stats.s_sum, stats.t_sum) * APART
 
 
 @triton.jit

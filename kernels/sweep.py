@@ -52,9 +52,9 @@ def sweep(
     state, values, loss, gradient, gradient_outer, gradient_inner, width, temperature,
     rows, columns, first_column, all_columns, statistics, sums_of_pieces, span,
     FIRST: tl.constexpr, LAST: tl.constexpr, WANT: tl.constexpr, DIVERGENCE: tl.constexpr,
-    OUTER: tl.constexpr, CONSTANT: tl.constexpr, ALIGN: tl.constexpr, LANES: tl.constexpr,
-    VECTOR: tl.constexpr, SPLITS: tl.constexpr, PIECES: tl.constexpr, PADDED: tl.constexpr,
-    SHIFTED: tl.constexpr,
+    SLOPE: tl.constexpr, OUTER: tl.constexpr, CONSTANT: tl.constexpr, ALIGN: tl.constexpr,
+    LANES: tl.constexpr, VECTOR: tl.constexpr, SPLITS: tl.constexpr, PIECES: tl.constexpr,
+    PADDED: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """Phases FIRST to LAST of `span` columns of a row, in tiles of LANES * VECTOR.
 
@@ -168,6 +168,9 @@ def sweep(
     else:
         row = R.summarize(stats, temper, CONSTANT, WANT)
         hard = P.cross_entropy(stats, row, label, label_logit, all_columns, smoothing, WANT)
+    if records.KL & WANT:
+        known = R.kl_of(stats, row, WANT)
+        clear = R.clear(known, stats, temper)
 
     if not SUMMED:
         sums = P.collapse_sums(P.no_sums(LANES), WANT)
@@ -177,8 +180,6 @@ def sweep(
         # Loss alone: one sweep is enough where the value is not small.
         rounds, last = full, end
         if records.KL & WANT:
-            known = R.kl_of(stats, row, WANT)
-            clear = (known > R.CLEAR) & (R.huge(stats, temper) == 0)
             rounds, last = tl.where(clear, 0, full), tl.where(clear, tail, end)
         if tail < last:
             at = tail + offsets
@@ -258,7 +259,19 @@ def sweep(
                 all_columns, smoothing, k_kd, k_ce, k_entropy, a, b, LATE, HEAT, WANT, CE, H,
                 DIVERGENCE, SAME,
             )  # fmt: skip
-        for i in range(full):
+        rounds = full
+        if LATE and records.KL & WANT:
+            # Where the value is known, a loop of its own makes the gradient alone.
+            plain = clear & R.plain(stats, WANT)
+            rounds = tl.where(plain, 0, full)
+            for i in range(full - rounds):
+                at = first + i * step + offsets
+                P.gradient_step(
+                    sums, heat, student, teacher, gradient, at, None, row, temper, label,
+                    all_columns, smoothing, k_kd, k_ce, k_entropy, a, b, False, HEAT,
+                    ~records.REST & WANT, CE, H, SLOPE, SAME,
+                )  # fmt: skip
+        for i in range(rounds):
             at = first + i * step + offsets
             sums, heat = P.gradient_step(
                 sums, heat, student, teacher, gradient, at, None, row, temper, label,
@@ -277,7 +290,10 @@ def sweep(
         if HEAT:
             tl.store(temperature + index * SPLITS + split, -temper.s_rate * tl.sum(heat))
         if LATE:
+            sums = P.collapse_sums(sums, WANT)
+            if records.KL & WANT:
+                sums = P.with_value(sums, tl.where(plain, known, sums.value))
             P.write_row(
-                index, rows, None, stats, row, P.collapse_sums(sums, WANT), hard,
+                index, rows, None, stats, row, sums, hard,
                 k_kd, k_ce, k_entropy, a, b, values, state, loss, WANT, OUTER,
             )  # fmt: skip

@@ -27,7 +27,7 @@ OTHER_TARGETS = [target for target in TARGETS if target != "sm_90"]
 # and the backward pass alone; 5 % are for ptxas. Then the exponentials and logarithms of the
 # former. kernels/README.md says what the value costs that does not cancel.
 BUDGET = {
-    "forward_kl": (43.5, 26.5, 4.125, 0),
+    "forward_kl": (46, 26.5, 4.125, 0),
     "reverse_kl": (48, 17.5, 4.125, 0),
     "jeffreys": (65.5, 34, 4.125, 0),
     "jsd": (76, 23.5, 7.125, 2),
@@ -37,6 +37,8 @@ BUDGET = {
     "alpha": (85, 37, 7.1875, 0),
     "renyi": (85, 36, 7.1875, 0),
 }
+# Of rows whose value the first sweep's sums give.
+KNOWN = {"forward_kl": 32, "reverse_kl": 34}
 # A divergence without a line of its own may cost as much as the dearest, until it has one.
 DEAREST = tuple(map(max, zip(*BUDGET.values(), strict=True)))
 # A row in registers, by its width, per column that its parts hold: what is computed once per row
@@ -155,10 +157,10 @@ def test_tiles_move_128_bits_at_a_time(target, name, compiled):
     for kernel in compiled[target, name]:
         any_row = kernel["configuration"].endswith((" columns", " 5", " 37"))  # not aligned
         assert any_row or kernel["all"]["wide"] > 0, kernel
-        narrow = [loop["narrow"] for loop in kernel["loops"]]
         # A gradient whose rows begin elsewhere is stored entry by entry.
         stores = 16 if kernel["configuration"] == "slices, own gradient" else 0
-        assert sum(narrow) == stores, kernel
+        for loop in kernel["loops"]:
+            assert loop["narrow"] == (stores if loop["stored"] else 0), kernel
 
 
 def test_slices_of_wider_tensors_move_like_whole_ones(compiled):
@@ -197,6 +199,16 @@ def test_instructions_per_position(target, name, compiled):
     if name in BUDGET:
         assert work["sweep"]["exp2"] == pytest.approx(exp2, abs=0.01)
         assert work["sweep"]["log2"] == pytest.approx(log2, abs=0.01)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_instructions_where_the_value_is_known(name, compiled):
+    if ("sm_90", name) not in compiled:
+        pytest.skip("not among the quick ones")
+    known = {k["configuration"]: k["known"] for k in compiled["sm_90", name]}
+    for configuration, more in (("sweep", 0), ("fp32", 0), ("odd", 2)):
+        assert 0 < known[configuration]["instructions"] <= KNOWN[name] + more
+        assert known[configuration]["loads"] == [known[configuration]["loads"][0]] * 2
 
 
 @HOPPER
