@@ -169,11 +169,11 @@ def _call(name: str, one: Configuration) -> Callable[[], object]:
     wide = one.first + one.columns + one.beyond
     inside = slice(one.first, one.first + one.columns)
     z, y = (meta(1, rows, wide, dtype=one.dtype)[..., inside] for _ in range(2))
-    labels = meta(rows, dtype=torch.int64) if full else None
+    kind = fastkd.Divergence.of_name(name)
+    labels = meta(rows, dtype=torch.int64) if full or kind.label_aware else None
     counted = meta(rows, dtype=torch.bool) if full else None
-    parameters = fastkd.Divergence.of_name(name)().parameters
     problem = Problem(
-        z, y, meta(rows), None, labels, counted, 0.1 if full else 0.0, name, *parameters,
+        z, y, meta(rows), None, labels, counted, 0.1 if full else 0.0, name, *kind().parameters,
         one.columns,
     )  # fmt: skip
     factors = Coefficients(meta(rows), *((meta(rows),) * 2 if full else (None, None)))

@@ -361,7 +361,8 @@ def sharded(divergence: Divergence) -> None:
     if not divergence.sharded:
         raise NotImplementedError(
             f"{type(divergence).__name__} takes a row in one piece, and `group` spreads it over "
-            "ranks: gather the logits, or take all sums by the pair (Divergence.value_and_pull)"
+            "ranks: gather the logits, take all sums by the pair (Divergence.value_and_pull), or "
+            "give it a device function and use backend='triton'"
         )
 
 

@@ -253,7 +253,10 @@ def _backend(given: Settings, student: Tensor, teacher: Tensor) -> str:
     kind = given.divergence
     if given.backend == "auto" and student.is_cuda and not kind.has_device_function:
         warnings.warn(f"{type(kind).__name__} has no device function: using torch", stacklevel=3)
-    return checks.backend(given.backend, student, teacher, kind.has_device_function)
+    backend = checks.backend(given.backend, student, teacher, kind.has_device_function)
+    if given.group is not None and backend == "torch":
+        checks.sharded(kind)
+    return backend
 
 
 def _reads_labels(given: Settings) -> bool:

@@ -160,8 +160,7 @@ def _forward(*arguments: Any) -> Any:
 def _(*arguments: Any) -> Any:
     problem, (entropy, metrics, name) = _split(arguments)
     kinds = problem.kinds(entropy, metrics)
-    with_temperature = problem.standardize or problem.moments is not None or problem.merge != ""
-    saved = 10 if with_temperature else 8 if kinds > 1 else 6
+    saved = problem.state_rows(kinds)
     events = isinstance(problem.teacher, Events) and kinds == 1
     sigmoids = Divergence.of_name(problem.divergence).rows == "bernoulli"
     if name == "torch" or events or sigmoids:

@@ -41,12 +41,13 @@ CPU = torch.device("cpu")
 KD, CE, ENTROPY, TEACHER_ENTROPY, AGREEMENT = range(5)
 
 # Rows of `state`, fp32 [6, N], [8, N] where ce or entropy is wanted, [10, N] where the logits are
-# standardised or others hold columns too: the last two are -T times the derivatives of kd and
-# entropy to T. max is of the raw logits, sum is of exp((logit - max) / T), gap is the logarithm of
+# standardised or others hold columns too: two are -T times the derivatives of kd and entropy to T.
+# max is of the raw logits, sum is of exp((logit - max) / T), gap is the logarithm of
 # the teacher's sum over the student's, -inf where a side is masked throughout; constant is c of
-# table 1, rest what it lacks, unit_sum the sum at T = 1.
+# table 1, rest what it lacks, unit_sum the sum at T = 1. Where the divergence looks at the label,
+# [14, N], of the other columns; the last four are kernels/labels.py's, of the label.
 STUDENT_MAX, STUDENT_SUM, TEACHER_MAX, GAP, CONSTANT, REST = range(6)
-STUDENT_ENTROPY, UNIT_SUM = 6, 7
+STUDENT_ENTROPY, UNIT_SUM, SCALE_SLOPE, ENTROPY_SCALE_SLOPE = range(6, 10)
 
 # Rows of `moments`, of the n finite entries of a row: their mean; the width std + eps, by which a
 # backend multiplies the temperature, whose gradient it still gives; the pull 1 / ((n - 1) std), by
@@ -158,6 +159,14 @@ class Problem(NamedTuple):
         """Whether the labels are a distribution over the classes of a softmax."""
         several = self.labels is not None and self.labels.dim() == 2
         return several and Divergence.of_name(self.divergence).rows == "logits"
+
+    def state_rows(self, kinds: int) -> int:
+        """How many rows of `state` the kernels keep beside so many of `values`."""
+        if Divergence.of_name(self.divergence).label_aware:
+            return 14
+        if self.standardize or self.moments is not None or self.merge:
+            return 10
+        return 8 if kinds > 1 else 6
 
     @property
     def makes_logits(self) -> bool:

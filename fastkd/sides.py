@@ -214,8 +214,6 @@ def columns(
     sharded = isinstance(merge, Group)
     wanted = merge.mine if isinstance(merge, Group) else given.vocab_size
     columns = checks.logits(student, teacher, wanted, sharded)
-    if sharded:
-        checks.sharded(given.divergence)
     for name, value in given.temperatures.items():
         checks.temperature_rows(name, value, student)
     check_labels(labels, given, student, columns, merge.columns)

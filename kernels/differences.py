@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastkd.kernels import labels as L
 from fastkd.kernels import memory as M
 from fastkd.kernels import records
 from fastkd.kernels import rows as R
@@ -61,6 +62,7 @@ def of_tile(z, y, stats, temper, SAME: tl.constexpr, WANT: tl.constexpr):
 def step(rise, lift, student, teacher, at, inside, stats, temper,
          WANT: tl.constexpr, SAME: tl.constexpr):  # fmt: skip
     z, y = M.load(student, at, inside, ""), M.load(teacher, at, inside, "")
+    z, y = L.others(z, y, at, temper)
     more_rise, more_lift = of_tile(z, y, stats, temper, SAME, WANT)
     return rise + more_rise, lift + more_lift
 

@@ -7,6 +7,12 @@ exponential takes them. c is the row constant that the class's `constant` names;
 the second result is slope - q c, and c the sum of the slopes at c = 0. `README.md` derives the
 forms. All logarithms may be infinite, or NaN where both sides are masked: p and q are exactly 0
 there, and the results are never NaN.
+
+A divergence that looks at a row's label is one of the other columns, with p and q normalised among
+them, and of the label's odds: `evaluate` sees the others, `outer(total, c, a, b, label)` joins what
+they give with the label (a `records.Label`), and `at_label(total, c, a, b, label)` gives the factor
+by which `outer` takes up the total, and the derivative to the log-odds that the student gives the
+label. total is known to `at_label` where c is the slope sum, and NaN elsewhere.
 """
 
 from __future__ import annotations
@@ -16,8 +22,20 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastkd.divergences import NONE, SLOPE_SUM, Divergence
+from fastkd.divergences import NONE, REVERSE_KL, SLOPE_SUM, Divergence, exchanged
 from fastkd.kernels.arithmetic import LN2, LOG2E, fast_log2, log1p, log_bend, reciprocal
+from fastkd.kernels.label_aware import (
+    cross_entropy,
+    cross_entropy_exchanged,
+    dkd_exchanged_outer,
+    dkd_exchanged_at_label,
+    dkd_outer,
+    dkd_at_label,
+    nkd_exchanged_outer,
+    nkd_exchanged_at_label,
+    nkd_outer,
+    nkd_at_label,
+)
 from fastkd.kernels.terms import (
     NEAR,
     NEAR2,
@@ -34,6 +52,7 @@ from fastkd.kernels.terms import (
     log_ratio,
     mixture_value,
     powers,
+    times,
 )
 
 
@@ -43,11 +62,12 @@ def identity(total, c, a, b):
 
 
 class Device(NamedTuple):
-    """A divergence for the Triton backend: two functions, decorated with triton.jit."""
+    """A divergence for the Triton backend: functions decorated with triton.jit."""
 
     evaluate: Any
     outer: Any = identity
     constant: str | None = None  # where it is not the class's
+    at_label: Any = None  # of one that looks at the label
 
 
 # --- the divergences -------------------------------------------------------------------------
@@ -279,12 +299,6 @@ def taid_outer(total, c, a, b):
 
 
 @triton.jit
-def times(x, log):
-    """x log, and 0 where x is, be the logarithm infinite."""
-    return tl.where(x == 0, 0.0, x * log)
-
-
-@triton.jit
 def growth(lp, lq, d2, x, s):
     """q^s ((p / q)^x - 1) / x, and its limit at x = 0."""
     q = tl.exp2(times(s, lq))
@@ -329,6 +343,15 @@ TABLE = {
     "todi": Device(todi),
     "taid": Device(taid, taid_outer),
     "alpha_beta": Device(alpha_beta),
+    "dkd": Device(forward_kl, dkd_outer, NONE, dkd_at_label),
+    "nkd": Device(cross_entropy, nkd_outer, NONE, nkd_at_label),
+}
+# With the roles exchanged, of those that say `dual_on_device`.
+EXCHANGED = {
+    exchanged("dkd"): Device(reverse_kl, dkd_exchanged_outer, REVERSE_KL, dkd_exchanged_at_label),
+    exchanged("nkd"): Device(
+        cross_entropy_exchanged, nkd_exchanged_outer, SLOPE_SUM, nkd_exchanged_at_label
+    ),
 }
 # What has their slope in fewer instructions, of rows whose value the first sweep's sums give.
 SLOPES = {"forward_kl": forward_slope, "reverse_kl": reverse_kl}
@@ -352,7 +375,8 @@ def device_of(name: str, a: float, b: float) -> Device:
     if name == "taid" and b == 0:
         return Device(forward_kl, constant=NONE)
     near = NEAR_ZERO if abs(a) < NEAR_END else NEAR_ONE if abs(b) < NEAR_END else {}
-    device = near.get(name) or TABLE.get(name) or Divergence.of_name(name).device
+    device = near.get(name) or TABLE.get(name) or EXCHANGED.get(name)
+    device = device or Divergence.of_name(name).device
     if device is None:
         raise NotImplementedError(
             f"divergence {name!r} has no device function: give its class a `device`, a "

@@ -36,7 +36,15 @@ from fastkd.kernels.tuning import (
     registers,
     schedule,
 )
-from fastkd.problem import CONSTANT, GAP, STUDENT_SUM, WIDTH, Coefficients, Problem
+from fastkd.problem import (
+    CONSTANT,
+    ENTROPY_SCALE_SLOPE,
+    GAP,
+    SCALE_SLOPE,
+    WIDTH,
+    Coefficients,
+    Problem,
+)
 from fastkd.sharding import LOCAL, Merge, Phases, of, together
 
 
@@ -65,9 +73,8 @@ def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Ten
 def phases(problem: Problem, entropy: bool, metrics: bool) -> Phases[tuple[Tensor, Tensor]]:
     """The same, where other owners' columns come in between."""
     kinds = problem.kinds(entropy, metrics)
-    temperature = problem.merge or problem.moments is not None
     values = new_rows(problem, kinds)
-    state = new_rows(problem, 10 if temperature else 8 if kinds > 1 else 6)
+    state = new_rows(problem, problem.state_rows(kinds))
     yield from _launches(problem, P.STATISTICS, entropy, metrics, state=state, values=values)
     return values, state
 
@@ -168,8 +175,8 @@ def _launches(
         smoothing=float(problem.label_smoothing), a=float(problem.a), b=float(problem.b),
         state=state, values=values, loss=loss, width=width, rows=rows, columns=problem.vocab_size,
         temperature=temperature, WANT=want, DIVERGENCE=device_function.evaluate,
-        OUTER=device_function.outer, CONSTANT=constant, LANES=plan.lanes, num_warps=plan.warps,
-        enable_fp_fusion=True,
+        OUTER=device_function.outer, AT_LABEL=device_function.at_label, CONSTANT=constant,
+        LANES=plan.lanes, num_warps=plan.warps, enable_fp_fusion=True,
     )  # fmt: skip
     if plan.kind == "resident":
         vector = min(operands["ALIGN"], 16 // itemsize)
@@ -248,11 +255,11 @@ def _sweeps(
 
 def _temperature_gradient(problem: Problem, state: Tensor, upstream: Coefficients) -> Tensor:
     """From the derivatives that the forward pass has summed up over all columns."""
-    alive = (state[STUDENT_SUM] != 0) & (state[GAP] != -torch.inf)
+    alive = state[GAP] != -torch.inf
     defined = alive & (state[CONSTANT].abs() != torch.inf) & (upstream.kd != 0)
-    slope = torch.where(defined, upstream.kd * state[-2], 0.0)
+    slope = torch.where(defined, upstream.kd * state[SCALE_SLOPE], 0.0)
     if upstream.entropy is not None:
-        slope += torch.where(alive, upstream.entropy * state[-1], 0.0)
+        slope += torch.where(alive, upstream.entropy * state[ENTROPY_SCALE_SLOPE], 0.0)
     return -slope / problem.student_temperature
 
 

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels import arithmetic as A
+from fastkd.kernels import labels as L
 from fastkd.kernels import memory as M
 from fastkd.kernels import records
 from fastkd.kernels import rows as R
@@ -14,9 +15,6 @@ THREAD = tl.constexpr(16)  # entries of a tile per thread, as tuning.py has them
 # The phases of a row, in their order.
 STATISTICS, SUMS, GRADIENT = map(tl.constexpr, (1, 2, 3))
 
-# In place of a label's column: it is in no owner's columns, or in another's.
-NOWHERE, ELSEWHERE = tl.constexpr(-1), tl.constexpr(-2)
-
 # --- numbers of a row ------------------------------------------------------------------------
 
 
@@ -24,18 +22,6 @@ NOWHERE, ELSEWHERE = tl.constexpr(-1), tl.constexpr(-2)
 def singles(a, b, c):
     """In fp32: some compilers pass a Python float in fp64."""
     return tl.cast(a, tl.float32), tl.cast(b, tl.float32), tl.cast(c, tl.float32)
-
-
-@triton.jit
-def label_of(label, columns, first_column, all_columns):
-    """As a 32-bit column of these; NOWHERE or ELSEWHERE where it is none."""
-    if first_column is None:
-        return tl.where((label >= 0) & (label < columns), label, NOWHERE).to(tl.int32)
-    else:
-        column = label.to(tl.int64) - first_column
-        mine = (column >= 0) & (column < columns)
-        other = tl.where((label >= 0) & (label < all_columns), ELSEWHERE, NOWHERE)
-        return tl.where(mine, column, other).to(tl.int32)
 
 
 @triton.jit
@@ -68,12 +54,12 @@ def temper_of(s_pointer, s_stride, t_pointer, t_stride, moments, index, rows, li
         s_rate = s_rate * s_width
         t_rate = s_rate if t_pointer is None else t_rate * t_width
     return records.Temper(
-        s_rate, t_rate, s_rate * A.LOG2E, t_rate * A.LOG2E, a, mean, pull, s_width
+        s_rate, t_rate, s_rate * A.LOG2E, t_rate * A.LOG2E, a, mean, pull, s_width, ()
     )
 
 
 @triton.jit
-def restore(state, index, rows, live, WANT: tl.constexpr):
+def restore(state, index, rows, live, WANT: tl.constexpr, AT_LABEL: tl.constexpr):
     """records.Row from what `write_row` saved."""
     state += index
     mean_depth, unit = 0.0, 1.0
@@ -83,7 +69,7 @@ def restore(state, index, rows, live, WANT: tl.constexpr):
     s_max, t_max = M.row_load(state, 0, live, 0.0), M.row_load(state, 2 * rows, live, 0.0)
     s_sum, gap = M.row_load(state, rows, live, 1.0), M.row_load(state, 3 * rows, live, 0.0)
     c = M.row_load(state, 4 * rows, live, 0.0)
-    alive = (s_sum != 0) & (gap != -float("inf"))
+    alive = gap != -float("inf")
     gap = tl.where(alive, gap, 0.0)
     s_log = A.log2(R.positive(s_sum))
     t_log = s_log + gap * A.LOG2E
@@ -93,7 +79,7 @@ def restore(state, index, rows, live, WANT: tl.constexpr):
     if records.STANDARDIZED & WANT:
         lever = M.row_load(state, 8 * rows, live, 0.0)
         row = with_levers(row, lever, M.row_load(state, 9 * rows, live, 0.0))
-    return row
+    return L.restore_label(state, rows, row, unit, live, AT_LABEL)
 
 
 @triton.jit
@@ -105,10 +91,10 @@ def cross_entropy(stats, row, label, label_logit, columns, smoothing, WANT: tl.c
     value = tl.zeros_like(row.s_max)
     if records.UNIT & WANT:
         value = row.unit_log * A.LN2
-        value += tl.where(smoothing < 1, (1.0 - smoothing) * (row.s_max - label_logit), 0.0)
+        value += tl.where(smoothing < 1, (1.0 - smoothing) * (row.unit_max - label_logit), 0.0)
         if records.MEAN & WANT:
-            value -= smoothing * (stats.total / (R.SHARE * columns))
-        value = tl.where(label != NOWHERE, value, float("nan"))
+            value -= smoothing * (L.sum_of_logits(stats, row) / (R.SHARE * columns))
+        value = tl.where(label != L.NOWHERE, value, float("nan"))
     return tl.where(row.alive, value, 0.0)
 
 
@@ -121,8 +107,8 @@ def write_row(
 
     hard: the cross-entropy. A factor of exactly 0 removes its term, be it infinite.
     """
-    kd_value = tl.where(row.alive, OUTER(sums.value, row.c, a, b), 0.0)
-    student_entropy = R.entropy_of(row)
+    kd_value = tl.where(row.alive, L.divergence(row, sums.value, a, b, OUTER), 0.0)
+    student_entropy = L.student_entropy(row)
     if values is not None:
         M.row_store(values, kd_value, index, live)
         if (records.UNIT + records.ENTROPY) & WANT:
@@ -130,7 +116,7 @@ def write_row(
             M.row_store(values + 2 * rows, student_entropy, index, live)
         if records.TEACHER_ENTROPY & WANT:
             M.row_store(values + 3 * rows, row.t_entropy, index, live)
-            agreement = tl.where(row.alive, sums.agreement, 0.0)
+            agreement = tl.where(row.alive, L.agreement(row, sums.agreement), 0.0)
             M.row_store(values + 4 * rows, agreement, index, live)
     if state is not None:
         M.row_store(state, row.s_max, index, live)
@@ -147,6 +133,7 @@ def write_row(
         if records.LEVER & WANT:
             M.row_store(state + 8 * rows, row.lever, index, live)
             M.row_store(state + 9 * rows, row.entropy_lever, index, live)
+        L.write_label(state, index, rows, live, row)
     if loss is not None:
         total = tl.where(kd != 0, kd * kd_value, 0.0) + tl.where(ce != 0, ce * hard, 0.0)
         total += tl.where(entropy != 0, entropy * student_entropy, 0.0)
@@ -188,6 +175,16 @@ def add_levers(sums, z, slope, q, lq, row, temper, WANT: tl.constexpr):
 
 
 @triton.jit
+def sum_tile(sums, z, y, at, row, temper, a, b, WANT: tl.constexpr, DIVERGENCE: tl.constexpr,
+             SAME: tl.constexpr):  # fmt: skip
+    z, y = L.others(z, y, at, temper)
+    lp, lq, p, q, d, d2 = R.elements(z, y, row, temper, SAME)
+    value, slope = DIVERGENCE(lp, lq, p, q, d, d2, row.c, a, b)
+    sums = add_sums(sums, z, y, value, slope, row, WANT)
+    return add_levers(sums, z, slope, q, lq, row, temper, WANT)
+
+
+@triton.jit
 def no_sums(LANES: tl.constexpr):
     zero = tl.zeros([LANES, 1], tl.float32)
     return records.Sums(zero, zero, zero, zero, zero)
@@ -208,6 +205,7 @@ def with_constant(row, c):
     return records.Row(
         row.s_max, row.t_max, row.s_log, row.t_log, row.gap, c, row.rest,
         row.mean_depth, row.t_entropy, row.unit_log, row.alive, row.lever, row.entropy_lever,
+        row.unit_max, row.label,
     )  # fmt: skip
 
 
@@ -216,6 +214,7 @@ def with_levers(row, lever, entropy_lever):
     return records.Row(
         row.s_max, row.t_max, row.s_log, row.t_log, row.gap, row.c, row.rest,
         row.mean_depth, row.t_entropy, row.unit_log, row.alive, lever, entropy_lever,
+        row.unit_max, row.label,
     )  # fmt: skip
 
 
@@ -224,6 +223,7 @@ def with_rest(row, rest):
     return records.Row(
         row.s_max, row.t_max, row.s_log, row.t_log, row.gap, row.c, rest,
         row.mean_depth, row.t_entropy, row.unit_log, row.alive, row.lever, row.entropy_lever,
+        row.unit_max, row.label,
     )  # fmt: skip
 
 
@@ -254,8 +254,9 @@ def lacking(row, suspect):
 
 
 @triton.jit
-def rest_of(z, y, row, temper, a, b, DIVERGENCE: tl.constexpr, SAME: tl.constexpr):
+def rest_of(z, y, at, row, temper, a, b, DIVERGENCE: tl.constexpr, SAME: tl.constexpr):
     """What a tile adds to that which c lacks: the mean of the slopes less c."""
+    z, y = L.others(z, y, at, temper)
     lp, lq, p, q, d, d2 = R.elements(z, y, row, temper, SAME)
     _, slope = DIVERGENCE(lp, lq, p, q, d, d2, row.c, a, b)
     return tl.sum(slope, 1, keep_dims=True)
@@ -271,19 +272,23 @@ def gradient_tile(
     SAME: tl.constexpr,
 ):  # fmt: skip
     """The gradient, its part that goes through the temperature, and the divergence's terms."""
-    lp, lq, p, q, d, d2 = R.elements(z, y, row, temper, SAME)
+    z_others, y_others = L.others(z, y, column, temper)
+    lp, lq, p, q, d, d2 = R.elements(z_others, y_others, row, temper, SAME)
     defined = row.alive & (tl.abs(row.c) != float("inf"))
     value, slope = DIVERGENCE(lp, lq, p, q, d, d2, tl.where(defined, row.c, 0.0), a, b)
     if records.REST & WANT:
         slope -= q * row.rest
+    slope_of_all = L.slopes_of_all(slope, q, column, row, temper)
     lever = tl.where(defined & (kd != 0), kd * row.lever, 0.0)
     kd = tl.where(defined, kd * temper.s_rate, 0.0)
-    gradient = kd * tl.where(kd != 0, slope, 0.0)
+    gradient = kd * tl.where(kd != 0, slope_of_all, 0.0)
     if H:
         entropy = tl.where(row.alive, entropy, 0.0)
         lever += entropy * row.entropy_lever
         # Finite, so that it counts 0 where q is.
-        depth = tl.maximum(R.centred_depth(z, row, temper), R.FLOOR)
+        depth = R.centred_depth(z_others, row, temper)
+        q, depth = L.entropy_terms(q, depth, column, row, temper)
+        depth = tl.maximum(depth, R.FLOOR)
         gradient -= (entropy * temper.s_rate * A.LN2) * q * depth
     tempered = gradient
     if records.STANDARDIZED & WANT:  # through the standard deviation
@@ -291,8 +296,8 @@ def gradient_tile(
             z != -float("inf"), (lever * temper.width) * (temper.pull * (z - temper.mean)), 0.0
         )
     if CE:
-        unit = tl.exp2((z - row.s_max) * A.LOG2E - row.unit_log)
-        ce = tl.where(label != NOWHERE, ce, float("nan"))
+        unit = tl.exp2((z - row.unit_max) * A.LOG2E - row.unit_log)
+        ce = tl.where(label != L.NOWHERE, ce, float("nan"))
         target = tl.where(column == label, 1.0 - smoothing, 0.0) + smoothing / columns
         gradient += tl.where(row.alive, ce, 0.0) * (unit - target)
     return gradient, tempered, value, slope
@@ -300,7 +305,9 @@ def gradient_tile(
 
 @triton.jit
 def temperature_term(tempered, z, row):
-    return tl.sum(tl.where(z != -float("inf"), tempered * (z - row.s_max), 0.0), 1, keep_dims=True)
+    return tl.sum(
+        tl.where(z != -float("inf"), tempered * (z - row.unit_max), 0.0), 1, keep_dims=True
+    )
 
 
 # --- steps of a sweep -------------------------------------------------------------------------
@@ -321,6 +328,9 @@ def fold(x):
 def statistics_step(stats, student, teacher, at, inside, temper, WANT: tl.constexpr):
     z = M.load(student, at, inside, "evict_last")
     y = M.load_beside(z, teacher, at, inside, "evict_last")
+    z, y = L.others(z, y, at, temper)
+    if len(temper.label) != 0:
+        inside = L.inside_others(inside, at, temper)
     inside = inside if inside is None else fold(inside)
     if teacher is None:
         stats = R.add(R.of_one_side(stats), fold(z), fold(z), inside, temper, WANT)
@@ -335,17 +345,14 @@ def sum_step(sums, student, teacher, at, inside, row, temper, a, b,
              EVICT: tl.constexpr):  # fmt: skip
     z = M.load(student, at, inside, EVICT)
     y = M.load_beside(z, teacher, at, inside, EVICT)
-    lp, lq, p, q, d, d2 = R.elements(z, y, row, temper, SAME)
-    value, slope = DIVERGENCE(lp, lq, p, q, d, d2, row.c, a, b)
-    sums = add_sums(sums, z, y, value, slope, row, WANT)
-    return add_levers(sums, z, slope, q, lq, row, temper, WANT)
+    return sum_tile(sums, z, y, at, row, temper, a, b, WANT, DIVERGENCE, SAME)
 
 
 @triton.jit
 def rest_step(lacking, student, teacher, at, inside, row, temper, a, b,
               DIVERGENCE: tl.constexpr, SAME: tl.constexpr):  # fmt: skip
     z, y = M.load(student, at, inside, ""), M.load(teacher, at, inside, "")
-    return lacking + rest_of(z, y, row, temper, a, b, DIVERGENCE, SAME)
+    return lacking + rest_of(z, y, at, row, temper, a, b, DIVERGENCE, SAME)
 
 
 @triton.jit

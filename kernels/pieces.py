@@ -11,8 +11,8 @@ from fastkd.kernels import rows as R
 
 # [pieces, fields, N]: after the sweep of statistics, and after that of sums, whose slopes are taken
 # about `anchor`.
-STATISTICS_FIELDS = tl.constexpr(len(records.Statistics._fields) + 1)
-LABEL_LOGIT = tl.constexpr(STATISTICS_FIELDS.value - 1)
+STATISTICS_FIELDS = tl.constexpr(len(records.Statistics._fields) + 2)
+LABEL_LOGIT = tl.constexpr(STATISTICS_FIELDS.value - 2)  # the student's, and then the teacher's
 SUMS_FIELDS = tl.constexpr(len(records.Sums._fields) + 1)
 ANCHOR = tl.constexpr(SUMS_FIELDS.value - 1)
 
@@ -37,21 +37,23 @@ def read_fields(pieces, index, rows, neutral, FIELDS: tl.constexpr, PIECES: tl.c
 
 
 @triton.jit
-def write_statistics(pieces, piece, index, rows, stats, label_logit):
-    write_fields(pieces, piece, index, rows, stats + (label_logit,), STATISTICS_FIELDS)
+def write_statistics(pieces, piece, index, rows, stats, label_logit, teacher_logit):
+    fields = stats + (label_logit, teacher_logit)
+    write_fields(pieces, piece, index, rows, fields, STATISTICS_FIELDS)
 
 
 @triton.jit
 def read_statistics(pieces, index, rows, temper, WANT: tl.constexpr, PIECES: tl.constexpr,
                     PADDED: tl.constexpr):  # fmt: skip
-    """Of the row, its label's logit, and what of the student's probability each piece has."""
+    """Of the row, its label's logits, and what of the student's probability each piece has."""
     nothing = R.empty(PADDED)
-    found = read_fields(pieces, index, rows, nothing + (nothing.s_sum,), STATISTICS_FIELDS, PIECES)
-    label_logit = tl.sum(found[LABEL_LOGIT])  # 0 where it is another's
+    neutral = nothing + (nothing.s_sum, nothing.s_sum)
+    found = read_fields(pieces, index, rows, neutral, STATISTICS_FIELDS, PIECES)
+    logit, teacher_logit = tl.sum(found[LABEL_LOGIT]), tl.sum(found[LABEL_LOGIT + 1])  # else 0
     each = records.Statistics(*found[:LABEL_LOGIT])
     stats = R.collapse(each, temper, WANT)
     sums = each.s_sum * tl.exp2((each.s_max - stats.s_max) * temper.s_scale)
-    return stats, label_logit, sums / R.positive(stats.s_sum)
+    return stats, logit, teacher_logit, sums / R.positive(stats.s_sum)
 
 
 @triton.jit

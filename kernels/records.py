@@ -23,7 +23,8 @@ REST = tl.constexpr(256)  # what c lacks, in a sweep of rows whose student is sa
 class Temper(NamedTuple):
     """The temperatures of a row: rate = 1 / T, scale = log2(e) / T; a of the divergence.
 
-    mean, pull and 1 / width of the student's row where its logits are standardised.
+    mean, pull and 1 / width of the student's row where its logits are standardised. label: its
+    column, in a tuple, where the divergence looks at it and the sweeps leave it out; else ().
     """
 
     s_rate: Any
@@ -34,6 +35,7 @@ class Temper(NamedTuple):
     mean: Any
     pull: Any
     width: Any
+    label: Any
 
 
 class Statistics(NamedTuple):
@@ -58,8 +60,27 @@ class Statistics(NamedTuple):
     lift: Any  # sum 2^w - 2^u
 
 
+class Label(NamedTuple):
+    """The label of a row against all other columns, which are swept as a row of their own.
+
+    odds: log2(p / (1 - p)) of its probability p.
+    """
+
+    s_logit: Any
+    t_logit: Any
+    s_odds: Any
+    t_odds: Any
+    d: Any  # log of the teacher's odds over the student's, with its own digits
+    factor: Any  # of the other columns' slopes
+    slope: Any  # of the label's logit: q times it, taken from the others, q without the label
+
+
 class Row(NamedTuple):
-    """What the later sweeps need of a row: they see z and y relative to their maxima only."""
+    """What the later sweeps need of a row: they see z and y relative to their maxima only.
+
+    Of a row whose divergence looks at its label, all but unit_log, unit_max and what is summed up
+    at the end is of the other columns.
+    """
 
     s_max: Any
     t_max: Any
@@ -74,6 +95,8 @@ class Row(NamedTuple):
     alive: Any  # both sides have a logit: else the row counts 0
     lever: Any  # minus T times the derivative to T, of the divergence
     entropy_lever: Any  # and of the entropy
+    unit_max: Any  # what unit_log is relative to: the largest logit, the label's too
+    label: Any  # a Label, or (): then nothing is left out
 
 
 class Sums(NamedTuple):

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels import differences as D
+from fastkd.kernels import labels as L
 from fastkd.kernels import memory as M
 from fastkd.kernels import phases as P
 from fastkd.kernels import records
@@ -63,8 +64,8 @@ def resident(
     state, values, loss, gradient, gradient_outer, gradient_inner, width, temperature,
     rows, columns,
     FIRST: tl.constexpr, WANT: tl.constexpr, DIVERGENCE: tl.constexpr, OUTER: tl.constexpr,
-    CONSTANT: tl.constexpr, ALIGN: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr,
-    PIECE: tl.constexpr, STORED: tl.constexpr,
+    AT_LABEL: tl.constexpr, CONSTANT: tl.constexpr, ALIGN: tl.constexpr, LANES: tl.constexpr,
+    PARTS: tl.constexpr, PIECE: tl.constexpr, STORED: tl.constexpr,
 ):  # fmt: skip
     """LANES whole rows, in PARTS of (first column, columns), by pieces of PIECE columns.
 
@@ -94,21 +95,29 @@ def resident(
         teacher += M.row_at(index, teacher_outer, teacher_inner, inner, ALIGN)
         ys = load_parts(teacher, live, columns, PARTS, PIECE)
     label, label_logit = tl.zeros([LANES, 1], tl.int32), tl.zeros([LANES, 1], tl.float32)
+    teacher_logit = label_logit
     if labels is not None:
-        label = P.label_of(tl.load(labels + index, mask=live, other=0), columns, None, None)
+        label = L.label_of(tl.load(labels + index, mask=live, other=0), columns, None, None)
         for i in tl.static_range(len(PARTS)):
-            hit = tl.where(columns_of(PARTS, i) == label, zs[i], 0.0)
-            label_logit += tl.sum(hit, 1, keep_dims=True)
+            hit = columns_of(PARTS, i) == label
+            label_logit += tl.sum(tl.where(hit, zs[i], 0.0), 1, keep_dims=True)
+            if AT_LABEL is not None:
+                teacher_logit += tl.sum(tl.where(hit, ys[i], 0.0), 1, keep_dims=True)
+        temper = L.leave_out(temper, label, AT_LABEL)
 
     if FIRST == P.GRADIENT:
-        row = P.restore(state, index, rows, live, WANT)
+        row = P.restore(state, index, rows, live, WANT, AT_LABEL)
     else:
         s_max, t_max, mixture_max = R.FLOOR, R.FLOOR, R.FLOOR / 10
         for i in tl.static_range(len(PARTS)):
-            s_max, t_max = R.highest(zs[i], s_max), R.highest(ys[i], t_max)
+            z, y = L.others(zs[i], ys[i], columns_of(PARTS, i), temper)
+            s_max, t_max = R.highest(z, s_max), R.highest(y, t_max)
         for i in tl.static_range(len(PARTS)):
+            z, y = L.others(zs[i], ys[i], columns_of(PARTS, i), temper)
             inside = live & (columns_of(PARTS, i) < columns)
-            new = R.piece(zs[i], ys[i], inside, s_max, t_max, mixture_max, temper, WANT)
+            if AT_LABEL is not None:
+                inside = L.inside_others(inside, columns_of(PARTS, i), temper)
+            new = R.piece(z, y, inside, s_max, t_max, mixture_max, temper, WANT)
             if i == 0:
                 stats = new
             else:
@@ -124,24 +133,28 @@ def resident(
                 zero = tl.zeros([LANES, 1], tl.float32)
                 rises, lifts = zero, zero
                 for i in tl.static_range(len(PARTS)):
-                    more = D.of_tile(zs[i], ys[i], stats, temper, SAME, WANT)
+                    z, y = L.others(zs[i], ys[i], columns_of(PARTS, i), temper)
+                    more = D.of_tile(z, y, stats, temper, SAME, WANT)
                     rises, lifts = rises + more[0], lifts + more[1]
                 rise, lift = tl.where(close, rises, rise), tl.where(close, lifts, lift)
         stats = R.with_differences(stats, rise, lift)
         row = R.summarize(stats, temper, CONSTANT, WANT)
+        row = L.join(row, stats, label, label_logit, teacher_logit, temper, SAME, WANT, AT_LABEL)
         hard = P.cross_entropy(stats, row, label, label_logit, columns, smoothing, WANT)
         sums = P.no_sums(LANES)
         for i in tl.static_range(len(PARTS)):
-            lp, lq, p, q, d, d2 = R.elements(zs[i], ys[i], row, temper, SAME)
-            value, slope = DIVERGENCE(lp, lq, p, q, d, d2, row.c, a, b)
-            sums = P.add_sums(sums, zs[i], ys[i], value, slope, row, WANT)
-            sums = P.add_levers(sums, zs[i], slope, q, lq, row, temper, WANT)
+            sums = P.sum_tile(
+                sums, zs[i], ys[i], columns_of(PARTS, i), row, temper, a, b, WANT, DIVERGENCE, SAME
+            )
         row = P.with_sums(row, sums, CONSTANT, WANT)
+        row = L.with_slopes(row, sums.value, a, b, WANT, AT_LABEL)
         if records.REST & WANT:
             rest = tl.zeros([LANES, 1], tl.float32)
             if found >= MANY:
                 for i in tl.static_range(len(PARTS)):
-                    rest += P.rest_of(zs[i], ys[i], row, temper, a, b, DIVERGENCE, SAME)
+                    rest += P.rest_of(
+                        zs[i], ys[i], columns_of(PARTS, i), row, temper, a, b, DIVERGENCE, SAME
+                    )
                 rest = tl.where(P.lacking(row, saturated), rest, 0.0)
             row = P.with_rest(row, rest)
         P.write_row(

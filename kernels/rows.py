@@ -290,7 +290,7 @@ def row_of(s_max, t_max, s_log, t_log, gap, alive, c, mean_depth, unit):
     zero = tl.zeros_like(s_max)
     return Row(
         s_max, t_max, s_log, t_log, gap, c, zero, mean_depth, zero, log2(positive(unit)), alive,
-        zero, zero,
+        zero, zero, s_max, (),
     )  # fmt: skip
 
 
@@ -328,7 +328,7 @@ def summarize(stats, temper, CONSTANT: tl.constexpr, WANT: tl.constexpr):
         t_entropy = tl.where(row.alive, t_entropy, 0.0)
     return Row(
         row.s_max, row.t_max, row.s_log, row.t_log, row.gap, c, row.rest, mean_depth, t_entropy,
-        row.unit_log, row.alive, row.lever, row.entropy_lever,
+        row.unit_log, row.alive, row.lever, row.entropy_lever, row.unit_max, row.label,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels import differences as D
+from fastkd.kernels import labels as L
 from fastkd.kernels import memory as M
 from fastkd.kernels import phases as P
 from fastkd.kernels import records
@@ -52,9 +53,9 @@ def sweep(
     state, values, loss, gradient, gradient_outer, gradient_inner, width, temperature,
     rows, columns, first_column, all_columns, statistics, sums_of_pieces, span,
     FIRST: tl.constexpr, LAST: tl.constexpr, WANT: tl.constexpr, DIVERGENCE: tl.constexpr,
-    SLOPE: tl.constexpr, OUTER: tl.constexpr, CONSTANT: tl.constexpr, ALIGN: tl.constexpr,
-    LANES: tl.constexpr, VECTOR: tl.constexpr, SPLITS: tl.constexpr, PIECES: tl.constexpr,
-    PADDED: tl.constexpr, SHIFTED: tl.constexpr,
+    SLOPE: tl.constexpr, OUTER: tl.constexpr, AT_LABEL: tl.constexpr, CONSTANT: tl.constexpr,
+    ALIGN: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, SPLITS: tl.constexpr,
+    PIECES: tl.constexpr, PADDED: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """Phases FIRST to LAST of `span` columns of a row, in tiles of LANES * VECTOR.
 
@@ -125,11 +126,14 @@ def sweep(
     if teacher is not None:
         teacher += teacher_at
     offsets = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    label, label_logit = -1, 0.0
+    label, label_logit, teacher_logit = -1, 0.0, 0.0
     if labels is not None:
-        label = P.label_of(tl.load(labels + index), columns, first_column, all_columns)
+        label = L.label_of(tl.load(labels + index), columns, first_column, all_columns)
         label += tl.where(label >= 0, shift, 0)
         label_logit = tl.load(student + label, mask=label >= 0, other=0.0).to(tl.float32)
+        temper = L.leave_out(temper, label, AT_LABEL)
+        if AT_LABEL is not None:
+            teacher_logit = tl.load(teacher + label, mask=label >= 0, other=0.0).to(tl.float32)
     if all_columns is None:
         all_columns = columns
 
@@ -157,16 +161,18 @@ def sweep(
         stats = R.with_differences(stats, rise, lift)
         if LAST == P.STATISTICS:
             label_logit = tl.where(split == 0, label_logit, 0.0)
-            write_statistics(statistics, split, index, rows, stats, label_logit)
+            teacher_logit = tl.where(split == 0, teacher_logit, 0.0)
+            write_statistics(statistics, split, index, rows, stats, label_logit, teacher_logit)
     elif not BACKWARD:
-        stats, label_logit, share = read_statistics(
+        stats, label_logit, teacher_logit, share = read_statistics(
             statistics, index, rows, temper, WANT, PIECES, PADDED
         )
 
     if BACKWARD:
-        row = P.restore(state, index, rows, None, WANT)
+        row = P.restore(state, index, rows, None, WANT, AT_LABEL)
     else:
         row = R.summarize(stats, temper, CONSTANT, WANT)
+        row = L.join(row, stats, label, label_logit, teacher_logit, temper, SAME, WANT, AT_LABEL)
         hard = P.cross_entropy(stats, row, label, label_logit, all_columns, smoothing, WANT)
     if records.KL & WANT:
         known = R.kl_of(stats, row, WANT)
@@ -215,8 +221,11 @@ def sweep(
         sums, slopes, anchors = read_sums(sums_of_pieces, index, rows, share, WANT, PIECES, PADDED)
 
     if LAST > P.SUMS and not BACKWARD:
-        if not LATE:
+        if LATE:
+            row = L.with_slopes(row, float("nan"), a, b, WANT, AT_LABEL)
+        else:
             row = P.with_sums(row, sums, CONSTANT, WANT)
+            row = L.with_slopes(row, sums.value, a, b, WANT, AT_LABEL)
         if records.REST & WANT:
             rest = 0.0
             if FIRST == P.GRADIENT:

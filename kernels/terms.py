@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastkd.kernels.arithmetic import INTERPRETED, LN2, LOG2E, fast_log2
+from fastkd.kernels.arithmetic import INTERPRETED, LN2, LOG2E, fast_log2, log1p, reciprocal
 
 # Below these a series replaces the direct form: e^x - 1 - x, also to base 2; the logarithm of a
 # mixture, and the value of JSD, which needs more digits of that logarithm, by x to base 2;
@@ -66,6 +66,12 @@ def gain(q, x, p):
 
 
 @triton.jit
+def times(x, log):
+    """x log, and 0 where x is, be the logarithm infinite."""
+    return tl.where(x == 0, 0.0, x * log)
+
+
+@triton.jit
 def exp2m1_times(q, x):
     """q (2^x - 1), for |x| < 0.72."""
     return (q * x) * (LN2 + x * bend2(x))
@@ -122,3 +128,43 @@ def powers(x, a, b):
 def log_of(m, x, a):
     """log2 m, for (_, _, m) = powers(x, a, b); a = 0 is a KL, with its infinities."""
     return tl.where(a == 0, x, fast_log2(m))
+
+
+# --- a coin, by its odds to base 2 ------------------------------------------------------------
+
+
+@triton.jit
+def coin(odds):
+    """The probabilities of both faces."""
+    return reciprocal(1.0 + tl.exp2(-odds)), reciprocal(1.0 + tl.exp2(odds))
+
+
+@triton.jit
+def surprise(odds):
+    """-log p, with all digits where p is nearly 1."""
+    return LN2 * tl.maximum(-odds, 0.0) + log1p(tl.exp2(-tl.abs(odds)))
+
+
+@triton.jit
+def coin_entropy(odds):
+    mine, rest = coin(odds)
+    return times(mine, surprise(odds)) + times(rest, surprise(-odds))
+
+
+@triton.jit
+def coin_kl(t_odds, s_odds, d):
+    """KL of one coin from another, and q - p, its slope to the other's odds.
+
+    d: log of the odds' ratio.
+    """
+    p, p_rest = coin(t_odds)
+    q, q_rest = coin(s_odds)
+    near = tl.abs(d) < NEAR
+    # log(q / p) and log((1 - q) / (1 - p)): from d where that is small.
+    growth = d * (1.0 + d * bend(d))
+    fall = d * (d * bend(-d) - 1.0)
+    x = tl.where(near, log1p(q_rest * fall), surprise(t_odds) - surprise(s_odds))
+    x_rest = tl.where(near, log1p(q * growth), surprise(-t_odds) - surprise(-s_odds))
+    mine, rise = kl_terms(p, q, log_ratio(p, x))
+    rest, fall = kl_terms(p_rest, q_rest, log_ratio(p_rest, x_rest))
+    return mine + rest, tl.where(p > 0.5, -fall, rise)

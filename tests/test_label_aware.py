@@ -10,6 +10,51 @@ from fastkd.divergences import plogr
 from tests.cases import logits
 from tests.closeness import assert_close
 from tests.conftest import DEVICE
+from tests.running import FUSED, NO_TRITON
+from tests.schedules import SCHEDULES
+
+try:
+    import triton
+    import triton.language as tl
+
+    from fastkd.kernels.divergences import Device
+except ImportError:
+    ON_DEVICE = ON_DEVICE_TOO = None
+else:
+    # By textbook, with c the sum of the slopes: nothing here is held to digits.
+
+    @triton.jit
+    def terms(lp, lq, p, q, d, d2, c, a, b):
+        return p * tl.where(p > 0, d, 0.0), -p - q * c
+
+    @triton.jit
+    def shares(label):
+        p, q = 1 / (1 + tl.exp2(-label.t_odds)), 1 / (1 + tl.exp2(-label.s_odds))
+        return p, q, p * tl.log(p / q) + (1 - p) * tl.log((1 - p) / (1 - q))
+
+    @triton.jit
+    def outer(total, c, a, b, label):
+        _, _, target = shares(label)
+        return a * target + b * total
+
+    @triton.jit
+    def at_label(total, c, a, b, label):
+        p, q, _ = shares(label)
+        return b, a * (q - p)
+
+    @triton.jit
+    def curved_outer(total, c, a, b, label):
+        _, q, target = shares(label)
+        return tl.sqrt(a + total) * target - b * tl.log(q)
+
+    @triton.jit
+    def curved_at_label(total, c, a, b, label):
+        p, q, target = shares(label)
+        root = tl.sqrt(a + total)
+        return target / (2 * root), root * (q - p) - b * (1 - q)
+
+    ON_DEVICE = Device(terms, outer, at_label=at_label)
+    ON_DEVICE_TOO = Device(terms, curved_outer, at_label=curved_at_label)
 
 N, V = 6, 12
 LABELS = torch.tensor([3, 0, -100, 11, 7, 2], device=DEVICE)
@@ -21,6 +66,7 @@ class Decoupled(fastkd.Divergence):
     name = "decoupled"
     label_aware = True
     parameters = (0.7, 1.3)
+    device = ON_DEVICE
 
     @staticmethod
     def value(lp, lq, a, b):
@@ -33,6 +79,32 @@ class Decoupled(fastkd.Divergence):
         target = known + (1 - p) * (rest_p - rest_q)
         rest = (total - known) / (1 - p) - rest_p + rest_q
         return a * target + b * rest
+
+
+class Curved(fastkd.Divergence):
+    """sqrt(a + KL of the rest) * KL of (label, rest) - b log q: the one factor needs the other."""
+
+    name = "curved"
+    label_aware = True
+    parameters = (0.7, 1.3)
+    device = ON_DEVICE_TOO
+
+    @classmethod
+    def of_rows(cls, lp, lq, a, b, labels=None):
+        pair_p, rest_p, pair_q, rest_q = (x for side in (lp, lq) for x in _apart(side, labels))
+        target, others = _kl(pair_p, pair_q), _kl(rest_p, rest_q)
+        return (a + others).sqrt() * target - b * pair_q[:, 0]
+
+
+def _apart(logs, labels):
+    label = torch.nn.functional.one_hot(labels.long(), V).bool()
+    known = logs[label]
+    pair = torch.stack([known, torch.log1p(-known.exp())], -1)
+    return pair, logs[~label].view(-1, V - 1).log_softmax(-1)
+
+
+def _kl(lp, lq):
+    return (lp.exp() * (lp - lq)).sum(-1)
 
 
 def _exact(student, teacher, temperature, own):
@@ -59,7 +131,7 @@ def _leaves():
     return [student, teacher, torch.tensor(2.0, device=DEVICE), torch.tensor(1.5, device=DEVICE)]
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", *FUSED])
 @pytest.mark.parametrize("mode", ["forward", "backward"])
 def test_value_and_gradient(mode, backend):
     student, teacher, temperature, own = _leaves()
@@ -74,6 +146,24 @@ def test_value_and_gradient(mode, backend):
     assert_close(loss, true)
     (true_gradient,) = torch.autograd.grad(true, exact)
     assert_close(gradient, torch.nan_to_num(true_gradient), "gradient")
+
+
+@NO_TRITON
+@pytest.mark.parametrize("plan", SCHEDULES)
+def test_a_factor_of_the_others_that_their_sum_gives(plan, force):
+    """It is known when all of the row was seen, hence to no gradient before."""
+    force(plan)
+    student, teacher, *_ = _leaves()
+    for mode in ("forward", "backward"):
+        leaf, exact = student.clone().requires_grad_(), student.double().requires_grad_()
+        settings = {"divergence": Curved(), "temperature": 2.0, "gradient": mode}
+        loss = fastkd.distillation_loss(leaf, teacher, LABELS, backend="triton", **settings)
+        true = fastkd.distillation_loss(
+            exact, teacher.double(), LABELS, backend="reference", **settings | {"gradient": "auto"}
+        )
+        assert_close(loss, true)
+        gradients = (torch.autograd.grad(*pair)[0] for pair in ((loss, leaf), (true, exact)))
+        assert_close(*gradients, "gradient")
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])

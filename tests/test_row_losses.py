@@ -17,7 +17,8 @@ from tests.running import NO_TRITON, check, check_everything, defined, run, trut
 ROWS, VOCAB = 7, 19
 LN2 = math.log(2)
 ON_DEVICE = [d for d in ROW_LOSSES if d.has_device_function]
-OWN_DUAL = [d for d in ON_DEVICE if isinstance(d, AlphaBeta)]
+OWN_DUAL = [d for d in ON_DEVICE if isinstance(d, AlphaBeta) or d.dual_on_device]
+FUSED = ["torch", pytest.param("triton", marks=NO_TRITON)]
 WITH_BACKEND = pytest.mark.parametrize(
     ("divergence", "backend"),
     [(d, "torch") for d in ROW_LOSSES]
@@ -77,8 +78,9 @@ def test_with_every_option(mode, divergence, backend):
 def test_gradients_of_the_teacher_on_the_device(divergence):
     student, teacher = sides()
     check_everything(
-        student, teacher, backend="triton", divergence=divergence, temperature=torch.tensor(1.3)
-    )
+        student, teacher, labels_of(), backend="triton", divergence=divergence, alpha=0.7,
+        temperature=torch.tensor(1.3),
+    )  # fmt: skip
 
 
 @WITH_BACKEND
@@ -234,7 +236,7 @@ def test_shifts_permutations_and_the_zero(divergence):
 # --- certain rows, masks ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", *FUSED])
 @pytest.mark.parametrize("divergence", [DKD(1, 8), NKD(1.5)], ids=str)
 @pytest.mark.parametrize("height", [30.0, 200.0, 1e4])
 def test_certain_of_the_label(height, divergence, backend):

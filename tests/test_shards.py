@@ -277,6 +277,25 @@ def test_standardized(divergence, backend, force):
     hold(case, EDGES["four"], backend)
 
 
+@pytest.mark.parametrize(
+    ("divergence", "edges", "plan"),
+    [
+        (fastkd.DKD(1.0, 8.0), "three", "sweep"),
+        pytest.param(fastkd.NKD(1.5), "two", "split", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_label_that_another_owner_has(divergence, edges, plan, force):
+    """Which its divergence looks at: its logits on both sides come by the owner's statistics."""
+    force(plan)
+    student, teacher, temperature = rows()
+    case = Case(
+        divergence, student - 300, teacher - 200, temperature, labels=LABELS, alpha=0.6,
+        smoothing=0.1, entropy=0.2, metrics=True, padding=3, standardize=plan == "split",
+    )  # fmt: skip
+    hold(case, EDGES[edges], "triton")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "divergence", [fastkd.ReverseKL(), fastkd.Jeffreys(), fastkd.TVD()], ids=str

@@ -7,7 +7,7 @@ the device.
 
 from .adaptive import AKL, TAID, ToDi
 from .alpha_beta import AlphaBeta
-from .base import LOG_MIXTURE, NONE, REVERSE_KL, SLOPE_SUM, Divergence
+from .base import LOG_MIXTURE, NONE, REVERSE_KL, SLOPE_SUM, Divergence, exchanged
 from .bernoulli import Bernoulli
 from .correlation import DIST
 from .kullback_leibler import ForwardKL, Jeffreys, ReverseKL
@@ -58,6 +58,7 @@ __all__ = [
     "SkewReverseKL",
     "Softmax",
     "ToDi",
+    "exchanged",
     "plogr",
     "total",
 ]

@@ -64,8 +64,9 @@ class Divergence:
     over_events: ClassVar[bool] = True
     # The modules of a backend that compute it: "logits", rows of a softmax, or "bernoulli".
     rows: ClassVar[str] = "logits"
-    # Whether the Triton backend has it, in table 2 or by its `device`.
+    # Whether the Triton backend has it, by table 2 or `device`, and with the roles exchanged.
     has_device_function: ClassVar[bool] = False
+    dual_on_device: ClassVar[bool] = False
 
     _classes: ClassVar[dict[str, type[Divergence]]] = {}
 
@@ -87,7 +88,7 @@ class Divergence:
         cls.has_device_function = own or cls.device is not None
         # The same class once more replaces itself, as when a cell of a notebook runs again.
         Divergence._classes[name] = cls
-        Divergence._classes.pop(_exchanged(name), None)
+        Divergence._classes.pop(exchanged(name), None)
 
     @property
     def parameters(self) -> tuple[float, float]:
@@ -177,13 +178,13 @@ class Divergence:
 
     def dual(self) -> tuple[str, tuple[float, float], float]:
         """(name, parameters, factor): D(p, q) = factor * D'(q, p); for the teacher's gradient."""
-        kind, name = type(self), _exchanged(self.name)
+        kind, name = type(self), exchanged(self.name)
         if name not in Divergence._classes:
             value = staticmethod(lambda lp, lq, a, b: kind.value(lq, lp, a, b))
             outer = staticmethod(lambda sums, a, b, *label: kind.outer(sums, a, b, *label[::-1]))
             members = {"name": name, "value": value, "outer": outer}
             members |= {"label_aware": kind.label_aware, "__module__": kind.__module__}
-            members |= {"has_device_function": False}
+            members |= {"has_device_function": kind.dual_on_device}
             if vars(kind).get("of_rows"):
                 members["of_rows"] = classmethod(
                     lambda cls, lp, lq, a, b, labels=None: kind.of_rows(lq, lp, a, b, labels)
@@ -201,7 +202,7 @@ class Divergence:
         return Divergence._classes[name]
 
 
-def _exchanged(name: str) -> str:
+def exchanged(name: str) -> str:
     """The name of the divergence with teacher and student exchanged."""
     return f"{name} with roles exchanged"
 

@@ -43,7 +43,7 @@ class DKD(Divergence):
 
     name = "dkd"
     label_aware = True
-    has_device_function = False
+    dual_on_device = True
 
     def __post_init__(self):
         for name, weight in (("alpha", self.alpha), ("beta", self.beta)):
@@ -96,7 +96,7 @@ class NKD(Divergence):
 
     name = "nkd"
     label_aware = True
-    has_device_function = False
+    dual_on_device = True
 
     def __post_init__(self):
         if not 0 <= self.gamma < math.inf:

@@ -1,0 +1,250 @@
+"""Labels of rows; and rows whose divergence looks at them.
+
+Such a row is swept without its label's column, as a row of its own: with p' and q' the
+distributions over the other columns, and the odds of the label on both sides, neither 1 - p nor
+1 - q is a difference, however certain a side is of the label. What the sweeps found is joined with
+the label once per row. Of other divergences `temper.label` and `row.label` are empty, and all of
+this leaves no trace.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastkd.kernels import memory as M
+from fastkd.kernels import records
+from fastkd.kernels import rows as R
+from fastkd.kernels.arithmetic import LN2, LOG2E, log2
+from fastkd.kernels.terms import coin, coin_entropy, times
+
+# In place of a label's column: it is in no owner's columns, or in another's.
+NOWHERE, ELSEWHERE = tl.constexpr(-1), tl.constexpr(-2)
+# Rows of the state that hold what a gradient needs of the label: see problem.py.
+FACTOR, SLOPE, ODDS, LOGIT = map(tl.constexpr, (10, 11, 12, 13))
+
+
+@triton.jit
+def label_of(label, columns, first_column, all_columns):
+    """As a 32-bit column of these; NOWHERE or ELSEWHERE where it is none."""
+    if first_column is None:
+        return tl.where((label >= 0) & (label < columns), label, NOWHERE).to(tl.int32)
+    else:
+        column = label.to(tl.int64) - first_column
+        mine = (column >= 0) & (column < columns)
+        other = tl.where((label >= 0) & (label < all_columns), ELSEWHERE, NOWHERE)
+        return tl.where(mine, column, other).to(tl.int32)
+
+
+# --- in the sweeps -----------------------------------------------------------------------------
+
+
+@triton.jit
+def leave_out(temper, label, AT_LABEL: tl.constexpr):
+    """For sweeps that leave the label out, where the divergence looks at it."""
+    if AT_LABEL is None:
+        return temper
+    else:
+        return records.Temper(
+            temper.s_rate, temper.t_rate, temper.s_scale, temper.t_scale, temper.a, temper.mean,
+            temper.pull, temper.width, (label,),
+        )  # fmt: skip
+
+
+@triton.jit
+def others(z, y, at, temper):
+    """A tile without the label."""
+    if len(temper.label) == 0:
+        return z, y
+    else:
+        label = at == temper.label[0]
+        return tl.where(label, -float("inf"), z), tl.where(label, -float("inf"), y)
+
+
+@triton.jit
+def inside_others(inside, at, temper):
+    """The mask of a tile without the label; inside None: the tile is full."""
+    if inside is None:
+        return at != temper.label[0]
+    else:
+        return inside & (at != temper.label[0])
+
+
+@triton.jit
+def slopes_of_all(slope, q, at, row, temper):
+    """The slopes to all logits from those of the others, of which q is the distribution."""
+    if len(row.label) == 0:
+        return slope
+    else:
+        slope = row.label.factor * slope - row.label.slope * q
+        return tl.where(at == temper.label[0], row.label.slope, slope)
+
+
+@triton.jit
+def entropy_terms(q, depth, at, row, temper):
+    """q and (log q + H) / log 2 of all columns, from those of the others."""
+    if len(row.label) == 0:
+        return q, depth
+    else:
+        mine, rest = coin(row.label.s_odds)
+        apart = distance(row)
+        label = at == temper.label[0]
+        q = tl.where(label, mine, q * rest)
+        return q, tl.where(label, times(rest, apart), depth - times(mine, apart))
+
+
+# --- once per row ------------------------------------------------------------------------------
+
+
+@triton.jit
+def join(row, stats, label, s_logit, t_logit, temper, SAME: tl.constexpr, WANT: tl.constexpr,
+         AT_LABEL: tl.constexpr):  # fmt: skip
+    """The row of the others beside its label, whose logits are given."""
+    if AT_LABEL is None:
+        return row
+    else:
+        nowhere, inf = tl.where(label == NOWHERE, float("nan"), 0.0), float("inf")
+        t_odds, s_odds, _, _, d, _ = R.elements(s_logit, t_logit, row, temper, SAME)
+        # Of a side that has no other column it is certain.
+        s_some, t_some = stats.s_sum != 0, stats.t_sum != 0
+        s_odds, t_odds = tl.where(s_some, s_odds, inf), tl.where(t_some, t_odds, inf)
+        d = tl.where(s_some & t_some, d, (t_odds - s_odds) * LN2)
+        alive = (s_some | (s_logit != -inf)) & (t_some | (t_logit != -inf))
+        s_odds, t_odds = tl.where(alive, s_odds, 0.0), tl.where(alive, t_odds, 0.0)
+        zero = tl.zeros_like(row.s_max)
+        beside = records.Label(
+            s_logit, t_logit, s_odds + nowhere, t_odds + nowhere, d + nowhere, zero, zero
+        )
+        t_entropy = row.t_entropy
+        if records.TEACHER_ENTROPY & WANT:
+            t_entropy = row.t_log - stats.t_entropy / R.positive(stats.t_sum)
+            t_entropy = tl.where(alive, entropy_of_all(t_odds, t_entropy * LN2), 0.0)
+        return with_label(row, beside, stats.unit, t_entropy, alive)
+
+
+@triton.jit
+def with_label(row, label, unit, t_entropy, alive):
+    """unit: the sum at T = 1 over the others, relative to their maximum."""
+    unit_max = tl.maximum(row.s_max, label.s_logit)
+    unit *= tl.exp2((row.s_max - unit_max) * LOG2E)
+    unit += tl.exp2((label.s_logit - unit_max) * LOG2E)
+    return records.Row(
+        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, row.c, row.rest, row.mean_depth,
+        t_entropy, log2(R.positive(unit)), alive, row.lever, row.entropy_lever, unit_max, label,
+    )  # fmt: skip
+
+
+@triton.jit
+def with_slopes(row, total, a, b, WANT: tl.constexpr, AT_LABEL: tl.constexpr):
+    """The row, whose divergence is known: with the slopes of all of its logits.
+
+    total: of the others; NaN where it is not known yet, since its gradient needs no constant.
+    """
+    if AT_LABEL is None:
+        return row
+    else:
+        label, lever, entropy_lever = row.label, row.lever, row.entropy_lever
+        factor, slope = AT_LABEL(total_of(row, total), row.c, a, b, label)
+        factor = tl.where(beside_others(label), factor, 0.0)
+        if records.LEVER & WANT:
+            mine, rest = coin(label.s_odds)
+            apart = distance(row) * LN2
+            lever = factor * lever + times(slope, apart)
+            entropy_lever = rest * entropy_lever - times(mine * rest, apart * apart)
+        label = records.Label(
+            label.s_logit, label.t_logit, label.s_odds, label.t_odds, label.d, factor, slope
+        )
+        return records.Row(
+            row.s_max, row.t_max, row.s_log, row.t_log, row.gap, row.c, row.rest, row.mean_depth,
+            row.t_entropy, row.unit_log, row.alive, lever, entropy_lever, row.unit_max, label,
+        )  # fmt: skip
+
+
+@triton.jit
+def beside_others(label):
+    """Whether both sides have other columns."""
+    return (label.s_odds < float("inf")) & (label.t_odds < float("inf"))
+
+
+@triton.jit
+def total_of(row, total):
+    """The sum of the others' values: 0 where a side has none, but for a mass that nothing meets."""
+    return tl.where(beside_others(row.label) | (total == float("inf")), total, 0.0)
+
+
+@triton.jit
+def divergence(row, total, a, b, OUTER: tl.constexpr):
+    if len(row.label) == 0:
+        return OUTER(total, row.c, a, b)
+    else:
+        return OUTER(total_of(row, total), row.c, a, b, row.label)
+
+
+@triton.jit
+def distance(row):
+    """log2 of the student's label over the others' geometric mean, weighted by q."""
+    return row.label.s_odds + (row.s_log - row.mean_depth)
+
+
+@triton.jit
+def entropy_of_all(odds, entropy):
+    """From that of the others."""
+    _, rest = coin(odds)
+    return coin_entropy(odds) + rest * entropy
+
+
+@triton.jit
+def student_entropy(row):
+    entropy = R.entropy_of(row)
+    if len(row.label) == 0:
+        return entropy
+    else:
+        return tl.where(row.alive, entropy_of_all(row.label.s_odds, entropy), 0.0)
+
+
+@triton.jit
+def agreement(row, others):
+    """Whether both sides have one best column; others: whether they have among the others."""
+    if len(row.label) == 0:
+        return others
+    else:
+        z, y = row.label.s_logit, row.label.t_logit
+        others = tl.where((z <= row.s_max) & (y <= row.t_max), others, 0.0)
+        return tl.where((z >= row.s_max) & (y >= row.t_max), 1.0, others)
+
+
+@triton.jit
+def sum_of_logits(stats, row):
+    """The sum of (z - unit_max) SHARE."""
+    if len(row.label) == 0:
+        return stats.total
+    else:
+        total = stats.total + stats.share * (row.s_max - row.unit_max)
+        return total + R.SHARE * (row.label.s_logit - row.unit_max)
+
+
+# --- the state ---------------------------------------------------------------------------------
+
+
+@triton.jit
+def write_label(state, index, rows, live, row):
+    if len(row.label) != 0:
+        M.row_store(state + FACTOR * rows, row.label.factor, index, live)
+        M.row_store(state + SLOPE * rows, row.label.slope, index, live)
+        M.row_store(state + ODDS * rows, row.label.s_odds, index, live)
+        M.row_store(state + LOGIT * rows, row.label.s_logit, index, live)
+
+
+@triton.jit
+def restore_label(state, rows, row, unit, live, AT_LABEL: tl.constexpr):
+    """`row` beside its label; state: of these rows."""
+    if AT_LABEL is None:
+        return row
+    else:
+        zero = tl.zeros_like(row.s_max)
+        factor = M.row_load(state, FACTOR * rows, live, 0.0)
+        slope = M.row_load(state, SLOPE * rows, live, 0.0)
+        odds = M.row_load(state, ODDS * rows, live, 0.0)
+        logit = M.row_load(state, LOGIT * rows, live, 0.0)
+        label = records.Label(logit, zero, odds, zero, zero, factor, slope)
+        return with_label(row, label, unit, row.t_entropy, row.alive)
