@@ -27,14 +27,14 @@ from fastkd.kernels.arithmetic import LN2, LOG2E, fast_log2, log1p, log_bend, re
 from fastkd.kernels.label_aware import (
     cross_entropy,
     cross_entropy_exchanged,
-    dkd_exchanged_outer,
-    dkd_exchanged_at_label,
-    dkd_outer,
     dkd_at_label,
-    nkd_exchanged_outer,
-    nkd_exchanged_at_label,
-    nkd_outer,
+    dkd_exchanged_at_label,
+    dkd_exchanged_outer,
+    dkd_outer,
     nkd_at_label,
+    nkd_exchanged_at_label,
+    nkd_exchanged_outer,
+    nkd_outer,
 )
 from fastkd.kernels.terms import (
     NEAR,

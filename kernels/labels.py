@@ -195,11 +195,10 @@ def entropy_of_all(odds, entropy):
 
 @triton.jit
 def student_entropy(row):
-    entropy = R.entropy_of(row)
-    if len(row.label) == 0:
-        return entropy
-    else:
-        return tl.where(row.alive, entropy_of_all(row.label.s_odds, entropy), 0.0)
+    entropy = (row.s_log - row.mean_depth) * LN2
+    if len(row.label) != 0:
+        entropy = entropy_of_all(row.label.s_odds, entropy)
+    return tl.where(row.alive, entropy, 0.0)
 
 
 @triton.jit

@@ -333,12 +333,6 @@ def summarize(stats, temper, CONSTANT: tl.constexpr, WANT: tl.constexpr):
 
 
 @triton.jit
-def entropy_of(row):
-    """The student's."""
-    return tl.where(row.alive, (row.s_log - row.mean_depth) * LN2, 0.0)
-
-
-@triton.jit
 def centred_depth(z, row, temper):
     """(log q + H) / log 2, whose mean under q is 0: at a high temperature, both are far larger."""
     return product_sum(z - row.s_max, temper.s_scale, -row.mean_depth)
