@@ -1,5 +1,5 @@
-"""Others that compute the logits operator's loss: (student, teacher, labels | None, *, divergence,
-temperature, alpha). What is not installed has no row; README.md says how to bring it along."""
+"""Others that compute an operator's loss. What is not installed has no row; README.md says how to
+bring it along."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import sys
 from importlib.machinery import ModuleSpec
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .providers import NotOffered
 
 IGNORED = -100
+
+# --- logits: (student, teacher, labels | None, *, divergence, temperature, alpha) ----------------
 
 
 def liger(
@@ -86,6 +89,51 @@ def speculators(
         student, teacher = student[labels != IGNORED], teacher[labels != IGNORED]
     rows = loss(student[None] / temperature, teacher[None] / temperature)
     return rows.mean() * temperature ** (1 if divergence == "tvd" else 2)
+
+
+# --- linear: (hidden, weight, teacher_hidden, teacher_weight) ------------------------------------
+
+
+def liger_linear(hidden: Tensor, weight: Tensor, other: Tensor, other_weight: Tensor) -> Tensor:
+    """Its chunks of 1024 rows, compiled; the weight's gradient is always part of the price."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0)
+    labels = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+    found: Tensor = loss(hidden, weight, other, other_weight, labels)
+    return found
+
+
+def liger_triton(hidden: Tensor, weight: Tensor, other: Tensor, other_weight: Tensor) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    if not hidden.is_cuda:
+        raise NotOffered("its kernels are not offered on a CPU")
+    found: Tensor = LigerFusedLinearJSD(jsd_beta=0.0)(hidden, weight, other, other_weight)
+    return found
+
+
+def trl_linear(hidden: Tensor, weight: Tensor, other: Tensor, other_weight: Tensor) -> Tensor:
+    """Tiles of 4096 rows and 32768 columns, made again in the backward; kernels on a GPU."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    rows, _ = ChunkedDivergenceFunction.apply(hidden, weight, None, other, other_weight, None, 0.0)
+    found: Tensor = rows.mean()
+    return found
+
+
+# --- topk: (student, indices, log_probs, tail) ---------------------------------------------------
+
+
+def trl_topk(student: Tensor, indices: Tensor, log_probs: Tensor, tail: Tensor) -> Tensor:
+    """As its trainer has it for a teacher behind a server; both tails are 1 less what is listed."""
+    from trl.experimental.server_distillation import server_distillation_trainer as theirs
+
+    listed = torch.ones_like(log_probs, dtype=torch.bool)
+    q, support = theirs._add_tail_bucket(student.log_softmax(-1).gather(-1, indices), listed)
+    p, _ = theirs._add_tail_bucket(log_probs, listed)
+    found: Tensor = theirs._jsd_divergence(q, p, beta=0.0, support_mask=support).sum(-1).mean()
+    return found
 
 
 def _alone(name: str) -> Any:

@@ -20,8 +20,8 @@ from .forms import Head, Mixture
 from .problem import Coefficients, Problem
 
 # Bytes of a chunk's buffers. On a GPU products of thousands of rows run at its full rate; on a CPU
-# the logits stay in the cache between what makes them and the loss.
-GPU_BYTES, CPU_BYTES = 512 << 20, 32 << 20
+# those of some hundred, and of more the logits would leave the cache before the loss reads them.
+GPU_BYTES, CPU_BYTES = 512 << 20, 64 << 20
 LEAST_ROWS = 16
 
 

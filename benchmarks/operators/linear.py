@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastkd
+from benchmarks import peers
 from benchmarks.cases import Case
 from benchmarks.providers import Provider, by_name, compiled
 
@@ -55,6 +56,9 @@ class Linear(Operator):
         Provider("eager", _eager),
         *compiled(_eager),
         Provider("chunked", _chunked),
+        Provider("liger", peers.liger_linear),
+        Provider("liger-triton", peers.liger_triton),
+        Provider("trl", peers.trl_linear),
         Provider("fastkd", _fastkd),
     )
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastkd
+from benchmarks import peers
 from benchmarks.cases import Case
 from benchmarks.providers import Provider, by_name, compiled
 
@@ -55,6 +56,7 @@ class TopK(Operator):
         Provider("eager", _eager),
         *compiled(_eager),
         Provider("subtracted", _subtracted),
+        Provider("trl", peers.trl_topk),
         Provider("fastkd", _fastkd),
     )
 
