@@ -130,8 +130,8 @@ def test_the_same_command_goes_on_and_another_teacher_is_refused(home, tmp_path,
 
 
 def test_wrong_options_are_one_line(home, tmp_path, capsys):
-    assert run(home, tmp_path / "kept", "--top-k", "0") == 1
-    assert "--top-k must be at least 1, got 0" in capsys.readouterr().err
+    assert run(home, tmp_path / "kept", "--top-k", "0") == 2
+    assert "top_k must lie in [1, 1048576], got 0" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run(home, tmp_path / "kept", "--full", "--hidden")
     assert not (tmp_path / "kept").exists()

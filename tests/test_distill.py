@@ -323,6 +323,17 @@ def test_students_begin_alike_and_evaluation_is_that_of_pytorch(text):
         assert found[name] == pytest.approx(value.item(), rel=1e-4), name
 
 
+def test_hard_labels_alone_ask_no_teacher(text):
+    chosen = settings.build(
+        settings.DefaultJob, {"sequence_length": 16, "heads": 2, "vocabulary": 280}
+    )
+    training = Training(
+        chosen, corpus.prepare([str(text)], 280, 16), torch.device("cpu"), ["hard labels"]
+    )
+    training.teacher.forward = None
+    assert training.train_students()["hard labels"] > 0
+
+
 @pytest.mark.full
 def test_the_default_job(tmp_path):
     """As a user runs it: no arguments, and hard labels only are beaten."""

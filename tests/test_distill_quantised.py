@@ -115,8 +115,8 @@ def test_a_student_for_few_bits_learns_from_itself_and_is_what_is_left_when_roun
 def test_a_teacher_on_a_device_of_its_own(home, tmp_path, capsys):
     chosen = options(home, steps=1)
     assert distil("--out", tmp_path / "out", *chosen, "--teacher-device=cpu") == 0
-    assert distil("--out", tmp_path / "no", *chosen, "--teacher-device=nowhere") == 1
-    assert "the value needs to be a device name" in last_line(capsys)
+    assert distil("--out", tmp_path / "no", *chosen, "--teacher-device=nowhere") == 2
+    assert "there are cpu, cuda, cuda:1, and auto" in last_line(capsys)
 
 
 def test_data_sets_of_the_hub_are_streamed(home, tmp_path, monkeypatch, capsys):

@@ -198,7 +198,7 @@ def test_a_run_on_policy_goes_on_to_the_same_student(home, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--lora=0"], "rank 0 and alpha 0 must be positive"),
+        (["--lora=0"], "the rank must lie in [1, 65536], got 0"),
         (["--lora=x"], "say a rank"),
         (["--lora=4,8,nothing"], "--lora: "),
         (["--lora=4", "--teacher=STUDENT", "--alpha=1"], "alpha=1: a student that is its own"),

@@ -118,11 +118,11 @@ def test_models_of_the_user(home, tmp_path, capsys):
     ("arguments", "code", "message"),
     [
         (["--sampler=gird"], 2, "sampler 'gird' is unknown: did you mean 'grid'?"),
-        (["--seeds=1"], 2, "seeds must be at least 2, got 1"),
-        (["--trials=0"], 2, "trials must be at least 1, got 0"),
+        (["--seeds=1"], 2, "seeds must lie in [2, 1000], got 1"),
+        (["--trials=0"], 2, "trials must lie in [1, 100000], got 0"),
         (["--trails=3"], 2, "unknown option --trails=3; did you mean --trials?"),
         (["--temperature=cold"], 2, "temperature 'cold'"),
-        (["--learning-rate=1e30"], 1, "lower the learning rate"),
+        (["--learning-rate=1e30"], 2, "learning_rate must lie in (0, 1000]"),
     ],
 )
 def test_bad_input_is_one_line(text, tmp_path, capsys, arguments, code, message):
@@ -138,7 +138,7 @@ def test_bad_input_is_one_line(text, tmp_path, capsys, arguments, code, message)
 
 def test_a_missing_extra_says_what_to_install(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    assert tune("--out", tmp_path / "out") == 1
+    assert tune("--out", tmp_path / "out") == 2
     assert 'pip install "fastkd[recipes]"' in capsys.readouterr().err
 
 

@@ -18,8 +18,8 @@ from fastkd.operands import LinearHead
 
 from . import cli, models, report, sequences, settings
 from .cached import APART, TOKENIZER, Corpus
-from .default_job import pick
-from .errors import RunError, Usage, hush_torchao, needs
+from .devices import pick
+from .errors import RunError, Usage, hush_torchao, in_range, needs
 from .job import precision, text
 
 CACHE = "Write what a teacher says of a text once, to train from it without the teacher."
@@ -73,8 +73,8 @@ def _cache(options: argparse.Namespace) -> None:
 def layout(options: argparse.Namespace) -> Layout:
     for name in ("top_k", "samples"):
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise RunError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if value is not None:
+            in_range(name, value, "[1, 1048576]")
     if options.samples:
         return Draws(options.samples)
     if options.hidden:
@@ -98,7 +98,7 @@ def run(chosen: settings.UserModels, kept: Layout, folder: Path) -> None:
     if chosen.chat_template:
         tokenizer.chat_template = text(chosen.chat_template)
     vocab_size = models.vocabulary(tokenizer, chosen.vocab_size)
-    models.check_width("teacher", models.configuration(name), vocab_size)
+    models.check_width("teacher", models.configuration(name), vocab_size, chosen.vocab_size)
     model = models.load(name, precision(chosen.precision, device)).to(device).eval()
     with tempfile.TemporaryDirectory() as temporary, report.bars() as bars:
         training, held_out, _ = sequences.prepare(

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-from . import settings, storage
+from . import devices, settings, storage
 from .errors import Interrupted, RunError, Usage
 
 DISTILL = "Distil a teacher into a student, and show what came of it."
@@ -106,7 +106,8 @@ def run(command: Callable[[argparse.Namespace], None], options: argparse.Namespa
     """Runs the command; 0, or the code of the one line it says about what went wrong."""
     name = f"fastkd {options.command}"
     try:
-        command(options)
+        with devices.enough_memory():
+            command(options)
     except RunError as error:
         _tell_torchrun(error)
         if isinstance(error, Interrupted) and os.environ.get("RANK", "0") != "0":

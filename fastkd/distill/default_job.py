@@ -20,19 +20,18 @@ from typing import Any
 
 import torch
 
-from . import corpus, report, storage
+from . import corpus, devices, report, storage
 from .corpus import Corpus
-from .errors import Interrupted, RunError, needs
-from .methods import EAGER, FASTKD, HARD, LONGER
+from .errors import Interrupted, RunError, Usage, needs
+from .methods import EAGER, FASTKD, HARD, LONGER, TEACHER
 from .settings import DefaultJob, toml
-from .train import Training
+from .train import FIGURES, Training
 
 # Largest relative difference allowed between fastkd's loss and the other spelling's of it, both in
 # fp32 on the same logits, in any step.
 TOLERANCE = 1e-5
 # Of the learning rate of the distilled students: what hard labels try besides that one.
 RATES = (0.1, 0.3)
-TEACHER = "teacher"
 
 
 def run(chosen: DefaultJob, folder: Path, *, resume: bool = False) -> report.Result:
@@ -42,11 +41,12 @@ def run(chosen: DefaultJob, folder: Path, *, resume: bool = False) -> report.Res
     do not agree, after everything is saved.
     """
     needs("tokenizers", "rich", "matplotlib", "safetensors")
-    device = pick(chosen.device)
+    device = devices.pick(chosen.device)
     with repeatable(chosen.threads), Stop() as stop:
         text = corpus.prepare(
             chosen.data, chosen.vocabulary, chosen.sequence_length, chosen.student_share
         )
+        check_memory(chosen, text.vocabulary, device)
         experiment = Experiment(chosen, text, device)
         if resume:
             state = storage.load_checkpoint(folder)
@@ -63,6 +63,20 @@ def run(chosen: DefaultJob, folder: Path, *, resume: bool = False) -> report.Res
     if not result.agrees:
         raise RunError(f"fastkd and {result.other} do not agree; results are in {folder}")
     return result
+
+
+def check_memory(chosen: DefaultJob, vocabulary: int, device: torch.device) -> None:
+    """Refuses what cannot fit: models with gradients and two moments, logits with a gradient."""
+    wide = ((chosen.teacher_width, chosen.teacher_layers, 1),
+            (chosen.student_width, chosen.student_layers, 3))  # fmt: skip
+    weights = sum(n * w * (vocabulary + 12 * w * layers) for w, layers, n in wide)
+    logits = chosen.batch_size * chosen.sequence_length * vocabulary
+    least, there = 16 * weights + 8 * logits, devices.memory(device)
+    if least > there:
+        raise Usage(
+            f"these models and batches take more than {least / 2**30:,.1f} GiB, and {device} has "
+            f"{there / 2**30:,.1f}: lower widths, layers, batch_size or sequence_length"
+        )
 
 
 @dataclass(frozen=True)
@@ -140,24 +154,24 @@ class Experiment:
     def end_part(self) -> None:
         """Keeps what came of the part, and begins the next one."""
         part, training = self.parts()[len(self.done)], self.training
-        found, costs = training.evaluate(), training.costs() if EAGER in part.methods else {}
+        costs = training.costs() if EAGER in part.methods else {}
         prompt = self.text.validation[:8]
         outcome: dict[str, Any] = {}
-        for method, model in {**training.students, TEACHER: training.teacher}.items():
-            if (method == TEACHER) != (part.name == TEACHER):
-                continue
-            loss = found[method]["validation_loss"]
+        for method, model in (training.students or {TEACHER: training.teacher}).items():
+            rows = [row for row in training.rows if row["way"] == method]
+            last = rows[-1] if rows else training.evaluate()[TEACHER]
+            loss = last["validation_loss"]
             if not math.isfinite(loss):
                 raise RunError(
                     f"the loss of {method} on held-out text is {loss}: lower the learning rate"
                 )
             outcome[LONGER if part.name == LONGER else method] = {
-                **found[method],
+                **{name: last[name] for name in FIGURES},
                 "costs": costs.get(method, {}),
                 "steps": part.steps(),
                 "seed": part.settings.seed,
                 "learning_rate": part.settings.learning_rate,
-                "rows": [row for row in training.rows if row["way"] == method],
+                "rows": rows,
                 "sample": training.sample(model, prompt, 24).tolist(),
             }
         if FASTKD in training.students and EAGER in training.students:
@@ -261,14 +275,6 @@ class Stop:
     def __exit__(self, *_: object) -> None:
         for kind, handler in self._before.items():
             signal.signal(kind, handler)
-
-
-def pick(device: str) -> torch.device:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RunError("device 'cuda' was asked for, and PyTorch finds no GPU: try fastkd doctor")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
 
 
 @contextlib.contextmanager

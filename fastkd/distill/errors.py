@@ -36,7 +36,7 @@ def needs(*modules: str, extra: str = "distill") -> None:
             if error.name != module:  # it is there, and broken
                 raise RunError(f"{module} does not import: {error}") from error
             wanted = f'"fastkd[{extra}]"' if extra else module
-            raise RunError(
+            raise Usage(
                 f"this needs {module}, which is not installed: pip install {wanted}"
             ) from None
 
@@ -56,6 +56,15 @@ def known(what: str, name: Any, names: Iterable[str]) -> None:
             f"did you mean {near[0]!r}?" if near else f"there are {', '.join(filter(None, names))}"
         )
         raise Usage(f"{what} {name!r} is unknown: {hint}")
+
+
+def in_range(what: str, value: float, interval: str) -> None:
+    """Refuses a number outside of an interval, as in '(0, 1]'; NaN lies in none."""
+    low, high = map(float, interval[1:-1].split(","))
+    above = value > low if interval[0] == "(" else value >= low
+    below = value < high if interval[-1] == ")" else value <= high
+    if not (above and below):
+        raise Usage(f"{what} must lie in {interval}, got {value}")
 
 
 def one_line(error: BaseException) -> str:

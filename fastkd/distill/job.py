@@ -13,7 +13,7 @@ import torch
 from fastkd.cross_tokenizer import shared_tokens
 
 from . import aligned, cached, models, parsing, quantised, sequences, settings
-from .default_job import pick
+from .devices import pick, placement
 from .errors import Usage, one_line
 
 if TYPE_CHECKING:
@@ -40,7 +40,10 @@ class Job:
         if chosen.threads:
             torch.set_num_threads(chosen.threads)
         self.device = pick(chosen.device)
+        quantised.check(chosen.teacher_precision, chosen.quantize)
+        placement(chosen.teacher_device)
         self.dtype = precision(chosen.precision, self.device)
+        _check_optimizer(_arguments(chosen, tokens, self.device, self.dtype))
         cache = cached.opened(chosen) if chosen.teacher_cache else None
         self.teacher_tokens = None
         if chosen.cross_tokenizer:
@@ -61,8 +64,9 @@ class Job:
                 models.check_width(what, shape, models.vocabulary(self.teacher_tokens, 0))
                 other = self.teacher_tokens, models.positions(shape)
                 continue
-            models.check_width(what, shape, self.vocab_size)
+            models.check_width(what, shape, self.vocab_size, chosen.vocab_size)
             models.check_positions(what, shape, chosen.sequence_length)
+        models.check_rank(shape, chosen.lora)  # of the student, the last one
         names = () if chosen.own_teacher() else chosen.teacher
         self.teachers = [models.teacher(name, chosen, self.dtype, self.device) for name in names]
         self.cache = cache
@@ -178,6 +182,22 @@ def _on_policy(chosen: settings.UserModels, end: int | None) -> OnPolicy | None:
         chosen.prompt_length,
         () if end is None else (end,),
     )
+
+
+def _check_optimizer(arguments: TrainingArguments) -> None:
+    """Refuses one, or a schedule, that needs a package or an option which is not there."""
+    from transformers import Trainer, get_scheduler
+
+    one = torch.nn.Linear(1, 1)
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+        dummy = torch.optim.SGD(one.parameters(), arguments.learning_rate)
+        get_scheduler(arguments.lr_scheduler_type, dummy, 0, 1)
+    except (ImportError, TypeError, ValueError) as error:
+        raise Usage(
+            f"optimizer {arguments.optim}, lr_schedule {arguments.lr_scheduler_type}: "
+            f"{one_line(error)}"
+        ) from None
 
 
 def _arguments(

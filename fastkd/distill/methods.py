@@ -15,6 +15,7 @@ from fastkd.functional import distillation_loss
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 HARD, EAGER, FASTKD = "hard labels", "F.kl_div", "fastkd"
+TEACHER = "teacher"
 LONGER = "hard labels x2"  # with twice the steps
 
 

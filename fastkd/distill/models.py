@@ -14,8 +14,9 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import quantised
+from .devices import out_of_memory, placement
 from .errors import RunError, Usage, needs, one_line
-from .parsing import Adapters
+from .parsing import Adapters, lora
 from .settings import UserModels
 
 # What two tokenizers must split alike: words, numbers, code, accents, other scripts, white space.
@@ -47,7 +48,7 @@ def teacher(name: str, chosen: UserModels, dtype: torch.dtype, device: torch.dev
     wanted = chosen.teacher_precision
     if wanted in ("bf16", "fp32"):
         dtype = torch.bfloat16 if wanted == "bf16" else torch.float32
-    placed = {"device_map": chosen.teacher_device} if chosen.teacher_device else {}
+    placed = placement(chosen.teacher_device)
     model = load(name, dtype, **quantised.loading(wanted, dtype), **placed)
     if wanted == "int8":
         quantised.quantise(model if placed else model.to(device), wanted)
@@ -270,6 +271,8 @@ def _load(kind: Any, name: str, what: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(plain, local_files_only=local, **options)
     except Exception as error:  # transformers and safetensors raise many kinds
+        if out_of_memory(error):
+            raise
         whose = name if local else f"{name} of the hub"
         raise RunError(f"{whose} holds no {what} that can be read: {one_line(error)}") from None
 
@@ -302,8 +305,18 @@ def vocabulary(tokens: Any, wanted: int) -> int:
     return size
 
 
-def check_width(name: str, shape: Any, size: int) -> None:
+def check_rank(shape: Any, wanted: str) -> None:
+    """Refuses adapters of a higher rank than the weights have, which are no smaller than these."""
+    width = getattr(shape.get_text_config(), "hidden_size", None)
+    if wanted and isinstance(width, int) and lora(wanted).rank > width:
+        raise Usage(f"lora {wanted!r}: the rank is beyond the {width} hidden units of the student")
+
+
+def check_width(name: str, shape: Any, size: int, wanted: int = 0) -> None:
+    """Refuses a vocabulary, or the setting `vocab_size`, beyond the model's outputs."""
     width = shape.get_text_config().vocab_size
+    if width < wanted:
+        raise Usage(f"vocab_size={wanted} is beyond the {width} outputs of the {name}")
     if width < size:
         raise RunError(
             f"the {name} has {width} outputs, and the vocabulary {size} tokens: "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ import fastkd
 from fastkd import Divergence
 from fastkd.temperature import Constant, Cosine, Exponential, Linear, Schedule, TwoStage
 
-from .errors import Usage, known
+from .errors import Usage, in_range, known
 
 DIVERGENCES: dict[str, type[Divergence]] = {
     kind.name: kind
@@ -40,6 +39,8 @@ def divergence(text: str) -> Divergence:
     most = sum(item.init for item in dataclasses.fields(kind))
     try:
         numbers = _numbers(rest)
+        for number in numbers:
+            in_range(f"divergence {text!r}: a parameter", number, "[-10000, 10000]")
         if len(numbers) > most:
             raise ValueError(f"{name} takes {most or 'no'} numbers, got {len(numbers)}")
         return kind(*numbers)
@@ -62,7 +63,7 @@ def schedule(text: str, steps: int) -> Schedule:
     name, changes, rest = text.partition(":")
     try:
         if not changes:
-            return Constant(float(text))
+            return _within(text, Constant(float(text)), float(text))
         known("schedule", name, SCHEDULES)
         kind, share = SCHEDULES[name]
         numbers = _numbers(rest)
@@ -71,11 +72,18 @@ def schedule(text: str, steps: int) -> Schedule:
         start, end, share = [*numbers, share][:3]
         if not 0 < share <= 1:
             raise ValueError(f"the share of the run must lie in (0, 1], got {share}")
-        return kind(start, end, max(1, round(share * steps)))
+        return _within(text, kind(start, end, max(1, round(share * steps))), start, end)
     except (TypeError, ValueError) as error:
         raise Usage(
             f"temperature {text!r}: {error}; say a number, or a schedule such as cosine:8,1"
         ) from None
+
+
+def _within(text: str, schedule: Schedule, *temperatures: float) -> Schedule:
+    """Its temperatures where they are of use to a run; the library takes all above 0."""
+    for each in temperatures:
+        in_range(f"temperature {text!r}", each, "[0.001, 10000]")
+    return schedule
 
 
 def weights(text: str) -> list[float] | None:
@@ -113,9 +121,9 @@ def lora(text: str) -> Adapters:
     try:
         rank = int(first)
         alpha = float(second) if second else 2.0 * rank
-        if rank < 1 or not 0 < alpha < math.inf:
-            raise ValueError(f"rank {rank} and alpha {alpha:g} must be positive")
-    except ValueError as error:
+        in_range("the rank", rank, "[1, 65536]")
+        in_range("alpha", alpha, "(0, 1000000]")
+    except (ValueError, Usage) as error:
         raise Usage(
             f"lora {text!r}: {error}; say a rank, or with alpha and layers, as in "
             "8,16,q_proj,v_proj"

@@ -21,11 +21,18 @@ GROUP = 32
 Filter = Callable[[nn.Module, str], bool]
 
 
+def check(teacher: str, student: str) -> None:
+    """Refuses what this machine has no package for, before anything is read."""
+    if teacher == "nf4":
+        needs("bitsandbytes", extra="")
+    if teacher == "int8" or student:
+        needs("torchao", extra="recipes")
+
+
 def loading(kind: str, dtype: torch.dtype) -> dict[str, Any]:
     """Options of `from_pretrained` for what is quantised while it is read."""
     if kind != "nf4":
         return {}
-    needs("bitsandbytes", extra="")
     from transformers import BitsAndBytesConfig
 
     chosen = BitsAndBytesConfig(
@@ -50,7 +57,6 @@ def quantise(model: Any, kind: str) -> None:
 
 def prepare(model: Any, kind: str) -> None:
     """Rounds the weights in the forward pass only, and lets the gradient through."""
-    needs("torchao", extra="recipes")
     from torchao.quantization import quantize_
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 

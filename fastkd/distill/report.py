@@ -161,7 +161,7 @@ def picture(result: Result, experiment: Experiment) -> bytes:
 
 
 def _compare(figure: Any, result: Result, rows: list[Figures]) -> None:
-    figure.set_size_inches(12, 3.6)
+    figure.set_size_inches(12, 4)
     held_out, losses, times = figure.subplots(1, 3)
     styles: dict[str, Figures] = {
         HARD: {"color": GRAY},
@@ -173,7 +173,7 @@ def _compare(figure: Any, result: Result, rows: list[Figures]) -> None:
         mine = [row for row in rows if row["way"] == method]
         _line(held_out, mine, "validation_loss", marker="o", label=names[method], **style)
         if method != HARD:
-            _line(losses, mine, "loss", label=names[method], **style)
+            _line(losses, mine, "loss", **style)
         figures = result.students[method]
         rest = figures["step_ms"] - figures["loss_ms"]
         times.barh(names[method], rest, color="#dfe2e6", height=0.6)
@@ -191,8 +191,7 @@ def _compare(figure: Any, result: Result, rows: list[Figures]) -> None:
     times.set_xlim(right=1.45 * max(each["step_ms"] for each in result.students.values()))
     times.grid(axis="y", visible=False)
     times.invert_yaxis()
-    held_out.legend()
-    losses.legend()
+    figure.legend(*held_out.get_legend_handles_labels(), loc="outside lower center", ncols=5)
 
 
 def curves(rows: list[Figures]) -> bytes:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from .errors import Usage, known, needs
+from .errors import Usage, in_range, known, needs, one_line
 from .files import expand
 from .hub import PREFIX
 from .parsing import DIVERGENCES, SCHEDULES, divergence, lora, schedule, weights
@@ -21,8 +21,20 @@ from .quantised import STUDENTS, TEACHERS
 S = TypeVar("S", bound="Common")
 
 
-def setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+# Of steps and the like; torch and NumPy take seeds of this size, and of a few more.
+COUNT = "[1, 2147483647]"
+
+
+def setting(default: Any, text: str, within: str = "") -> Any:
+    """A field; of a number, with the interval that it lies in, as in '(0, 1]'."""
+    return field(default=default, metadata={"help": text, "within": within})
+
+
+def check_ranges(settings: Any) -> None:
+    """Refuses numbers outside of their intervals."""
+    for item in dataclasses.fields(settings):
+        if item.metadata["within"]:
+            in_range(item.name, getattr(settings, item.name), item.metadata["within"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,33 +58,25 @@ class Common:
     teacher_temperature: str = setting("", "of the teacher, where it is another; likewise")
     scale_by_temperature: bool = setting(True, "multiply the divergence by both, as Hinton by T^2")
     standardize: bool = setting(False, "z-scores instead of logits, on both sides")
-    alpha: float = setting(0.9, "share of the divergence; the rest is cross-entropy with the text")
-    entropy_weight: float = setting(0.0, "of the student's entropy: above 0 sharpens it")
-    steps: int = setting(300, "optimizer steps of the student")
-    batch_size: int = setting(8, "sequences in a batch, for each device")
-    sequence_length: int = setting(64, "tokens in a sequence")
-    learning_rate: float = setting(4e-3, "of the student, at its peak")
-    log_every: int = setting(10, "steps between rows of metrics.csv")
-    evaluate_every: int = setting(50, "steps between evaluations on held-out text")
-    save_every: int = setting(50, "steps between saves, from which --resume goes on")
-    seed: int = setting(0, "of weights and batches")
+    alpha: float = setting(
+        0.9, "share of the divergence; the rest is cross-entropy with the text", "[0, 1]"
+    )
+    entropy_weight: float = setting(
+        0.0, "of the student's entropy: above 0 sharpens it", "[-1000, 1000]"
+    )
+    steps: int = setting(200, "optimizer steps of the student", COUNT)
+    batch_size: int = setting(8, "sequences in a batch, for each device", "[1, 65536]")
+    sequence_length: int = setting(64, "tokens in a sequence", "[2, 1048576]")
+    learning_rate: float = setting(4e-3, "of the student, at its peak", "(0, 1000]")
+    log_every: int = setting(10, "steps between rows of metrics.csv", COUNT)
+    evaluate_every: int = setting(50, "steps between evaluations on held-out text", COUNT)
+    save_every: int = setting(50, "steps between saves, from which --resume goes on", COUNT)
+    seed: int = setting(0, "of weights and batches", "[0, 2147483647]")
     device: str = setting("auto", "cpu, cuda, or auto: a GPU where there is one")
 
     def check(self) -> None:
         """Refuses values out of range, each with the range."""
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            least = 0 if item.default == 0 else AT_LEAST.get(item.name, 1)
-            if type(value) is int and value < least:
-                raise Usage(f"{item.name} must be at least {least}, got {value}")
-            if type(value) is int and value >= MOST:
-                raise Usage(f"{item.name} must be below {MOST}, got {value}")
-        if not 0 < self.learning_rate < math.inf:
-            raise Usage(f"learning_rate must be positive and finite, got {self.learning_rate}")
-        if not 0 <= self.alpha <= 1:
-            raise Usage(f"alpha must lie in [0, 1], got {self.alpha}")
-        if not math.isfinite(self.entropy_weight):
-            raise Usage(f"entropy_weight must be finite, got {self.entropy_weight}")
+        check_ranges(self)
         known("device", self.device, ("auto", "cpu", "cuda"))
         self.loss(step=0, steps=1)
 
@@ -94,21 +98,23 @@ class Common:
 class DefaultJob(Common):
     """The default job: teacher and student are small GPTs, trained here."""
 
-    vocabulary: int = setting(2048, "tokens of the tokenizer that is trained on the text")
-    student_share: float = setting(0.1, "share of the text that the students see; the teacher: all")
-    students: int = setting(3, "seeds that students of each method begin with")
-    teacher_steps: int = setting(600, "optimizer steps of the teacher")
-    teacher_width: int = setting(128, "of its hidden states")
-    teacher_layers: int = setting(2, "of its transformer")
-    student_width: int = setting(64, "of its hidden states")
-    student_layers: int = setting(2, "of its transformer")
-    heads: int = setting(4, "of the attention, in both")
-    threads: int = setting(1, "of the CPU; for models this small more help little")
+    vocabulary: int = setting(
+        2048, "tokens of the tokenizer that is trained on the text", "[257, 1048576]"
+    )
+    student_share: float = setting(
+        0.1, "share of the text that the students see; the teacher: all", "(0, 1]"
+    )
+    students: int = setting(3, "seeds that students of each method begin with", "[1, 1000]")
+    teacher_steps: int = setting(600, "optimizer steps of the teacher", COUNT)
+    teacher_width: int = setting(128, "of its hidden states", "[1, 65536]")
+    teacher_layers: int = setting(2, "of its transformer", "[1, 1000]")
+    student_width: int = setting(64, "of its hidden states", "[1, 65536]")
+    student_layers: int = setting(2, "of its transformer", "[1, 1000]")
+    heads: int = setting(4, "of the attention, in both", "[1, 65536]")
+    threads: int = setting(1, "of the CPU; for models this small more help little", "[1, 1024]")
 
     def check(self) -> None:
         super().check()
-        if not 0 < self.student_share <= 1:
-            raise Usage(f"student_share must lie in (0, 1], got {self.student_share}")
         for name in ("teacher_width", "student_width"):
             if getattr(self, name) % self.heads:
                 raise Usage(f"{name} must be a multiple of heads={self.heads}")
@@ -148,30 +154,38 @@ class UserModels(Common):
         "its adapters off",
     )
     on_policy: float = setting(
-        0.0, "share of the steps in which the student learns from what it writes itself"
+        0.0, "share of the steps in which the student learns from what it writes itself", "[0, 1]"
     )
-    sampling_temperature: float = setting(1.0, "at which it writes")
-    top_p: float = setting(1.0, "it writes of the likeliest tokens with this mass together")
-    completion_length: int = setting(128, "tokens that it writes at most")
-    prompt_length: int = setting(16, "tokens of plain text that it goes on from")
+    sampling_temperature: float = setting(1.0, "at which it writes", "[0.001, 1000]")
+    top_p: float = setting(
+        1.0, "it writes of the likeliest tokens with this mass together", "(0, 1]"
+    )
+    completion_length: int = setting(128, "tokens that it writes at most", "[1, 1048576]")
+    prompt_length: int = setting(16, "tokens of plain text that it goes on from", "[1, 1048576]")
     chunked_logits: bool = setting(
         True, "make logits in chunks, from hidden states, where the models allow it"
     )
-    steps: int = setting(0, "optimizer steps; 0: as many as --epochs takes")
-    epochs: float = setting(1.0, "passes over the data")
-    batch_size: int = setting(4, "sequences in a batch, for each device")
-    accumulation: int = setting(1, "batches in an optimizer step, for each device")
-    sequence_length: int = setting(512, "tokens that are packed into a sequence")
-    learning_rate: float = setting(5e-5, "of the student, at its peak")
+    steps: int = setting(0, "optimizer steps; 0: as many as --epochs takes", "[0, 2147483647]")
+    epochs: float = setting(1.0, "passes over the data", "(0, 1000000]")
+    batch_size: int = setting(4, "sequences in a batch, for each device", "[1, 65536]")
+    accumulation: int = setting(1, "batches in an optimizer step, for each device", "[1, 65536]")
+    sequence_length: int = setting(512, "tokens that are packed into a sequence", "[2, 1048576]")
+    learning_rate: float = setting(5e-5, "of the student, at its peak", "(0, 1000]")
     optimizer: str = setting("adamw_torch", "by its name in transformers: adafactor, lion_32bit...")
-    weight_decay: float = setting(0.0, "of the optimizer")
+    weight_decay: float = setting(0.0, "of the optimizer", "[0, 1000]")
     lr_schedule: str = setting("cosine", "by its name in transformers: linear, constant...")
-    warmup: float = setting(0.05, "share of the steps that the rate rises in; from 1 on: steps")
-    clip: float = setting(1.0, "largest norm of the gradient; 0: any")
-    evaluate_every: int = setting(500, "steps between evaluations on held-out text")
-    save_every: int = setting(100, "steps between saves, from which --resume goes on")
-    keep: int = setting(1, "saves to keep while it trains, besides the best on held-out text")
-    held_out: float = setting(0.05, "share of the sequences to evaluate on, without --eval-data")
+    warmup: float = setting(
+        0.05, "share of the steps that the rate rises in; from 1 on: steps", "[0, 2147483647]"
+    )
+    clip: float = setting(1.0, "largest norm of the gradient; 0: any", "[0, 1000000]")
+    evaluate_every: int = setting(500, "steps between evaluations on held-out text", COUNT)
+    save_every: int = setting(100, "steps between saves, from which --resume goes on", COUNT)
+    keep: int = setting(
+        1, "saves to keep while it trains, besides the best on held-out text", COUNT
+    )
+    held_out: float = setting(
+        0.05, "share of the sequences to evaluate on, without --eval-data", "(0, 1)"
+    )
     eval_data: tuple[str, ...] = setting((), "as --data, to evaluate on")
     text: str = setting(
         "",
@@ -190,8 +204,10 @@ class UserModels(Common):
     precision: str = setting("auto", "bf16, fp32, or auto: bf16 where the device has it")
     save_precision: str = setting("auto", "bf16, fp32, or auto: as the student came")
     checkpointing: bool = setting(False, "recompute the student's activations, to save memory")
-    vocab_size: int = setting(0, "columns from here on are padding; 0: the tokenizer says")
-    threads: int = setting(0, "of the CPU; 0: PyTorch's choice")
+    vocab_size: int = setting(
+        0, "columns from here on are padding; 0: the tokenizer says", "[0, 2147483647]"
+    )
+    threads: int = setting(0, "of the CPU; 0: PyTorch's choice", "[0, 1024]")
     report_to: tuple[str, ...] = setting((), "trackers of transformers: tensorboard, wandb...")
 
     def check(self) -> None:
@@ -213,16 +229,9 @@ class UserModels(Common):
         for name in ("teacher", "student", "data"):
             if not getattr(self, name) and not (name == "teacher" and self.teacher_cache):
                 raise Usage(f"--{name} is missing: --teacher, --student and --data go together")
-        if not 0 < self.epochs < math.inf:
-            raise Usage(f"epochs must be positive and finite, got {self.epochs}")
-        if not 0 < self.held_out < 1:
-            raise Usage(f"held_out must lie in (0, 1), got {self.held_out}")
         known("precision", self.precision, ("auto", "bf16", "fp32"))
         known("save_precision", self.save_precision, ("auto", "bf16", "fp32"))
         known("loss_on", self.loss_on, ("completions", "last", "all"))
-        for name in ("warmup", "clip", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise Usage(f"{name} must be finite and at least 0, got {getattr(self, name)}")
 
     def own_teacher(self) -> bool:
         """Whether the student without its adapters is the teacher."""
@@ -245,14 +254,6 @@ class UserModels(Common):
             )
 
     def _check_on_policy(self) -> None:
-        if not 0 <= self.on_policy <= 1:
-            raise Usage(f"on_policy must lie in [0, 1], got {self.on_policy}")
-        if not 0 < self.top_p <= 1:
-            raise Usage(f"top_p must lie in (0, 1], got {self.top_p}")
-        if not 0 < self.sampling_temperature < math.inf:
-            raise Usage(
-                f"sampling_temperature must be positive and finite, got {self.sampling_temperature}"
-            )
         if self.on_policy and self.teacher_cache:
             raise Usage("on_policy: a cache knows nothing of what the student writes: --teacher")
         if self.on_policy and self.completion_length >= self.sequence_length:
@@ -288,20 +289,15 @@ class Search:
     """How `fastkd tune` searches."""
 
     sampler: str = setting("tpe", "grid, random, or tpe")
-    trials: int = setting(12, "settings to try, besides those that --out holds")
-    seeds: int = setting(4, "students for each, and for the comparison at the end")
+    trials: int = setting(12, "settings to try, besides those that --out holds", "[1, 100000]")
+    seeds: int = setting(4, "students for each, and for the comparison at the end", "[2, 1000]")
 
     def check(self) -> None:
         known("sampler", self.sampler, ("grid", "random", "tpe"))
-        for name, least in (("trials", 1), ("seeds", 2)):
-            if getattr(self, name) < least:
-                raise Usage(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_ranges(self)
 
 
 CROSS_TOKENIZER = ("uld", "gold")
-# The bytes and a token beyond them; a token and its next.
-AT_LEAST = {"vocabulary": 257, "sequence_length": 2}
-MOST = 2**32  # seeds of NumPy, which transformers sets too, end there
 
 
 # --- TOML ------------------------------------------------------------------------------------
@@ -319,8 +315,8 @@ def read(path: Path) -> dict[str, Any]:
             return tomllib.load(file)
     except OSError as error:
         raise Usage(f"cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise Usage(f"{path} is not TOML: {error}") from None
+    except (ValueError, RecursionError) as error:  # of TOML, of UTF-8, of 5,000 digits
+        raise Usage(f"{path} is not TOML: {one_line(error)}") from None
 
 
 def build(kind: type[S], values: Mapping[str, Any]) -> S:
@@ -343,7 +339,10 @@ def build(kind: type[S], values: Mapping[str, Any]) -> S:
 def _as(kind: Any, name: str, value: Any) -> Any:
     """The value where it is of the kind, as TOML means it; a number is a spelling too."""
     if kind in (float, str) and type(value) in (int, float):
-        return kind(value)
+        try:
+            return kind(value)
+        except (OverflowError, ValueError):  # of hundreds of digits
+            raise Usage(f"{name} is a number of too many digits") from None
     if kind == tuple[str, ...]:
         value = [value] if isinstance(value, str) else value
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):

@@ -18,12 +18,13 @@ from . import measure, settings
 from .corpus import Corpus
 from .errors import RunError
 from .gpt import GPT, Shape, optimizer
-from .methods import EAGER, FASTKD, HARD, Loss, methods, needs_teacher
+from .methods import EAGER, FASTKD, HARD, TEACHER, Loss, methods, needs_teacher
 
 # The teacher sees other batches than the students: both draw from the seed, under these names.
 TEACHER_BATCHES, STUDENT_BATCHES = 1, 2
-# Rows of held-out text that are evaluated at once.
+# Rows of held-out text that are evaluated at once, and what comes of them.
 EVALUATED = 1024
+FIGURES = ("validation_loss", "kl_to_teacher", "agreement")
 
 Row = dict[str, Any]
 
@@ -82,7 +83,7 @@ class Training:
         return methods(self.settings.loss(step, self.settings.steps))
 
     def _models(self) -> dict[str, GPT]:
-        return {"teacher": self.teacher, **self.students}
+        return {TEACHER: self.teacher, **self.students}
 
     def _batch(self, which: int, step: int) -> tuple[Tensor, Tensor]:
         chosen = self.settings
@@ -104,7 +105,7 @@ class Training:
         ids, labels = self._batch(TEACHER_BATCHES, self.teacher_step)
         loss = F.cross_entropy(self.teacher(ids).flatten(0, 1), labels)
         loss.backward()
-        self._update("teacher", self.teacher_step, self.settings.teacher_steps)
+        self._update(TEACHER, self.teacher_step, self.settings.teacher_steps)
         self.teacher_step += 1
         return _finite("the teacher", loss.item(), self.teacher_step)
 
@@ -112,8 +113,7 @@ class Training:
         """One step of each student, on the same batch; their losses."""
         ids, labels = self._batch(STUDENT_BATCHES, self.step)
         began = measure.now(self.device)
-        with torch.no_grad():
-            teacher = self.teacher(ids).flatten(0, 1)
+        teacher = self._teach(ids)
         of_teacher = measure.now(self.device) - began
         losses, names = self.losses(self.step), list(self.students)
         turn = self.step % len(names)  # so none is always the one that finds the cache warm
@@ -140,6 +140,13 @@ class Training:
         values = {method: values[method] for method in names}
         self._log(values)
         return values
+
+    @torch.no_grad()
+    def _teach(self, ids: Tensor) -> Tensor:
+        """The teacher's logits [N, V]; no rows where hard labels alone are learnt."""
+        if not any(map(needs_teacher, self.students)):
+            return torch.empty(0, self.corpus.vocabulary, device=self.device)
+        return self.teacher(ids).flatten(0, 1)
 
     def _compare(self, value: float, other: float, apart: float) -> None:
         self.difference = max(self.difference, abs(value - other) / abs(other))
@@ -168,22 +175,25 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """Of teacher and students on held-out text, per token: nats, nats, and a share."""
+        """On held-out text, per token: nats, nats, and a share.
+
+        Of the students, or of the teacher where there are none.
+        """
         ids, labels = self.corpus.held_out(self.settings.sequence_length)
         size = max(1, EVALUATED // self.settings.sequence_length)
-        sums = {name: torch.zeros(3, dtype=torch.float64) for name in self._models()}
+        models = self.students or {TEACHER: self.teacher}
+        sums = {name: torch.zeros(3, dtype=torch.float64) for name in models}
         for some, wanted in zip(ids.split(size), labels.split(size), strict=True):
             some, wanted = some.to(self.device), wanted.to(self.device)
             teacher = self.teacher(some)
-            for name, model in self._models().items():
+            for name, model in models.items():
                 student = teacher if model is self.teacher else model(some)
                 _, found = distillation_loss(student, teacher, wanted, return_metrics=True)
                 assert found.ce is not None  # since labels are given
                 parts = (found.ce, found.kd, found.agreement)
                 sums[name] += torch.stack([part.sum().double().cpu() for part in parts])
-        names = ("validation_loss", "kl_to_teacher", "agreement")
         return {
-            name: dict(zip(names, (total / labels.numel()).tolist(), strict=True))
+            name: dict(zip(FIGURES, (total / labels.numel()).tolist(), strict=True))
             for name, total in sums.items()
         }
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import corpus, default_job, report, user_models
+from . import corpus, default_job, devices, report, user_models
 from .errors import Interrupted, RunError, Usage, hush_torchao, needs
 from .job import Job
 from .methods import FASTKD
@@ -116,7 +116,7 @@ def spelt(settings: dict[str, Any]) -> str:
 def _default_job(chosen: DefaultJob) -> Train:
     """The default job: one teacher, trained now."""
     needs("tokenizers")
-    device = default_job.pick(chosen.device)
+    device = devices.pick(chosen.device)
     text = corpus.prepare(
         chosen.data, chosen.vocabulary, chosen.sequence_length, chosen.student_share
     )
@@ -144,8 +144,7 @@ def _user_models(chosen: UserModels, folder: Path, tokens: Path) -> Train:
 
     def train(changed: UserModels) -> dict[str, float]:
         trainer = job.trainer(changed, folder, save_strategy="no", eval_strategy="no")
-        with user_models.enough_memory():
-            trainer.train()
+        trainer.train()
         found = user_models.plain(trainer.evaluate())
         trainer.accelerator.free_memory()
         return found

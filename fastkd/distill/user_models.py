@@ -17,6 +17,7 @@ from fastkd.cache import CacheError
 
 from . import card, report, settings, storage
 from .default_job import Stop
+from .devices import enough_memory
 from .errors import Interrupted, RunError, hush_torchao, needs, one_line
 from .job import Job, precision
 
@@ -188,18 +189,6 @@ def _broken(checkpoint: Path, error: Exception) -> RunError:
         f"{checkpoint} is broken and cannot be read ({one_line(error)}): delete it, and "
         "--resume goes on from the one before, or from the beginning"
     )
-
-
-@contextlib.contextmanager
-def enough_memory() -> Iterator[None]:
-    """A GPU without memory left is the user's to mend."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError:
-        raise RunError(
-            "the GPU's memory is full: lower --batch-size and raise --accumulation, or say "
-            "--checkpointing"
-        ) from None
 
 
 def plain(values: dict[str, float]) -> dict[str, float]:
