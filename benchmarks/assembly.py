@@ -43,6 +43,7 @@ class Binary(NamedTuple):
     main: Counts  # all but the masked twin of a tile that is not masked
     loops: list[Counts]  # those that work on tiles, in the order of the code
     scattered: list[str]  # reductions that Triton may lower wrongly
+    text: str  # of the machine code, with its encoding
 
 
 class Isa(NamedTuple):
@@ -159,7 +160,8 @@ def _read(
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
         isa = GCN
     else:
-        lines, loops, registers = _sass(kernel.asm["cubin"])
+        text = _disassembled(kernel.asm["cubin"])
+        lines, loops, registers = _sass(text)
         isa = SASS
     tiles = [
         body
@@ -175,20 +177,23 @@ def _read(
         name, constants, grid, metadata.num_warps, getattr(metadata, "num_ctas", 1), registers,
         metadata.shared,
         _count(whole, isa), _count(_main(lines) if isa is SASS else whole, isa), counted,
-        scattered(kernel.asm["ttgir"]),
+        scattered(kernel.asm["ttgir"]), text,
     )  # fmt: skip
 
 
-def _sass(cubin: bytes) -> tuple[list[Line], list[list[str]], int]:
+def _disassembled(cubin: bytes) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
+        return subprocess.run(
             [tool, "-sass", "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
+
+
+def _sass(text: str) -> tuple[list[Line], list[list[str]], int]:
     lines = [
         (int(at, 16), line) for at, line in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*?);", text)
     ]
@@ -256,10 +261,14 @@ def _main(lines: list[Line]) -> list[str]:
     return main
 
 
+def width(access: str, isa: Isa) -> int:
+    """Bytes that a thread loads or stores by it."""
+    return next((n for key, n in isa.widths.items() if key in access), 4)
+
+
 def _count(body: list[str], isa: Isa) -> Counts:
     def widths(pattern: re.Pattern[str]) -> list[int]:
-        hits = [hit[0] for line in body if (hit := pattern.search(line))]
-        return [next((n for key, n in isa.widths.items() if key in hit), 4) for hit in hits]
+        return [width(hit[0], isa) for line in body if (hit := pattern.search(line))]
 
     def times(pattern: re.Pattern[str]) -> int:
         return sum(bool(pattern.search(line)) for line in body)

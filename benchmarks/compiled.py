@@ -24,7 +24,7 @@ from fastkd.divergences import BUILT_IN
 from fastkd.kernels import tuning
 from fastkd.problem import Coefficients, Problem
 
-from . import cases, machine, model
+from . import machine, model
 from .assembly import Binary, Counts, binaries, replaced
 from .report import table
 
@@ -115,7 +115,7 @@ def configurations(target: str, name: str, quick: bool = False) -> Iterator[Conf
         yield from KL_DIV
         return
     yield from MAIN
-    if _clusters() and (target == "sm_90" or (target == "sm_100" and name in ALL_WIDTHS)):
+    if has_clusters() and (target == "sm_90" or (target == "sm_100" and name in ALL_WIDTHS)):
         yield CLUSTER
     if target == "sm_90":
         yield from MORE
@@ -125,7 +125,7 @@ def configurations(target: str, name: str, quick: bool = False) -> Iterator[Conf
             yield from WIDTHS
 
 
-def _clusters() -> bool:
+def has_clusters() -> bool:
     import triton
 
     return tuple(map(int, triton.__version__.split(".")[:2])) >= tuning.CLUSTERS
@@ -220,7 +220,7 @@ class Work(NamedTuple):
     special: float
 
 
-def _tile(binary: Binary) -> tuple[int, ...]:
+def tile_of(binary: Binary) -> tuple[int, ...]:
     """Of a resident row what its parts hold together."""
     held = sum(columns for _, columns in binary.constants.get("PARTS", ())) or None
     sizes = [binary.constants.get(name) for name in ("LANES", "VECTOR", "BLOCK")]
@@ -244,7 +244,7 @@ def work(binary: Binary, entry: int, width: int, known: bool = False) -> Work:
         loads = [entry] * len(loops)
         parts = [(loop, loop.loaded / entry) for loop in loops]
     else:
-        tile = math.prod(_tile(binary))
+        tile = math.prod(tile_of(binary))
         parts = [(binary.main, tile / (width * binary.warps * binary.blocks))]
         # What a row needs once is loaded by each of its threads, but moved once.
         whole_rows = "LANES" in binary.constants
@@ -260,10 +260,10 @@ def _line(one: Measured) -> list[str]:
     binary, gpu = one.binary, model.GPUS[one.target]
     done = work(binary, one.entry, gpu.width)
     held = model.occupancy(gpu, binary.registers, binary.shared, binary.warps)
-    bytes_ = _traffic(gpu, [one], 128256, 8192)
+    bytes_ = traffic(gpu, [one], 128256, 8192)
     return [
         one.configuration, one.divergence, binary.name.strip("_"),
-        " x ".join(map(str, _tile(binary))), str(binary.warps),
+        " x ".join(map(str, tile_of(binary))), str(binary.warps),
         str(binary.registers), str(binary.shared), str(binary.all.spills), str(held),
         *(f"{x:.2f}" for x in (sum(done.loads), done.stored, bytes_.unshared, bytes_.shared)),
         f"{done.instructions:.1f}", f"{work(binary, one.entry, gpu.width, True).instructions:.1f}",
@@ -271,7 +271,7 @@ def _line(one: Measured) -> list[str]:
     ]  # fmt: skip
 
 
-def _traffic(gpu: model.Gpu, kernels: Sequence[Measured], columns: int, rows: int) -> model.Traffic:
+def traffic(gpu: model.Gpu, kernels: Sequence[Measured], columns: int, rows: int) -> model.Traffic:
     """Of the kernels that work off the same rows, one after the other."""
     done = [work(one.binary, one.entry, gpu.width) for one in kernels]
     binary = kernels[0].binary
@@ -316,112 +316,6 @@ def _against_textbook(target: str, name: str) -> list[str]:
         *(f"{n:.1f}" for n in (count, plain, count - plain)),
         *(str(one.binary.registers) for one in (ours, theirs)),
     ]  # fmt: skip
-
-
-# --- predictions -----------------------------------------------------------------------------
-
-PREDICTED = (
-    "case", "divergence", "pass", "schedule", "DRAM bytes", "instructions", "MUFU", "DRAM, ms",
-    "L2, ms", "issue, ms", "MUFU, ms", "predicted, ms", "limit", "of the floor", "of a copy",
-)  # fmt: skip
-EVERY = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd")
-# Of rows whose KL is not small: the loss alone in one sweep, the gradient without a value.
-ONE_SWEEP, GRADIENT_ALONE = "forward, large", "fused, large"
-# (case, pass, divergences)
-CASES = (
-    ("llama3-8192", "fused", NAMES),
-    ("qwen3-4096", "fused", EVERY), ("gemma3-4096", "fused", EVERY),
-    ("llama2-8192", "fused", EVERY), ("gpt2-8192", "fused", EVERY[:1]),
-    ("llama3-8192", "forward", EVERY), ("llama3-8192", "backward", EVERY),
-    ("llama3-8192", ONE_SWEEP, EVERY[:2]),
-    ("llama3-8192", GRADIENT_ALONE, EVERY[:2]), ("llama2-8192", GRADIENT_ALONE, EVERY[:2]),
-    ("imagenet-65536", "fused", EVERY), ("cifar100-65536", "fused", EVERY),
-    ("cifar10-65536", "fused", EVERY), ("llama3-64", "fused", EVERY), ("qwen3-512", "fused", EVERY),
-    ("llama3-8192", "sum", ("kl_div",)), ("llama3-8192", "input's gradient", ("kl_div",)),
-)  # fmt: skip
-
-
-# Bytes of bf16 that must move per position.
-FLOOR = {
-    "fused": 6, GRADIENT_ALONE: 6, "forward": 4, ONE_SWEEP: 4, "backward": 6, "sum": 4,
-    "input's gradient": 4,
-}  # fmt: skip
-
-
-def predictions(gpu: model.Gpu, target: str, names: Sequence[str]) -> list[list[str]]:
-    lines = []
-    for case, launcher, divergences in CASES:
-        for name in divergences:
-            if name in names:
-                for cluster in _choices(target, case, launcher):
-                    lines.append(_prediction(gpu, target, case, launcher, name, cluster))
-    return lines
-
-
-def _choices(target: str, case: str, launcher: str) -> list[int]:
-    """The columns of a cluster that make a difference to the case."""
-    vocab, most = cases.case_of(case).vocab, tuning.CLUSTER * tuning.SHARE
-    fits = launcher in ("fused", "forward") and tuning.COLUMNS["resident"] < vocab <= most
-    return [0, most] if fits and target in ("sm_90", "sm_100") and _clusters() else [0]
-
-
-def _prediction(
-    gpu: model.Gpu, target: str, case: str, launcher: str, name: str, cluster: int
-) -> list[str]:
-    shape = cases.case_of(case)
-    call = Configuration(case, launcher.split(",")[0], shape.rows, shape.vocab, cluster=cluster)
-    kernels = measure(target, name, [call])
-    if launcher == ONE_SWEEP:
-        (one,) = kernels
-        kernels = [one._replace(binary=one.binary._replace(loops=one.binary.loops[:1]))]
-    known = launcher == GRADIENT_ALONE
-    done = [work(one.binary, one.entry, gpu.width, known) for one in kernels]
-    first = kernels[0].binary
-    padding = _held(first) / shape.vocab if _held(first) else 1.0
-    instructions = padding * sum(part.instructions for part in done)
-    special = padding * sum(part.special for part in done)
-    bytes_ = _traffic(gpu, kernels, shape.vocab, shape.rows)
-    if "PARTS" in first.constants and launcher == "fused":
-        torn = _written(first, kernels[0].entry / 2, shape.vocab) - kernels[0].entry / 2
-        bytes_ = bytes_._replace(moved=bytes_.moved + torn)
-    programs = math.prod(first.programs)
-    positions = shape.rows * shape.vocab
-    found = model.times(gpu, positions, bytes_, instructions, special, programs, len(kernels))
-    floor = positions * FLOOR[launcher] / (gpu.copy * 1e12)
-    return [
-        case, name, launcher, _schedule_of(kernels), f"{bytes_.shared:.1f}", f"{instructions:.1f}",
-        f"{special:.1f}", *(f"{1e3 * t:.3f}" for t in found[:4]), f"{1e3 * found.predicted:.3f}",
-        found.limit, f"{floor / found.predicted:.0%}",
-        f"{(floor + model.LAUNCH) / found.predicted:.0%}",
-    ]  # fmt: skip
-
-
-def _written(binary: Binary, size: float, columns: int) -> float:
-    """Bytes per position that a resident row's gradient takes in whole sectors, at most."""
-    piece, align = binary.constants["STORED"], binary.constants["ALIGN"]
-    pieces = [
-        min(begin + at + min(piece, held), columns) - begin - at
-        for begin, held in binary.constants["PARTS"]
-        for at in range(0, held, piece)
-        if begin + at < columns
-    ]
-    return sum(model.sectors(n * size, align * size) for n in pieces) / columns
-
-
-def _held(binary: Binary) -> int:
-    """Columns that the programs of a row hold, with what pads it; 0 where it goes by in tiles."""
-    return 0 if binary.loops else _tile(binary)[-1]
-
-
-def _schedule_of(kernels: Sequence[Measured]) -> str:
-    first = kernels[0].binary
-    if first.blocks > 1:
-        return "cluster"
-    if first.name == "resident":
-        return first.name
-    if "VECTOR" not in first.constants:
-        return "elementwise"
-    return "split" if len(kernels) > 1 else "sweep"
 
 
 # --- the command -----------------------------------------------------------------------------
@@ -499,6 +393,7 @@ def _report(
         f"{header['commit'] or 'unknown'}\n- `{command}`",
         table((COLUMNS, *sorted(lines))),
     ]
+    from . import predictions  # which asks this module
     from .textbook import TABLE
 
     known = [name for name in names if name in TABLE]
@@ -507,18 +402,7 @@ def _report(
         "Instructions of the sweep, against the same kernel with the textbook's values.",
         table((CANCELLING, *pool.map(_against_textbook, [target] * len(known), known))),
     ]
-    for gpu in gpus:
-        predicted = pool.map(
-            predictions, [gpu] * len(names), [target] * len(names), [[n] for n in names]
-        )
-        parts += [
-            f"## Predicted for {gpu.name}",
-            f"{gpu.processors} processors at {gpu.clock} GHz, copy {gpu.copy} TB/s, L2 "
-            f"{gpu.cached} TB/s: the longest of four limits, and {1e6 * model.LAUNCH:.0f} us a "
-            "launch. The floor is every operand moved once at the copy's rate, a copy the same "
-            "with its launch.",
-            table((PREDICTED, *(line for part in predicted for line in part))),
-        ]
+    parts += [part for gpu in gpus for part in predictions.report(gpu, target, names, pool)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""A GPU as three rates: how long a kernel takes at least, by its bytes and its instructions."""
+"""A GPU as rates: how long a kernel takes at least, by its bytes and its instructions."""
 
 from __future__ import annotations
 
@@ -57,6 +57,11 @@ class Traffic(NamedTuple):
     shared: float  # from DRAM, where a sweep finds what L2 still holds
 
 
+def hits(gpu: Gpu, followed: float) -> float:
+    """The share that L2 still holds of what so many bytes have followed."""
+    return min(1.0, CACHED * gpu.cache / followed)
+
+
 def traffic(
     gpu: Gpu, loads: list[float], stored: float, row: int, rows: int, programs: int, split: bool
 ) -> Traffic:
@@ -66,8 +71,7 @@ def traffic(
     one before: what lies a share x from the turn was followed by 1.5 x rows' worth of other bytes
     from each program. Between the launches of a split row all rows pass by.
     """
-    followed = row * rows if split else 1.5 * row * min(programs, rows)
-    hit = min(1.0, CACHED * gpu.cache / followed)
+    hit = hits(gpu, row * rows if split else 1.5 * row * min(programs, rows))
     moved = sum(loads) + stored
     return Traffic(moved, moved, loads[0] + sum(loads[1:]) * (1.0 - hit) + stored)
 
@@ -79,20 +83,21 @@ class Times(NamedTuple):
     cache: float
     issue: float
     special: float
+    latency: float  # by a replay of the code (replay.py), 0 without one
     launches: float
 
     @property
     def predicted(self) -> float:
-        return max(self[:4]) + self.launches
+        return max(self[:5]) + self.launches
 
     @property
     def limit(self) -> str:
-        return self._fields[self.index(max(self[:4]))]
+        return self._fields[self.index(max(self[:5]))]
 
 
 def times(
     gpu: Gpu, positions: float, bytes_: Traffic, instructions: float, special: float,
-    programs: int, launches: int,
+    programs: int, launches: int, latency: float,
 ) -> Times:  # fmt: skip
     """instructions, special: per position; fewer programs than processors leave some idle."""
     share = min(1.0, programs / gpu.processors)
@@ -102,5 +107,6 @@ def times(
         positions * bytes_.moved / (gpu.cached * 1e12 * share),
         positions * instructions / (per_second * gpu.issue),
         positions * special / (per_second * gpu.special),
+        latency,
         launches * LAUNCH,
     )
