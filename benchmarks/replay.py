@@ -281,7 +281,9 @@ class Processor:
             self.go_on(warps, when)
 
 
-def seconds(binary: assembly.Binary, entry: int, columns: int, rows: int, gpu: model.Gpu) -> float:
+def seconds(
+    binary: assembly.Binary, known: bool, entry: int, columns: int, rows: int, gpu: model.Gpu
+) -> float:
     """Of a launch that sweeps `rows` rows, more than there are programs under way."""
     programs = model.occupancy(gpu, binary.registers, binary.shared, binary.warps)
     hit = model.hits(gpu, 1.5 * entry * columns * programs * gpu.processors)
