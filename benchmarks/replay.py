@@ -85,7 +85,7 @@ def _decoded(line: str, control: int) -> Instruction:
     bare = _PREDICATE.sub("", line)
     pipe, clocks = next((name, n) for name, n, of in PIPES if re.match(of, bare))
     mask = control >> 11 & 63
-    tile = 32 * assembly.width(bare, assembly.SASS)
+    tile = 32 * assembly.width(bare.split()[0], assembly.SASS)
     return Instruction(
         pipe, clocks, max(control & 15, 1), control >> 5 & 7, control >> 8 & 7,
         tuple(n for n in range(6) if mask >> n & 1),

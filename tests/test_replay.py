@@ -84,3 +84,11 @@ def test_rare_loops_are_passed_over():
     codes = [one.pipe for one, _ in replay.trace(with_rare)]
     assert "special" not in codes
     assert len(codes) == 100 * 3 + 3
+
+
+@pytest.mark.parametrize(("width", "count"), [(".128", 512), (".64", 256), ("", 128), (".U16", 64)])
+def test_bytes_of_an_access_by_a_warp(width, count):
+    for code in (f"LDG.E.EL{width} R4, [R2.64]", f"@P3 STG.E{width} [R2.64], R4"):
+        one = kernel((code, {}), ("LDG.E.EF R4, [R2.64]", {}))
+        first, _ = next(replay.trace(one))
+        assert first.loaded + first.stored == count
