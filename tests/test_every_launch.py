@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 def test_every_launch_compiles(request):
-    few = [] if request.config.getoption("--full") else ["--few"]
+    # The others of these few are compiled by tests/test_old_triton.py.
+    few = [] if request.config.getoption("--full") else ["--few", "--part", "1/3"]
     done = subprocess.run(
         [sys.executable, "-m", "tests.ptx.scan", *few],
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
@@ -26,5 +27,5 @@ def test_every_launch_compiles(request):
     )  # fmt: skip
     assert done.stdout, done.stderr[-5000:]
     results = json.loads(done.stdout.splitlines()[-1])
-    assert len(results) > 20
+    assert len(results) > 10
     assert {call: wrong for call, wrong in results.items() if wrong} == {}
