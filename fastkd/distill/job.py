@@ -43,7 +43,7 @@ class Job:
         quantised.check(chosen.teacher_precision, chosen.quantize)
         placement(chosen.teacher_device)
         self.dtype = precision(chosen.precision, self.device)
-        _check_optimizer(_arguments(chosen, tokens, self.device, self.dtype))
+        _check_optimizer(chosen, _arguments(chosen, tokens, self.device, self.dtype))
         cache = cached.opened(chosen) if chosen.teacher_cache else None
         self.teacher_tokens = None
         if chosen.cross_tokenizer:
@@ -184,7 +184,7 @@ def _on_policy(chosen: settings.UserModels, end: int | None) -> OnPolicy | None:
     )
 
 
-def _check_optimizer(arguments: TrainingArguments) -> None:
+def _check_optimizer(chosen: settings.UserModels, arguments: TrainingArguments) -> None:
     """Refuses one, or a schedule, that needs a package or an option which is not there."""
     from transformers import Trainer, get_scheduler
 
@@ -194,10 +194,8 @@ def _check_optimizer(arguments: TrainingArguments) -> None:
         dummy = torch.optim.SGD(one.parameters(), arguments.learning_rate)
         get_scheduler(arguments.lr_scheduler_type, dummy, 0, 1)
     except (ImportError, TypeError, ValueError) as error:
-        raise Usage(
-            f"optimizer {arguments.optim}, lr_schedule {arguments.lr_scheduler_type}: "
-            f"{one_line(error)}"
-        ) from None
+        both = f"optimizer {chosen.optimizer}, lr_schedule {chosen.lr_schedule}"
+        raise Usage(f"{both}: {one_line(error)}") from None
 
 
 def _arguments(

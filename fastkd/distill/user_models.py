@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from fastkd.cache import CacheError
 from . import card, report, settings, storage
 from .default_job import Stop
 from .devices import enough_memory
-from .errors import Interrupted, RunError, hush_torchao, needs, one_line
+from .errors import Interrupted, RunError, Usage, hush_torchao, needs, one_line
 from .job import Job, precision
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def run(chosen: settings.UserModels, folder: Path, *, resume: bool = False) -> d
         teachers = ", ".join(chosen.teacher) or chosen.teacher_cache
         report.say(f"reading teacher {teachers} and student {chosen.student}")
     hush_torchao()
-    needs("transformers", "datasets", "accelerate", "rich", "matplotlib", *chosen.report_to)
+    needs("transformers", "datasets", "accelerate", "rich", "matplotlib")
+    _check_trackers(chosen.report_to)
     from .watch import Watch
 
     checkpoint = storage.last_checkpoint(folder) if resume else None
@@ -89,6 +90,16 @@ def run(chosen: settings.UserModels, folder: Path, *, resume: bool = False) -> d
     }
     _save(trainer, job, chosen, figures, folder)
     return figures
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    try:
+        get_reporting_integration_callbacks(list(names))
+    except ValueError as error:
+        raise Usage(f"report_to: {one_line(error)}") from None
+    needs(*names, extra="")
 
 
 @contextlib.contextmanager
