@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import operators, sharding, tracing
+from . import operators, tracing
 from .forms import sources
 from .operators import readable
 from .problem import CE, ENTROPY, KD, Coefficients, Problem, unpacked_numbers
@@ -35,21 +35,10 @@ class Rows(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         problem = Problem.unpack(tensors, numbers, vocab_size, spec)
-        backend = operators.backend(name, problem)
         if dual_numbers is None:
-            values, state = backend.forward(problem, entropy, metrics)
+            values, state = operators.backend(name, problem).forward(problem, entropy, metrics)
             return values, state, state.new_empty(0)
-        a, b, _ = unpacked_numbers(dual_numbers)
-        exchanged = problem.exchanged(dual, a, b)
-        calls = (problem, entropy, metrics), (exchanged, False, False)
-        backends = (operators.backend(name, one) for one, *_ in calls)
-        if problem.merge:  # what both gather goes together
-            phases = (backend.phases(*call) for backend, call in zip(backends, calls, strict=True))
-            found = sharding.together(sharding.of(problem.merge), *phases)
-        else:
-            found = [backend.forward(*call) for backend, call in zip(backends, calls, strict=True)]
-        (values, state), (_, other) = found
-        return values, state, other
+        return operators.forward_of_both(problem, dual, dual_numbers, entropy, metrics, name)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

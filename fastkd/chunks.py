@@ -163,8 +163,8 @@ class _Rows:
         self.found = problem.student_temperature.new_zeros(1, problem.rows)
 
     def add(self, rows: Any, piece: Tensor) -> None:
-        if len(piece) != len(self.found):
-            self.found = self.found.new_zeros(len(piece), self.found.size(1))
+        if len(piece) != len(self.found) or piece.dtype != self.found.dtype:
+            self.found = piece.new_zeros(len(piece), self.found.size(1))
         self.found[:, rows] = piece
 
     def all(self) -> Tensor:

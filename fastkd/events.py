@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, chunks, sharding
+from . import checks, chunks, sharding, tracing
 from .divergences import LN2, Divergence, plogr
 from .eager.blocks import slices
 from .eager.solver import shared
@@ -384,11 +384,11 @@ def _value_and_slope(part: Problem, lp: Tensor, lq: Tensor, out: Tensor) -> tupl
     kind, a, b = Divergence.of_name(part.divergence), part.a, part.b
     none = out.all(-1)
     lp = torch.where(out, -math.inf, lp).masked_fill(none[:, None], 0.0)
-
-    def total(lq: Tensor) -> tuple[Tensor, Tensor]:
-        lq = torch.where(out, -math.inf, lq).masked_fill(none[:, None], 0.0)
+    with tracing.autograd():  # which saves no tensor from inference mode
+        lp, leaf, out, none = (x.detach().clone() for x in (lp, lq, out, none))
+        lq = torch.where(out, -math.inf, leaf.requires_grad_())
+        lq = lq.masked_fill(none[:, None], 0.0)
         rows = torch.where(none, 0.0, kind.of_rows(lp, lq, a, b))
-        return rows.sum(), rows
-
-    slope, rows = torch.func.grad(total, has_aux=True)(lq)
+        (slope,) = torch.autograd.grad(rows.sum(), leaf)
+    rows = rows.detach()
     return rows, torch.where(out, 0.0, slope)

@@ -194,7 +194,7 @@ def distillation_loss(
     sides.check(given, student, teacher, labels)
     merge = sharding.of_group(given.group, sides.outline(student), given.vocab_size)
     teacher = sides.own_columns(teacher, merge)
-    labels = sides.own_columns(labels, merge) if given.sigmoids else labels
+    labels = sides.own_columns(labels, merge) if soft or given.sigmoids else labels
     outlines = sides.outlines(student, teacher)
     columns = sides.columns(given, merge, *outlines, labels, weight)
     num_items = checks.num_items(num_items, reduction, outlines[0])

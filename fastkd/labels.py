@@ -30,8 +30,6 @@ def check(
         _not_needed(given.alpha, given.divergence)
     elif given.sigmoids:
         _multi_hot(labels, student, columns)
-    elif soft(labels) and given.group is not None:
-        raise NotImplementedError("labels in floating point have no group: pass class indices")
     elif soft(labels):
         _distribution(labels, student, columns)
         _no_classes(given.divergence, given.ignore_index)

@@ -18,8 +18,8 @@ from torch import Tensor
 from . import tracing
 from .divergences import Divergence
 from .forms import Events, Head, sources
-from .problem import Coefficients, Problem
-from .sharding import Phases
+from .problem import Coefficients, Problem, unpacked_numbers
+from .sharding import of, together
 
 
 class Operator:
@@ -94,11 +94,6 @@ class Traced(NamedTuple):
     def forward(self, problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
         return _forward(*problem.pack(), entropy, metrics, self.name)
 
-    def phases(self, problem: Problem, entropy: bool, metrics: bool) -> Phases[Any]:
-        """With its gathers in one operator."""
-        yield from ()
-        return self.forward(problem, entropy, metrics)
-
     def backward(
         self,
         problem: Problem,
@@ -123,6 +118,7 @@ class Traced(NamedTuple):
 PROBLEM = "Tensor?[] tensors, Tensor numbers, SymInt vocab_size, str spec"
 COEFFICIENTS = "Tensor kd, Tensor? ce, Tensor? entropy"
 SIZE = 4  # of a Packed
+EXACT = torch.float64  # of what is kept of several owners' rows
 
 
 def _split(arguments: Sequence[Any]) -> tuple[Problem, Sequence[Any]]:
@@ -159,14 +155,92 @@ def _forward(*arguments: Any) -> Any:
 @_forward.register_fake
 def _(*arguments: Any) -> Any:
     problem, (entropy, metrics, name) = _split(arguments)
-    kinds = problem.kinds(entropy, metrics)
-    saved = problem.state_rows(kinds)
-    events = isinstance(problem.teacher, Events) and kinds == 1
-    sigmoids = Divergence.of_name(problem.divergence).rows == "bernoulli"
-    if name == "torch" or events or sigmoids:
-        saved = 2 if sigmoids and problem.merge and name == "triton" else 0
+    return _fake_forward(problem, entropy, metrics, name)
+
+
+def _fake_forward(
+    problem: Problem, entropy: bool, metrics: bool, name: str
+) -> tuple[Tensor, Tensor]:
     new = problem.student_temperature.new_empty
-    return new(kinds, problem.rows), new(saved, problem.rows)
+    rows, dtype = _state(problem, entropy, metrics, name)
+    values = new(problem.kinds(entropy, metrics), problem.rows)
+    return values, new(rows, problem.rows, dtype=dtype)
+
+
+def _state(
+    problem: Problem, entropy: bool, metrics: bool, name: str
+) -> tuple[int, torch.dtype]:
+    """How many rows the state of a forward has, and their dtype."""
+    sharded, long = problem.merge != "", problem.kinds(entropy, metrics) > 1
+    if sharded and problem.soft:
+        assert problem.labels is not None
+        rows, dtype = _state(problem._replace(labels=problem.labels[:, 0]), entropy, metrics, name)
+        return rows + _loaded("fastkd.soft_labels").KEPT, dtype
+    if isinstance(problem.teacher, Events):
+        alone = problem._replace(teacher=None)
+        rows, dtype = _state(alone, entropy, metrics, name) if long else (0, problem.dtype)
+        if not sharded:
+            return rows, dtype
+        return rows + problem.teacher.indices.size(1) + _loaded("fastkd.events").SHARES, EXACT
+    if Divergence.of_name(problem.divergence).rows == "bernoulli":
+        kept = sharded and (problem.temperature_trains or name == "triton")
+        return 2 * kept, EXACT if sharded and name == "torch" else problem.dtype
+    if name == "torch":
+        if not sharded:
+            return 0, problem.dtype
+        return _loaded("fastkd.eager.shards").state_rows(problem, entropy), EXACT
+    return problem.state_rows(problem.kinds(entropy, metrics)), problem.dtype
+
+
+def forward_of_both(
+    problem: Problem, dual: str, dual_numbers: Tensor, entropy: bool, metrics: bool, name: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A forward, and the state of that with the roles exchanged: see autograd.Rows.
+
+    In one operator, so that both gather at once, and a compiler leaves both to the forward.
+    """
+    if isinstance(backend(name, problem), Traced):
+        return _forward_of_both(*problem.pack(), dual, dual_numbers, entropy, metrics, name)
+    return _run_both(problem, dual, dual_numbers, entropy, metrics, name)
+
+
+def _run_both(
+    problem: Problem, dual: str, dual_numbers: Tensor, entropy: bool, metrics: bool, name: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    exchanged = _exchanged(problem, dual, dual_numbers)
+    calls = (problem, entropy, metrics), (exchanged, False, False)
+    modules = [_module(name, one) for one, *_ in calls]
+    if problem.merge:
+        phases = (module.phases(*call) for module, call in zip(modules, calls, strict=True))
+        found = together(of(problem.merge), *phases)
+    else:
+        found = [module.forward(*call) for module, call in zip(modules, calls, strict=True)]
+    (values, state), (_, other) = found
+    return values, state, other
+
+
+def _exchanged(problem: Problem, dual: str, dual_numbers: Tensor) -> Problem:
+    a, b, _ = unpacked_numbers(dual_numbers)
+    return problem.exchanged(dual, a, b)
+
+
+@torch.library.custom_op(
+    "fastkd::forward_of_both",
+    mutates_args=(),
+    schema=f"({PROBLEM}, str dual, Tensor dual_numbers, bool entropy, bool metrics, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def _forward_of_both(*arguments: Any) -> Any:
+    problem, rest = _split(arguments)
+    return _run_both(problem, *rest)
+
+
+@_forward_of_both.register_fake
+def _(*arguments: Any) -> Any:
+    problem, (dual, dual_numbers, entropy, metrics, name) = _split(arguments)
+    exchanged = _exchanged(problem, dual, dual_numbers)
+    _, other = _fake_forward(exchanged, False, False, name)
+    return *_fake_forward(problem, entropy, metrics, name), other
 
 
 @torch.library.custom_op(

@@ -135,7 +135,15 @@ _MERGES: dict[str, Merge] = {"": LOCAL}
 
 def of(name: str) -> Merge:
     """The merge of that name; "" is LOCAL. Names stand for merges where a compiler looks on."""
-    return _MERGES[name]
+    if name in _MERGES:
+        return _MERGES[name]
+    group, *numbers = name.rsplit(":", 3)  # see name_of
+    first_column, mine, columns = map(int, numbers)
+    return Group(_group_of(group), first_column, columns, mine)
+
+
+def _group_of(name: str) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
@@ -151,25 +159,34 @@ def registered(name: str, merge: Merge) -> Iterator[Merge]:
 
 
 def name_of(merge: Merge) -> str:
-    """By which a Problem knows it. A group that is made again takes the place of the old one."""
+    """By which a Problem knows it: a group's says all that it is."""
     if not isinstance(merge, Group):
         return ""
-    name = f"{merge.process_group.group_name}:{merge.first_column}:{merge.mine}:{merge.columns}"
-    _MERGES[name] = merge
-    return name
+    return f"{merge.process_group.group_name}:{merge.first_column}:{merge.mine}:{merge.columns}"
+
+
+@torch.library.custom_op("fastkd::summed", mutates_args=())
+def _summed(tensor: Tensor, group: str) -> Tensor:
+    """The sum over a group's ranks."""
+    total = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=_group_of(group))
+    return total
+
+
+@_summed.register_fake
+def _(tensor: Tensor, group: str) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 class _Copied(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, group: str) -> Tensor:
         ctx.group = group
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient, None
+        return _summed(gradient, ctx.group), None
 
 
 def copied(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -180,7 +197,7 @@ def copied(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     (Megatron's copy to the tensor-parallel region, DTensor's Replicate): leave it out there, or the
     gradient is too large by the group's size.
     """
-    found: Tensor = _Copied.apply(tensor, group)
+    found: Tensor = _Copied.apply(tensor, group.group_name)
     return found
 
 

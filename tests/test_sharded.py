@@ -13,10 +13,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fastkd
-from fastkd import checks, sharding, tracing
-from tests import running, sharded, sharded_dtensors, sharded_operands, sharded_training
+from fastkd import checks, tracing
+from tests import (
+    running,
+    sharded,
+    sharded_compiled,
+    sharded_dtensors,
+    sharded_operands,
+    sharded_several,
+    sharded_training,
+)
 from tests.cases import DIVERGENCES, KINDS
 from tests.closeness import assert_close, assert_zero
+from tests.sharded_truth import agree, everything, whole
 from tests.test_label_aware import Decoupled
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
@@ -52,71 +61,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "padded": {"vocab_size": V - 5, "alpha": 0.7, "scale_by_temperature": False},
 }  # fmt: skip
-
-
-def whole(pieces: Tensor) -> Tensor:
-    """The columns of all ranks."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, pieces)
-    return torch.cat(found, -1)
-
-
-def alike(tensor: Tensor) -> None:
-    """All ranks have the same bits."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, tensor.detach())
-    for other in found:
-        assert torch.equal(other.nan_to_num(nan=0.5), found[0].nan_to_num(nan=0.5))
-
-
-def everything(student: Tensor, teacher: Tensor, labels: Any, **settings: Any) -> dict[str, Tensor]:
-    """What running.everything gives, of this rank's columns; and the gathers of the forward."""
-    mine = sharded.columns(student.size(-1))
-    group: Any = dist.group.WORLD
-    if "vocab_size" in settings:  # of columns that are split with the padding
-        group = sharding.Group(group, mine.start, student.size(-1))
-    settings = {"vocab_size": student.size(-1)} | settings
-    given = {"student": student[..., mine], "teacher": teacher[..., mine]} | settings
-    leaves = {
-        name: value.detach().float().clone().requires_grad_()
-        for name, value in given.items()
-        if isinstance(value, Tensor) and value.is_floating_point()
-    }
-    given |= leaves
-    with sharded.Counted() as gathers:
-        loss, metrics = fastkd.distillation_loss(
-            given.pop("student"), given.pop("teacher"), labels, group=group,
-            teacher_grad=True, return_metrics=True, **given,
-        )  # fmt: skip
-    assert gathers.count <= (3 if settings.get("standardize") else 2)
-    upstream = -torch.linspace(0.3, 2.0, max(loss.numel(), 1))
-    with sharded.Counted() as gathers:
-        found = torch.autograd.grad(
-            loss, list(leaves.values()), upstream.view(loss.shape), materialize_grads=True
-        )
-    assert gathers.count == 0
-    values = {"loss": loss.detach(), **metrics._asdict()}
-    for value in values.values():
-        alike(value) if value is not None else None
-    gradients = {f"to {name}": g for name, g in zip(leaves, found, strict=True)}
-    for name, gradient in gradients.items():
-        if name in ("to student", "to teacher"):
-            gradients[name] = whole(gradient)
-        else:
-            alike(gradient)
-    return {name: x for name, x in (values | gradients).items() if x is not None}
-
-
-def agree(student: Tensor, teacher: Tensor, labels: Any = None, **settings: Any) -> None:
-    ours = everything(student, teacher, labels, **settings)
-    true = running.everything(student, teacher, labels, **settings | {"backend": None})
-    assert ours.keys() == true.keys()
-    for name, one in ours.items():
-        kind = "gradient" if name.startswith("to ") else "value"
-        if true[name].count_nonzero():
-            assert_close(one, true[name], kind)
-        else:
-            assert_zero(one)
 
 
 # --- cases ------------------------------------------------------------------------------------
@@ -411,11 +355,11 @@ def cases(world: int) -> dict[str, sharded.Case]:
         options = {"alpha": 0.6, "label_smoothing": 0.1, "temperature": ROWS[:2]}
         found["kernels"] = partial(kernels, {"divergence": fastkd.JSD(beta=0.3)} | options)
         found["kernels standardized"] = partial(kernels, {"standardize": True} | options)
-    found |= sharded_dtensors.CASES | sharded_operands.CASES
+    found |= sharded_dtensors.CASES | sharded_operands.CASES | sharded_several.CASES
     if world == 4:
         found["uneven"] = uneven
     else:
-        found |= sharded_training.CASES
+        found |= sharded_training.CASES | sharded_compiled.CASES
     found["one raises"] = one_raises  # the last: its group is of no use afterwards
     return found
 

@@ -50,8 +50,7 @@ class Columns:
             curvature = self.kind.curvature(problem.a, problem.b)
             least = math.inf if curvature is None else 2 * curvature * APART**2
             single = single and least > self.kind.near
-        # The derivatives to T are sums as well.
-        self.tempered = problem.temperature_trains or problem.moments is not None
+        self.tempered = is_tempered(problem)
         self.means = entropy or metrics or self.tempered
         # Against a student that is nearly certain.
         self.guarded = self.means or (self.kind.cancels and problem.teacher is not None)
@@ -228,6 +227,12 @@ class Columns:
                 self.kind.value_and_pull(pair, problem.a, problem.b)
                 found |= zip(first_names(self.first), pair.found_first, strict=True)
         return {name: x[:, 0] if x.dim() == 2 else x for name, x in found.items()}
+
+
+def is_tempered(problem: Problem) -> bool:
+    """Whether the derivatives to T may be asked for, which are sums of all columns as well."""
+    standardized = problem.standardize or problem.moments is not None
+    return problem.temperature_trains or standardized
 
 
 def _apart(q: Softmax, p: Softmax, spare: Tensor) -> Tensor:

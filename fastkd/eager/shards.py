@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastkd import sharding
-from fastkd.divergences import FATHOM, LN2, MASKED, Pull, Softmax, total
+from fastkd.divergences import FATHOM, LN2, MASKED, Divergence, Pull, Softmax, total
 from fastkd.problem import (
     AGREEMENT,
     CE,
@@ -27,7 +27,7 @@ from fastkd.problem import (
 )
 
 from .blocks import Rows, blank, new_gradient, new_values
-from .columns import Columns
+from .columns import Columns, is_tempered
 from .joins import (
     SIDES,
     STUDENT,
@@ -319,29 +319,44 @@ class Sweeps(Columns):
 
     def packed(self, known: Known) -> Tensor:
         """What the gradient needs, [F, N]."""
-        return torch.stack([known[name] for name in self._kept()] + [self.exact.double()])
+        kept = [self.exact.double()] + [known[name] for name in self._kept()]
+        spare = state_rows(self.problem, self.entropy) - len(kept)
+        return torch.stack(kept + [torch.zeros_like(kept[0])] * spare)
 
     def unpacked(self, state: Tensor) -> Known:
-        self.exact = state[-1] > 0
-        return dict(zip(self._kept(), state[:-1], strict=True))
+        self.exact = state[0] > 0
+        return dict(zip(self._kept(), state[1:], strict=False))
 
     def _kept(self) -> list[Any]:
-        kept: list[Any] = [(STUDENT, "top"), (STUDENT, "mass")]
-        if self.entropy or self.tempered:
-            kept.append((STUDENT, "depth"))
-        if self.problem.labels is not None:
-            kept.append("unit")
-        if self.tempered and self.entropy:
-            kept.append("entropy_slope")
-        if self.problem.teacher is not None:
-            kept += [(TEACHER, "top"), (TEACHER, "mass"), "gap", "mean", "kd", "close"]
-            kept += first_names(self.first)
-            kept += [("later", i) for i in range(self.later)]
-            if self.tempered:
-                kept.append("kd_slope")
-            if self.kind.label_aware:
-                kept += ["lp", "lq"]
-        return kept
+        """The names of what the gradient needs; the sums that the divergence asks for come last."""
+        names = _kept(self.problem, self.entropy) + first_names(self.first)
+        return names + [("later", i) for i in range(self.later)]
+
+
+# As many sums as a divergence may ask for, of which a tracer, who does not know its parameters,
+# leaves room.
+ROOM = 4
+
+
+def state_rows(problem: Problem, entropy: bool) -> int:
+    """How many rows `state` has, of a problem whose tensors and numbers may have no values."""
+    return 1 + len(_kept(problem, entropy)) + ROOM
+
+
+def _kept(problem: Problem, entropy: bool) -> list[Any]:
+    tempered = is_tempered(problem)
+    kept: list[Any] = [(STUDENT, "top"), (STUDENT, "mass")]
+    if entropy or tempered:
+        kept.append((STUDENT, "depth"))
+    if problem.labels is not None:
+        kept.append("unit")
+    if tempered and entropy:
+        kept.append("entropy_slope")
+    if problem.teacher is not None:
+        kept += [(TEACHER, "top"), (TEACHER, "mass"), "gap", "mean", "kd", "close"]
+        kept += ["kd_slope"] * tempered
+        kept += ["lp", "lq"] * Divergence.of_name(problem.divergence).label_aware
+    return kept
 
 
 # --- pieces of rows ---------------------------------------------------------------------------

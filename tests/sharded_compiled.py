@@ -1,0 +1,79 @@
+"""Cases of compiled functions beside a sharded student, for tests/test_sharded.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+import fastkd
+from fastkd import sharding
+from tests import sharded
+
+N, V, H = 6, 23, 5
+LABELS = torch.tensor([3, 22, -100, 0, 12, 5])
+
+
+def same(function: Callable[..., Tensor], collectives: tuple[int, int], *leaves: Tensor) -> None:
+    """Compiled in one piece, the loss and all gradients are the same, and so the collectives."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    compiled(*(leaf.clone().requires_grad_() for leaf in leaves))  # counting is not to be traced
+    found = []
+    for call in (function, compiled):
+        given = [leaf.clone().requires_grad_() for leaf in leaves]
+        with sharded.Counted() as forward:
+            loss = call(*given)
+        with sharded.Counted() as backward:
+            loss.backward(torch.tensor(0.7))
+        assert (forward.count, backward.count) == collectives
+        found.append([loss.detach(), *(leaf.grad for leaf in given)])
+    for ours, plain in zip(*found, strict=True):
+        assert ours.count_nonzero()
+        torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-8)
+
+
+def compiled() -> None:
+    student, teacher = torch.randn(2, N, V)
+    mine = sharded.columns(V)
+    own, other = student[:, mine], teacher[:, mine]
+    hidden, weight = torch.randn(N, H), torch.randn(V, H)[mine]
+    given: dict[str, Any] = {"vocab_size": V, "group": dist.group.WORLD}
+
+    def loss(z: Any, y: Any, **settings: Any) -> Tensor:
+        found: Tensor = fastkd.distillation_loss(z, y, LABELS, **given | settings)
+        return found
+
+    mixed: dict[str, Any] = {
+        "divergence": fastkd.JSD(beta=0.3), "alpha": 0.5, "entropy_weight": 0.1,
+        "gradient": "backward",
+    }  # fmt: skip
+    same(lambda z: loss(z, other, standardize=True, **mixed), (3, 0), own)
+    same(
+        lambda z, y, heat: loss(z, y, temperature=heat, teacher_grad=True, **mixed), (2, 0),
+        own, other, torch.tensor(1.5),
+    )  # fmt: skip
+    group = dist.group.WORLD
+    assert group is not None
+    same(
+        lambda h, w: loss(fastkd.LinearHead(sharding.copied(h, group), w), other, alpha=0.4),
+        (1, 1), hidden, weight,
+    )  # fmt: skip
+    logs, ids = teacher.log_softmax(-1).topk(4)
+    same(lambda z: loss(z, fastkd.TopK(ids, logs), alpha=0.4, gradient="backward"), (2, 0), own)
+
+
+def compiled_dtensors() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    student = distribute_tensor(torch.randn(N, V), mesh, [Shard(1)])
+    function = torch.compile(fastkd.distillation_loss, fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"pass student\.to_local\(\)"):
+        function(student, student)
+
+
+CASES = {case.__name__: case for case in (compiled, compiled_dtensors)}
