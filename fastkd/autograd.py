@@ -196,5 +196,7 @@ class _Once(torch.autograd.Function):
 
 
 def _once(gradient: Tensor | None, source: Tensor | None) -> Any:
+    if source is None:  # of which an operator gives an empty tensor
+        return None
     second = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     return _Once.apply(gradient, source) if second and gradient is not None else gradient

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from . import ensembles, linear, sharding, soft_labels
+from .divergences import Divergence
 from .eager.blocks import slices
 from .forms import Head, Mixture
+from .operators import EXACT, PROBLEM, operator
 from .problem import Coefficients, Problem
 
 # Bytes of a chunk's buffers. On a GPU products of thousands of rows run at its full rate; on a CPU
@@ -56,7 +58,7 @@ class Chunked(NamedTuple):
         for rows, part in _chunks(problem, self.name):
             found = self.backend.forward(part, entropy, metrics)
             values.add(rows, found[0])
-            state.add(rows, found[1])
+            state.add(rows, _with_moments(part, found[1]))
         return values.all(), state.all()
 
     def phases(
@@ -67,7 +69,7 @@ class Chunked(NamedTuple):
         for rows, part in _chunks(problem, self.name):
             found = yield from self.backend.phases(part, entropy, metrics)
             values.add(rows, found[0])
-            state.add(rows, found[1])
+            state.add(rows, _with_moments(part, found[1]))
         return values.all(), state.all()
 
     @plain
@@ -80,7 +82,8 @@ class Chunked(NamedTuple):
         temperature: bool,
     ) -> tuple[Any, Tensor | None]:
         sums, temperatures = linear.sums_of(problem) if gradient else None, _Rows(problem)
-        for rows, part in _chunks(problem, self.name):
+        moments, state = _without_moments(problem, state)
+        for rows, part in _chunks(problem, self.name, moments):
             found, heat = self.backend.backward(
                 part, state[:, rows].contiguous(), upstream.part(rows), gradient, temperature
             )
@@ -107,11 +110,80 @@ class Chunked(NamedTuple):
         return losses.all()[0], values.all() if metrics else None, sums.gradients()
 
 
+# --- moments over several owners ---------------------------------------------------------------
+
+MOMENTS = 6  # rows of `state` before those of the backend
+
+
+def keeps_moments(problem: Problem) -> bool:
+    """Whether they are kept for the backward, which could not find them without a gather."""
+    return problem.standardize and problem.merge != ""
+
+
+def _with_moments(part: Problem, state: Tensor) -> Tensor:
+    if not keeps_moments(part):
+        return state
+    assert part.moments is not None
+    return torch.cat([part.moments.flatten(0, 1), state])
+
+
+def _without_moments(problem: Problem, state: Tensor) -> tuple[Tensor | None, Tensor]:
+    if not keeps_moments(problem):
+        return None, state
+    return state[:MOMENTS].unflatten(0, (2, 3)), state[MOMENTS:]
+
+
+# --- mixtures over several owners -------------------------------------------------------------
+
+
+def normed(problem: Problem, name: str) -> Problem:
+    """A mixture of probabilities needs of each member what its softmax has of all columns.
+
+    That is found once, in one gather of all rows, since a backward makes the mixture again.
+    """
+    mixture = problem.teacher
+    if not (problem.merge and isinstance(mixture, Mixture) and mixture.combine == "probs"):
+        return problem
+    if Divergence.of_name(problem.divergence).rows == "bernoulli":  # whose entries stand alone
+        return problem
+    norms = _norms(problem.student_temperature, *problem.pack(), name)
+    return problem._replace(teacher=mixture._replace(norms=norms))
+
+
+@operator("fastkd::norms", f"(Tensor temperature, {PROBLEM}, str backend) -> Tensor")
+def _norms(
+    temperature: Tensor, tensors: Any, numbers: Tensor, vocab_size: int, spec: str, name: str
+) -> Tensor:
+    problem = Problem.unpack(tensors, numbers, vocab_size, spec)
+    found = temperature.new_empty(3, len(problem.teacher.members), problem.rows, dtype=EXACT)
+    size = rows_within(problem, 1, LEAST_ROWS)
+    buffer = temperature.new_empty(size, vocab_size)
+    with torch.autocast(temperature.device.type, enabled=False):
+        for rows in slices(problem.rows, size):
+            room = buffer[: rows.stop - start]
+            found[..., rows] = ensembles.own_norms(problem.part(rows), room, name)
+    pieces = sharding.of(problem.merge).gather(found[:2])
+    return ensembles.joined_norms(pieces, found[2])
+
+
+@_norms.register_fake
+def _(temperature, tensors, numbers, vocab_size, spec, name):
+    mixture = Problem.unpack(tensors, numbers, vocab_size, spec).teacher
+    return temperature.new_empty(len(mixture.members), 3, temperature.size(0), dtype=EXACT)
+
+
 # --- chunks ----------------------------------------------------------------------------------
 
 
-def _chunks(problem: Problem, name: str) -> Iterator[tuple[Any, Problem]]:
-    """Rows of [N], a slice or indices, and their problem, with logits on both sides."""
+def _chunks(
+    problem: Problem, name: str, moments: Tensor | None = None
+) -> Iterator[tuple[Any, Problem]]:
+    """Rows of [N], a slice or indices, and their problem, with logits on both sides.
+
+    moments: where they are known.
+    """
+    if moments is not None:
+        problem = problem._replace(moments=moments)
     student, teacher = problem.student, problem.teacher
     shared = isinstance(student, Head) and isinstance(teacher, Head) and student.same(teacher)
     counts = [_buffers(student), 0 if shared else _buffers(teacher)]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import linear, moments
+from . import linear, moments, sharding
 from .divergences import Divergence
 from .forms import Events, Head, Mixture
 from .problem import MEAN, PULL, WIDTH, Problem
@@ -31,14 +31,42 @@ def logits(part: Problem, mixture: Mixture, buffers: list[Tensor], name: str) ->
     if Divergence.of_name(part.divergence).rows == "bernoulli":
         return _mixture_of_sigmoids(part, out, *spare)
     out.fill_(-math.inf)
-    for member, weight, rows, some in _read(part):
+    for i, weight, rows, some in _read(part):
+        member = some.teacher.members[i]
         if isinstance(member, Events):
-            _add_listed(out, member, weight.log(), rows)
+            _add_listed(out, _own(member, some), weight.log(), rows)
             continue
         scores = _dense(member, spare[0][: some.rows])
-        _log_softmax(scores, some, name)
+        _log_softmax(scores, some, i, name)
         _add(out, rows, scores.add_(weight.log()))
     return out
+
+
+def own_norms(part: Problem, buffer: Tensor, name: str) -> Tensor:
+    """Of these columns: each member's top, mass measured from it, and width, [3, M, R]."""
+    count = len(part.teacher.members)
+    found = buffer.new_zeros(3, count, part.rows, dtype=torch.float64)
+    tops, masses, widths = found[0].fill_(-math.inf), found[1], found[2].fill_(1.0)
+    for i, _, rows, some in _read(part):
+        member = some.teacher.members[i]
+        if isinstance(member, Events):
+            continue
+        scores = _dense(member, buffer[: some.rows])
+        width = _width(scores, some, name)
+        widths[i, rows] = width[:, 0].double()
+        if scores.size(1):
+            top = scores.amax(-1, keepdim=True)
+            tops[i, rows] = top[:, 0].double()
+            masses[i, rows] = scores.sub_(_finite(top)).div_(width).exp_().sum(-1).double()
+    return found
+
+
+def joined_norms(pieces: Tensor, widths: Tensor) -> Tensor:
+    """Of the tops and masses of all owners, [W, 2, M, N]: see Mixture.norms."""
+    tops, masses = pieces.unbind(1)
+    top = _finite(tops.amax(0))
+    mass = (((tops - top) / widths).exp() * masses).sum(0)
+    return torch.stack([top, widths, _finite(mass.log())], 1)
 
 
 def tempered(part: Problem, sides: list[Any], name: str) -> Problem:
@@ -47,33 +75,33 @@ def tempered(part: Problem, sides: list[Any], name: str) -> Problem:
     """
     mixed = isinstance(part.teacher, Mixture) and part.teacher.combine == "probs"
     part = part._replace(student=sides[0], teacher=sides[1])
-    if part.standardize:
+    known = part.moments is not None
+    if part.standardize and not known:
         part = moments.standardized(part, name)
     if mixed:
         part = part._replace(teacher_temperature=torch.ones_like(part.student_temperature))
-        if part.moments is not None:
+        if part.moments is not None and not known:
             for field, value in ((MEAN, 0.0), (WIDTH, 1.0), (PULL, 0.0)):
                 part.moments[1, field] = value
     return part
 
 
-def _read(part: Problem) -> Iterator[tuple[Any, Tensor, Any, Problem]]:
-    """Each member that weighs in these rows: it, its weights [R', 1], the rows, and their problem.
+def _read(part: Problem) -> Iterator[tuple[int, Tensor, Any, Problem]]:
+    """Each member that weighs in these rows: which, its weights [R', 1], the rows, their problem.
 
     To know in which rows a routed member weighs waits for the device, which costs less than to
     read it in all.
     """
     mixture = part.teacher
-    for i, (member, routed) in enumerate(zip(mixture.members, mixture.routed, strict=True)):
+    for i, routed in enumerate(mixture.routed):
         weight, rows, some = mixture.weights[i], slice(None), part
         if routed:
             found = weight.nonzero()[:, 0]
             if not len(found):
                 continue
             if len(found) < part.rows:
-                rows, some = found, part.part(found)
-                member, weight = some.teacher.members[i], weight[found]
-        yield member, weight[:, None], rows, some
+                rows, some, weight = found, part.part(found), weight[found]
+        yield i, weight[:, None], rows, some
 
 
 def _dense(member: Any, out: Tensor) -> Tensor:
@@ -97,8 +125,19 @@ def _add(out: Tensor, rows: Any, logs: Tensor) -> None:
         out[rows] = torch.logaddexp(out[rows], logs)
 
 
+def _own(events: Events, some: Problem) -> Events:
+    """Those that are among this owner's columns, by their places there."""
+    if not some.merge:
+        return events
+    places = events.indices - sharding.of(some.merge).first_column
+    own = (events.indices >= 0) & (places >= 0) & (places < some.vocab_size)
+    return events._replace(indices=torch.where(own, places, -1))
+
+
 def _add_listed(out: Tensor, events: Events, log_weight: Tensor, rows: Any) -> None:
     """Of listed entries. What lists nothing points at the first column, and leaves it as it is."""
+    if not out.size(1):
+        return
     where, logs = events.indices.clamp(min=0), events.log_probs.to(out.dtype) + log_weight
     logs = torch.where(events.indices < 0, -math.inf, logs)
     some = out[rows]
@@ -109,31 +148,44 @@ def _add_listed(out: Tensor, events: Events, log_weight: Tensor, rows: Any) -> N
 def _mean(part: Problem, out: Tensor, spare: Tensor) -> Tensor:
     """sum w z over the members, whose weights sum to 1."""
     out.zero_()
-    for member, weight, rows, some in _read(part):
-        out[rows] += _dense(member, spare[: some.rows]).mul_(weight)
+    for i, weight, rows, some in _read(part):
+        out[rows] += _dense(some.teacher.members[i], spare[: some.rows]).mul_(weight)
     return out
 
 
-def _log_softmax(scores: Tensor, some: Problem, name: str) -> None:
-    """Of scores / T, or of their z-scores, in place; -inf in rows without an entry."""
+def _log_softmax(scores: Tensor, some: Problem, i: int, name: str) -> None:
+    """Of a member's scores / T, or of their z-scores, in place; -inf in rows without an entry."""
+    if some.teacher.norms is not None:
+        top, width, total = some.teacher.norms[i, :, :, None].to(scores.dtype)
+        scores.sub_(top).div_(width).sub_(total)
+        return
+    width = _width(scores, some, name)
+    scores.sub_(_finite(scores.amax(-1, keepdim=True))).div_(width)
+    scores.sub_(_finite(scores.logsumexp(-1, keepdim=True)))
+
+
+def _width(scores: Tensor, some: Problem, name: str) -> Tensor:
+    """What their distances from the top are divided by, [R, 1]."""
     width = _temperature(some)
-    if some.standardize:
-        alone = some._replace(student=scores[None], teacher=None)
-        found = moments.standardized(alone, name).moments
-        assert found is not None
-        width = width * found[0, WIDTH, :, None].to(width.dtype)
-    top = scores.amax(-1, keepdim=True)
-    scores.sub_(top.masked_fill(top == -math.inf, 0.0)).div_(width)
-    total = scores.logsumexp(-1, keepdim=True)
-    scores.sub_(total.masked_fill_(total == -math.inf, 0.0))
+    if not some.standardize:
+        return width
+    alone = some._replace(student=scores[None], teacher=None)
+    found = moments.standardized(alone, name).moments
+    assert found is not None
+    return width * found[0, WIDTH, :, None].to(width.dtype)
+
+
+def _finite(logs: Tensor) -> Tensor:
+    """0 for -inf, of which nothing is to be taken away."""
+    return logs.masked_fill(logs == -math.inf, 0.0)
 
 
 def _mixture_of_sigmoids(part: Problem, yes: Tensor, spare: Tensor, no: Tensor) -> Tensor:
     """The logits of sum w sigmoid(z / T)."""
     yes.fill_(-math.inf)
     no.fill_(-math.inf)
-    for member, weight, rows, some in _read(part):
-        scores = _dense(member, spare[: some.rows]).div_(_temperature(some))
+    for i, weight, rows, some in _read(part):
+        scores = _dense(some.teacher.members[i], spare[: some.rows]).div_(_temperature(some))
         for out, score in ((no, -scores), (yes, scores)):
             _add(out, rows, F.logsigmoid(score).add_(weight.log()))
     return yes.sub_(no)

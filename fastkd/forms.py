@@ -50,6 +50,9 @@ class Mixture(NamedTuple):
     members: tuple[Any, ...]  # logits [1, N, >= V], Heads, or Events that leave no rest
     weights: Tensor  # [M, N]; the sum of a row is 1
     routed: tuple[bool, ...]  # which of the members may weigh nothing in a row, and are not read
+    # Of "probs" whose columns have several owners: what each member's softmax has of all columns,
+    # its top, its width, and the logarithm of its mass, [M, 3, N].
+    norms: Tensor | None = None
 
 
 # --- a side as its tensors, numbers, and a word for what they are ------------------------------
@@ -62,7 +65,9 @@ def sources(side: Any) -> list[Any]:
     if isinstance(side, Tensor):
         return [side]
     if isinstance(side, Mixture):
-        return [x for member in side.members for x in sources(member)] + [side.weights]
+        return [
+            *(x for member in side.members for x in sources(member)), side.weights, side.norms,
+        ]  # fmt: skip
     return [] if side is None else list(side[:3])
 
 
@@ -94,7 +99,8 @@ def side_of(kind: str, found: Iterator[Any], scales: Iterator[Any]) -> Any:
     if "," in kind:
         combine, routed, *kinds = kind.split(",")
         members = tuple(side_of(one, found, scales) for one in kinds)
-        return Mixture(combine, members, next(found), tuple(flag == "1" for flag in routed))
+        weights, norms = next(found), next(found)
+        return Mixture(combine, members, weights, tuple(flag == "1" for flag in routed), norms)
     product, trains = kind.split(":")
     flags = tuple(flag == "1" for flag in trains)
     return Head._make((

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import autograd, checks, dtensors, moments, reference, sharding, sides, tracing
+from . import autograd, checks, chunks, dtensors, moments, reference, sharding, sides, tracing
 from .divergences import Divergence
 from .labels import soft as is_soft
-from .operands import Student, Teacher
+from .operands import Ensemble, Student, Teacher
 from .operators import apply, readable
 from .problem import Problem, packed_numbers, per_row, scalar
 from .reduction import Metrics, factor_of_rows, factors_of_terms, rows_that_count, weighted
@@ -228,6 +228,8 @@ def distillation_loss(
         problem = problem._replace(standardize=True)
     elif standardize and backend != "reference":
         problem = moments.standardized(problem, backend)
+    if isinstance(teacher, Ensemble):
+        problem = chunks.normed(problem, backend)
 
     shape = outlines[0].shape[:-1]
     if mode == "forward" and trains and backend != "reference":

@@ -163,13 +163,13 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor]:
     new = problem.student_temperature.new_empty
     rows, dtype = _state(problem, entropy, metrics, name)
+    chunks = _loaded("fastkd.chunks")
+    rows += chunks.MOMENTS * chunks.keeps_moments(problem)
     values = new(problem.kinds(entropy, metrics), problem.rows)
     return values, new(rows, problem.rows, dtype=dtype)
 
 
-def _state(
-    problem: Problem, entropy: bool, metrics: bool, name: str
-) -> tuple[int, torch.dtype]:
+def _state(problem: Problem, entropy: bool, metrics: bool, name: str) -> tuple[int, torch.dtype]:
     """How many rows the state of a forward has, and their dtype."""
     sharded, long = problem.merge != "", problem.kinds(entropy, metrics) > 1
     if sharded and problem.soft:

@@ -193,7 +193,8 @@ class Problem(NamedTuple):
                 return Events._make(some(tensor) for tensor in x)
             if isinstance(x, Mixture):
                 members = tuple(logits(member) for member in x.members)
-                return x._replace(members=members, weights=x.weights[:, rows])
+                norms = None if x.norms is None else x.norms[..., rows]
+                return x._replace(members=members, weights=x.weights[:, rows], norms=norms)
             return None if x is None else x[:, rows]
 
         def some(x: Tensor | None) -> Tensor | None:

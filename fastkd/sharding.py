@@ -63,35 +63,25 @@ class Group(Merge):
         self.first_column, self.columns, self.mine = first_column, columns, mine
 
     def gather(self, fields: Tensor) -> Tensor:
-        """One collective. What each takes to be its place goes along, and has to fit."""
-        place = fields.new_tensor([self.first_column, self.mine, self.columns])
-        sent = torch.cat([fields.flatten(), place])
+        """One collective. What each takes to be its place goes along, and has to fit.
+
+        But not on a GPU, which would have to be waited for; there the debug switch compares.
+        """
         if tracing.DEBUG:
             self._same_shapes(fields)
+        checked = tracing.may_read(fields)
+        sent = fields.flatten()
+        if checked:
+            place = [self.first_column, self.mine, self.columns, fields.size(-1)]
+            sent = torch.cat([sent, sent.new_tensor(place)])
         found = sent.new_empty(self.size * sent.numel())
         # The name since PyTorch 2.13; before, all_gather_into_tensor.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         gather(found, sent, group=self.process_group)
         found = found.view(self.size, -1)
-        if tracing.may_read(found):
-            self._contiguous(found[:, -len(place) :].long().tolist())
-        return found[:, : -len(place)].view(self.size, *fields.shape)
-
-    def _contiguous(self, places: list[list[int]]) -> None:
-        """Refuses shards that do not follow each other; all ranks see the same, and refuse."""
-        firsts, counts, totals = (
-            [int(x) for x in figures] for figures in zip(*places, strict=True)
-        )
-        follows = all(
-            not count or first == sum(counts[:rank])
-            for rank, (first, count) in enumerate(zip(firsts, counts, strict=True))
-        )
-        if not follows or set(totals) != {sum(counts)}:
-            raise ValueError(
-                f"the ranks of `group` hold {counts} columns, and take these to begin at {firsts} "
-                f"of {totals}: hold as many on all, or split vocab_size columns as torch.chunk "
-                "does, or pass a fastkd.sharding.Group"
-            )
+        if checked:
+            _fit(found[:, fields.numel() :].long().tolist())
+        return found[:, : fields.numel()].view(self.size, *fields.shape)
 
     def _same_shapes(self, fields: Tensor) -> None:
         shapes: list[Any] = [None] * self.size
@@ -101,6 +91,25 @@ class Group(Merge):
                 f"the ranks of `group` have different rows or options: statistics of shapes "
                 f"{shapes}, fields by rows; give all ranks the same rows and the same settings"
             )
+
+
+def _fit(places: list[list[int]]) -> None:
+    """Refuses shards that do not follow each other, and other rows; all ranks see the same."""
+    firsts, counts, totals, rows = map(list, zip(*places, strict=True))
+    if len(set(rows)) > 1:
+        raise ValueError(
+            f"the ranks of `group` have {rows} rows: give all the same rows and the same settings"
+        )
+    follows = all(
+        not count or first == sum(counts[:rank])
+        for rank, (first, count) in enumerate(zip(firsts, counts, strict=True))
+    )
+    if not follows or set(totals) != {sum(counts)}:
+        raise ValueError(
+            f"the ranks of `group` hold {counts} columns, and take these to begin at {firsts} "
+            f"of {totals}: hold as many on all, or split vocab_size columns as torch.chunk "
+            "does, or pass a fastkd.sharding.Group"
+        )
 
 
 def of_group(

@@ -40,6 +40,9 @@ def own_columns(operand: Any, merge: Merge) -> Any:
     if isinstance(operand, LinearHead) and operand.shape[-1] >= merge.columns:
         bias = None if operand.bias is None else operand.bias[mine]
         return replace(operand, weight=operand.weight[mine], bias=bias)
+    if isinstance(operand, Ensemble):
+        own = [own_columns(teacher, merge) for teacher in operand.teachers]
+        return replace(operand, teachers=own)
     if isinstance(operand, Tensor) and operand.dim() and operand.size(-1) >= merge.columns:
         return operand[..., mine]
     return operand
@@ -94,10 +97,6 @@ def tensors(name: str, operand: Any) -> dict[str, Tensor]:
 
 def check(given: Settings, student: Any, teacher: Any, labels: Tensor | None) -> None:
     """Refuses what an operand that is not logits cannot serve."""
-    if given.group is not None and isinstance(teacher, Ensemble):
-        raise NotImplementedError(
-            "an Ensemble has no group: pass one teacher, or gather its logits"
-        )
     if given.inplace and isinstance(student, LinearHead):
         raise ValueError("inplace=True overwrites logits, and a LinearHead has none: leave it out")
     if isinstance(student, (TopK, Sampled, Ensemble)):

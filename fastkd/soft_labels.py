@@ -163,8 +163,8 @@ def _shared(problem: Problem) -> Generator[Tensor, Tensor, _Labels]:
         rest.copy_(_rest(labels, z, largest[:, None].to(labels.dtype)))
     likeliest[mass == 0] = -1.0
     pieces = yield torch.cat([own, mass[None].double(), here.double()])
-    likeliest, classes, logit, largest, rest, masses, *here = pieces.unbind(1)
-    read = counted & torch.stack([side.any(0) for side in here]).all(0)
+    likeliest, classes, logit, largest, rest, masses, *sides = pieces.unbind(1)
+    read = counted & torch.stack([side.any(0) for side in sides]).all(0)
     owner = likeliest.argmax(0, keepdim=True)
     k, best = (x.gather(0, owner)[0] for x in (classes, logit))
     shares = (1 - problem.label_smoothing) * masses
@@ -176,7 +176,7 @@ def _shared(problem: Problem) -> Generator[Tensor, Tensor, _Labels]:
 
 
 def _of_state(problem: Problem, kept: Tensor) -> _Labels:
-    """As `_shared`, of what its forward kept; but for the rest, which the gradient does not need."""
+    """As `_shared`, of what its forward kept; without the rest, which no gradient needs."""
     classes, mass = kept[0].long(), kept[1].to(problem.dtype)
     labels, _ = _given(problem, mass != 0)
     return _Labels(problem._replace(labels=classes), labels, mass, torch.zeros_like(mass))

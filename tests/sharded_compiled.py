@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,13 +10,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_utils import CrossRefFakeMode
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 import fastkd
-from fastkd import sharding
+from fastkd import checks, sharding
 from tests import sharded
 
 N, V, H = 6, 23, 5
+MODES = ("forward", "backward")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LABELS = torch.tensor([3, 22, -100, 0, 12, 5])
 
 
@@ -68,6 +72,41 @@ def compiled() -> None:
     same(lambda z: loss(z, fastkd.TopK(ids, logs), alpha=0.4, gradient="backward"), (2, 0), own)
 
 
+def shapes_that_a_compiler_sees() -> None:
+    """Of what each operator gives back, of all kinds of operands and both backends."""
+    student, teacher = torch.randn(2, N, V)
+    mine = sharded.columns(V)
+    own, other = student[:, mine], teacher[:, mine]
+    listed = fastkd.TopK(*teacher.log_softmax(-1).topk(4)[::-1])
+    head = fastkd.LinearHead(torch.randn(N, H, requires_grad=True), torch.randn(V, H)[mine])
+    heat = {"temperature": torch.tensor(1.5, requires_grad=True)}
+    every: list[tuple[Any, Any, dict[str, Any]]] = [
+        (own, other, {}), (own, other, heat | {"alpha": 0.5, "return_metrics": True}),
+        (own, other, {"standardize": True, "entropy_weight": 0.1, "alpha": 0.5}),
+        (own, listed, {}), (own, listed, {"alpha": 0.5}), (head, other, {"standardize": True}),
+        (own, other.clone().requires_grad_(), heat | {"teacher_grad": True}),
+        (own, fastkd.Ensemble([other, 2 * other]), {}),
+        (own, other, {"alpha": 0.5, "labels": torch.rand(N, V)}),
+        (own, other, {"divergence": fastkd.Bernoulli(), "labels": None} | heat),
+    ]  # fmt: skip
+    kinds = [fastkd.JSD(beta=0.3), fastkd.AlphaDivergence(alpha=0.5), fastkd.Renyi(alpha=2.0)]
+    every += [(own, other, {"divergence": kind}) for kind in kinds]
+    calls = [("torch", *case) for case in every]
+    if checks.HAS_TRITON and INTERPRETED:
+        calls += [("triton", *case) for case in (every[1], every[2], every[9])]
+    for backend, z, y, settings in calls:
+        given: dict[str, Any] = {"labels": LABELS} | settings
+        only = backend == "triton" or "temperature" in given
+        for mode in ("backward",) if only else MODES:
+            leaf = z.clone().requires_grad_() if isinstance(z, Tensor) else z
+            with CrossRefFakeMode():
+                found = fastkd.distillation_loss(
+                    leaf, y, vocab_size=V, group=dist.group.WORLD, gradient=mode, backend=backend,
+                    **given,
+                )  # fmt: skip
+                (found[0] if isinstance(found, tuple) else found).backward()
+
+
 def compiled_dtensors() -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     student = distribute_tensor(torch.randn(N, V), mesh, [Shard(1)])
@@ -76,4 +115,4 @@ def compiled_dtensors() -> None:
         function(student, student)
 
 
-CASES = {case.__name__: case for case in (compiled, compiled_dtensors)}
+CASES = {case.__name__: case for case in (compiled, compiled_dtensors, shapes_that_a_compiler_sees)}

@@ -49,7 +49,9 @@ def heads() -> None:
                     LABELS, divergence=kind, vocab_size=V, gradient=mode, group=dist.group.WORLD,
                     **settings,
                 )  # fmt: skip
-                loss.backward(torch.tensor(0.7))
+                with sharded.Counted() as backward:
+                    loss.backward(torch.tensor(0.7))
+                assert backward.count == 1  # of `copied`
                 assert_close(loss, true)
                 assert_close(leaves[0].grad, wanted[0], "gradient")
                 for leaf, grad in zip(leaves[1:], wanted[1:], strict=True):

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 import fastkd
-from fastkd import checks, tracing
+from fastkd import checks, sharding, tracing
 from tests import (
     running,
     sharded,
@@ -303,6 +302,14 @@ def refused() -> None:
         fastkd.distillation_loss(student, teacher, group="tp")
 
 
+def other_rows() -> None:
+    """A gather of as many numbers on all ranks, but of other rows, tells it by itself."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    group = sharding.Group(dist.group.WORLD, 4 * rank, 4 * size, 4)
+    with pytest.raises(ValueError, match=r"have \[6, 4.*\] rows"):
+        group.gather(torch.zeros(3, 4) if rank else torch.zeros(2, 6))
+
+
 def shapes_differ() -> None:
     rows = N + dist.get_rank()
     tracing.DEBUG = True
@@ -348,7 +355,7 @@ def cases(world: int) -> dict[str, sharded.Case]:
         found[f"gathers {kind}"] = partial(gathers, kind, 1 if one else 2)
     for case in (
         offset, empty_shard, nothing_counts, faults_stay_visible, no_rows, multi_label, by_label,
-        replicated_teacher, evenly_padded, module, halves, refused, shapes_differ,
+        replicated_teacher, evenly_padded, module, halves, refused, other_rows, shapes_differ,
     ):  # fmt: skip
         found[case.__name__] = case
     if world == 2 and os.environ.get("TRITON_INTERPRET") == "1" and checks.HAS_TRITON:
