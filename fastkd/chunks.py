@@ -160,7 +160,7 @@ def _norms(
     buffer = temperature.new_empty(size, vocab_size)
     with torch.autocast(temperature.device.type, enabled=False):
         for rows in slices(problem.rows, size):
-            room = buffer[: rows.stop - start]
+            room = buffer[: rows.stop - rows.start]
             found[..., rows] = ensembles.own_norms(problem.part(rows), room, name)
     pieces = sharding.of(problem.merge).gather(found[:2])
     return ensembles.joined_norms(pieces, found[2])
