@@ -33,7 +33,7 @@ class Binary(NamedTuple):
     """A compiled kernel."""
 
     name: str
-    constants: dict[str, Any]  # its tl.constexpr arguments
+    constants: dict[str, Any]  # its tl.constexpr arguments, by lower-case names
     programs: tuple[int, ...]
     warps: int
     blocks: int  # that share a tile, in a cluster
@@ -122,11 +122,13 @@ def _compiled(
     def compile_only(self, *args, grid, warmup, **options):
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         given = dict(zip(self.arg_names, args, strict=False)) | options
-        constants = {
-            p.name: given[p.name]
-            for p in self.params
-            if p.is_constexpr and isinstance(given.get(p.name), int | str | tuple)
-        }
+        constants = {}
+        for one in self.params:
+            value = given.get(one.name) if one.is_constexpr else None
+            if isinstance(value, tuple) and hasattr(value, "_asdict"):  # by its fields
+                constants |= value._asdict()
+            elif isinstance(value, int | str | tuple):
+                constants[one.name.lower()] = value
         found.append((kernel, self.__name__, constants, tuple(grid), kernel.metadata))
         return kernel
 

@@ -222,8 +222,8 @@ class Work(NamedTuple):
 
 def tile_of(binary: Binary) -> tuple[int, ...]:
     """Of a resident row what its parts hold together."""
-    held = sum(columns for _, columns in binary.constants.get("PARTS", ())) or None
-    sizes = [binary.constants.get(name) for name in ("LANES", "VECTOR", "BLOCK")]
+    held = sum(columns for _, columns in binary.constants.get("parts", ())) or None
+    sizes = [binary.constants.get(name) for name in ("lanes", "vector", "block")]
     return tuple(size for size in (sizes[0], held, *sizes[1:]) if size is not None)
 
 
@@ -247,7 +247,7 @@ def work(binary: Binary, entry: int, width: int, known: bool = False) -> Work:
         tile = math.prod(tile_of(binary))
         parts = [(binary.main, tile / (width * binary.warps * binary.blocks))]
         # What a row needs once is loaded by each of its threads, but moved once.
-        whole_rows = "LANES" in binary.constants
+        whole_rows = "lanes" in binary.constants
         loads = [entry if whole_rows else sum(part.loaded / n for part, n in parts)]
 
     def total(name: str) -> float:
@@ -280,7 +280,7 @@ def traffic(gpu: model.Gpu, kernels: Sequence[Measured], columns: int, rows: int
     )
     return model.traffic(
         gpu, [n for part in done for n in part.loads], sum(part.stored for part in done),
-        kernels[0].entry * columns, rows, programs // binary.constants.get("SPLITS", 1),
+        kernels[0].entry * columns, rows, programs // binary.constants.get("splits", 1),
         len(kernels) > 1,
     )  # fmt: skip
 

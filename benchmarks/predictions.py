@@ -101,7 +101,7 @@ def _prediction(
     instructions = padding * sum(part.instructions for part in done)
     special = padding * sum(part.special for part in done)
     bytes_ = traffic(gpu, kernels, shape.vocab, shape.rows)
-    if "PARTS" in first.constants and launcher == "fused":
+    if "parts" in first.constants and launcher == "fused":
         torn = _written(first, kernels[0].entry / 2, shape.vocab) - kernels[0].entry / 2
         bytes_ = bytes_._replace(moved=bytes_.moved + torn)
     programs = math.prod(first.programs)
@@ -123,10 +123,10 @@ def _prediction(
 
 def _written(binary: Binary, size: float, columns: int) -> float:
     """Bytes per position that a resident row's gradient takes in whole sectors, at most."""
-    piece, align = binary.constants["STORED"], binary.constants["ALIGN"]
+    piece, align = binary.constants["stored"], binary.constants["align"]
     pieces = [
         min(begin + at + min(piece, held), columns) - begin - at
-        for begin, held in binary.constants["PARTS"]
+        for begin, held in binary.constants["parts"]
         for at in range(0, held, piece)
         if begin + at < columns
     ]
@@ -144,7 +144,7 @@ def _schedule_of(kernels: Sequence[Measured]) -> str:
         return "cluster"
     if first.name == "resident":
         return first.name
-    if "VECTOR" not in first.constants:
+    if "vector" not in first.constants:
         return "elementwise"
     return "split" if len(kernels) > 1 else "sweep"
 

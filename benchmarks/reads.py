@@ -24,5 +24,7 @@ def _read(buffer, sums, size, repeats, BLOCK: tl.constexpr):
 
 def read(buffer: Tensor, repeats: int, programs: int) -> Tensor:
     sums = torch.empty(programs, device=buffer.device)
-    _read[(programs,)](buffer, sums, buffer.numel(), repeats, BLOCK=BLOCK, num_warps=8)
+    _read[(programs,)](
+        buffer, sums, buffer.numel(), repeats, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=True
+    )
     return sums

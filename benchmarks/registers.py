@@ -54,7 +54,7 @@ def lines(name: str, one: compiled.Configuration) -> list[list[str]]:
             threads *= model.occupancy(gpu, registers, metadata.shared, metadata.num_warps)
             spills = [_count(loop, SASS) for loop in loops]
             found.append([
-                name, one.name, str(constants.get("SHIFTED", 0)), str(cap or "-"), str(registers),
+                name, one.name, str(constants.get("shifted", 0)), str(cap or "-"), str(registers),
                 str(threads), str(sum(c.spills for c in spills if c.loaded or c.stored)),
                 str(_count([line for _, line in code], SASS).spills),
             ])  # fmt: skip

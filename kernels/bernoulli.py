@@ -14,6 +14,17 @@ from torch import Tensor
 from fastkd.kernels import arithmetic as A
 from fastkd.kernels import memory as M
 from fastkd.kernels import phases as P
+from fastkd.kernels.arguments import (
+    Extent,
+    Factors,
+    Outputs,
+    Owner,
+    Targets,
+    Temperatures,
+    Tile,
+    number,
+    varying,
+)
 from fastkd.kernels.launch import new_gradient, per_row, rows_in_memory
 from fastkd.kernels.terms import NEAR, NEAR_RATIO, bend
 from fastkd.kernels.tuning import schedule
@@ -134,21 +145,22 @@ def _step(
     return kd_sum, ce_sum, entropy_sum, teacher_sum, agreement_sum, heat
 
 
-@triton.jit(do_not_specialize=M.VARYING)
+@triton.jit
 def _bernoulli(
-    student, teacher, student_outer, student_inner, teacher_outer, teacher_inner, inner,
-    s_temperature, s_temperature_stride, t_temperature, t_temperature_stride,
-    labels, counted, a, b, kd, kd_stride, ce, ce_stride, entropy, entropy_stride,
-    values, gradient, gradient_outer, gradient_inner, width, temperature, rows, columns,
-    all_columns, span,
-    VALUES: tl.constexpr, REVERSE: tl.constexpr, RESIDENT: tl.constexpr, ALIGN: tl.constexpr,
-    LANES: tl.constexpr, VECTOR: tl.constexpr, SPLITS: tl.constexpr,
+    student, teacher, gradient, extent, owner, temperatures, targets, factors, outputs, a, b,
+    VALUES: tl.constexpr, REVERSE: tl.constexpr, RESIDENT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """RESIDENT: a lane is a row, of up to VECTOR columns; else `span` columns of one row."""
-    SAME: tl.constexpr = t_temperature is None
-    CE: tl.constexpr = ce is not None
-    H: tl.constexpr = entropy is not None
-    HEAT: tl.constexpr = temperature is not None
+    """RESIDENT: a lane is a row, of up to VECTOR columns; else `extent.span` columns of one row."""
+    SAME: tl.constexpr = temperatures.teacher is None
+    CE: tl.constexpr = factors.ce is not None
+    H: tl.constexpr = factors.entropy is not None
+    HEAT: tl.constexpr = outputs.temperature is not None
+    ALIGN: tl.constexpr = TILE.align
+    LANES: tl.constexpr = TILE.lanes
+    VECTOR: tl.constexpr = TILE.vector
+    SPLITS: tl.constexpr = TILE.splits
+    rows, columns = number(extent.rows), extent.columns
+    labels, counted = targets.labels, targets.counted
     a, b, _ = P.singles(a, b, 0.0)
     lane, vector = tl.arange(0, LANES)[:, None], tl.arange(0, VECTOR)[None, :]
     split = tl.program_id(1)
@@ -162,18 +174,22 @@ def _bernoulli(
         index = tl.program_id(0).to(tl.int64)
         exists = None
         live = None
-    s_rate = 1.0 / M.row_load(s_temperature, index * s_temperature_stride, live, 1.0)
+    s_rate = 1.0 / P.per_row(temperatures.student, index, live, 1.0)
     t_rate = s_rate
-    if t_temperature is not None:
-        t_rate = 1.0 / M.row_load(t_temperature, index * t_temperature_stride, live, 1.0)
-    k_kd = P.factor(kd, kd_stride, index, live)
-    k_ce = P.factor(ce, ce_stride, index, live)
-    k_entropy = P.factor(entropy, entropy_stride, index, live)
-    student += M.row_at(index, student_outer, student_inner, inner, ALIGN)
+    if temperatures.teacher is not None:
+        t_rate = 1.0 / P.per_row(temperatures.teacher, index, live, 1.0)
+    kd = P.per_row(factors.kd, index, live, 0.0)
+    ce = P.per_row(factors.ce, index, live, 0.0)
+    entropy = P.per_row(factors.entropy, index, live, 0.0)
+    student_at = M.row_at(index, student, extent.inner, ALIGN)
+    teacher_at = M.row_at(index, teacher, extent.inner, ALIGN)
+    gradient_at = M.row_at(index, gradient, extent.inner, ALIGN)
+    student, teacher, gradient = student.pointer, teacher.pointer, gradient.pointer
+    student += student_at
     if teacher is not None:
-        teacher += M.row_at(index, teacher_outer, teacher_inner, inner, ALIGN)
+        teacher += teacher_at
     if gradient is not None:
-        gradient += M.row_at(index, gradient_outer, gradient_inner, inner, ALIGN)
+        gradient += gradient_at
     if labels is not None:
         labels += index * columns
 
@@ -183,21 +199,21 @@ def _bernoulli(
         columns = M.aligned(columns, ALIGN)
         sums = _step(
             sums, student, teacher, labels, gradient, vector, live & (vector < columns),
-            s_rate, t_rate, k_kd, k_ce, k_entropy, a, b, VALUES, REVERSE, CE, H, HEAT, SAME,
+            s_rate, t_rate, kd, ce, entropy, a, b, VALUES, REVERSE, CE, H, HEAT, SAME,
         )  # fmt: skip
         if gradient is not None:
             nothing = tl.zeros([LANES, VECTOR], gradient.dtype.element_ty)
-            blank = exists & (vector < M.aligned(width, ALIGN))
+            blank = exists & (vector < M.aligned(extent.width, ALIGN))
             tl.store(gradient + vector, nothing, mask=blank & ((vector >= columns) | (live == 0)))
         at = index * SPLITS
     else:
         BLOCK: tl.constexpr = LANES * VECTOR
         offsets = lane * VECTOR + vector
-        begin = tl.minimum(split * span, columns)
-        end = tl.minimum(begin + span, columns)
+        begin = tl.minimum(split * extent.span, columns)
+        end = tl.minimum(begin + extent.span, columns)
         if gradient is not None:
             if split == 0:
-                M.fill_zero(gradient, columns, width, BLOCK)
+                M.fill_zero(gradient, columns, extent.width, BLOCK)
         if counted is not None:
             if tl.load(counted + index) == 0:
                 if gradient is not None:
@@ -207,23 +223,23 @@ def _bernoulli(
         for i in range(full):
             sums = _step(
                 sums, student, teacher, labels, gradient, begin + i * BLOCK + offsets, None,
-                s_rate, t_rate, k_kd, k_ce, k_entropy, a, b, VALUES, REVERSE, CE, H, HEAT, SAME,
+                s_rate, t_rate, kd, ce, entropy, a, b, VALUES, REVERSE, CE, H, HEAT, SAME,
             )  # fmt: skip
         tail = begin + full * BLOCK
         if tail < end:
             sums = _step(
                 sums, student, teacher, labels, gradient, tail + offsets, tail + offsets < end,
-                s_rate, t_rate, k_kd, k_ce, k_entropy, a, b, VALUES, REVERSE, CE, H, HEAT, SAME,
+                s_rate, t_rate, kd, ce, entropy, a, b, VALUES, REVERSE, CE, H, HEAT, SAME,
             )  # fmt: skip
         at = index * SPLITS + split
     for kind in tl.static_range(VALUES):
         total = sums[kind] if RESIDENT else tl.sum(sums[kind])
         if kind == 4:
-            total /= columns if all_columns is None else all_columns
-        tl.store(values + kind * rows * SPLITS + at, total, mask=exists)
+            total /= columns if owner is None else number(owner.all_columns)
+        tl.store(outputs.value + kind * rows * SPLITS + at, total, mask=exists)
     if HEAT:
         total = sums[5] if RESIDENT else tl.sum(sums[5])
-        tl.store(temperature + at, -s_rate * total, mask=exists)
+        tl.store(outputs.temperature + at, -s_rate * total, mask=exists)
 
 
 # --- launchers, as problem.py asks for them ---------------------------------------------------
@@ -288,26 +304,27 @@ def _run(
     values = torch.empty((kinds, rows, plan.splits), dtype=torch.float32, device=device)
     temperature = torch.empty((rows, plan.splits), dtype=torch.float32, device=device)
     counts = (width, columns) if resident else ()
-    operands = rows_in_memory(*counts, student=student, teacher=teacher, gradient=gradient)
+    operands = rows_in_memory(student, teacher, gradient, counts)
     block = plan.lanes * plan.vector
     kd, ce, entropy = factors or (None, None, None)
     t_temperature = problem.teacher_temperature
     if teacher is None:
         kd = t_temperature = None
+    all_columns = of(problem.merge).columns
+    owner = None if all_columns is None else Owner(varying(0), varying(all_columns))
+    span = triton.cdiv(triton.cdiv(columns, plan.splits), block) * block
     if rows:
         with torch.cuda.device_of(student):
             _bernoulli[(triton.cdiv(rows, plan.lanes) if resident else rows, plan.splits)](
-                **operands,
-                **per_row(
-                    s_temperature=problem.student_temperature,
-                    t_temperature=t_temperature, kd=kd, ce=ce, entropy=entropy,
-                ),
-                labels=problem.labels, counted=problem.counted, a=float(problem.a),
-                b=float(problem.b), values=values, width=width,
-                temperature=temperature if heat else None, rows=rows, columns=columns,
-                all_columns=of(problem.merge).columns,
-                span=triton.cdiv(triton.cdiv(columns, plan.splits), block) * block,
+                operands.student, operands.teacher, operands.gradient,
+                Extent(varying(rows), columns, width, operands.inner, span), owner,
+                Temperatures(per_row(problem.student_temperature), per_row(t_temperature), None),
+                Targets(problem.labels, problem.counted, 0.0),
+                Factors(per_row(kd), per_row(ce), per_row(entropy)),
+                Outputs(values, temperature=temperature if heat else None),
+                float(problem.a), float(problem.b),
                 VALUES=kinds, REVERSE=problem.b != 0, RESIDENT=resident,
-                LANES=plan.lanes, VECTOR=plan.vector, SPLITS=plan.splits, num_warps=plan.warps,
+                TILE=Tile(operands.align, plan.lanes, plan.vector, plan.splits, 1, 1, 0),
+                num_warps=plan.warps, enable_fp_fusion=True,
             )  # fmt: skip
     return values.sum(-1), temperature.sum(-1)

@@ -15,6 +15,7 @@ import triton.language as tl
 from fastkd.kernels import memory as M
 from fastkd.kernels import records
 from fastkd.kernels import rows as R
+from fastkd.kernels.arguments import number
 from fastkd.kernels.arithmetic import LN2, LOG2E, log2
 from fastkd.kernels.terms import coin, coin_entropy, times
 
@@ -25,14 +26,15 @@ FACTOR, SLOPE, ODDS, LOGIT = map(tl.constexpr, (10, 11, 12, 13))
 
 
 @triton.jit
-def label_of(label, columns, first_column, all_columns):
+def label_of(label, columns, owner):
     """As a 32-bit column of these; NOWHERE or ELSEWHERE where it is none."""
-    if first_column is None:
+    if owner is None:
         return tl.where((label >= 0) & (label < columns), label, NOWHERE).to(tl.int32)
     else:
-        column = label.to(tl.int64) - first_column
+        column = label.to(tl.int64) - number(owner.first_column)
         mine = (column >= 0) & (column < columns)
-        other = tl.where((label >= 0) & (label < all_columns), ELSEWHERE, NOWHERE)
+        known = (label >= 0) & (label < number(owner.all_columns))
+        other = tl.where(known, ELSEWHERE, NOWHERE)
         return tl.where(mine, column, other).to(tl.int32)
 
 

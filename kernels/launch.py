@@ -1,40 +1,74 @@
-"""What the launchers have in common: how the rows of operands lie in memory, and buffers for them.
-
-The dictionaries are arguments of a kernel by name.
-"""
+"""What the launchers have in common: how rows of operands lie in memory, and buffers for them."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastkd.kernels.arguments import Operand, PerRow, varying
 from fastkd.problem import Problem
 
 
-def rows_in_memory(*counts: int, **operands: Tensor | None) -> dict[str, Any]:
-    """The operands [O, I, columns], the entries between the rows of each, and what divides these.
+class Rows(NamedTuple):
+    """How the rows of operands lie, and what a kernel is compiled for of that."""
 
-    Operands after the first may be [N, columns]. counts: numbers of columns that a kernel has to
-    know for multiples of ALIGN too.
+    student: Operand
+    teacher: Operand
+    gradient: Operand
+    inner: int | None  # of Extent
+    align: int
+    shifted: int  # of `sweep`
+
+
+def rows_in_memory(
+    student: Tensor, teacher: Tensor | None, gradient: Tensor | None = None,
+    counts: Sequence[int] = (), vector: int = 1,
+) -> Rows:  # fmt: skip
+    """Of [O, I, columns]; the gradient may be [N, columns].
+
+    counts: numbers of columns that a kernel has to know for multiples of `align` too.
+    vector: pointers are to lie at the multiple of it before an operand's first entry, if its
+    storage does not begin later, which one that PyTorch allocated does not.
     """
-    shape = next(x for x in operands.values() if x is not None).shape[:2]
-    for name, x in operands.items():
-        if x is not None and x.dim() == 2:
-            operands[name] = x.unflatten(0, shape)
-    present = [x for x in operands.values() if x is not None]
-    strides = {name: _strides(x) for name, x in operands.items()}
-    outers, inners = zip(*strides.values(), strict=True)
-    places = [x.data_ptr() // x.element_size() for x in present]
-    outer_size, inner = (max(size, 1) for size in shape)
-    one_stride = outer_size == 1 or outers == tuple(inner * stride for stride in inners)
-    found: dict[str, Any] = dict(operands)
-    for name, (outer_stride, inner_stride) in strides.items():
-        found |= {f"{name}_outer": outer_stride, f"{name}_inner": inner_stride}
-    align = math.gcd(16, *places, *outers, *inners, *counts)
-    return found | {"inner": None if one_stride else inner, "ALIGN": align}
+    outer_size, inner_size = (max(size, 1) for size in student.shape[:2])
+    if gradient is not None and gradient.dim() == 2:
+        gradient = gradient.unflatten(0, student.shape[:2])
+    tensors = student, teacher, gradient
+    strides = [_strides(x) for x in tensors]
+    outers, inners = zip(*strides, strict=True)
+    entries = [0 if x is None else x.data_ptr() // x.element_size() for x in tensors]
+    align = math.gcd(16, *entries, *outers, *inners, *counts)
+    firsts = [
+        0 if x is None or entry % vector > x.storage_offset() else entry % vector
+        for x, entry in zip(tensors, entries, strict=True)
+    ]
+    shifted = 0
+    if align % vector:
+        places = {
+            1 << i: (firsts[i], outers[i] % vector, inners[i] % vector)
+            for i, x in enumerate(tensors)
+            if x is not None
+        }
+        sides = [place for bit, place in places.items() if bit < 4]
+        lead = max(sides, key=list(places.values()).count)
+        shifted = sum(bit for bit, place in places.items() if place == lead)
+    one_stride = outer_size == 1 or all(o == inner_size * i for o, i in strides)
+
+    def operand(i: int) -> Operand:
+        x, first = tensors[i], firsts[i]
+        if x is not None and first:
+            x = x.as_strided(x.size(), x.stride(), x.storage_offset() - first)
+        return Operand() if x is None else Operand(
+            x, None if one_stride else varying(outers[i]), varying(inners[i]),
+            None if vector == 1 else varying(first),
+        )  # fmt: skip
+
+    inner = None if one_stride else varying(inner_size)
+    return Rows(operand(0), operand(1), operand(2), inner, align, shifted)
 
 
 def _strides(x: Tensor | None) -> tuple[int, int]:
@@ -43,34 +77,9 @@ def _strides(x: Tensor | None) -> tuple[int, int]:
     return 0 if x.size(0) == 1 else x.stride(0), x.stride(1)
 
 
-def beginnings(rows: dict[str, Any], vector: int) -> dict[str, Any]:
-    """The same operands, each from the multiple of `vector` before it on, and SHIFTED of `sweep`.
-
-    Unless its storage begins later, which one that PyTorch allocated does not.
-    """
-    found: dict[str, Any] = {"SHIFTED": 0}
-    places = {}
-    for bit, name in ((1, "student"), (2, "teacher"), (4, "gradient")):
-        x, first = rows[name], 0
-        if x is not None:
-            first = x.data_ptr() // x.element_size() % vector
-            first *= first <= x.storage_offset()
-            strides = rows[f"{name}_outer"], rows[f"{name}_inner"]
-            places[bit] = (first, *(stride % vector for stride in strides))
-        if first:
-            x = x.as_strided(x.size(), x.stride(), x.storage_offset() - first)
-        found |= {name: x, f"{name}_first": first}
-    if rows["ALIGN"] % vector:
-        sides = [place for bit, place in places.items() if bit < 4]
-        lead = max(sides, key=list(places.values()).count)
-        found["SHIFTED"] = sum(bit for bit, place in places.items() if place == lead)
-    return found
-
-
-def per_row(**numbers: Tensor | None) -> dict[str, Any]:
-    """Tensors [N], of any stride, and their strides."""
-    strides = {f"{name}_stride": 0 if x is None else x.stride(0) for name, x in numbers.items()}
-    return dict(numbers) | strides
+def per_row(x: Tensor | None) -> PerRow | None:
+    """A tensor [N], of any stride."""
+    return None if x is None else PerRow(x, varying(x.stride(0)))
 
 
 def new_rows(problem: Problem, count: int) -> Tensor:

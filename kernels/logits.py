@@ -15,16 +15,25 @@ import triton.language as tl
 from torch import Tensor
 
 from fastkd.divergences import LOG_MIXTURE, REVERSE_KL, SLOPE_SUM, Divergence
+from fastkd.kernels import memory as M
 from fastkd.kernels import phases as P
 from fastkd.kernels import records
-from fastkd.kernels.divergences import SLOPES, Device, device_of
-from fastkd.kernels.launch import (
-    beginnings,
-    new_gradient,
-    new_rows,
-    per_row,
-    rows_in_memory,
+from fastkd.kernels.arguments import (
+    Extent,
+    Factors,
+    Formula,
+    Held,
+    Outputs,
+    Owner,
+    Pieces,
+    Targets,
+    Temperatures,
+    Tile,
+    number,
+    varying,
 )
+from fastkd.kernels.divergences import SLOPES, Device, device_of
+from fastkd.kernels.launch import Rows, new_gradient, new_rows, per_row, rows_in_memory
 from fastkd.kernels.pieces import STATISTICS_FIELDS, SUMS_FIELDS
 from fastkd.kernels.resident import resident
 from fastkd.kernels.sweep import sweep
@@ -48,18 +57,18 @@ from fastkd.problem import (
 from fastkd.sharding import LOCAL, Merge, Phases, of, together
 
 
-@triton.jit(do_not_specialize=("inner", "pieces", "tiles"))
-def _scale(gradient, upstream, outer_stride, inner_stride, inner, pieces, width, tiles,
-           BLOCK: tl.constexpr):  # fmt: skip
+@triton.jit
+def _scale(gradient, upstream, extent, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
     by = tl.load(upstream).to(tl.float32)
     if by == 1.0:
         return
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        index = (tile // pieces).to(tl.int64)
+    pieces = tl.cdiv(extent.columns, BLOCK)
+    for tile in range(tl.program_id(0), number(extent.rows) * pieces, tl.num_programs(0)):
         at = (tile % pieces) * BLOCK + tl.arange(0, BLOCK)
-        row = gradient + (index // inner) * outer_stride + (index % inner) * inner_stride
-        x = tl.load(row + at, mask=at < width).to(tl.float32) * by
-        tl.store(row + at, x.to(gradient.dtype.element_ty), mask=at < width)
+        inside = at < extent.columns
+        row = gradient.pointer + M.row_at(tile // pieces, gradient, extent.inner, ALIGN)
+        x = tl.load(row + at, mask=inside).to(tl.float32) * by
+        tl.store(row + at, x.to(row.dtype.element_ty), mask=inside)
 
 
 # --- launchers -------------------------------------------------------------------------------
@@ -113,15 +122,16 @@ def fused(
 def scale_(gradient: Tensor, upstream: Tensor) -> None:
     """Multiplies the rows of gradient by a 0-d tensor, in place; no traffic where that is 1."""
     rows = gradient if gradient.dim() == 3 else gradient[None]
-    width, pieces = rows.size(-1), triton.cdiv(rows.size(-1), 2048)
-    tiles = rows.size(0) * rows.size(1) * pieces
-    if tiles:
+    count, width = rows.size(0) * rows.size(1), rows.size(-1)
+    operands = rows_in_memory(rows, None)
+    if count and width:
+        tiles = count * triton.cdiv(width, 2048)
         cuda = gradient.device.type == "cuda"
         programs = 8 * multiprocessors(gradient.device) if cuda else 2
         with torch.cuda.device_of(gradient):
             _scale[(min(tiles, programs),)](
-                rows, upstream, rows.stride(0), rows.stride(1), rows.size(1), pieces, width, tiles,
-                BLOCK=2048,
+                operands.student, upstream, Extent(varying(count), width, inner=operands.inner),
+                ALIGN=operands.align, BLOCK=2048, enable_fp_fusion=True,
             )  # fmt: skip
 
 
@@ -158,8 +168,11 @@ def _launches(
     )
     if rows == 0:
         return None if temperature is None else temperature.sum(1)
-    counts = () if plan.kind == "sweep" else (width, problem.vocab_size)
-    operands = rows_in_memory(*counts, student=student, teacher=teacher, gradient=gradient)
+    resident_ = plan.kind == "resident"
+    operands = rows_in_memory(
+        student, teacher, gradient, counts=(width, problem.vocab_size) if resident_ else (),
+        vector=1 if resident_ else plan.vector,
+    )  # fmt: skip
     want = _wanted(problem, constant, entropy, metrics)
     apart = merge is not LOCAL and problem.temperature_trains  # whose gradient is to be in state
     want |= records.LEVER.value * (problem.moments is not None or (apart and state is not None))
@@ -167,33 +180,34 @@ def _launches(
     slope = SLOPES.get(problem.divergence) if teacher is not None else None
     if alone and slope is not None and problem.moments is None and not metrics:
         want |= records.KL.value + records.AGAIN.value * (gradient is not None)
-    arguments = operands | per_row(
-        s_temperature=problem.student_temperature, t_temperature=t_temperature, kd=kd, ce=ce,
-        entropy=h,
-    ) | dict(  # noqa: C408
-        moments=problem.moments, labels=problem.labels, counted=problem.counted,
-        smoothing=float(problem.label_smoothing), a=float(problem.a), b=float(problem.b),
-        state=state, values=values, loss=loss, width=width, rows=rows, columns=problem.vocab_size,
-        temperature=temperature, WANT=want, DIVERGENCE=device_function.evaluate,
-        OUTER=device_function.outer, AT_LABEL=device_function.at_label, CONSTANT=constant,
-        LANES=plan.lanes, num_warps=plan.warps, enable_fp_fusion=True,
+    arguments: dict[str, Any] = dict(  # noqa: C408
+        student=operands.student, teacher=operands.teacher, gradient=operands.gradient,
+        extent=Extent(varying(rows), problem.vocab_size, width, operands.inner),
+        temperatures=Temperatures(
+            per_row(problem.student_temperature), per_row(t_temperature), problem.moments
+        ),
+        targets=Targets(problem.labels, problem.counted, float(problem.label_smoothing)),
+        factors=Factors(per_row(kd), per_row(ce), per_row(h)),
+        divergence=Formula(
+            device_function.evaluate, device_function.outer, device_function.at_label, slope,
+            tl.constexpr(constant), float(problem.a), float(problem.b),
+        ),
+        outputs=Outputs(values, state, loss, temperature),
+        WANT=want, num_warps=plan.warps, enable_fp_fusion=True,
     )  # fmt: skip
-    if plan.kind == "resident":
-        vector = min(operands["ALIGN"], 16 // itemsize)
-        parts, piece, stored = layout(plan, width, vector, itemsize)
+    if resident_:
+        parts = layout(plan, width, min(operands.align, 16 // itemsize), itemsize)
         with torch.cuda.device_of(student):
             resident[(triton.cdiv(rows, plan.lanes),)](
-                FIRST=first, PARTS=parts, PIECE=piece, STORED=stored, num_ctas=plan.blocks,
+                FIRST=first, HELD=Held(operands.align, plan.lanes, *parts), num_ctas=plan.blocks,
                 **arguments,
             )  # fmt: skip
     else:
-        arguments |= beginnings(operands, plan.vector) | {"SLOPE": slope}
-        shifted = arguments["SHIFTED"]
         everywhere = 1 + 2 * (teacher is not None) + 4 * (gradient is not None)
-        plain = lean and shifted in (0, everywhere)
+        plain = lean and operands.shifted in (0, everywhere)
         if not once:
-            arguments |= registers(device, problem.divergence, shifted > 0, plain)
-        yield from _sweeps(arguments, first, plan, merge)
+            arguments |= registers(device, problem.divergence, operands.shifted > 0, plain)
+        yield from _sweeps(arguments, rows, operands, first, plan, merge)
     return None if temperature is None else _of_temperatures(problem, temperature.sum(1))
 
 
@@ -211,46 +225,50 @@ def _wanted(problem: Problem, constant: str | None, entropy: bool, metrics: bool
 
 
 def _sweeps(
-    arguments: dict[str, Any], first: tl.constexpr, plan: Schedule, merge: Merge
-) -> Phases[None]:
+    arguments: dict[str, Any], rows: int, operands: Rows, first: tl.constexpr, plan: Schedule,
+    merge: Merge,
+) -> Phases[None]:  # fmt: skip
     """All phases in one launch, or where a row has several programs or owners a launch for each."""
-    rows, columns, alone = arguments["rows"], arguments["columns"], merge is LOCAL
-    block = plan.lanes * plan.vector
-    reach = columns + (plan.vector - 1 if arguments["SHIFTED"] else 0)
-    pieces = plan.splits * merge.size
-    arguments |= dict(  # noqa: C408
-        span=triton.cdiv(triton.cdiv(reach, plan.splits), block) * block,
-        first_column=None if merge.columns is None else merge.first_column,
-        all_columns=merge.columns,
-        VECTOR=plan.vector, SPLITS=plan.splits, PIECES=pieces, PADDED=power_of_two(pieces),
+    extent, alone = arguments.pop("extent"), merge is LOCAL
+    student = operands.student.pointer
+    block, count = plan.lanes * plan.vector, plan.splits * merge.size
+    reach = extent.columns + (plan.vector - 1 if operands.shifted else 0)
+    span = triton.cdiv(triton.cdiv(reach, plan.splits), block) * block
+    tile = Tile(
+        operands.align, plan.lanes, plan.vector, plan.splits, count, power_of_two(count),
+        operands.shifted,
     )  # fmt: skip
+    owner = None
+    if merge.columns is not None:
+        owner = Owner(varying(merge.first_column), varying(merge.columns))
 
-    def launch(
-        begin: tl.constexpr, end: tl.constexpr, statistics: Tensor | None, sums: Tensor | None
-    ) -> None:
-        with torch.cuda.device_of(arguments["student"]):
+    def launch(begin: tl.constexpr, end: tl.constexpr, pieces: Pieces | None) -> None:
+        with torch.cuda.device_of(student):
             sweep[(rows, plan.splits)](
-                FIRST=begin, LAST=end, statistics=statistics, sums_of_pieces=sums, **arguments
-            )
+                extent=extent._replace(span=span), owner=owner,
+                pieces=pieces,
+                FIRST=begin, LAST=end, TILE=tile, **arguments,
+            )  # fmt: skip
 
     def new(fields: tl.constexpr) -> Tensor:
-        return arguments["s_temperature"].new_empty(plan.splits, fields.value, rows)
+        shape = plan.splits, fields.value, rows
+        return torch.empty(shape, dtype=torch.float32, device=student.device)
 
     if first.value == P.GRADIENT.value or (alone and plan.splits == 1):
-        launch(first, P.GRADIENT, None, None)
+        launch(first, P.GRADIENT, None)
         return
     statistics, sums = new(STATISTICS_FIELDS), new(SUMS_FIELDS)
-    launch(P.STATISTICS, P.STATISTICS, statistics, None)
+    launch(P.STATISTICS, P.STATISTICS, Pieces(statistics, sums))
     if not alone:
         statistics = (yield statistics).contiguous()
-    summed = arguments["teacher"] is not None or (
+    summed = arguments["teacher"].pointer is not None or (
         arguments["WANT"] & (records.LEVER.value | records.TEACHER_ENTROPY.value)
     )
     if summed:
-        launch(P.SUMS, P.SUMS, statistics, sums)
+        launch(P.SUMS, P.SUMS, Pieces(statistics, sums))
         if not alone:
             sums = (yield sums).contiguous()
-    launch(P.GRADIENT, P.GRADIENT, statistics, sums)
+    launch(P.GRADIENT, P.GRADIENT, Pieces(statistics, sums))
 
 
 def _temperature_gradient(problem: Problem, state: Tensor, upstream: Coefficients) -> Tensor:

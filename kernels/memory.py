@@ -7,19 +7,7 @@ import triton.language as tl
 from triton.language.target_info import is_cuda
 
 from fastkd.kernels import arithmetic as A
-
-# Numbers whose every value would otherwise compile anew where it is 1 or a multiple of 16. Of the
-# strides between rows a kernel knows what `aligned` tells it: were they found to be multiples of
-# 16 where columns are not, Triton would load more at once than the launcher laid a row out for.
-ROW_STRIDES = (
-    "student_outer", "student_inner", "teacher_outer", "teacher_inner", "gradient_outer",
-    "gradient_inner",
-)  # fmt: skip
-VARYING = (
-    "inner", "rows", "s_temperature_stride", "t_temperature_stride", "kd_stride", "ce_stride",
-    "entropy_stride", "student_first", "teacher_first", "gradient_first", "first_column",
-    "all_columns", *ROW_STRIDES,
-)  # fmt: skip
+from fastkd.kernels.arguments import multiple, number
 
 PINNED = tl.constexpr(not A.INTERPRETED.value and triton.__version__.startswith("3.6."))
 
@@ -60,18 +48,22 @@ def aligned(x, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def row_at(index, outer, inner_stride, inner, ALIGN: tl.constexpr):
-    """Where row `index` of [outer, inner, columns] begins, in 64 bits; divided in 32 bits.
-
-    inner None: the rows lie at one stride, and nothing is divided.
-    """
-    if inner is None:
-        return index.to(tl.int64) * aligned(inner_stride, ALIGN)
+def row_at(index, operand, inner, ALIGN: tl.constexpr):
+    """Where row `index` of an Operand begins, in 64 bits; divided in 32 bits."""
+    if operand.pointer is None:
+        return index.to(tl.int64) * 0
     else:
-        index = index.to(tl.uint32)
-        o = index // inner.to(tl.uint32)
-        i = (index - o * inner.to(tl.uint32)).to(tl.int64)
-        return o.to(tl.int64) * aligned(outer, ALIGN) + i * aligned(inner_stride, ALIGN)
+        if inner is None:
+            at = index.to(tl.int64) * multiple(operand.inner, ALIGN)
+        else:
+            size = number(inner).to(tl.uint32)
+            o = index.to(tl.uint32) // size
+            i = (index.to(tl.uint32) - o * size).to(tl.int64)
+            at = o.to(tl.int64) * multiple(operand.outer, ALIGN)
+            at += i * multiple(operand.inner, ALIGN)
+        if operand.first is not None:
+            at += number(operand.first)
+        return at
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastkd import problem
 from fastkd.kernels import memory as M
+from fastkd.kernels.arguments import Extent, number, varying
 from fastkd.kernels.launch import rows_in_memory
 from fastkd.kernels.pieces import read_fields, write_fields
 from fastkd.kernels.tuning import power_of_two, schedule
@@ -122,10 +123,9 @@ def _write(out, index, rows, piece, exists):
     tl.store(out + 2 * rows + index, pull, mask=exists)
 
 
-@triton.jit(do_not_specialize=M.VARYING)
+@triton.jit
 def _moments(
-    student, teacher, student_outer, student_inner, teacher_outer, teacher_inner, inner, counted,
-    out, pieces, rows, columns,
+    student, teacher, extent, counted, out, pieces,
     RESIDENT: tl.constexpr, ALIGN: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """RESIDENT: a lane is a row, of up to VECTOR columns; else the lanes share a row.
@@ -133,13 +133,14 @@ def _moments(
     pieces: in place of `out`, where other owners have columns of these rows.
     """
     lane, vector = tl.arange(0, LANES)[:, None], tl.arange(0, VECTOR)[None, :]
+    rows, columns = number(extent.rows), extent.columns
     index = tl.program_id(0).to(tl.int64)
     exists = None
     if RESIDENT:
         index = index * LANES + lane
         exists = index < rows
-    student += M.row_at(index, student_outer, student_inner, inner, ALIGN)
-    teacher += M.row_at(index, teacher_outer, teacher_inner, inner, ALIGN)
+    student = student.pointer + M.row_at(index, student, extent.inner, ALIGN)
+    teacher = teacher.pointer + M.row_at(index, teacher, extent.inner, ALIGN)
     s, t = _empty(LANES), _empty(LANES)
     if RESIDENT:
         live = exists
@@ -192,18 +193,21 @@ def fill(
     plan = schedule(rows, width, itemsize, student.device, once=True, swept=merge is not LOCAL)
     resident = plan.kind == "resident"
     counts = (vocab_size,) if resident else ()
-    operands = rows_in_memory(*counts, student=student, teacher=teacher)
+    operands = rows_in_memory(student, teacher, counts=counts)
     pieces = None if merge is LOCAL else out.new_empty(1, 2 * FIELDS.value, rows)
     if not rows:
         return out
     with torch.cuda.device_of(student):
         _moments[(triton.cdiv(rows, plan.lanes) if resident else rows,)](
-            **operands, counted=counted, out=out, pieces=pieces, rows=rows, columns=vocab_size,
-            RESIDENT=resident, LANES=plan.lanes, VECTOR=plan.vector, num_warps=plan.warps,
+            operands.student, operands.teacher,
+            Extent(varying(rows), vocab_size, inner=operands.inner), counted, out, pieces,
+            RESIDENT=resident, ALIGN=operands.align, LANES=plan.lanes, VECTOR=plan.vector,
+            num_warps=plan.warps, enable_fp_fusion=True,
         )  # fmt: skip
         if pieces is not None:
             pieces = merge.gather(pieces).contiguous()
             _join[(rows,)](
-                out, pieces, rows, PIECES=merge.size, PADDED=power_of_two(merge.size), num_warps=1
-            )
+                out, pieces, rows, PIECES=merge.size, PADDED=power_of_two(merge.size), num_warps=1,
+                enable_fp_fusion=True,
+            )  # fmt: skip
     return out

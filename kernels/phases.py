@@ -10,6 +10,7 @@ from fastkd.kernels import labels as L
 from fastkd.kernels import memory as M
 from fastkd.kernels import records
 from fastkd.kernels import rows as R
+from fastkd.kernels.arguments import number
 
 THREAD = tl.constexpr(16)  # entries of a tile per thread, as tuning.py has them
 # The phases of a row, in their order.
@@ -25,12 +26,12 @@ def singles(a, b, c):
 
 
 @triton.jit
-def factor(pointer, stride, index, live):
-    """A coefficient of each row, 0 where the term is absent."""
-    if pointer is None:
-        return (index * 0).to(tl.float32)
+def per_row(given, index, live, other):
+    """A number of each row; `other` for all where none is given."""
+    if given is None:
+        return (index * 0).to(tl.float32) + other
     else:
-        return M.row_load(pointer, index * stride, live, 0.0)
+        return M.row_load(given.pointer, index * number(given.stride), live, other)
 
 
 @triton.jit
@@ -40,11 +41,12 @@ def inverse(width):
 
 
 @triton.jit
-def temper_of(s_pointer, s_stride, t_pointer, t_stride, moments, index, rows, live, a):
-    s_rate = A.reciprocal(M.row_load(s_pointer, index * s_stride, live, 1.0))
+def temper_of(temperatures, index, rows, live, a):
+    moments = temperatures.moments
+    s_rate = A.reciprocal(per_row(temperatures.student, index, live, 1.0))
     t_rate = s_rate
-    if t_pointer is not None:
-        t_rate = A.reciprocal(M.row_load(t_pointer, index * t_stride, live, 1.0))
+    if temperatures.teacher is not None:
+        t_rate = A.reciprocal(per_row(temperatures.teacher, index, live, 1.0))
     mean, pull, s_width = 0.0, 0.0, 1.0
     if moments is not None:
         mean = M.row_load(moments, index, live, 0.0)
@@ -52,7 +54,7 @@ def temper_of(s_pointer, s_stride, t_pointer, t_stride, moments, index, rows, li
         t_width = inverse(M.row_load(moments + 4 * rows, index, live, 1.0))
         pull = M.row_load(moments + 2 * rows, index, live, 0.0)
         s_rate = s_rate * s_width
-        t_rate = s_rate if t_pointer is None else t_rate * t_width
+        t_rate = s_rate if temperatures.teacher is None else t_rate * t_width
     return records.Temper(
         s_rate, t_rate, s_rate * A.LOG2E, t_rate * A.LOG2E, a, mean, pull, s_width, ()
     )
@@ -100,13 +102,14 @@ def cross_entropy(stats, row, label, label_logit, columns, smoothing, WANT: tl.c
 
 @triton.jit
 def write_row(
-    index, rows, live, stats, row, sums, hard, kd, ce, entropy, a, b, values, state, loss,
+    index, rows, live, stats, row, sums, hard, kd, ce, entropy, a, b, outputs,
     WANT: tl.constexpr, OUTER: tl.constexpr,
 ):  # fmt: skip
     """The row's values, its state for the backward pass, and its loss, where wanted.
 
     hard: the cross-entropy. A factor of exactly 0 removes its term, be it infinite.
     """
+    values, state, loss = outputs.value, outputs.state, outputs.loss
     kd_value = tl.where(row.alive, L.divergence(row, sums.value, a, b, OUTER), 0.0)
     student_entropy = L.student_entropy(row)
     if values is not None:

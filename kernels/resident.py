@@ -16,6 +16,7 @@ from fastkd.kernels import memory as M
 from fastkd.kernels import phases as P
 from fastkd.kernels import records
 from fastkd.kernels import rows as R
+from fastkd.kernels.arguments import number
 
 MANY = tl.constexpr(1 << 16)  # more rows than a program has
 
@@ -56,48 +57,43 @@ def store_part(
     tl.store(pointer[None] + column, x, mask=exists[None] & (column < columns))
 
 
-@triton.jit(do_not_specialize=M.VARYING)
+@triton.jit
 def resident(
-    student, teacher, student_outer, student_inner, teacher_outer, teacher_inner, inner,
-    s_temperature, s_temperature_stride, t_temperature, t_temperature_stride, moments,
-    labels, counted, smoothing, a, b, kd, kd_stride, ce, ce_stride, entropy, entropy_stride,
-    state, values, loss, gradient, gradient_outer, gradient_inner, width, temperature,
-    rows, columns,
-    FIRST: tl.constexpr, WANT: tl.constexpr, DIVERGENCE: tl.constexpr, OUTER: tl.constexpr,
-    AT_LABEL: tl.constexpr, CONSTANT: tl.constexpr, ALIGN: tl.constexpr, LANES: tl.constexpr,
-    PARTS: tl.constexpr, PIECE: tl.constexpr, STORED: tl.constexpr,
+    student, teacher, gradient, extent, temperatures, targets, factors, divergence, outputs,
+    FIRST: tl.constexpr, WANT: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """LANES whole rows, in PARTS of (first column, columns), by pieces of PIECE columns.
-
-    STORED: columns of a piece of the gradient.
-    """
-    SAME: tl.constexpr = t_temperature is None
-    a, b, smoothing = P.singles(a, b, smoothing)
+    """Whole rows, in parts, by pieces of columns; see `arguments.py`."""
+    DIVERGENCE: tl.constexpr = divergence.evaluate
+    AT_LABEL: tl.constexpr = divergence.at_label
+    CONSTANT: tl.constexpr = divergence.constant
+    SAME: tl.constexpr = temperatures.teacher is None
+    ALIGN: tl.constexpr = HELD.align
+    LANES: tl.constexpr = HELD.lanes
+    PARTS: tl.constexpr = HELD.parts
+    a, b, smoothing = P.singles(divergence.a, divergence.b, targets.smoothing)
+    rows = number(extent.rows)
     index = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)[:, None]
     exists = index < rows
     live = exists
-    if counted is not None:
-        live &= tl.load(counted + index, mask=exists, other=0) != 0
-    kd = P.factor(kd, kd_stride, index, live)
-    k_ce = P.factor(ce, ce_stride, index, live)
-    k_entropy = P.factor(entropy, entropy_stride, index, live)
+    if targets.counted is not None:
+        live &= tl.load(targets.counted + index, mask=exists, other=0) != 0
+    kd = P.per_row(factors.kd, index, live, 0.0)
+    ce = P.per_row(factors.ce, index, live, 0.0)
+    entropy = P.per_row(factors.entropy, index, live, 0.0)
     if FIRST == P.GRADIENT:
-        live &= (kd != 0) | (k_ce != 0) | (k_entropy != 0)
-    temper = P.temper_of(
-        s_temperature, s_temperature_stride, t_temperature, t_temperature_stride,
-        moments, index, rows, live, a,
-    )  # fmt: skip
-    columns, width = M.aligned(columns, ALIGN), M.aligned(width, ALIGN)
-    student += M.row_at(index, student_outer, student_inner, inner, ALIGN)
-    zs = load_parts(student, live, columns, PARTS, PIECE)
+        live &= (kd != 0) | (ce != 0) | (entropy != 0)
+    temper = P.temper_of(temperatures, index, rows, live, a)
+    columns, width = M.aligned(extent.columns, ALIGN), M.aligned(extent.width, ALIGN)
+    student_row = student.pointer + M.row_at(index, student, extent.inner, ALIGN)
+    zs = load_parts(student_row, live, columns, PARTS, HELD.piece)
     ys = zs
-    if teacher is not None:
-        teacher += M.row_at(index, teacher_outer, teacher_inner, inner, ALIGN)
-        ys = load_parts(teacher, live, columns, PARTS, PIECE)
+    if teacher.pointer is not None:
+        teacher_row = teacher.pointer + M.row_at(index, teacher, extent.inner, ALIGN)
+        ys = load_parts(teacher_row, live, columns, PARTS, HELD.piece)
     label, label_logit = tl.zeros([LANES, 1], tl.int32), tl.zeros([LANES, 1], tl.float32)
     teacher_logit = label_logit
-    if labels is not None:
-        label = L.label_of(tl.load(labels + index, mask=live, other=0), columns, None, None)
+    if targets.labels is not None:
+        label = L.label_of(tl.load(targets.labels + index, mask=live, other=0), columns, None)
         for i in tl.static_range(len(PARTS)):
             hit = columns_of(PARTS, i) == label
             label_logit += tl.sum(tl.where(hit, zs[i], 0.0), 1, keep_dims=True)
@@ -106,7 +102,7 @@ def resident(
         temper = L.leave_out(temper, label, AT_LABEL)
 
     if FIRST == P.GRADIENT:
-        row = P.restore(state, index, rows, live, WANT, AT_LABEL)
+        row = P.restore(outputs.state, index, rows, live, WANT, AT_LABEL)
     else:
         s_max, t_max, mixture_max = R.FLOOR, R.FLOOR, R.FLOOR / 10
         for i in tl.static_range(len(PARTS)):
@@ -125,7 +121,7 @@ def resident(
             mixture_max = stats.mixture_max
         rise, lift = D.by_sums(stats, WANT)
         saturated = R.saturated(stats)
-        if teacher is not None:
+        if teacher.pointer is not None:
             close = D.close(stats, lift, temper, WANT)
             # How many rows are either, by one sum over the program.
             found = tl.sum(close.to(tl.int32) + saturated.to(tl.int32) * MANY)
@@ -158,23 +154,23 @@ def resident(
                 rest = tl.where(P.lacking(row, saturated), rest, 0.0)
             row = P.with_rest(row, rest)
         P.write_row(
-            index, rows, live, stats, row, sums, hard, kd, k_ce, k_entropy, a, b,
-            values, state, loss, WANT, OUTER,
+            index, rows, live, stats, row, sums, hard, kd, ce, entropy, a, b, outputs,
+            WANT, divergence.outer,
         )  # fmt: skip
-    if gradient is not None or temperature is not None:
-        if gradient is not None:
-            gradient += M.row_at(index, gradient_outer, gradient_inner, inner, ALIGN)
+    if gradient.pointer is not None or outputs.temperature is not None:
+        if gradient.pointer is not None:
+            gradient_row = gradient.pointer + M.row_at(index, gradient, extent.inner, ALIGN)
         heat = tl.zeros([LANES, 1], tl.float32)
         for i in tl.static_range(len(PARTS)):
             column = columns_of(PARTS, i)
             g, tempered, _, _ = P.gradient_tile(
-                zs[i], ys[i], column, row, temper, label, columns, smoothing, kd, k_ce, k_entropy,
-                a, b, WANT, ce is not None, entropy is not None, DIVERGENCE, SAME,
+                zs[i], ys[i], column, row, temper, label, columns, smoothing, kd, ce, entropy,
+                a, b, WANT, factors.ce is not None, factors.entropy is not None, DIVERGENCE, SAME,
             )  # fmt: skip
-            if gradient is not None:
-                g = tl.where(live & (column < columns), g, 0.0).to(gradient.dtype.element_ty)
-                store_part(gradient, g, exists, width, PARTS, i, STORED)
-            if temperature is not None:
+            if gradient.pointer is not None:
+                g = tl.where(live & (column < columns), g, 0.0).to(gradient_row.dtype.element_ty)
+                store_part(gradient_row, g, exists, width, PARTS, i, HELD.stored)
+            if outputs.temperature is not None:
                 heat += P.temperature_term(tempered, zs[i], row)
-        if temperature is not None:
-            M.row_store(temperature, -temper.s_rate * heat, index, live)
+        if outputs.temperature is not None:
+            M.row_store(outputs.temperature, -temper.s_rate * heat, index, live)

@@ -11,6 +11,7 @@ from fastkd.kernels import memory as M
 from fastkd.kernels import phases as P
 from fastkd.kernels import records
 from fastkd.kernels import rows as R
+from fastkd.kernels.arguments import number
 from fastkd.kernels.pieces import (
     read_statistics,
     read_sums,
@@ -44,48 +45,49 @@ def refined(
     return tl.sum(rest)
 
 
-@triton.jit(do_not_specialize=M.VARYING)
+@triton.jit
 def sweep(
-    student, teacher, student_outer, student_inner, teacher_outer, teacher_inner, inner,
-    student_first, teacher_first, gradient_first,
-    s_temperature, s_temperature_stride, t_temperature, t_temperature_stride, moments,
-    labels, counted, smoothing, a, b, kd, kd_stride, ce, ce_stride, entropy, entropy_stride,
-    state, values, loss, gradient, gradient_outer, gradient_inner, width, temperature,
-    rows, columns, first_column, all_columns, statistics, sums_of_pieces, span,
-    FIRST: tl.constexpr, LAST: tl.constexpr, WANT: tl.constexpr, DIVERGENCE: tl.constexpr,
-    SLOPE: tl.constexpr, OUTER: tl.constexpr, AT_LABEL: tl.constexpr, CONSTANT: tl.constexpr,
-    ALIGN: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, SPLITS: tl.constexpr,
-    PIECES: tl.constexpr, PADDED: tl.constexpr, SHIFTED: tl.constexpr,
+    student, teacher, gradient, extent, owner, temperatures, targets, factors, divergence,
+    outputs, pieces, FIRST: tl.constexpr, LAST: tl.constexpr, WANT: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    """Phases FIRST to LAST of `span` columns of a row, in tiles of LANES * VECTOR.
+    """Phases FIRST to LAST of `extent.span` columns of a row, in tiles; see `arguments.py`.
 
     Full tiles are not masked, which keeps their loads 128 bits wide; every sweep runs against the
     one before it, so that it begins on what the cache still holds. Between launches the phases
-    hand on through `statistics` and `sums_of_pieces`: every program of a row writes one piece, and
-    PIECES are read, PADDED to a power of two. They may be those of several owners, who together
-    have `all_columns`; these begin at `first_column`. None: there is no other owner.
-    FIRST == P.GRADIENT without `statistics` takes the row from `state`.
-    An operand's first entry lies `first` entries beyond its pointer. SHIFTED: 0, or rows may begin
-    anywhere, alike on those of student (1), teacher (2) and gradient (4) that it is the sum of.
-    Positions are then counted from the multiple of VECTOR before these rows' first column, which
-    has position `shift`; what is not alike moves in smaller pieces.
+    hand on through `pieces`: every program of a row writes one, and those of all owners are read.
+    FIRST == P.GRADIENT without `pieces` takes the row from `outputs.state`.
+    SHIFTED: 0, or rows may begin anywhere, alike on those of student (1), teacher (2) and
+    gradient (4) that it is the sum of. Positions are then counted from the multiple of VECTOR
+    before these rows' first column, which has position `shift`; what is not alike moves in
+    smaller pieces.
     """
-    SAME: tl.constexpr = t_temperature is None
+    DIVERGENCE: tl.constexpr = divergence.evaluate
+    OUTER: tl.constexpr = divergence.outer
+    SLOPE: tl.constexpr = divergence.slope
+    AT_LABEL: tl.constexpr = divergence.at_label
+    CONSTANT: tl.constexpr = divergence.constant
+    SAME: tl.constexpr = temperatures.teacher is None
+    ALIGN: tl.constexpr = TILE.align
+    LANES: tl.constexpr = TILE.lanes
+    VECTOR: tl.constexpr = TILE.vector
+    SHIFTED: tl.constexpr = TILE.shifted
     BLOCK: tl.constexpr = LANES * VECTOR
     # One sweep fewer where all that the gradient needs is known from the first.
     LATE: tl.constexpr = (
         FIRST == P.STATISTICS and CONSTANT != "slope_sum" and records.LEVER & WANT == 0
-        and gradient is not None and statistics is None
+        and gradient.pointer is not None and pieces is None
     )  # fmt: skip
     SUMMED: tl.constexpr = (
-        teacher is not None or (records.LEVER + records.TEACHER_ENTROPY) & WANT != 0
+        teacher.pointer is not None or (records.LEVER + records.TEACHER_ENTROPY) & WANT != 0
     )
-    BACKWARD: tl.constexpr = FIRST == P.GRADIENT and statistics is None
-    a, b, smoothing = P.singles(a, b, smoothing)
+    BACKWARD: tl.constexpr = FIRST == P.GRADIENT and pieces is None
+    a, b, smoothing = P.singles(divergence.a, divergence.b, targets.smoothing)
     index, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    student_at = M.row_at(index, student_outer, student_inner, inner, ALIGN) + student_first
-    teacher_at = M.row_at(index, teacher_outer, teacher_inner, inner, ALIGN) + teacher_first
-    gradient_at = M.row_at(index, gradient_outer, gradient_inner, inner, ALIGN) + gradient_first
+    rows, columns, span = number(extent.rows), extent.columns, extent.span
+    student_at = M.row_at(index, student, extent.inner, ALIGN)
+    teacher_at = M.row_at(index, teacher, extent.inner, ALIGN)
+    gradient_at = M.row_at(index, gradient, extent.inner, ALIGN)
     shift = 0
     if SHIFTED:
         shift = ((student_at if SHIFTED & 1 else teacher_at) % VECTOR).to(tl.int32)
@@ -101,41 +103,38 @@ def sweep(
         head += BLOCK * headed.to(tl.int32)
     full = tl.maximum(end - head, 0) // BLOCK
     tail = head + full * BLOCK
+    student, teacher, gradient = student.pointer, teacher.pointer, gradient.pointer
+    student += student_at
+    if teacher is not None:
+        teacher += teacher_at
     if gradient is not None:
         gradient += gradient_at
         if LAST == P.GRADIENT and split == 0:
-            M.fill_zero(gradient, shift + columns, shift + width, BLOCK)
+            M.fill_zero(gradient, shift + columns, shift + extent.width, BLOCK)
 
     live = True
     if BACKWARD:
-        live = P.factor(kd, kd_stride, index, None) != 0
-        live = live | (P.factor(ce, ce_stride, index, None) != 0)
-        live = live | (P.factor(entropy, entropy_stride, index, None) != 0)
-    if counted is not None:
-        live = live & (tl.load(counted + index) != 0)
+        live = P.per_row(factors.kd, index, None, 0.0) != 0
+        live = live | (P.per_row(factors.ce, index, None, 0.0) != 0)
+        live = live | (P.per_row(factors.entropy, index, None, 0.0) != 0)
+    if targets.counted is not None:
+        live = live & (tl.load(targets.counted + index) != 0)
     if not live:
         if gradient is not None:
             M.fill_zero(gradient, tl.maximum(begin, shift), end, BLOCK)
         return
 
-    temper = P.temper_of(
-        s_temperature, s_temperature_stride, t_temperature, t_temperature_stride,
-        moments, index, rows, None, a,
-    )  # fmt: skip
-    student += student_at
-    if teacher is not None:
-        teacher += teacher_at
+    temper = P.temper_of(temperatures, index, rows, None, a)
     offsets = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     label, label_logit, teacher_logit = -1, 0.0, 0.0
-    if labels is not None:
-        label = L.label_of(tl.load(labels + index), columns, first_column, all_columns)
+    if targets.labels is not None:
+        label = L.label_of(tl.load(targets.labels + index), columns, owner)
         label += tl.where(label >= 0, shift, 0)
         label_logit = tl.load(student + label, mask=label >= 0, other=0.0).to(tl.float32)
         temper = L.leave_out(temper, label, AT_LABEL)
         if AT_LABEL is not None:
             teacher_logit = tl.load(teacher + label, mask=label >= 0, other=0.0).to(tl.float32)
-    if all_columns is None:
-        all_columns = columns
+    all_columns = columns if owner is None else number(owner.all_columns)
 
     if FIRST == P.STATISTICS:
         stats = R.empty(BLOCK // P.THREAD)
@@ -162,14 +161,16 @@ def sweep(
         if LAST == P.STATISTICS:
             label_logit = tl.where(split == 0, label_logit, 0.0)
             teacher_logit = tl.where(split == 0, teacher_logit, 0.0)
-            write_statistics(statistics, split, index, rows, stats, label_logit, teacher_logit)
+            write_statistics(
+                pieces.statistics, split, index, rows, stats, label_logit, teacher_logit
+            )
     elif not BACKWARD:
         stats, label_logit, teacher_logit, share = read_statistics(
-            statistics, index, rows, temper, WANT, PIECES, PADDED
+            pieces.statistics, index, rows, temper, WANT, TILE.pieces, TILE.padded
         )
 
     if BACKWARD:
-        row = P.restore(state, index, rows, None, WANT, AT_LABEL)
+        row = P.restore(outputs.state, index, rows, None, WANT, AT_LABEL)
     else:
         row = R.summarize(stats, temper, CONSTANT, WANT)
         row = L.join(row, stats, label, label_logit, teacher_logit, temper, SAME, WANT, AT_LABEL)
@@ -216,9 +217,11 @@ def sweep(
                         about, temper, a, b, BLOCK, SHIFTED, DIVERGENCE, SAME,
                     )  # fmt: skip
                     sums = P.with_slope(sums, slope)
-            write_sums(sums_of_pieces, split, index, rows, sums, anchor)
+            write_sums(pieces.sums, split, index, rows, sums, anchor)
     elif FIRST > P.SUMS and not BACKWARD:
-        sums, slopes, anchors = read_sums(sums_of_pieces, index, rows, share, WANT, PIECES, PADDED)
+        sums, slopes, anchors = read_sums(
+            pieces.sums, index, rows, share, WANT, TILE.pieces, TILE.padded
+        )
 
     if LAST > P.SUMS and not BACKWARD:
         if LATE:
@@ -241,20 +244,20 @@ def sweep(
             row = P.with_rest(row, rest)
 
     # Only now: scalars that lived through the sweeps above would be spilled.
-    k_kd = P.factor(kd, kd_stride, index, None)
-    k_ce = P.factor(ce, ce_stride, index, None)
-    k_entropy = P.factor(entropy, entropy_stride, index, None)
+    k_kd = P.per_row(factors.kd, index, None, 0.0)
+    k_ce = P.per_row(factors.ce, index, None, 0.0)
+    k_entropy = P.per_row(factors.entropy, index, None, 0.0)
     if LAST == P.GRADIENT and not BACKWARD and not LATE:
         if split == 0:
             P.write_row(
                 index, rows, None, stats, row, sums, hard,
-                k_kd, k_ce, k_entropy, a, b, values, state, loss, WANT, OUTER,
+                k_kd, k_ce, k_entropy, a, b, outputs, WANT, OUTER,
             )  # fmt: skip
 
-    if LAST == P.GRADIENT and (gradient is not None or temperature is not None):
-        HEAT: tl.constexpr = temperature is not None
-        CE: tl.constexpr = ce is not None
-        H: tl.constexpr = entropy is not None
+    if LAST == P.GRADIENT and (gradient is not None or outputs.temperature is not None):
+        HEAT: tl.constexpr = outputs.temperature is not None
+        CE: tl.constexpr = factors.ce is not None
+        H: tl.constexpr = factors.entropy is not None
         sums, heat = P.no_sums(LANES), tl.zeros([LANES, 1], tl.float32)
         # Against the sweep before this one.
         if LATE:
@@ -297,12 +300,13 @@ def sweep(
                     DIVERGENCE, SAME,
                 )  # fmt: skip
         if HEAT:
-            tl.store(temperature + index * SPLITS + split, -temper.s_rate * tl.sum(heat))
+            at = index * TILE.splits + split
+            tl.store(outputs.temperature + at, -temper.s_rate * tl.sum(heat))
         if LATE:
             sums = P.collapse_sums(sums, WANT)
             if records.KL & WANT:
                 sums = P.with_value(sums, tl.where(plain, known, sums.value))
             P.write_row(
                 index, rows, None, stats, row, sums, hard,
-                k_kd, k_ce, k_entropy, a, b, values, state, loss, WANT, OUTER,
+                k_kd, k_ce, k_entropy, a, b, outputs, WANT, OUTER,
             )  # fmt: skip

@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="the kernels need triton")
 
 import fastkd
 from fastkd.kernels import logits
+from fastkd.kernels.arguments import varying
 from fastkd.problem import CE, KD, Coefficients
 from tests.closeness import assert_close
 from tests.test_kernels import FORWARD_KL, Truth, problem_of
@@ -153,7 +154,7 @@ def test_which_operands_begin_alike(places, alike, monkeypatch, force, device):
     z, y, out = (slice_of(x, *place)[0] for place in places)
     one = Coefficients(torch.ones(3, device=device), None, None)
     logits.fused(problem_of(z, y), one, metrics=False, out=out)
-    assert passed["SHIFTED"] == alike
+    assert passed["TILE"].shifted == alike
     for side, (first, _) in zip(("student", "teacher", "gradient"), places, strict=True):
-        assert passed[side].data_ptr() % 16 == 0
-        assert passed[f"{side}_first"] == first % 8
+        assert passed[side].pointer.data_ptr() % 16 == 0
+        assert passed[side].first == varying(first % 8)

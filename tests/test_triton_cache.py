@@ -59,7 +59,12 @@ from benchmarks import cache, stub
 
 stub.install()
 launched = []
-JITFunction.run = lambda self, *arguments, grid, warmup, **options: launched.append(self)
+def run(self, *arguments, grid, warmup, **options):
+    assert len(self.arg_names) <= 16, self
+    assert options["enable_fp_fusion"] is True, self  # whose default changes with Triton 3.10
+    launched.append(self)
+
+JITFunction.run = run
 for name, launch in cache.launches():
     before = len(launched)
     launch()
@@ -80,3 +85,62 @@ def test_every_launch_of_the_suite_is_made_without_a_gpu():
     assert len(set(said)) > 200
     for word in ("verify jsd", "kl_div log_target", "cap 64", "ceilings", "training"):
         assert any(word in line for line in said), word
+
+
+NEW_BATCHES = """
+import torch
+from triton.runtime.jit import JITFunction
+import fastkd
+from benchmarks import stub
+from fastkd.kernels import tuning
+
+stub.install()
+keys = {}
+
+def leaves(value, type_, about):
+    if isinstance(type_, tuple):
+        for parts in zip(value, type_, about, strict=True):
+            yield from leaves(*parts)
+    else:
+        yield value, str((type_, about))
+
+def run(self, *arguments, grid, warmup, **options):
+    bound, found, _ = self.device_caches[0][4](*arguments, **options)
+    numbers, others = [], [self.__name__]
+    for one, value, (type_, about) in zip(self.params, bound.values(), found, strict=True):
+        for leaf, what in leaves(value, type_, about):
+            number = type(leaf) is int and not one.is_constexpr
+            (numbers if number else others).append(what)
+    keys.setdefault(tuple(others), set()).add(tuple(numbers))
+
+JITFunction.run = run
+
+def launch(z, y, **options):
+    loss = fastkd.distillation_loss(z.requires_grad_(), y, backend="triton", **options)
+    (3 * loss.mean()).backward()
+
+for columns in (10, 5003, 40000):
+    keys.clear()
+    for batch in (1, 2, 4, 15, 16, 17, 33, 64, 300, 512):
+        per_row = torch.full((batch, 3), 2.0)
+        for z in (torch.empty(batch, 3, columns), torch.empty(batch, 4, columns)[:, :-1]):
+            y = torch.empty(batch, 3, columns)
+            launch(z, y, temperature=2.0)
+            launch(z, y, temperature=per_row, gradient="backward", reduction="none")
+            launch(z, y, temperature=per_row[..., :1].expand(batch, 3), standardize=True)
+            launch(z, y, divergence=fastkd.Bernoulli(1, 1), reduction="none")
+    several = {key: found for key, found in keys.items() if len(found) > 1}
+    assert not several, several
+    print(columns, len(keys))
+"""
+
+
+def test_a_new_batch_size_compiles_nothing_new():
+    """Numbers that vary with it are neither 1 nor multiples of 16 where Triton looks."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", NEW_BATCHES],
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.splitlines()) == 3

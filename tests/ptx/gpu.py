@@ -194,11 +194,13 @@ def _bits(value: Any) -> int:
 
 
 def _operands(arguments: Sequence[Argument]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a launch. Of a sweep their pointers may lie `first` entries before them."""
+    """The tensors of a launch; pointers of a sweep may lie `first` entries before them."""
     by_name = dict(arguments)
     for name, value in arguments:
         if isinstance(value, torch.Tensor):
-            if first := by_name.get(f"{name}_first", 0):
+            owner, _, field = name.rpartition(".")
+            first = by_name.get(f"{owner}.first") if field == "pointer" else None
+            if first is not None and first >> 2:
                 size, stride, offset = value.size(), value.stride(), value.storage_offset()
-                value = value.as_strided(size, stride, offset + first)
-            yield name, value
+                value = value.as_strided(size, stride, offset + (first >> 2))
+            yield owner if field == "pointer" else name, value
