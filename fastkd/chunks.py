@@ -21,9 +21,10 @@ from .forms import Head, Mixture
 from .operators import EXACT, PROBLEM, operator
 from .problem import Coefficients, Problem
 
-# Bytes of a chunk's buffers. On a GPU products of thousands of rows run at its full rate; on a CPU
-# those of some hundred, and of more the logits would leave the cache before the loss reads them.
-GPU_BYTES, CPU_BYTES = 512 << 20, 64 << 20
+# Bytes of a chunk; an eighth is left to what a head converts, and a backend holds beside logits. On
+# a GPU products of thousands of rows run at its full rate; on a CPU those of some hundred, and of
+# more the logits would leave the cache before the loss reads them.
+GPU_BYTES, CPU_BYTES = 512 << 20, 80 << 20
 LEAST_ROWS = 16
 
 
@@ -32,7 +33,7 @@ def rows_within(problem: Problem, buffers: int, least: int = 1) -> int:
     budget = GPU_BYTES if problem.student_temperature.is_cuda else CPU_BYTES
     columns = -(-problem.columns // sharding.of(problem.merge).size)  # the same on all owners
     row = max(buffers * columns, 1) * problem.student_temperature.element_size()
-    return max(1, min(problem.rows, max(least, budget // row)))
+    return max(1, min(problem.rows, max(least, (budget - budget // 8) // row)))
 
 
 def plain(function: Callable[..., Any]) -> Callable[..., Any]:

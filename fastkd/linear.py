@@ -15,8 +15,8 @@ from .operands import LinearHead
 from .operators import readable
 from .problem import Problem
 
-# Columns of a head that are converted at once where it is not in the dtype of its products.
-COLUMNS = 4096
+# Bytes of a head's columns that are converted at once where it has not the dtype of its products.
+GPU_CONVERTED, CPU_CONVERTED = 32 << 20, 4 << 20
 
 
 def head_of(side: LinearHead) -> Head:
@@ -135,9 +135,15 @@ def logits(head: Head, out: Tensor) -> Tensor:
 
 def _converted(head: Head, columns: int) -> Iterator[tuple[slice, Tensor]]:
     """The weight's first columns in the dtype of its products, all at once where it has that."""
-    step = columns if head.weight.dtype == head.product else COLUMNS
+    weight = head.weight[:columns]
+    if weight.dtype == head.product:
+        yield slice(0, columns), weight
+        return
+    size = GPU_CONVERTED if weight.is_cuda else CPU_CONVERTED
+    step = max(1, min(columns, size // max(1, weight.size(1) * head.product.itemsize)))
+    buffer = weight.new_empty(step, weight.size(1), dtype=head.product)
     for some in slices(columns, step):
-        yield some, head.weight[some].to(head.product)
+        yield some, buffer[: some.stop - some.start].copy_(weight[some])
 
 
 def _product(x: Tensor, y: Tensor, out: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastkd
 from fastkd import chunks, linear
+from fastkd.distill.measure import peak_memory
 from fastkd.operands import LinearHead
 from tests.cases import DIVERGENCES
 from tests.closeness import assert_close, assert_zero
@@ -20,10 +21,10 @@ MODES = ["forward", "backward"]
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
-    """Three rows to a chunk, and weights converted in three blocks: every seam is met."""
-    monkeypatch.setattr(chunks, "CPU_BYTES", 2 * 3 * VOCAB * 4)
+    """Three rows to a chunk, and weights converted in two or three blocks: every seam is met."""
+    monkeypatch.setattr(chunks, "CPU_BYTES", 2 * 3 * VOCAB * 4 * 8 // 7 + 1)
     monkeypatch.setattr(chunks, "LEAST_ROWS", 3)
-    monkeypatch.setattr(linear, "COLUMNS", 16)
+    monkeypatch.setattr(linear, "CPU_CONVERTED", 16 * HIDDEN * 4)
 
 
 class Case:
@@ -293,3 +294,21 @@ def test_refusals():
         fastkd.distillation_loss(student, student)
     with pytest.raises(ValueError, match="equal leading shapes"):
         fastkd.distillation_loss(student, torch.randn(ROWS + 1, VOCAB))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_beside_inputs_and_gradients_is_that_of_a_chunk(dtype, monkeypatch):
+    """What the loss holds beside logits, and a weight that is converted, included."""
+    monkeypatch.undo()
+    rows, hidden, vocab = 400, 256, 32000
+    leaf = torch.randn(rows, hidden).to(dtype).requires_grad_()
+    other = torch.randn(rows, hidden).to(dtype)
+    weight = (torch.randn(vocab, hidden) / hidden**0.5).to(dtype)
+
+    def call():
+        loss = fastkd.distillation_loss(LinearHead(leaf, weight), LinearHead(other, weight))
+        loss.backward()
+
+    call()
+    peak = peak_memory(call, leaf.device)
+    assert 0.8 * chunks.CPU_BYTES < peak < 1.1 * chunks.CPU_BYTES
