@@ -1,5 +1,6 @@
 """The user's data: which files, which rows, which tokens of them are learnt, in what sequences."""
 
+import gzip
 import json
 import os
 import random
@@ -7,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from fastkd import __main__
 from fastkd.distill import documents, files, sequences, settings
 from fastkd.distill.errors import RunError
 
@@ -102,6 +105,66 @@ def test_names_are_files_folders_and_patterns_and_a_file_is_meant_as_it_is_spelt
         files.expand(["empty"])
 
 
+def test_what_stands_in_a_folder_is_read_or_named(tmp_path, monkeypatch):
+    """Links lead on, once; a link to nothing, a pipe, a folder shut to us: none is passed over."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("data/a.txt", "others/b.jsonl"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("")
+    os.symlink("../others", "data/more")
+    os.symlink("../data", "others/back")
+    assert files.expand(["data"]) == ["data/a.txt", "data/more/b.jsonl"]
+    os.symlink("nowhere", "data/c.txt")
+    for names in (["data"], ["data/*.txt"]):
+        with pytest.raises(RunError, match=r"--data data/c\.txt: it links to nothing"):
+            files.expand(names)
+    os.unlink("data/c.txt")
+    os.mkfifo("data/pipe.txt")
+    for names in (["data"], ["data/pipe.txt"], ["/dev/null"]):
+        with pytest.raises(RunError, match="it is no file: write what it says to one"):
+            files.expand(names)
+    os.unlink("data/pipe.txt")
+    monkeypatch.setattr(os, "scandir", Mock(side_effect=PermissionError(13, "shut", "data")))
+    with pytest.raises(RunError, match="cannot read data: shut"):
+        files.expand(["data"])
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "y/" * 3000, "a\0b", "loop"])
+def test_names_of_no_file_are_one_line(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    os.symlink("loop", "loop")
+    (tmp_path / "text.txt").write_text(TEXT)
+    for more in (
+        [f"--data={name}"], ["--teacher=a", "--student=a", "--data=text.txt", "--eval-data", name],
+        [f"--teacher={name}", "--student=a", "--data=text.txt"],
+        ["--teacher=a", f"--student={name}", "--data=text.txt"], [f"--resume={name}"],
+        ["--teacher=.", "--student=.", "--data=text.txt", f"--chat-template={name}"],
+    ):  # fmt: skip
+        assert __main__.main(["distill", *more]) in (1, 2)
+        assert capsys.readouterr().err.splitlines()[-1].startswith("fastkd distill: ")
+
+
+def test_a_name_in_another_encoding_is_refused(tmp_path, capsys):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt")
+    Path(path).write_text(TEXT)
+    assert __main__.main(["distill", f"--out={tmp_path / 'out'}", f"--data={path}"]) == 2
+    assert "data must be text in UTF-8" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_several_kinds_share_a_table(reader):
+    """As in parquet, where each has all columns; none of them is lost."""
+    found = reader()
+    rows = [{"text": "x y z"}, {"messages": CHAT}, {"prompt": "a", "completion": "b"}]
+    columns = dict.fromkeys(("messages", "prompt", "completion", "text"))
+    made = list(found.documents(files.Row(columns | row, "here") for row in rows))
+    assert len(made) == 3
+    apart = [one(reader(), **row) for row in rows]
+    assert [document.ids for document in made] == [document.ids for document in apart]
+    assert list(found.documents([files.Row(columns, "here")])) == []
+    assert found.counts.empty == 1
+
+
 def test_rows_of_every_kind_are_the_same(tmp_path):
     rows = [{"text": "ein"}, {"text": "zwei\n\u2028drei"}, {"text": None}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
@@ -127,6 +190,19 @@ def test_plain_text_in_blocks_is_all_there(tmp_path, monkeypatch, text, size):
     assert [row.goes_on for row in rows] == [i < len(rows) - 1 for i in range(len(rows))]
 
 
+def table(**columns):
+    from pyarrow import parquet
+
+    content = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.table(columns), content)
+    return content.getvalue().to_pybytes()
+
+
+NOT_UTF8 = pyarrow.StringArray.from_buffers(
+    1, pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")
+)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -149,6 +225,12 @@ def test_plain_text_in_blocks_is_all_there(tmp_path, monkeypatch, text, size):
         ("a.json", b'[{"text": "x"}', r"a\.json: this is not JSON"),
         ("a.parquet", b"PAR1 not parquet PAR1", r"cannot read .*a\.parquet as parquet"),
         ("a.parquet", b"", r"cannot read .*a\.parquet as parquet"),
+        ("a.parquet", table(t=pyarrow.array([2**62], pyarrow.duration("s"))), "as parquet"),
+        ("a.parquet", table(t=pyarrow.array([2**61], pyarrow.timestamp("us"))), "as parquet"),
+        ("a.parquet", table(text=NOT_UTF8), r"cannot read .*a\.parquet as parquet"),
+        ("a.parquet", table(text=[b"bytes"]), "column 'text' holds b'bytes', which is no text"),
+        ("a.jsonl", gzip.compress(b'{"text": "x"}'), r"a\.jsonl is neither text in UTF-8"),
+        ("a.txt", "hello".encode("utf-16"), r"a\.txt is neither text in UTF-8"),
         ("a.txt", b"\xff\xfe\x00", r"a\.txt is neither text in UTF-8 nor \.jsonl nor \.parquet"),
     ],
 )  # fmt: skip

@@ -89,7 +89,7 @@ def read(names: Sequence[str]) -> list[str]:
     texts = []
     for name in files.expand(names):
         try:
-            texts.append(Path(name).read_text(encoding="utf-8"))
+            texts.append(Path(name).read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise RunError(f"cannot read {name}: {error.strerror}") from None
         except UnicodeDecodeError:

@@ -86,7 +86,10 @@ class Reader:
                 both = [*row.values["prompt"], *_list(row, "completion")]
                 return self._chat(row, both, taught=len(row.values["prompt"]))
             names = ("messages", "prompt", "text")
-            column = next((name for name in names if name in row.values), "")
+            there = [name for name in names if name in row.values]
+            # In a table of rows of several kinds, what others have is None.
+            filled = [name for name in there if row.values[name] is not None]
+            column = next(iter(filled or there), "")
         if column == "prompt" and not self.chosen.text:
             return self._pair(row)
         if column not in row.values:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,27 +41,52 @@ def expand(names: Sequence[str]) -> list[str]:
     """
     found: dict[str, None] = {}
     for name in names:
-        path = Path(name)
         if name.startswith(hub.PREFIX):
             inside = [name]
-        elif path.is_dir():
-            inside = [str(each) for each in sorted(path.rglob("*")) if _is_data(each)]
+        elif os.path.isdir(name):
+            inside = sorted(_inside(name))
             if not inside:
                 kinds = ", ".join((*READERS, *PLAIN))
                 raise RunError(f"--data {name}: the folder holds no file that ends in {kinds}")
-        elif path.exists():
+        elif os.path.exists(name):
             inside = [name]
         else:
             matches = sorted(glob.glob(name, recursive=True))
-            inside = [each for each in matches if Path(each).is_file()]
-            if not inside:
+            inside = [each for each in matches if not os.path.isdir(each)]
+            if not any(map(os.path.exists, inside)):
                 raise RunError(f"--data {name}: there is no such file")
+        for each in inside:
+            _check_regular(each)
         found |= dict.fromkeys(inside)
     return list(found)
 
 
-def _is_data(path: Path) -> bool:
-    return path.is_file() and path.suffix.lower() in (*READERS, *PLAIN)
+def _inside(folder: str) -> Iterator[str]:
+    """Data files at any depth, behind links too; one that cannot be read is not passed over."""
+    seen = set()
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
+        real = os.path.realpath(parent)
+        if real in seen:  # a link to where it stands
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (
+            os.path.join(parent, name)
+            for name in names
+            if Path(name).suffix.lower() in (*READERS, *PLAIN)
+        )
+
+
+def _refuse(error: OSError) -> None:
+    raise RunError(f"cannot read {error.filename}: {error.strerror}")
+
+
+def _check_regular(name: str) -> None:
+    """Refuses links to nothing, and pipes and devices, which cannot be read twice, or ever end."""
+    if name.startswith(hub.PREFIX) or os.path.isfile(name):
+        return
+    what = "is no file: write what it says to one" if os.path.exists(name) else "links to nothing"
+    raise RunError(f"--data {name}: it {what}")
 
 
 def rows(file: str) -> Iterator[Row]:
@@ -156,7 +182,7 @@ def _parquet(file: str) -> Iterator[Row]:
             batches = (batch.to_pylist() for batch in table.iter_batches(batch_size=256))
             for number, values in enumerate(itertools.chain.from_iterable(batches), 1):
                 yield Row(values, f"{file}, row {number}")
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, OverflowError, ValueError) as error:  # of dates, of UTF-8
         raise RunError(f"cannot read {file} as parquet: {one_line(error)}") from None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -202,7 +203,7 @@ def _tokenizer(name: str) -> Any:
 
     folder = Path(name)
     files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    if folder.is_dir() and not any((folder / file).exists() for file in files):
+    if os.path.isdir(folder) and not any((folder / file).exists() for file in files):
         return None
     return _load(AutoTokenizer, name, "tokenizer")
 
@@ -213,7 +214,7 @@ def is_config(name: str) -> bool:
 
 def revised(name: str) -> tuple[str, str | None]:
     """A name on the hub and its revision, a branch, a tag or a commit: 'owner/name@v1'."""
-    if Path(name).exists():
+    if os.path.exists(name):
         return name, None
     name, _, revision = name.partition("@")
     return name, revision or None
@@ -223,10 +224,10 @@ def _check_path(name: str) -> None:
     """Refuses a name that is neither here nor one that the hub could have."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    if Path(name).exists():
+    if os.path.exists(name):
         return
     name, _ = revised(name)
-    path = name.startswith((".", "/", "~")) or ("/" in name and Path(name).parent.is_dir())
+    path = name.startswith((".", "/", "~")) or ("/" in name and os.path.isdir(Path(name).parent))
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -256,14 +257,14 @@ def _check_hub(name: str, what: str) -> None:
 def _near(name: str) -> str:
     """A folder or file here that may be meant."""
     parent = Path(name).parent
-    names = [path.name for path in parent.iterdir()] if parent.is_dir() else []
+    names = [path.name for path in parent.iterdir()] if os.path.isdir(parent) else []
     near = difflib.get_close_matches(Path(name).name, names, n=1)
     return f"; did you mean {parent / near[0]}?" if near else ""
 
 
 def _load(kind: Any, name: str, what: str, **options: Any) -> Any:
     _check_path(name)
-    local = Path(name).exists()
+    local = os.path.exists(name)
     if not local:
         _check_hub(name, what)
     plain, revision = revised(name)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -326,6 +327,7 @@ def build(kind: type[S], values: Mapping[str, Any]) -> S:
     elsewhere = {item.name for item in dataclasses.fields(other)} - set(hints)
     checked = {}
     for name, value in values.items():
+        _check_text(name, value)
         if name in elsewhere:
             whose = "the default job's" if other is DefaultJob else "for --teacher and --student"
             raise Usage(f"setting {name!r} is {whose}: leave it out here")
@@ -334,6 +336,13 @@ def build(kind: type[S], values: Mapping[str, Any]) -> S:
     settings = kind(**checked)
     settings.check()
     return settings
+
+
+def _check_text(name: str, value: Any) -> None:
+    """Refuses names of files in another encoding, which no TOML can hold."""
+    for each in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(each, str) and re.search("[\ud800-\udfff]", each):
+            raise Usage(f"{name} must be text in UTF-8, got {each!a}: rename it")
 
 
 def _as(kind: Any, name: str, value: Any) -> Any:
@@ -374,5 +383,5 @@ def absolute(name: str, value: Any) -> Any:
             return [each if each.startswith(PREFIX) else os.path.abspath(each) for each in names]
     if isinstance(value, list | tuple):
         return [absolute("", each) for each in value]
-    here = isinstance(value, str) and value and Path(value).exists()
+    here = isinstance(value, str) and value and os.path.exists(value)
     return str(Path(value).resolve()) if here else value

@@ -88,7 +88,7 @@ def _leftovers(folder: Path) -> list[Path]:
 def old_folder(resume: str) -> Iterator[Path]:
     """The folder of an unfinished run, which no other run may use meanwhile."""
     folder = Path(resume)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise Usage(f"--resume {folder}: there is no such folder")
     if (folder / METRICS).exists():
         raise Usage(f"--resume {folder}: this run is finished, see {folder / METRICS}")
