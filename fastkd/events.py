@@ -69,6 +69,7 @@ def events_of(
     here = indices == label
     lp = torch.cat([lp, rest[:, None]], -1)
     lp[:, -1] = torch.logaddexp(rest, torch.where(here, lp[:, :-1], -math.inf).logsumexp(-1))
+    lp[:, :-1].masked_fill_(here, -math.inf)
     indices = torch.cat([torch.where(here, NOTHING, indices), label.clamp(min=NOTHING)], -1)
     return _closed(indices, lp)
 
@@ -307,7 +308,8 @@ class _Terms(NamedTuple):
         total = z.sum(-1, keepdim=True).double() if shares is None else shares[:, -2:-1]
 
         scores = torch.cat([logits.double() * rate, lift + total.log()], -1)
-        lq = scores - scores.logsumexp(-1, keepdim=True)
+        dead = (scores == -math.inf).all(-1, keepdim=True)  # masked throughout: the row counts 0
+        lq = torch.where(dead, -math.inf, scores - scores.logsumexp(-1, keepdim=True))
         lp = events.log_probs.double()
         out = events.indices == NOTHING
         if events.rest is None:
@@ -315,6 +317,7 @@ class _Terms(NamedTuple):
         else:
             lp = torch.cat([lp, events.rest.double()[:, None]], -1)
             out = F.pad(out, (0, 1))
+        out = out | dead
         if counted is not None:
             out = out | ~counted
         value, slope = _value_and_slope(part, lp, lq, out)

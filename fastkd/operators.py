@@ -63,13 +63,21 @@ def _loaded(module: str) -> Any:
 def _module(name: str, problem: Problem) -> Any:
     rows = Divergence.of_name(problem.divergence).rows
     module = _loaded((SHARDED if problem.merge else MODULES)[name, rows])
-    if isinstance(problem.teacher, Events):
+    if _in_kernels(name, problem):
+        module = _loaded("fastkd.kernels.events")
+    elif isinstance(problem.teacher, Events):
         module = _loaded("fastkd.events").Listed(module)
     if problem.soft:
         module = _loaded("fastkd.soft_labels").SoftLabels(module)
     if problem.soft or problem.makes_logits:
         module = _loaded("fastkd.chunks").Chunked(module, name)
     return module
+
+
+def _in_kernels(name: str, problem: Problem) -> bool:
+    """Whether a teacher that lists some entries comes to the kernels as it is."""
+    listed = name == "triton" and isinstance(problem.teacher, Events)
+    return listed and _loaded("fastkd.kernels.events").serves(problem)
 
 
 MODULES = {
@@ -176,7 +184,7 @@ def _state(problem: Problem, entropy: bool, metrics: bool, name: str) -> tuple[i
         assert problem.labels is not None
         rows, dtype = _state(problem._replace(labels=problem.labels[:, 0]), entropy, metrics, name)
         return rows + _loaded("fastkd.soft_labels").KEPT, dtype
-    if isinstance(problem.teacher, Events):
+    if isinstance(problem.teacher, Events) and not _in_kernels(name, problem):
         alone = problem._replace(teacher=None)
         rows, dtype = _state(alone, entropy, metrics, name) if long else (0, problem.dtype)
         if not sharded:

@@ -106,7 +106,7 @@ def jeffreys(lp, lq, p, q, d, d2, c, a, b):
 
 @triton.jit
 def jsd(lp, lq, p, q, d, d2, c, a, b):
-    x = at_most(d2, 60.0)
+    x = at_most(d2, 120.0)
     r = log2_mixture_ratio(x, a)
     slope = -b * LN2 * r
     return mixture_value(p, q, tl.maximum(x, -60.0), r, q * slope, a), q * (slope - c)

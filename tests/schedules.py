@@ -20,7 +20,7 @@ SCHEDULES = {
 @contextmanager
 def forced(plan: str | tuple) -> Iterator[None]:
     """The launchers use this schedule, by its name above or its fields, whatever the problem."""
-    from fastkd.kernels import bernoulli, logits, moments, tuning
+    from fastkd.kernels import bernoulli, events, logits, moments, tuning
 
     chosen = tuning.Schedule(*(SCHEDULES[plan] if isinstance(plan, str) else plan))
 
@@ -31,7 +31,9 @@ def forced(plan: str | tuple) -> Iterator[None]:
             return chosen._replace(vector=width, threads=threads)
         return chosen
 
+    swept = chosen.kind == "sweep"
     with (
+        patch.object(events, "schedule", schedule if swept else events.schedule),
         patch.object(bernoulli, "schedule", schedule),
         patch.object(logits, "schedule", schedule),
         patch.object(moments, "schedule", schedule),

@@ -10,7 +10,7 @@ import torch
 import fastkd
 from tests.cases import DIVERGENCES
 from tests.closeness import assert_close, assert_zero
-from tests.running import FUSED, defined
+from tests.running import EVERY, FUSED, NO_TRITON, defined
 
 ROWS, VOCAB, K = 9, 40, 6
 MODES = ["forward", "backward"]
@@ -53,9 +53,9 @@ def check(student, teacher, truth_of, temperature=1.0, backend="auto", mode="bac
 # --- the bucket ------------------------------------------------------------------------------
 
 
+@EVERY
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
-def test_every_divergence(divergence, mode):
+def test_every_divergence(divergence, backend, mode):
     student, other = logits(ROWS, VOCAB)
     teacher = fastkd.TopK.from_logits(other, K)
 
@@ -64,17 +64,19 @@ def test_every_divergence(divergence, mode):
         rows, _ = defined(q, p, divergence=divergence, reduction="none")
         return rows if divergence.temperature_power == 2 else rows * 1.4**-0.5
 
-    check(student, teacher, truth, 1.4, mode=mode, divergence=divergence)
+    check(student, teacher, truth, 1.4, backend, mode, divergence=divergence)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
-def test_all_listed_is_the_dense_divergence(divergence):
+@EVERY
+def test_all_listed_is_the_dense_divergence(divergence, backend):
     student, other = logits(ROWS, 12)
     teacher = fastkd.TopK.from_logits(other, 12)
     settings = {"divergence": divergence}
-    check(
-        student, teacher, lambda x: defined(x, other, reduction="none", **settings)[0], **settings
-    )
+
+    def truth(leaf):
+        return defined(leaf, other, reduction="none", **settings)[0]
+
+    check(student, teacher, truth, backend=backend, **settings)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
@@ -87,9 +89,9 @@ def test_a_bucket_never_exceeds_the_full_divergence(divergence):
         assert (some <= full * (1 + 1e-5) + 1e-7).all()
 
 
-@pytest.mark.parametrize("temperature", [0.7, 2.0])
-@pytest.mark.parametrize("offset", [3e3, -5e4])
-def test_what_all_logits_have_in_common_is_not_seen(offset, temperature):
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize(("offset", "temperature"), [(3e3, 0.7), (-5e4, 2.0), (3e3, 2.0)])
+def test_what_all_logits_have_in_common_is_not_seen(offset, temperature, backend):
     student, other = logits(ROWS, VOCAB)
     teacher = fastkd.TopK.from_logits(other, K)
     student = student + offset
@@ -98,11 +100,12 @@ def test_what_all_logits_have_in_common_is_not_seen(offset, temperature):
         q, p = events(leaf, teacher, temperature)
         return defined(q, p, divergence="jeffreys", reduction="none")[0]
 
-    check(student, teacher, truth, temperature, divergence="jeffreys")
+    check(student, teacher, truth, temperature, backend, divergence="jeffreys")
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("per_row", [False, True])
-def test_the_temperature_trains(per_row):
+def test_the_temperature_trains(per_row, backend):
     student, other = logits(ROWS, VOCAB)
     teacher = fastkd.TopK.from_logits(other, K)
     warm = torch.rand(ROWS if per_row else ()) + 1
@@ -111,6 +114,7 @@ def test_the_temperature_trains(per_row):
     rows, _ = defined(q, p, divergence="reverse_kl", reduction="none")
     (rows * exact).sum().backward()
     settings = {"divergence": "reverse_kl", "teacher_temperature": 1.0, "reduction": "sum"}
+    settings |= {"backend": backend}
     fastkd.distillation_loss(student, teacher, temperature=ours, **settings).backward()
     assert_close(ours.grad, exact.grad, "gradient")
 
@@ -155,9 +159,15 @@ NAMES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("divergence", [fastkd.ForwardKL(), fastkd.ReverseKL(), fastkd.JSD(0.3)])
+ADVERSE = [(d, "torch") for d in (fastkd.ForwardKL(), fastkd.ReverseKL(), fastkd.JSD(0.3))]
+ADVERSE += [
+    pytest.param(d, "triton", marks=NO_TRITON) for d in (fastkd.ReverseKL(), fastkd.JSD(0.3))
+]
+
+
+@pytest.mark.parametrize(("divergence", "backend"), ADVERSE, ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_adversarial_rows(name, divergence):
+def test_adversarial_rows(name, divergence, backend):
     student, teacher, same = rows_by_name(name)
 
     def truth(leaf):
@@ -166,15 +176,16 @@ def test_adversarial_rows(name, divergence):
 
     if name == "nothing listed":
         leaf = student.clone().requires_grad_()
-        loss = fastkd.distillation_loss(leaf, teacher, divergence=divergence)
+        loss = fastkd.distillation_loss(leaf, teacher, divergence=divergence, backend=backend)
         loss.backward()
         assert loss == 0
         assert_zero(leaf.grad)
         return
-    check(student, teacher, truth, divergence=divergence)
+    check(student, teacher, truth, divergence=divergence, backend=backend)
 
 
-def test_a_tail_of_1e_7_keeps_its_digits():
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_tail_of_1e_7_keeps_its_digits(backend):
     """The student's mass outside the set is summed; as 1 - sum it would have none."""
     student, other = torch.full((1, 300), -20.0), torch.full((1, 300), -18.0)
     student[0, 3] = other[0, 3] = 1.0
@@ -186,6 +197,7 @@ def test_a_tail_of_1e_7_keeps_its_digits():
         teacher,
         lambda x: defined(*events(x, teacher), divergence="reverse_kl", reduction="none")[0],
         divergence="reverse_kl",
+        backend=backend,
     )
 
 
@@ -200,9 +212,10 @@ def dense(teacher):
     return rows[:, :VOCAB]
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("divergence", [fastkd.ForwardKL(), fastkd.JSD(0.3), fastkd.TVD()])
-def test_renormalize_at_a_temperature(divergence, mode):
+def test_renormalize_at_a_temperature(divergence, mode, backend):
     student, other = logits(ROWS, VOCAB)
     teacher = fastkd.TopK.from_logits(other, K, tail="renormalize")
     settings = {"divergence": divergence, "temperature": 2.5, "reduction": "sum"}
@@ -210,13 +223,26 @@ def test_renormalize_at_a_temperature(divergence, mode):
     truth, _ = defined(leaf, dense(teacher), **settings)
     truth.backward()
     ours = student.clone().requires_grad_()
-    loss = fastkd.distillation_loss(ours, teacher, gradient=mode, **settings)
+    loss = fastkd.distillation_loss(ours, teacher, gradient=mode, backend=backend, **settings)
     loss.backward()
     assert_close(loss, truth)
     assert_close(ours.grad, leaf.grad, "gradient")
 
 
-def test_drop_is_the_truncated_sum_and_may_be_negative():
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize(
+    ("divergence", "term"),
+    [
+        ("forward_kl", lambda lp, lq: lp.exp() * (lp - lq)),
+        ("reverse_kl", lambda lp, lq: lq.exp() * (lq - lp)),
+        ("tvd", lambda lp, lq: (lp.exp() - lq.exp()).abs() / 2),
+        (
+            fastkd.AlphaDivergence(2.0),
+            lambda lp, lq: (2 * lp - lq).exp() / 2 - lp.exp() + lq.exp() / 2,
+        ),
+    ],
+)
+def test_drop_is_the_truncated_sum_and_may_be_negative(divergence, term, backend):
     student, other = logits(ROWS, VOCAB)
     student[0] = other[0]
     student[0, other[0].topk(K).indices] += 3.0
@@ -225,13 +251,14 @@ def test_drop_is_the_truncated_sum_and_may_be_negative():
     def truth(leaf):
         lq = leaf.log_softmax(-1).gather(-1, teacher.indices)
         lp = teacher.log_probs.double()
-        return (lp.exp() * (lp - lq)).sum(-1)
+        return term(lp, lq).sum(-1)
 
-    assert truth(student.double())[0] < 0
-    check(student, teacher, truth)
+    assert divergence != "forward_kl" or truth(student.double())[0] < 0
+    check(student, teacher, truth, divergence=divergence, backend=backend)
 
 
-def test_label_gives_the_rest_to_the_true_token():
+@pytest.mark.parametrize("backend", FUSED)
+def test_label_gives_the_rest_to_the_true_token(backend):
     student, other = logits(ROWS, VOCAB)
     teacher = fastkd.TopK.from_logits(other, K, tail="label")
     labels = torch.randint(VOCAB, (ROWS,))
@@ -242,10 +269,13 @@ def test_label_gives_the_rest_to_the_true_token():
     truth, _ = defined(leaf, full.log(), labels, alpha=0.6)
     truth.backward()
     ours = student.clone().requires_grad_()
-    loss = fastkd.distillation_loss(ours, teacher, labels, alpha=0.6)
+    loss, metrics = fastkd.distillation_loss(
+        ours, teacher, labels, alpha=0.6, backend=backend, return_metrics=True
+    )
     loss.backward()
     assert_close(loss, truth)
     assert_close(ours.grad, leaf.grad, "gradient")
+    assert_close(metrics.teacher_entropy, -torch.special.xlogy(full, full).sum(-1))
 
 
 def test_a_tail_made_from_log_probs():
@@ -260,14 +290,19 @@ def test_a_tail_made_from_log_probs():
 # --- Sampled ---------------------------------------------------------------------------------
 
 
-def test_sampled_is_the_teacher_of_its_counts():
+@pytest.mark.parametrize("backend", FUSED)
+def test_sampled_is_the_teacher_of_its_counts(backend):
     student, _ = logits(2, VOCAB)
     teacher = fastkd.Sampled(
         torch.tensor([[3, 7, 3, -1], [0, 1, 2, 39]]), torch.tensor([[1, 2, 4, 9], [1, 1, 1, 5]])
     )
     p = torch.zeros(2, VOCAB, dtype=torch.float64)
     p[0, 3], p[0, 7], p[1, :3], p[1, 39] = 5 / 7, 2 / 7, 1 / 8, 5 / 8
-    check(student, teacher, lambda leaf: defined(leaf, p.log(), reduction="none")[0])
+
+    def truth(leaf):
+        return defined(leaf, p.log(), reduction="none")[0]
+
+    check(student, teacher, truth, backend=backend)
 
 
 def test_the_mean_over_draws_is_the_dense_gradient():
@@ -325,22 +360,23 @@ def test_cross_entropy_entropy_weights_and_metrics(mode, backend):
     ].all()
 
 
-def test_head_of_the_student_in_place_and_temperature(monkeypatch):
+@pytest.mark.parametrize("backend", FUSED)
+def test_head_of_the_student_in_place(backend):
     hidden, weight = torch.randn(ROWS, 8, requires_grad=True), torch.randn(VOCAB, 8)
     _, other = logits(ROWS, VOCAB)
     teacher = fastkd.TopK.from_logits(other, K)
     head = fastkd.LinearHead(hidden, weight)
-    loss = fastkd.distillation_loss(head, teacher)
+    loss = fastkd.distillation_loss(head, teacher, backend=backend)
     (ours,) = torch.autograd.grad(loss, hidden)
     plain = hidden.detach().requires_grad_()
-    same = fastkd.distillation_loss(plain @ weight.T, teacher)
+    same = fastkd.distillation_loss(plain @ weight.T, teacher, backend=backend)
     (theirs,) = torch.autograd.grad(same, plain)
     assert_close(loss, same.double())
     assert_close(ours, theirs.double(), "gradient")
     written = (plain @ weight.T).detach().requires_grad_() * 1
-    fastkd.distillation_loss(written, teacher, inplace=True)
+    fastkd.distillation_loss(written, teacher, inplace=True, backend=backend)
     expected = (plain @ weight.T).detach().requires_grad_()
-    fastkd.distillation_loss(expected, teacher).backward()
+    fastkd.distillation_loss(expected, teacher, backend=backend).backward()
     assert torch.equal(written.detach(), expected.grad)
 
 

@@ -1,0 +1,171 @@
+"""Loss and gradient beside a teacher that lists some columns: what launches `listed.py`."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastkd.divergences import LOG_MIXTURE, Divergence
+from fastkd.kernels import phases as P
+from fastkd.kernels import records
+from fastkd.kernels.arguments import (
+    Extent,
+    Factors,
+    Formula,
+    Outputs,
+    Pieces,
+    Targets,
+    Temperatures,
+    Tile,
+    varying,
+)
+from fastkd.kernels.divergences import device_of
+from fastkd.kernels.launch import new_gradient, new_rows, per_row, rows_in_memory
+from fastkd.kernels.listed import BITS, List, listed
+from fastkd.kernels.pieces import STATISTICS_FIELDS
+from fastkd.kernels.tuning import power_of_two, schedule
+from fastkd.problem import Coefficients, Problem
+
+MOST = 2048  # events of a tile
+LINE = 32  # words of a cache line: no other program's marks lie on it
+
+
+def serves(problem: Problem) -> bool:
+    """Whether the kernel has the problem: else `fastkd.events` has it, on any device.
+
+    The sum over listed entries alone is the textbook's, of which divergences by way of a power
+    mixture keep no terms.
+    """
+    kind, teacher = Divergence.of_name(problem.divergence), problem.teacher
+    whole = teacher.rest is not None or kind.constant != LOG_MIXTURE
+    return (
+        kind.has_device_function and whole and not problem.merge
+        and teacher.indices.size(1) < MOST
+    )  # fmt: skip
+
+
+def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
+    """(values, state) of `problem.py`."""
+    kinds = problem.kinds(entropy, metrics)
+    values, state = new_rows(problem, kinds), new_rows(problem, problem.state_rows(kinds))
+    _launch(problem, P.STATISTICS, entropy, metrics, outputs=Outputs(values, state))
+    return values, state
+
+
+def backward(
+    problem: Problem, state: Tensor, upstream: Coefficients, gradient: bool, temperature: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    grad, heat = new_gradient(problem) if gradient else None, None
+    if gradient or temperature:
+        heat = _launch(
+            problem, P.GRADIENT, upstream.entropy is not None, False, upstream, grad,
+            Outputs(state=state), temperature,
+        )  # fmt: skip
+    return grad, heat
+
+
+def fused(
+    problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(loss rows [N], values or None, gradient of their sum); out may be the student's logits."""
+    gradient = new_gradient(problem) if out is None else out
+    loss, values = new_rows(problem, 1)[0], new_rows(problem, 5) if metrics else None
+    _launch(
+        problem, P.STATISTICS, coefficients.entropy is not None, metrics, coefficients, gradient,
+        Outputs(values, loss=loss),
+    )  # fmt: skip
+    return loss, values, gradient
+
+
+def _launch(
+    problem: Problem, first: tl.constexpr, entropy: bool, metrics: bool,
+    factors: Coefficients | None = None, gradient: Tensor | None = None,
+    outputs: Outputs | None = None, heat: bool = False,
+) -> Tensor | None:  # fmt: skip
+    """The phases from `first` on; the temperatures' gradient where heat is wanted."""
+    student, rows, width = problem.student, problem.rows, problem.student.size(-1)
+    once = first.value == P.GRADIENT.value
+    plan = schedule(rows, width, student.element_size(), student.device, once=once, swept=True)
+    # Zero for the rows that the kernel skips.
+    temperature = student.new_zeros(rows, plan.splits, dtype=torch.float32) if heat else None
+    if rows == 0:
+        return None if temperature is None else temperature.sum(1)
+    operands = rows_in_memory(student, None, gradient, vector=plan.vector)
+    block = plan.lanes * plan.vector
+    reach = problem.vocab_size + (plan.vector - 1 if operands.shifted else 0)
+    span = triton.cdiv(triton.cdiv(reach, plan.splits), block) * block
+    count = problem.teacher.indices.size(1)
+    device_function = device_of(problem.divergence, problem.a, problem.b)
+    constant = device_function.constant or Divergence.of_name(problem.divergence).constant
+    kd, ce, h = factors or (None, None, None)
+    assert outputs is not None
+    arguments: dict[str, Any] = dict(  # noqa: C408
+        student=operands.student, gradient=operands.gradient,
+        teacher=_list(problem, span * plan.splits, plan.splits > 1 and not once),
+        extent=Extent(varying(rows), problem.vocab_size, width, operands.inner, span),
+        temperatures=Temperatures(per_row(problem.student_temperature), None, None),
+        targets=Targets(problem.labels, problem.counted, float(problem.label_smoothing)),
+        factors=Factors(per_row(kd), per_row(ce), per_row(h)),
+        divergence=Formula(
+            device_function.evaluate, device_function.outer, None, None, tl.constexpr(constant),
+            float(problem.a), float(problem.b),
+        ),
+        outputs=outputs._replace(temperature=temperature), WANT=_wanted(problem, entropy, metrics),
+        EVENTS=power_of_two(count + 1),
+        TILE=Tile(
+            operands.align, plan.lanes, plan.vector, plan.splits, plan.splits,
+            power_of_two(plan.splits), operands.shifted,
+        ),
+        num_warps=plan.warps, enable_fp_fusion=True,
+    )  # fmt: skip
+    grid = rows, plan.splits
+    with torch.cuda.device_of(student):
+        if once or plan.splits == 1:
+            listed[grid](pieces=None, FIRST=first, LAST=P.GRADIENT, **arguments)
+        else:
+            shape = plan.splits, STATISTICS_FIELDS.value, rows
+            statistics = student.new_empty(shape, dtype=torch.float32)
+            pieces = Pieces(statistics, None)
+            listed[grid](pieces=pieces, FIRST=P.STATISTICS, LAST=P.STATISTICS, **arguments)
+            listed[grid](pieces=pieces, FIRST=P.GRADIENT, LAST=P.GRADIENT, **arguments)
+    return None if temperature is None else temperature.sum(1)
+
+
+def _wanted(problem: Problem, entropy: bool, metrics: bool) -> int:
+    """Bits of records.py."""
+    labels = problem.labels is not None
+    want = records.UNIT.value * labels
+    want |= records.MEAN.value * (labels and problem.label_smoothing != 0)
+    want |= records.ENTROPY.value * (entropy or metrics)
+    return want | records.TEACHER_ENTROPY.value * metrics
+
+
+def _list(problem: Problem, positions: int, apart: bool) -> List:
+    """apart: what is listed is read by one launch and needed by another."""
+    indices, log_probs, rest = problem.teacher
+    rows, count = indices.shape
+    words = triton.cdiv(positions, BITS.value * LINE) * LINE
+    marks = torch.empty((rows, words), dtype=torch.int32, device=indices.device)
+    logits = torch.empty((rows, count), dtype=torch.float32, device=indices.device)
+    return List(
+        indices.contiguous(), log_probs.double().contiguous(),
+        None if rest is None else rest.double().contiguous(), varying(count), marks,
+        varying(words), logits if apart else None,
+        0.0 if rest is not None else _tilt(problem.divergence, problem.a, problem.b),
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _tilt(name: str, a: float, b: float) -> float:
+    """f'(1) of the textbook's sum q f(p / q), which the kernels' terms do without: of table 1."""
+    one = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
+
+    def value(lq: Tensor) -> Tensor:
+        return Divergence.of_name(name).of_rows(one, lq, a, b).sum()
+
+    return -torch.func.grad(value)(one).item()

@@ -1,0 +1,392 @@
+"""Loss and gradient beside a teacher that lists some columns of a row: its events are these, and
+all others as one.
+
+The student's row is swept once for what is not listed, by bits that mark what is; the listed come
+to it as one more piece of the row, so that nothing is subtracted. The events lie in one tile. The
+row is swept again for the gradient, as if nothing were listed, and the listed are written over it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from fastkd.kernels import labels as L
+from fastkd.kernels import memory as M
+from fastkd.kernels import phases as P
+from fastkd.kernels import records
+from fastkd.kernels import rows as R
+from fastkd.kernels.arguments import number
+from fastkd.kernels.arithmetic import LOG2E, log2
+from fastkd.kernels.pieces import read_statistics, write_statistics
+
+BITS = tl.constexpr(32)  # of a word of marks
+BARRED = tl.constexpr(-1e30)  # in fp64, for the logarithm of 0
+CERTAIN, LEAST = tl.constexpr(0.9), tl.constexpr(1e-16)
+BEYOND = tl.constexpr(1e20)  # of log sum p^a q^(1-a), where one of these was
+
+
+class List(NamedTuple):
+    """Columns [N, count], -1 for none, each once in a row; log p there, and of all others."""
+
+    indices: Any
+    log_probs: Any  # fp64
+    rest: Any  # fp64, [N]; None: it is left out of the sum
+    count: Any  # varying
+    marks: Any  # [N, words], a bit for each position, made and read by one program
+    words: Any  # varying
+    logits: Any  # [N, count], what one launch hands on to the next
+    tilt: Any  # where the rest is left out: value - tilt * (p - q) is the textbook's
+
+
+class Events(NamedTuple):
+    """Of a row, tiles [1, EVENTS]."""
+
+    slope: Any  # of the divergence to the tempered logits
+    value: Any  # scalars from here on: the sum of its values
+    c: Any
+    alive: Any
+    entropy: Any  # the teacher's
+    agreement: Any
+
+
+# --- marks -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def mark(marks, position, mine, begin, end, BLOCK: tl.constexpr):
+    """Sets the bits of some positions, and clears all others from begin to end."""
+    M.fill_zero(marks, begin // BITS, end // BITS, BLOCK)
+    tl.debug_barrier()
+    bit = tl.full(position.shape, 1, tl.int32) << (position % BITS).to(tl.int32)
+    tl.atomic_or(marks + position // BITS, bit, mask=mine, sem="relaxed", scope="cta")
+    tl.debug_barrier()
+
+
+@triton.jit
+def unmarked(marks, begin, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """Of a tile that begins at a multiple of VECTOR."""
+    first = begin + tl.arange(0, LANES)[:, None] * VECTOR
+    # Past L1, which has no part in the atomic operations.
+    word = tl.load(marks + first // BITS, cache_modifier=".cg") >> (first % BITS)
+    return ((word >> tl.arange(0, VECTOR)[None, :]) & 1) == 0
+
+
+# --- steps of the sweeps ---------------------------------------------------------------------
+
+
+@triton.jit
+def unlisted_step(stats, student, marks, begin, inside, temper, WANT: tl.constexpr,
+                  LANES: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
+    at = begin + tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    free = unmarked(marks, begin, LANES, VECTOR)
+    z = P.fold(tl.where(free, M.load(student, at, inside, "evict_last"), -float("inf")))
+    free = P.fold(free if inside is None else free & inside)
+    return R.of_one_side(R.add(R.of_one_side(stats), z, z, free, temper, WANT))
+
+
+@triton.jit
+def other_terms(z, column, row, temper, label, columns, smoothing, ce, entropy,
+                WANT: tl.constexpr, CE: tl.constexpr, H: tl.constexpr):  # fmt: skip
+    """The gradient of the cross-entropy and the entropy, and its part through the temperature."""
+    g, tempered, _, _ = P.gradient_tile(
+        z, z, column, row, temper, label, columns, smoothing, row.s_max * 0.0, ce, entropy,
+        0.0, 0.0, WANT, CE, H, P.nothing, True,
+    )  # fmt: skip
+    return g, tempered
+
+
+@triton.jit
+def gradient_step(heat, student, gradient, marks, begin, inside, row, log_rest, scale, temper,
+                  label, columns, smoothing, ce, entropy, WANT: tl.constexpr, CE: tl.constexpr,
+                  H: tl.constexpr, HEAT: tl.constexpr, LANES: tl.constexpr,
+                  VECTOR: tl.constexpr):  # fmt: skip
+    """Of what is not listed; row.t_max is its maximum, and scale the gradient of its event."""
+    at = begin + tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    z = M.load(student, at, inside, "evict_first")
+    if HEAT:
+        z = tl.where(unmarked(marks, begin, LANES, VECTOR), z, -float("inf"))
+    g, tempered = other_terms(
+        z, at, row, temper, label, columns, smoothing, ce, entropy, WANT, CE, H
+    )
+    own = scale * tl.exp2((z - row.t_max) * temper.s_scale - log_rest)
+    if gradient is not None:
+        tl.store(gradient + at, (g + own).to(gradient.dtype.element_ty), mask=inside)
+    if HEAT:
+        heat += P.temperature_term(tempered + own, z, row)
+    return heat
+
+
+# --- the events ------------------------------------------------------------------------------
+
+
+@triton.jit
+def log_mixture(lp, lq, a):
+    """log sum p^a q^(1-a)."""
+    low = tl.maximum(lq, BARRED)
+    w = low + a * (tl.maximum(lp, BARRED) - low)
+    top = tl.max(w)
+    c = (top + tl.log(tl.sum(tl.exp(w - top)))).to(tl.float32)
+    return tl.where(tl.abs(c) > BEYOND, c * float("inf"), c)
+
+
+@triton.jit
+def events_of(z, listed, last, lp, tilt, row, rest_sum, temper, a, b, REST: tl.constexpr,
+              DIVERGENCE: tl.constexpr, CONSTANT: tl.constexpr):  # fmt: skip
+    """From the listed logits, the place of the rest, log p, and the sum of what is not listed.
+
+    In fp64 up to the divergence's terms: there are few, and d is a difference of logarithms.
+    """
+    rate, s_max = temper.s_rate.to(tl.float64), row.s_max.to(tl.float64)
+    rest = (row.t_max.to(tl.float64) - s_max) * rate + tl.log(rest_sum.to(tl.float64))
+    score = tl.where(listed, (z.to(tl.float64) - s_max) * rate, -float("inf"))
+    score = tl.where(last, rest, score)
+    total = tl.sum(tl.exp(score))
+    alive = row.alive & (total != 0)  # NaN stays
+    lq = score - tl.log(R.positive(total))
+    q64, p64 = tl.exp(lq), tl.exp(lp)
+    d64 = lp - lq
+    p, q, d = p64.to(tl.float32), q64.to(tl.float32), d64.to(tl.float32)
+    lp2, lq2 = (lp * LOG2E).to(tl.float32), (lq * LOG2E).to(tl.float32)
+    d2 = (d64 * LOG2E).to(tl.float32)
+    c = row.c
+    if REST:
+        if CONSTANT == "reverse_kl":
+            c = -tl.sum(tl.where(q64 > 0, q64 * d64, 0.0)).to(tl.float32)
+        if CONSTANT == "log_mixture":
+            c = log_mixture(lp, lq, temper.a.to(tl.float64))
+        value, slope = DIVERGENCE(lp2, lq2, p, q, d, d2, c, a, b)
+        if CONSTANT == "slope_sum":
+            c += tl.sum(slope)
+            value, slope = DIVERGENCE(lp2, lq2, p, q, d, d2, c, a, b)
+        if CONSTANT != "none":
+            slope -= q * tl.sum(slope)  # what c lacks
+        total = tl.sum(value)
+    else:
+        value, slope = DIVERGENCE(lp2, lq2, p, q, d, d2, 0.0, a, b)
+        slope = tl.where(listed, slope - tilt * q, 0.0)
+        slope -= q * tl.sum(slope)
+        excess = tl.sum(tl.where(listed, p64 - q64, 0.0)).to(tl.float32)
+        total = tl.sum(tl.where(listed, value, 0.0)) + tilt * excess
+    # The slopes sum to 0; of an event that is nearly certain those of the others have the digits,
+    # down to where fp64 has none.
+    certain = q > CERTAIN
+    others = tl.sum(tl.where(certain, 0.0, slope))
+    others = tl.where(tl.abs(others) < LEAST, 0.0, others)
+    slope = tl.where(certain, -others, slope)
+    slope = tl.where(alive & (tl.abs(c) != float("inf")), slope, 0.0)
+    entropy = -tl.sum(tl.where(p64 > 0, p64 * lp, 0.0)).to(tl.float32)
+    best = tl.max(tl.where(listed, lp, -float("inf")))
+    both = listed & (lp == best) & (z == row.s_max)
+    agreement = tl.max(tl.where(both, 1.0, 0.0))
+    return Events(slope, total, c, alive, entropy, agreement)
+
+
+@triton.jit
+def with_rest_of_row(row, rest_max, rest_sum):
+    """The row, with what is not listed in the place of the teacher: see `problem.py`."""
+    return records.Row(
+        row.s_max, rest_max, row.s_log, row.t_log, rest_sum, row.c, row.rest, row.mean_depth,
+        row.t_entropy, row.unit_log, row.alive, row.lever, row.entropy_lever, row.unit_max,
+        row.label,
+    )  # fmt: skip
+
+
+@triton.jit
+def with_events(row, events):
+    return records.Row(
+        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, events.c, row.rest, row.mean_depth,
+        events.entropy, row.unit_log, events.alive, row.lever, row.entropy_lever, row.unit_max,
+        row.label,
+    )  # fmt: skip
+
+
+@triton.jit
+def both_parts(unlisted, z, listed, temper, WANT: tl.constexpr):
+    """The statistics of all of a row."""
+    most = R.highest(z, unlisted.s_max)
+    moved = R.move(unlisted, most, most, temper, WANT)
+    some = R.piece(z, z, listed, most, most, R.FLOOR / 10, temper, WANT)
+    return R.collapse(R.both(moved, some, WANT), temper, WANT)
+
+
+@triton.jit
+def listed(
+    student, gradient, teacher, extent, temperatures, targets, factors, divergence, outputs, pieces,
+    FIRST: tl.constexpr, LAST: tl.constexpr, WANT: tl.constexpr, EVENTS: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """`extent.span` columns of a row: the statistics, and all that follows from them.
+
+    In one launch, or where a row has several programs in two, between which stand `pieces`; or all
+    that follows from `outputs.state`. EVENTS: a power of two, above the number of listed columns.
+    Positions, tiles and `shifted` are as in `sweep`.
+    """
+    CONSTANT: tl.constexpr = divergence.constant
+    ALIGN: tl.constexpr = TILE.align
+    LANES: tl.constexpr = TILE.lanes
+    VECTOR: tl.constexpr = TILE.vector
+    SHIFTED: tl.constexpr = TILE.shifted
+    BLOCK: tl.constexpr = LANES * VECTOR
+    HEAT: tl.constexpr = outputs.temperature is not None
+    BACKWARD: tl.constexpr = FIRST == P.GRADIENT and pieces is None
+    a, b, smoothing = P.singles(divergence.a, divergence.b, targets.smoothing)
+    index, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    rows, columns, span = number(extent.rows), extent.columns, extent.span
+    student_at = M.row_at(index, student, extent.inner, ALIGN)
+    gradient_at = M.row_at(index, gradient, extent.inner, ALIGN)
+    shift = 0
+    if SHIFTED:
+        shift = (student_at % VECTOR).to(tl.int32)
+    student_at = M.aligned(student_at - shift, VECTOR if SHIFTED & 1 else ALIGN)
+    gradient_at = M.aligned(gradient_at - shift, VECTOR if SHIFTED & 4 else ALIGN)
+    begin = split * span
+    end = tl.minimum(begin + span, shift + columns)
+    head, headed = begin, False
+    if SHIFTED:
+        headed = (shift > 0) & (split == 0)
+        head += BLOCK * headed.to(tl.int32)
+    full = tl.maximum(end - head, 0) // BLOCK
+    tail = head + full * BLOCK
+    student, gradient = student.pointer + student_at, gradient.pointer
+    if gradient is not None:
+        gradient += gradient_at
+        if LAST == P.GRADIENT and split == 0:
+            M.fill_zero(gradient, shift + columns, shift + extent.width, BLOCK)
+
+    live = True
+    if BACKWARD:
+        live = P.per_row(factors.kd, index, None, 0.0) != 0
+        live = live | (P.per_row(factors.ce, index, None, 0.0) != 0)
+        live = live | (P.per_row(factors.entropy, index, None, 0.0) != 0)
+    if targets.counted is not None:
+        live = live & (tl.load(targets.counted + index) != 0)
+    if not live:
+        if gradient is not None:
+            M.fill_zero(gradient, tl.maximum(begin, shift), end, BLOCK)
+        return
+
+    temper = P.temper_of(temperatures, index, rows, None, a)
+    label, label_logit = -1, 0.0
+    if targets.labels is not None:
+        label = L.label_of(tl.load(targets.labels + index), columns, None)
+        label += tl.where(label >= 0, shift, 0)
+        label_logit = tl.load(student + label, mask=label >= 0, other=0.0).to(tl.float32)
+
+    count = number(teacher.count)
+    event = tl.arange(0, EVENTS)[None, :]
+    entry = index * count + event
+    column = tl.load(teacher.indices + entry, mask=event < count, other=-1)
+    known = (column >= 0) & (column < columns)
+    place = tl.where(known, column, 0).to(tl.int32) + shift
+    mine = known & (place >= begin) & (place < end)
+    logits = student + place
+    if FIRST == P.GRADIENT and pieces is not None:  # another program may have written over them
+        logits = teacher.logits + entry
+    z = tl.load(logits, mask=known, other=-float("inf")).to(tl.float32)
+    marks = teacher.marks
+    if FIRST == P.STATISTICS or HEAT:
+        marks += index * number(teacher.words)
+        mark(marks, place, mine, begin, begin + span, BLOCK)
+
+    if FIRST == P.STATISTICS:
+        stats = R.empty(BLOCK // P.THREAD)
+        at = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+        if SHIFTED:
+            if headed:
+                inside = (begin + at >= shift) & (begin + at < end)
+                stats = unlisted_step(
+                    stats, student, marks, begin, inside, temper, WANT, LANES, VECTOR
+                )
+        for i in range(full):
+            stats = unlisted_step(
+                stats, student, marks, head + i * BLOCK, None, temper, WANT, LANES, VECTOR
+            )
+        if tail < end:
+            stats = unlisted_step(
+                stats, student, marks, tail, tail + at < end, temper, WANT, LANES, VECTOR
+            )
+        stats = R.collapse(R.settle(stats, temper, WANT), temper, WANT)
+        if LAST == P.STATISTICS:
+            label_logit = tl.where(split == 0, label_logit, 0.0)
+            write_statistics(pieces.statistics, split, index, rows, stats, label_logit, 0.0)
+            if split == 0:
+                tl.store(teacher.logits + entry, z, mask=event < count)
+            return
+    elif not BACKWARD:
+        stats, label_logit, _, _ = read_statistics(
+            pieces.statistics, index, rows, temper, WANT, TILE.pieces, TILE.padded
+        )
+
+    if BACKWARD:
+        row = P.restore(outputs.state, index, rows, None, WANT, None)
+    else:
+        rest_max, rest_sum = stats.s_max, stats.s_sum
+        stats = both_parts(stats, z, known, temper, WANT)
+        row = R.summarize(stats, temper, "none", WANT)
+        row = with_rest_of_row(row, rest_max, rest_sum)
+    REST: tl.constexpr = teacher.rest is not None
+    lp = tl.load(teacher.log_probs + entry, mask=(event < count) & (column >= 0),
+                 other=-float("inf"))  # fmt: skip
+    last = event == count
+    if REST:
+        lp = tl.where(last, tl.load(teacher.rest + index), lp)
+    found = events_of(
+        z, known, last, lp, teacher.tilt, row, row.gap, temper, a, b, REST,
+        divergence.evaluate, CONSTANT,
+    )  # fmt: skip
+    k_kd = P.per_row(factors.kd, index, None, 0.0)
+    k_ce = P.per_row(factors.ce, index, None, 0.0)
+    k_entropy = P.per_row(factors.entropy, index, None, 0.0)
+    if not BACKWARD:
+        row = with_events(row, found)
+        if split == 0:
+            hard = P.cross_entropy(stats, row, label, label_logit, columns, smoothing, WANT)
+            zero = row.c * 0.0
+            sums = records.Sums(found.value, zero, found.agreement, zero, zero)
+            P.write_row(
+                index, rows, None, stats, row, sums, hard, k_kd, k_ce, k_entropy, a, b, outputs,
+                WANT, divergence.outer,
+            )  # fmt: skip
+
+    if gradient is not None or HEAT:
+        CE: tl.constexpr = factors.ce is not None
+        H: tl.constexpr = factors.entropy is not None
+        slope = found.slope * tl.where(k_kd != 0, k_kd * temper.s_rate, 0.0)
+        slope = tl.where(k_kd != 0, slope, 0.0)
+        scale = tl.sum(tl.where(last, slope, 0.0))
+        log_rest = log2(R.positive(row.gap))
+        heat = tl.zeros([LANES, 1], tl.float32)
+        at = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+        if tail < end:
+            heat = gradient_step(
+                heat, student, gradient, marks, tail, tail + at < end, row, log_rest, scale,
+                temper, label, columns, smoothing, k_ce, k_entropy, WANT, CE, H, HEAT, LANES,
+                VECTOR,
+            )  # fmt: skip
+        for i in range(full):
+            heat = gradient_step(
+                heat, student, gradient, marks, tail - (i + 1) * BLOCK, None, row, log_rest, scale,
+                temper, label, columns, smoothing, k_ce, k_entropy, WANT, CE, H, HEAT, LANES,
+                VECTOR,
+            )  # fmt: skip
+        if SHIFTED:
+            if headed:
+                inside = (begin + at >= shift) & (begin + at < end)
+                heat = gradient_step(
+                    heat, student, gradient, marks, begin, inside, row, log_rest, scale,
+                    temper, label, columns, smoothing, k_ce, k_entropy, WANT, CE, H, HEAT, LANES,
+                    VECTOR,
+                )  # fmt: skip
+        g, tempered = other_terms(
+            z, place, row, temper, label, columns, smoothing, k_ce, k_entropy, WANT, CE, H
+        )
+        if gradient is not None:
+            tl.debug_barrier()  # over what the sweep has written
+            tl.store(gradient + place, (g + slope).to(gradient.dtype.element_ty), mask=mine)
+        if HEAT:
+            own = P.temperature_term(tl.where(mine, tempered + slope, 0.0), z, row)
+            total = tl.sum(heat) + tl.sum(own)
+            tl.store(outputs.temperature + index * TILE.splits + split, -temper.s_rate * total)
