@@ -23,6 +23,7 @@ import fastkd
 from fastkd.divergences import BUILT_IN
 from fastkd.kernels import tuning
 from fastkd.problem import Coefficients, Problem
+from fastkd.sharding import run
 
 from . import machine, model
 from .assembly import Binary, Counts, binaries, replaced
@@ -196,7 +197,7 @@ def _call(name: str, one: Configuration) -> Callable[[], object]:
         out = z if one.launcher == "in place" else None
         return partial(logits.fused, problem, factors, full, out)
     if one.launcher == "forward":
-        return partial(logits.forward, problem, False, False)
+        return lambda: run("", logits.phases(problem, False, False))
     return partial(logits.backward, problem, meta(5, rows), factors, True, False)
 
 

@@ -36,7 +36,7 @@ class Rows(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         problem = Problem.unpack(tensors, numbers, vocab_size, spec)
         if dual_numbers is None:
-            values, state = operators.backend(name, problem).forward(problem, entropy, metrics)
+            values, state = operators.forward(problem, entropy, metrics, name)
             return values, state, state.new_empty(0)
         return operators.forward_of_both(problem, dual, dual_numbers, entropy, metrics, name)
 

@@ -7,8 +7,7 @@ from. Only the sums for a head's weight and bias outlast a chunk.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -36,36 +35,15 @@ def rows_within(problem: Problem, buffers: int, least: int = 1) -> int:
     return max(1, min(problem.rows, max(least, (budget - budget // 8) // row)))
 
 
-def plain(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps autocast out of the products, whose dtypes the heads say."""
-
-    @functools.wraps(function)
-    def run(self: Chunked, problem: Problem, *arguments: Any) -> Any:
-        with torch.autocast(problem.student_temperature.device.type, enabled=False):
-            return function(self, problem, *arguments)
-
-    return run
-
-
 class Chunked(NamedTuple):
     """A backend's functions (see problem.py) for problems that come in chunks of rows."""
 
     backend: Any
     name: str
 
-    @plain
-    def forward(self, problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
-        values, state = _Rows(problem), _Rows(problem)
-        for rows, part in _chunks(problem, self.name):
-            found = self.backend.forward(part, entropy, metrics)
-            values.add(rows, found[0])
-            state.add(rows, _with_moments(part, found[1]))
-        return values.all(), state.all()
-
     def phases(
         self, problem: Problem, entropy: bool, metrics: bool
     ) -> sharding.Phases[tuple[Tensor, Tensor]]:
-        """`forward` up to its gathers: see `sharding.together`."""
         values, state = _Rows(problem), _Rows(problem)
         for rows, part in _chunks(problem, self.name):
             found = yield from self.backend.phases(part, entropy, metrics)
@@ -73,7 +51,6 @@ class Chunked(NamedTuple):
             state.add(rows, _with_moments(part, found[1]))
         return values.all(), state.all()
 
-    @plain
     def backward(
         self,
         problem: Problem,
@@ -95,7 +72,6 @@ class Chunked(NamedTuple):
         gradients = None if sums is None else sums.gradients()
         return gradients, temperatures.all()[0] if temperature else None
 
-    @plain
     def fused(
         self, problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Any]:
@@ -195,11 +171,13 @@ def _chunks(
     for rows in _pieces(problem, size):
         part = problem.part(rows)
         first, second = ([x[: part.rows] for x in some] for some in buffers)
-        sides = [_logits(part, part.student, first, name), None]
-        sides[1] = sides[0] if shared else _logits(part, part.teacher, second, name)
-        if problem.soft:  # whose gradient has two parts, added in the dtype of the arithmetic
-            sides[0] = sides[0].to(problem.dtype)
-        yield rows, ensembles.tempered(part, sides, name)
+        with torch.autocast(part.student_temperature.device.type, enabled=False):
+            sides = [_logits(part, part.student, first, name), None]
+            sides[1] = sides[0] if shared else _logits(part, part.teacher, second, name)
+            if problem.soft:  # whose gradient has two parts, added in the dtype of the arithmetic
+                sides[0] = sides[0].to(problem.dtype)
+            part = ensembles.tempered(part, sides, name)
+        yield rows, part
 
 
 def _buffers(side: Any) -> int:

@@ -107,25 +107,16 @@ class Listed(NamedTuple):
 
     backend: Any
 
-    def forward(self, problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
-        merge = sharding.of(problem.merge)
-        (result,) = sharding.together(merge, self.phases(problem, entropy, metrics))
-        return result
-
     def phases(
         self, problem: Problem, entropy: bool, metrics: bool
     ) -> sharding.Phases[tuple[Tensor, Tensor]]:
-        """`forward` up to its gathers: see `sharding.together`."""
         shares = yield from _shares(problem)
         if problem.labels is None and not entropy and not metrics:
             values = problem.student_temperature.new_zeros(1, problem.rows)
             state = values.new_empty(0, problem.rows)
         else:
             alone = problem._replace(teacher=None)
-            if problem.merge:
-                values, state = yield from self.backend.phases(alone, entropy, metrics)
-            else:
-                values, state = self.backend.forward(alone, entropy, metrics)
+            values, state = yield from self.backend.phases(alone, entropy, metrics)
         for rows, part in _chunks(problem):
             _Terms.of(part, _of_rows(shares, rows)).write(values, rows)
         return values, state if shares is None else torch.cat([shares, state])
@@ -161,7 +152,7 @@ class Listed(NamedTuple):
     def fused(
         self, problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        (shares,) = sharding.together(sharding.of(problem.merge), _shares(problem))
+        shares = sharding.run(problem.merge, _shares(problem))
         base, loss = None, torch.zeros_like(coefficients.kd)
         values = loss.new_zeros(1, problem.rows)
         if metrics or coefficients.ce is not None or coefficients.entropy is not None:

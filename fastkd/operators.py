@@ -19,7 +19,7 @@ from . import tracing
 from .divergences import Divergence
 from .forms import Events, Head, sources
 from .problem import Coefficients, Problem, unpacked_numbers
-from .sharding import of, together
+from .sharding import of, run, together
 
 
 class Operator:
@@ -99,9 +99,6 @@ class Traced(NamedTuple):
 
     name: str
 
-    def forward(self, problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
-        return _forward(*problem.pack(), entropy, metrics, self.name)
-
     def backward(
         self,
         problem: Problem,
@@ -150,6 +147,14 @@ def _as_gradients(problem: Problem, found: Any, rows: Tensor) -> Gradients:
     return [rows.new_empty(0) if found is None else found.view(problem.student.shape)]
 
 
+def forward(problem: Problem, entropy: bool, metrics: bool, name: str) -> tuple[Tensor, Tensor]:
+    """`values` and `state`, with all gathers."""
+    module = backend(name, problem)
+    if isinstance(module, Traced):
+        return _forward(*problem.pack(), entropy, metrics, name)
+    return run(problem.merge, module.phases(problem, entropy, metrics))
+
+
 @torch.library.custom_op(
     "fastkd::forward",
     mutates_args=(),
@@ -157,7 +162,7 @@ def _as_gradients(problem: Problem, found: Any, rows: Tensor) -> Gradients:
 )
 def _forward(*arguments: Any) -> Any:
     problem, (entropy, metrics, name) = _split(arguments)
-    return _module(name, problem).forward(problem, entropy, metrics)
+    return run(problem.merge, _module(name, problem).phases(problem, entropy, metrics))
 
 
 @_forward.register_fake
@@ -218,12 +223,8 @@ def _run_both(
     exchanged = _exchanged(problem, dual, dual_numbers)
     calls = (problem, entropy, metrics), (exchanged, False, False)
     modules = [_module(name, one) for one, *_ in calls]
-    if problem.merge:
-        phases = (module.phases(*call) for module, call in zip(modules, calls, strict=True))
-        found = together(of(problem.merge), *phases)
-    else:
-        found = [module.forward(*call) for module, call in zip(modules, calls, strict=True)]
-    (values, state), (_, other) = found
+    phases = (module.phases(*call) for module, call in zip(modules, calls, strict=True))
+    (values, state), (_, other) = together(of(problem.merge), *phases)
     return values, state, other
 
 

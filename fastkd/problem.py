@@ -2,7 +2,7 @@
 
 `eager/logits.py` and `kernels/logits.py` both offer
 
-    forward(problem, entropy, metrics)            -> values, state
+    phases(problem, entropy, metrics)             -> values, state; gathers where it yields
     backward(problem, state, upstream, gradient, temperature) -> gradient | None, temperature rows
     fused(problem, coefficients, metrics, out)    -> loss rows, values | None, gradient
 

@@ -210,6 +210,11 @@ def copied(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     return found
 
 
+def run(name: str, phases: Phases[Result]) -> Result:
+    """The result of phases between which the merge of that name gathers."""
+    return together(of(name), phases)[0]
+
+
 def together(merge: Merge, *phases: Phases[Result]) -> list[Result]:
     """Runs all to their ends, each a backend's function that gathers between its phases.
 

@@ -13,7 +13,6 @@ more tells all of them S, k and that sum.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import torch
@@ -31,23 +30,15 @@ class SoftLabels(NamedTuple):
 
     backend: Any
 
-    def forward(self, problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
-        if problem.merge:
-            phases = self.phases(problem, entropy, metrics)
-            return sharding.together(sharding.of(problem.merge), phases)[0]
-        labels = _alone(problem)
-        values, state = self.backend.forward(labels.problem, entropy, metrics)
-        labels.complete(values[CE])
-        return values, state
-
     def phases(
         self, problem: Problem, entropy: bool, metrics: bool
-    ) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """`forward` up to its gathers: see `sharding.together`."""
-        labels = yield from _shared(problem)
+    ) -> sharding.Phases[tuple[Tensor, Tensor]]:
+        labels = yield from _of(problem)
         values, state = yield from self.backend.phases(labels.problem, entropy, metrics)
         labels.complete(values[CE])
-        return values, torch.cat([labels.kept().to(state.dtype), state])
+        if problem.merge:
+            state = torch.cat([labels.kept().to(state.dtype), state])
+        return values, state
 
     def backward(
         self,
@@ -71,10 +62,7 @@ class SoftLabels(NamedTuple):
     def fused(
         self, problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        if problem.merge:
-            (labels,) = sharding.together(sharding.of(problem.merge), _shared(problem))
-        else:
-            labels = _alone(problem)
+        labels = sharding.run(problem.merge, _of(problem))
         ce = coefficients.ce
         loss, values, found = self.backend.fused(
             labels.problem, labels.scaled(coefficients), metrics, out
@@ -135,6 +123,11 @@ def _rest(labels: Tensor, z: Tensor, best: Tensor) -> Tensor:
     return torch.where(labels == 0, 0.0, labels * (best - z)).sum(-1)
 
 
+def _of(problem: Problem) -> sharding.Phases[_Labels]:
+    """Where there are several owners, gathered."""
+    return (yield from _shared(problem)) if problem.merge else _alone(problem)
+
+
 def _alone(problem: Problem) -> _Labels:
     """Of an owner of all columns."""
     assert problem.labels is not None
@@ -146,7 +139,7 @@ def _alone(problem: Problem) -> _Labels:
     return _Labels(problem._replace(labels=classes), labels, mass, rest)
 
 
-def _shared(problem: Problem) -> Generator[Tensor, Tensor, _Labels]:
+def _shared(problem: Problem) -> sharding.Phases[_Labels]:
     """Of one owner of several; an owner measures its logits from the largest of them."""
     assert problem.labels is not None
     counted, here = _counted(problem), _here(problem)

@@ -29,7 +29,7 @@ from fastkd.kernels.launch import new_gradient, per_row, rows_in_memory
 from fastkd.kernels.terms import NEAR, NEAR_RATIO, bend
 from fastkd.kernels.tuning import schedule
 from fastkd.problem import Coefficients, Problem
-from fastkd.sharding import Phases, of, together
+from fastkd.sharding import Phases, of
 
 # Beyond this difference of logits a reverse divergence takes its direct form.
 APART = tl.constexpr(64.0)
@@ -245,13 +245,8 @@ def _bernoulli(
 # --- launchers, as problem.py asks for them ---------------------------------------------------
 
 
-def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
-    """The state: of rows with several owners the derivatives of kd and entropy to T, [2, N]."""
-    return together(of(problem.merge), phases(problem, entropy, metrics))[0]
-
-
 def phases(problem: Problem, entropy: bool, metrics: bool) -> Phases[tuple[Tensor, Tensor]]:
-    """The same, where other owners' columns come in between."""
+    """The state: of rows with several owners the derivatives of kd and entropy to T, [2, N]."""
     kinds = problem.kinds(entropy, metrics)
     values, _ = _run(problem, kinds)
     if not problem.merge:

@@ -74,13 +74,8 @@ def _scale(gradient, upstream, extent, ALIGN: tl.constexpr, BLOCK: tl.constexpr)
 # --- launchers -------------------------------------------------------------------------------
 
 
-def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
-    """(values, state) of `problem.py`."""
-    return together(of(problem.merge), phases(problem, entropy, metrics))[0]
-
-
 def phases(problem: Problem, entropy: bool, metrics: bool) -> Phases[tuple[Tensor, Tensor]]:
-    """The same, where other owners' columns come in between."""
+    """(values, state) of `problem.py`."""
     kinds = problem.kinds(entropy, metrics)
     values = new_rows(problem, kinds)
     state = new_rows(problem, problem.state_rows(kinds))

@@ -196,7 +196,7 @@ def test_operators_pass_opcheck(backend):
     _check(moments._moments.traced, *arguments)
     standardized = problem._replace(moments=moments._moments(*arguments))
     _check(operators._forward, *standardized.pack(), False, False, backend)
-    _, state = operators.backend(backend, problem).forward(problem, True, False)
+    _, state = operators.forward(problem, True, False, backend)
     for gradient, temperature in ((True, True), (True, False), (False, True)):
         wanted = (gradient, temperature)
         _check(operators._backward, *packed, state, *coefficients, *wanted, backend)

@@ -29,6 +29,7 @@ import triton.language as tl
 
 from fastkd.kernels import logits, tuning
 from fastkd.kernels.divergences import Device
+from fastkd.sharding import run
 
 FORWARD_KL = fastkd.ForwardKL()
 
@@ -184,7 +185,7 @@ def test_values_and_gradients(divergence, plan, force, device):
     truth = Truth(problem, divergence)
     live = counted.nonzero().squeeze(1)
 
-    values, state = logits.forward(problem, entropy=True, metrics=False)
+    values, state = run("", logits.phases(problem, entropy=True, metrics=False))
     for row, name in ((KD, "kd"), (CE, "ce"), (ENTROPY, "entropy")):
         close_where_finite(values[row, live], truth.values[name][live], "value")
     assert_zero(values[:, ~counted])
@@ -237,7 +238,7 @@ def test_smoothing_and_metrics(plan, force, device):
     labels = torch.tensor([0, 74, 40], device=device)
     problem = problem_of(z, y, divergence, labels=labels, smoothing=0.2)
     truth = Truth(problem, divergence)
-    values, _ = logits.forward(problem, entropy=False, metrics=True)
+    values, _ = run("", logits.phases(problem, entropy=False, metrics=True))
     ones = torch.ones(3, device=device)
     factors = Coefficients(ones, 2 * ones, 0 * ones)
     loss, again, gradient = logits.fused(problem, factors, metrics=True, out=None)
@@ -353,7 +354,7 @@ def test_label_out_of_range(plan, force, device):
     force(plan)
     z, y = torch.randn(2, 3, 75, device=device)
     problem = problem_of(z, y, labels=torch.tensor([-1, 75, 74], device=device))
-    values, _ = logits.forward(problem, entropy=False, metrics=False)
+    values, _ = run("", logits.phases(problem, entropy=False, metrics=False))
     assert values[CE].isnan().tolist() == [True, True, False]
     assert values[KD].isfinite().all()
 
@@ -370,7 +371,7 @@ def test_layouts(plan, force, device):
     ones = torch.ones(6, device=device)
     factors = Coefficients(ones, ones, None)
     dz, _ = truth.gradient(factors)
-    values, state = logits.forward(problem, entropy=False, metrics=False)
+    values, state = run("", logits.phases(problem, entropy=False, metrics=False))
     assert_close(values[KD], truth.values["kd"])
     separate, _ = logits.backward(problem, state, factors, gradient=True, temperature=False)
     loss, _, gradient = logits.fused(problem, factors, metrics=False, out=z)
@@ -413,7 +414,7 @@ def test_two_runs_are_bit_equal(plan, force, device):
 
 def test_no_rows(device):
     problem = problem_of(torch.empty(1, 0, 7, device=device), torch.empty(1, 0, 7, device=device))
-    values, state = logits.forward(problem, entropy=True, metrics=False)
+    values, state = run("", logits.phases(problem, entropy=True, metrics=False))
     assert values.shape == (3, 0)
     assert state.shape == (8, 0)
     none = Coefficients(torch.ones(0, device=device), None, None)
@@ -430,7 +431,7 @@ def test_state_constant(force, device):
     """The state is what problem.py says it is: the constant of reverse KL is the value."""
     force("sweep")
     z, y = torch.randn(2, 2, 75, device=device)
-    values, state = logits.forward(problem_of(z, y, fastkd.ReverseKL()), False, False)
+    values, state = run("", logits.phases(problem_of(z, y, fastkd.ReverseKL()), False, False))
     assert_close(state[CONSTANT], values[KD].double())
     assert_close(state[0], z.amax(-1).double())
     assert_close(state[1], (z.double() - z.double().amax(-1, keepdim=True)).exp().sum(-1))
@@ -460,9 +461,9 @@ def test_loss_alone_sweeps_again_where_it_is_small(divergence, force, device):
     truth = Truth(problem, divergence).values["kd"]
     assert truth.min() < 1e-6
     assert (truth > 0.1).sum() > 2
-    values, _ = logits.forward(problem, entropy=False, metrics=False)
+    values, _ = run("", logits.phases(problem, entropy=False, metrics=False))
     assert_close(values[KD] / truth, torch.ones(13, device=device), "value")
-    swept, _ = logits.forward(problem, entropy=False, metrics=True)
+    swept, _ = run("", logits.phases(problem, entropy=False, metrics=True))
     assert_close(swept[KD] / truth, torch.ones(13, device=device), "value")
 
 
@@ -479,7 +480,7 @@ def test_no_device_function(device):
 
     z, y = torch.randn(2, 2, 75, device=device)
     with pytest.raises(NotImplementedError, match="give its class a `device`"):
-        logits.forward(problem_of(z, y, Plain()), entropy=False, metrics=False)
+        run("", logits.phases(problem_of(z, y, Plain()), entropy=False, metrics=False))
 
 
 @pytest.mark.parametrize("wave", [32, 64])

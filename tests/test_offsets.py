@@ -14,6 +14,7 @@ import fastkd
 from fastkd.kernels import logits
 from fastkd.kernels.arguments import varying
 from fastkd.problem import CE, KD, Coefficients
+from fastkd.sharding import run
 from tests.closeness import assert_close
 from tests.test_kernels import FORWARD_KL, Truth, problem_of
 
@@ -47,7 +48,7 @@ def test_rows_that_begin_anywhere(divergence, strides, V, plan, force, device):
     gradient = torch.zeros(rows, width, device=device, dtype=torch.float64)
     gradient[:, :V] = truth.gradient(factors)[0]
 
-    values, state = logits.forward(problem, entropy=False, metrics=False)
+    values, state = run("", logits.phases(problem, entropy=False, metrics=False))
     assert_close(values[KD], truth.values["kd"])
     assert_close(values[CE], truth.values["ce"])
     ours, _ = logits.backward(problem, state, factors, gradient=True, temperature=False)
@@ -106,7 +107,7 @@ def test_dtypes_that_differ(firsts, force, device):
     z, y = torch.randn(2, 3, 75, device=device)
     (z, _), (y, _) = slice_of(z.bfloat16(), firsts[0], 88), slice_of(y, firsts[1], 88)
     problem = problem_of(z, y)
-    values, _ = logits.forward(problem, entropy=False, metrics=False)
+    values, _ = run("", logits.phases(problem, entropy=False, metrics=False))
     assert_close(values[KD], Truth(problem, FORWARD_KL).values["kd"])
 
 
@@ -118,7 +119,7 @@ def test_storage_that_begins_anywhere(first, force, device):
     z = torch.from_dlpack(memory[1:])[first : first + 222].view(3, 74)
     y = torch.randn(3, 74, device=device)
     problem = problem_of(z, y)
-    values, _ = logits.forward(problem, entropy=False, metrics=False)
+    values, _ = run("", logits.phases(problem, entropy=False, metrics=False))
     assert_close(values[KD], Truth(problem, FORWARD_KL).values["kd"])
 
 

@@ -24,17 +24,10 @@ BLOCK_ELEMENTS = 1 << 15  # in fp64, with some ten temporaries
 CERTAIN = 1e200
 
 
-def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
-    """`values`, and as `state` what the gradient needs of other owners' columns."""
-    merge = sharding.of(problem.merge)
-    (result,) = sharding.together(merge, phases(problem, entropy, metrics))
-    return result
-
-
 def phases(
     problem: Problem, entropy: bool, metrics: bool
 ) -> sharding.Phases[tuple[Tensor, Tensor]]:
-    """`forward` up to its gather, if it needs one: see `sharding.together`.
+    """`values`, and as `state` what the gradient needs of other owners' columns.
 
     A row is a sum over classes, and so is its derivative to T, which owners of some classes keep.
     """
@@ -77,7 +70,7 @@ def fused(
     entropy = coefficients.entropy is not None
     values = new_values(problem, problem.kinds(entropy, metrics))
     if problem.merge:
-        values = forward(problem, entropy, metrics)[0]
+        values, _ = sharding.run(problem.merge, phases(problem, entropy, metrics))
     for block in _blocks(problem):
         if not problem.merge:
             _store(values, problem, block)

@@ -9,13 +9,15 @@ from torch import Tensor
 
 from fastkd.divergences import FATHOM, LN2
 from fastkd.problem import WIDTH, Coefficients, Problem
+from fastkd.sharding import Phases
 
 from .blocks import Rows, blank, new_gradient, new_values, place_of
 from .solver import Solver, Terms, of_rows, shared
 
 
-def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
+def phases(problem: Problem, entropy: bool, metrics: bool) -> Phases[tuple[Tensor, Tensor]]:
     """`values`, and an empty `state`: the backward recomputes from the logits."""
+    yield from ()  # an owner of all columns gathers nothing
     values = new_values(problem, problem.kinds(entropy, metrics))
     kept = values.unbind()
     for rows, terms in Solver(problem, entropy, metrics, gradient=False):

@@ -55,17 +55,10 @@ from .solver import (
 NEARLY_HERE = 1 - 2.0**-5
 
 
-def forward(problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
-    """`values`, and as `state` all that the gradient needs of other owners, in fp64."""
-    merge = sharding.of(problem.merge)
-    (result,) = sharding.together(merge, phases(problem, entropy, metrics))
-    return result
-
-
 def phases(
     problem: Problem, entropy: bool, metrics: bool
 ) -> sharding.Phases[tuple[Tensor, Tensor]]:
-    """`forward` up to its gathers: see `sharding.together`."""
+    """`values`, and as `state` all that the gradient needs of other owners, in fp64."""
     sweeps = Sweeps(problem, entropy, metrics)
     known = yield from sweeps.known()
     return sweeps.values(known), sweeps.packed(known)
@@ -87,7 +80,7 @@ def fused(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Weighted loss rows, `values` with metrics, and the gradient of the sum of those rows."""
     sweeps = Sweeps(problem, coefficients.entropy is not None, metrics)
-    (known,) = sharding.together(sweeps.merge, sweeps.known())
+    known = sharding.run(problem.merge, sweeps.known())
     values = sweeps.values(known)
     target = new_gradient(problem) if out is None else out.view(problem.student.shape)
     sweeps.gradient(known, coefficients, target, None)
