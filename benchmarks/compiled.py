@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 import fastkd
-from fastkd.divergences import BUILT_IN
+from fastkd.divergences import BUILT_IN, ROW_LOSSES
 from fastkd.kernels import tuning
 from fastkd.problem import Coefficients, Problem
 from fastkd.sharding import run
@@ -31,7 +31,8 @@ from .report import table
 
 TARGETS = tuple(model.GPUS)
 NAMES = tuple(BUILT_IN)
-EVERYTHING = (*NAMES, "kl_div")
+ROWS = tuple(kind.name for kind in ROW_LOSSES if kind.has_device_function)
+EVERYTHING = (*NAMES, *ROWS, "kl_div")
 BF16, FP32 = torch.bfloat16, torch.float32
 
 

@@ -343,8 +343,8 @@ TABLE = {
     "todi": Device(todi),
     "taid": Device(taid, taid_outer),
     "alpha_beta": Device(alpha_beta),
-    "dkd": Device(forward_kl, dkd_outer, NONE, dkd_at_label),
-    "nkd": Device(cross_entropy, nkd_outer, NONE, nkd_at_label),
+    "dkd": Device(forward_kl, dkd_outer, at_label=dkd_at_label),
+    "nkd": Device(cross_entropy, nkd_outer, at_label=nkd_at_label),
 }
 # With the roles exchanged, of those that say `dual_on_device`.
 EXCHANGED = {

@@ -73,13 +73,14 @@ def inside_others(inside, at, temper):
 
 
 @triton.jit
-def slopes_of_all(slope, q, at, row, temper):
-    """The slopes to all logits from those of the others, of which q is the distribution."""
+def of_all(value, slope, q, at, row, temper):
+    """Values and slopes of a tile that the label was not taken from, as if it were another."""
     if len(row.label) == 0:
-        return slope
+        return value, slope
     else:
+        label = at == temper.label[0]
         slope = row.label.factor * slope - row.label.slope * q
-        return tl.where(at == temper.label[0], row.label.slope, slope)
+        return tl.where(label, 0.0, value), tl.where(label, row.label.slope, slope)
 
 
 @triton.jit

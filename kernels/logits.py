@@ -153,7 +153,9 @@ def _launches(
             t_temperature = problem.student_temperature
     itemsize = min(x.element_size() for x in sides)
     once = first.value == P.GRADIENT.value
-    lean = problem.labels is None and problem.moments is None and not (entropy or metrics)
+    more = problem.moments is not None or entropy or metrics
+    lean = problem.labels is None and not more
+    beside = device_function.at_label is not None and ce is None  # only it has use for labels
     shared = {} if merge is LOCAL else {"swept": True}
     columns = width if merge.columns is None else triton.cdiv(merge.columns, merge.size)
     plan = schedule(rows, columns, itemsize, device, once=once, lean=lean, **shared)
@@ -199,7 +201,7 @@ def _launches(
             )  # fmt: skip
     else:
         everywhere = 1 + 2 * (teacher is not None) + 4 * (gradient is not None)
-        plain = lean and operands.shifted in (0, everywhere)
+        plain = (lean or (beside and not more)) and operands.shifted in (0, everywhere)
         if not once:
             arguments |= registers(device, problem.divergence, operands.shifted > 0, plain)
         yield from _sweeps(arguments, rows, operands, first, plan, merge)

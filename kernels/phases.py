@@ -275,21 +275,20 @@ def gradient_tile(
     SAME: tl.constexpr,
 ):  # fmt: skip
     """The gradient, its part that goes through the temperature, and the divergence's terms."""
-    z_others, y_others = L.others(z, y, column, temper)
-    lp, lq, p, q, d, d2 = R.elements(z_others, y_others, row, temper, SAME)
+    lp, lq, p, q, d, d2 = R.elements(z, y, row, temper, SAME)
     defined = row.alive & (tl.abs(row.c) != float("inf"))
     value, slope = DIVERGENCE(lp, lq, p, q, d, d2, tl.where(defined, row.c, 0.0), a, b)
     if records.REST & WANT:
         slope -= q * row.rest
-    slope_of_all = L.slopes_of_all(slope, q, column, row, temper)
+    value, slope = L.of_all(value, slope, q, column, row, temper)
     lever = tl.where(defined & (kd != 0), kd * row.lever, 0.0)
     kd = tl.where(defined, kd * temper.s_rate, 0.0)
-    gradient = kd * tl.where(kd != 0, slope_of_all, 0.0)
+    gradient = kd * tl.where(kd != 0, slope, 0.0)
     if H:
         entropy = tl.where(row.alive, entropy, 0.0)
         lever += entropy * row.entropy_lever
         # Finite, so that it counts 0 where q is.
-        depth = R.centred_depth(z_others, row, temper)
+        depth = R.centred_depth(z, row, temper)
         q, depth = L.entropy_terms(q, depth, column, row, temper)
         depth = tl.maximum(depth, R.FLOOR)
         gradient -= (entropy * temper.s_rate * A.LN2) * q * depth

@@ -39,7 +39,7 @@ CLUSTER, SHARE, CLUSTERS = 16, 8192, (3, 8)
 # of 16 bytes, and with more to do. None: it takes no more of its own.
 REGISTERS: dict[str, tuple[int | None, int | None]] = {
     "jsd": (64, 128), "skew_kl": (80, 128), "skew_reverse_kl": (64, 128), "jeffreys": (80, None),
-    "alpha": (80, 128), "renyi": (80, 128),
+    "alpha": (80, 128), "renyi": (80, 128), "dkd": (80, 128), "nkd": (128, None),
 }  # fmt: skip
 OTHERS = (None, 128)
 ODD_REGISTERS = 80  # where rows begin anywhere

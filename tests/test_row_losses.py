@@ -16,6 +16,7 @@ from tests.running import NO_TRITON, check, check_everything, defined, run, trut
 
 ROWS, VOCAB = 7, 19
 LN2 = math.log(2)
+DTYPES = (torch.float32, torch.float64)
 ON_DEVICE = [d for d in ROW_LOSSES if d.has_device_function]
 OWN_DUAL = [d for d in ON_DEVICE if isinstance(d, AlphaBeta) or d.dual_on_device]
 FUSED = ["torch", pytest.param("triton", marks=NO_TRITON)]
@@ -256,8 +257,13 @@ def test_certain_of_the_label(height, divergence, backend):
         assert_close(gradient, true_gradient, "gradient")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        *((name, dtype) for name in ("reference", "torch") for dtype in DTYPES),
+        pytest.param("triton", torch.float32, marks=NO_TRITON),
+    ],
+)
 def test_nothing_but_the_label(backend, dtype):
     """All other classes masked, on one side or both."""
     z = torch.tensor([[0.0, 1.0, 2.0]], dtype=dtype).repeat(2, 1)
@@ -270,6 +276,29 @@ def test_nothing_but_the_label(backend, dtype):
     assert loss[1] == 0
     assert_close(gradient[0], q - F.one_hot(labels[0], 3), "gradient")
     assert_zero(gradient[1])
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("divergence", [DKD(1, 8), NKD(1.5)], ids=str)
+def test_masks_of_the_label_and_of_all_others(divergence, backend):
+    """On the student's side, the teacher's, or both."""
+    student, teacher = sides(6)
+    labels = torch.full((6,), VOCAB - 1)
+    rest = torch.arange(VOCAB) != labels[0]
+    student[0, ~rest] = teacher[1, ~rest] = -math.inf
+    student[2, ~rest] = teacher[2, ~rest] = -math.inf
+    student[3, rest] = teacher[4, rest] = -math.inf
+    student[5, rest] = teacher[5, rest] = -math.inf
+    settings = {"divergence": divergence, "reduction": "none", "temperature": 2.0}
+    loss, gradient = run(student, teacher, labels, backend=backend, **settings)
+    exact_sides = student.double(), teacher.double()
+    exact, slope = run(*exact_sides, labels, backend="reference", **settings)
+    infinite = [True, False, False, True, False, False]
+    assert loss.isinf().tolist() == exact.isinf().tolist() == infinite
+    finite = exact.isfinite()
+    assert_close(loss[finite], exact[finite])
+    assert gradient.isfinite().all()
+    assert_close(gradient[finite], slope[finite], "gradient")
 
 
 @WITH_BACKEND

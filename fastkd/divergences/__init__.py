@@ -16,9 +16,9 @@ from .mixtures import JSD, TVD, SkewKL, SkewReverseKL
 from .orders import AlphaDivergence, Renyi
 from .pair import ALIKE, FATHOM, LN2, MASKED, SEARCHED, Pair, Pull, Softmax, plogr, total
 
-# Row losses of the literature: tested by themselves, neither budgeted nor benchmarked.
+# Row losses of the literature: tested and budgeted by themselves, not benchmarked.
 ROW_LOSSES = (AKL, DIST, DKD, NKD, TAID, AlphaBeta, ToDi)
-# The others of a softmax that fastkd brings, by name: what is compiled, budgeted and benchmarked.
+# The others of a softmax that fastkd brings, by name: what is compiled and benchmarked.
 # The first is the default.
 BUILT_IN = {ForwardKL.name: ForwardKL} | {
     n: kind
@@ -40,6 +40,7 @@ __all__ = [
     "NKD",
     "NONE",
     "REVERSE_KL",
+    "ROW_LOSSES",
     "SEARCHED",
     "SLOPE_SUM",
     "TAID",

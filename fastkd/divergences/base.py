@@ -56,7 +56,7 @@ class Divergence:
     # Whether its name stands for the object without arguments.
     by_name: ClassVar[bool] = False
     # Whether it looks at the label of a row, which it then needs: `outer` is then given, besides,
-    # the log-probabilities that teacher and student give it.
+    # the log-probabilities that teacher and student give it. Its `device` has an `at_label`.
     label_aware: ClassVar[bool] = False
     # Whether all sums of `value_and_pull` are the pair's: the columns may be spread over processes.
     sharded: ClassVar[bool] = True

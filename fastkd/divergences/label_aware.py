@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Divergence
+from .base import NONE, Divergence
 from .pair import FATHOM, plogr
 
 
@@ -42,6 +42,7 @@ class DKD(Divergence):
     beta: float = 8.0
 
     name = "dkd"
+    constant = NONE
     label_aware = True
     dual_on_device = True
 
@@ -95,6 +96,7 @@ class NKD(Divergence):
     gamma: float = 1.5
 
     name = "nkd"
+    constant = NONE
     label_aware = True
     dual_on_device = True
 

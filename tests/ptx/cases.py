@@ -29,6 +29,7 @@ ENDS = (
     fastkd.AlphaDivergence(alpha=-0.5), fastkd.Renyi(alpha=0.5), fastkd.JSD(beta=0.5),
     fastkd.Jeffreys(),
 )  # fmt: skip
+LABEL_AWARE = (fastkd.DKD(1.0, 8.0), fastkd.NKD(1.5))
 # Outer and inner rows, and columns, for each way to lay a row out on 132 processors.
 SHAPES = (
     (1, 5, 10), (5, 1, 37), (2, 3, 100), (1, 3, 1000), (2, 1, 2049), (1, 2, 4096),
@@ -233,7 +234,17 @@ def columns_of_owners() -> Iterator[Case]:
     yield Case("shards ForwardKL() std", standardized)
 
 
+def beside_labels() -> Iterator[Case]:
+    """Rows that are swept without their label."""
+    grid = itertools.product(LABEL_AWARE, ((2, 3, 100), (1, 3, 1000), (1, 3, 5000), (1, 2, 16387)))
+    for n, (divergence, shape) in enumerate(grid):
+        mode, kind = ("inplace", "backward", "all")[n % 3], ("full", "labels")[n // 2 % 2]
+        yield _loss(divergence, shape, DTYPES[n % 2], mode, _place(mode, n), kind, shape[2])
+    owners = {"labels": torch.tensor([3, 40]), "alpha": 0.6, "metrics": True, "padding": 3}
+    yield Case("shards DKD", shards(LABEL_AWARE[0], (0, 20, 20, 45), owners))
+
+
 GROUPS = (
     logits_in_place, slices_in_place, padded, far_apart, entry_by_entry, many_rows, divergences,
-    multi_label, edges, other_gradients, columns_of_owners,
+    multi_label, edges, other_gradients, columns_of_owners, beside_labels,
 )  # fmt: skip

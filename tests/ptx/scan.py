@@ -25,7 +25,8 @@ from .problems import placed, settings
 DIVERGENCES = (
     fastkd.ForwardKL(), fastkd.ReverseKL(), fastkd.Jeffreys(), fastkd.JSD(0.3),
     fastkd.SkewKL(0.1), fastkd.SkewReverseKL(0.1), fastkd.TVD(), fastkd.AlphaDivergence(0.5),
-    fastkd.Renyi(0.5), fastkd.Bernoulli(1, 1),
+    fastkd.Renyi(0.5), fastkd.Bernoulli(1, 1), fastkd.DKD(), fastkd.NKD(), fastkd.TAID(),
+    fastkd.AlphaBeta(0.2, 0.7), fastkd.ToDi(),
 )  # fmt: skip
 COLUMNS = (2, 3, 7, 10, 16, 17, 33, 64, 100, 250, 257, 1000, 2048, 4096, 5001)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -76,7 +77,8 @@ def every() -> Iterator[Call]:
         one = Call(*call)
         forward_in_half = one.dtype == torch.float16 and one.gradient == "forward"
         standardized_heads = one.divergence.name == "bernoulli" and one.kind == "std"
-        if not forward_in_half and not standardized_heads:  # which fastkd refuses
+        unlabelled = one.divergence.label_aware and one.kind != "full"
+        if not (forward_in_half or standardized_heads or unlabelled):  # which fastkd refuses
             yield one
 
 
