@@ -39,10 +39,11 @@ CLUSTER, SHARE, CLUSTERS = 16, 8192, (3, 8)
 # of 16 bytes, and with more to do. None: it takes no more of its own.
 REGISTERS: dict[str, tuple[int | None, int | None]] = {
     "jsd": (64, 128), "skew_kl": (80, 128), "skew_reverse_kl": (64, 128), "jeffreys": (80, None),
-    "alpha": (80, 128), "renyi": (80, 128), "dkd": (80, 128), "nkd": (128, None),
+    "alpha": (80, 128), "renyi": (80, 128), "dkd": (80, 128), "nkd": (128, None), "todi": (80, 128),
+    "taid": (80, 128), "alpha_beta": (255, None),
 }  # fmt: skip
 OTHERS = (None, 128)
-ODD_REGISTERS = 80  # where rows begin anywhere
+ODD_REGISTERS = 80  # where rows begin anywhere, at least
 
 
 class Schedule(NamedTuple):
@@ -141,7 +142,8 @@ def registers(device: torch.device, divergence: str, shifted: bool, plain: bool)
     if device.type == "cpu" or generation(device) != HOPPER:
         return {}
     least, most = REGISTERS.get(divergence, OTHERS)
-    return {"maxnreg": most if not plain else ODD_REGISTERS if shifted else least}
+    odd = max(least or 0, ODD_REGISTERS)
+    return {"maxnreg": most if not plain else odd if shifted else least}
 
 
 def elementwise(device: torch.device) -> tuple[int, int]:
