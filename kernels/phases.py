@@ -270,12 +270,15 @@ def rest_of(z, y, at, row, temper, a, b, DIVERGENCE: tl.constexpr, SAME: tl.cons
 
 @triton.jit
 def gradient_tile(
-    z, y, column, row, temper, label, columns, smoothing, kd, ce, entropy, a, b,
+    z, pair, column, row, temper, label, columns, smoothing, kd, ce, entropy, a, b,
     WANT: tl.constexpr, CE: tl.constexpr, H: tl.constexpr, DIVERGENCE: tl.constexpr,
     SAME: tl.constexpr,
 ):  # fmt: skip
-    """The gradient, its part that goes through the temperature, and the divergence's terms."""
-    lp, lq, p, q, d, d2 = R.elements(z, y, row, temper, SAME)
+    """The gradient, its part that goes through the temperature, and the divergence's terms.
+
+    pair: both sides as the divergence takes them, be it with or without the label.
+    """
+    lp, lq, p, q, d, d2 = R.elements(pair[0], pair[1], row, temper, SAME)
     defined = row.alive & (tl.abs(row.c) != float("inf"))
     value, slope = DIVERGENCE(lp, lq, p, q, d, d2, tl.where(defined, row.c, 0.0), a, b)
     if records.REST & WANT:
@@ -366,7 +369,7 @@ def gradient_step(
     z = M.load(student, at, inside, "evict_first")
     y = M.load_beside(z, teacher, at, inside, "evict_first")
     g, tempered, value, slope = gradient_tile(
-        z, y, at, row, temper, label, columns, smoothing, kd, ce, entropy, a, b,
+        z, (z, y), at, row, temper, label, columns, smoothing, kd, ce, entropy, a, b,
         WANT, CE, H, DIVERGENCE, SAME,
     )  # fmt: skip
     if gradient is not None:

@@ -163,8 +163,9 @@ def resident(
         heat = tl.zeros([LANES, 1], tl.float32)
         for i in tl.static_range(len(PARTS)):
             column = columns_of(PARTS, i)
+            pair = L.others(zs[i], ys[i], column, temper)
             g, tempered, _, _ = P.gradient_tile(
-                zs[i], ys[i], column, row, temper, label, columns, smoothing, kd, ce, entropy,
+                zs[i], pair, column, row, temper, label, columns, smoothing, kd, ce, entropy,
                 a, b, WANT, factors.ce is not None, factors.entropy is not None, DIVERGENCE, SAME,
             )  # fmt: skip
             if gradient.pointer is not None:

@@ -61,7 +61,7 @@ NARROW = {
     "renyi": (111.5, 94),
 }  # fmt: skip
 ROW_NARROW = {
-    "dkd": (128, 100), "nkd": (99, 82), "taid": (103, 83.5), "todi": (90, 75),
+    "dkd": (109, 94), "nkd": (93, 81), "taid": (103, 83.5), "todi": (90, 75),
     "alpha_beta": (175, 157),
 }  # fmt: skip
 DEAREST_SHORT = tuple(map(max, zip(*NARROW.values(), strict=True)))
