@@ -44,6 +44,8 @@ class Job:
         placement(chosen.teacher_device)
         self.dtype = precision(chosen.precision, self.device)
         _check_optimizer(chosen, _arguments(chosen, tokens, self.device, self.dtype))
+        if chosen.sampling_server:
+            _reach(chosen.sampling_server)
         cache = cached.opened(chosen) if chosen.teacher_cache else None
         self.teacher_tokens = None
         if chosen.cross_tokenizer:
@@ -181,7 +183,17 @@ def _on_policy(chosen: settings.UserModels, end: int | None) -> OnPolicy | None:
         chosen.completion_length,
         chosen.prompt_length,
         () if end is None else (end,),
+        chosen.sampling_server,
     )
+
+
+def _reach(server: str) -> None:
+    from fastkd.integrations.served import Server, ServerError
+
+    try:
+        Server(server, patience=10).model()
+    except ServerError as error:
+        raise Usage(f"sampling_server: {one_line(error)}") from None
 
 
 def _check_optimizer(chosen: settings.UserModels, arguments: TrainingArguments) -> None:

@@ -163,6 +163,11 @@ class UserModels(Common):
     )
     completion_length: int = setting(128, "tokens that it writes at most", "[1, 1048576]")
     prompt_length: int = setting(16, "tokens of plain text that it goes on from", "[1, 1048576]")
+    sampling_server: str = setting(
+        "",
+        "address of a server that writes in its place, by OpenAI's /v1/completions, as vLLM's: "
+        "http://host:8000; it keeps the weights that it was started with",
+    )
     chunked_logits: bool = setting(
         True, "make logits in chunks, from hidden states, where the models allow it"
     )
@@ -255,6 +260,12 @@ class UserModels(Common):
             )
 
     def _check_on_policy(self) -> None:
+        if self.sampling_server and not self.on_policy:
+            raise Usage("sampling_server: without on_policy nothing is written: leave it out")
+        if self.sampling_server and not re.match("https?://", self.sampling_server):
+            raise Usage(
+                f"sampling_server must begin with http:// or https://, got {self.sampling_server!r}"
+            )
         if self.on_policy and self.teacher_cache:
             raise Usage("on_policy: a cache knows nothing of what the student writes: --teacher")
         if self.on_policy and self.completion_length >= self.sequence_length:

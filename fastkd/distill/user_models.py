@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastkd.cache import CacheError
+from fastkd.integrations.served import ServerError
 
 from . import card, report, settings, storage
 from .default_job import Stop
@@ -180,7 +181,7 @@ def _train(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except RunError:
         raise
-    except CacheError as error:
+    except (CacheError, ServerError) as error:
         raise RunError(str(error)) from None
     except Exception as error:
         if checkpoint and not watch.began:  # each part of it fails in its own way

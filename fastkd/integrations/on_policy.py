@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .models import evaluating
+from .served import Server, ServerError
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class OnPolicy:
         new_tokens: at most so many are written.
         prompt_tokens: of plain text.
         end: ids that end what is written; none: those of the model's generation_config.
+        server: address of a server that writes in the student's place, such as vLLM's or SGLang's.
+            It is asked for tokens by OpenAI's /v1/completions. Its weights are the server's affair:
+            as they fall behind, what is written is less the student's own. The loss is still the
+            whole divergence at the places that are reached, which needs no correction for that.
 
     Raises:
         ValueError: for what is out of range.
@@ -49,6 +54,7 @@ class OnPolicy:
     new_tokens: int = 128
     prompt_tokens: int = 16
     end: tuple[int, ...] = ()
+    server: str = ""
 
     def __post_init__(self) -> None:
         for name in ("share", "top_p"):
@@ -86,14 +92,18 @@ class OnPolicy:
         seen = torch.stack(
             [F.pad(torch.ones_like(each), (longest - len(each), 0)) for each in prompts]
         )
-        with evaluating(student):
-            ids = student.generate(
-                input_ids=ids,
-                attention_mask=seen,
-                generation_config=self._generation(student, padding, vocab_size),
-            )
+        if self.server:
+            ids, real = self._served(student, prompts, ids, padding, vocab_size)
+        else:
+            with evaluating(student):
+                ids = student.generate(
+                    input_ids=ids,
+                    attention_mask=seen,
+                    generation_config=self._generation(student, padding, vocab_size),
+                )
+            real = torch.ones_like(ids[:, longest:]).bool()
         ended = torch.isin(ids[:, longest:], ends).long()
-        kept = ended.cumsum(-1) - ended == 0  # the end token itself is learnt
+        kept = (ended.cumsum(-1) - ended == 0) & real  # the end token itself is learnt
         seen = torch.cat([seen, kept.long()], -1)
         own = torch.cat([torch.zeros_like(seen[:, :longest]).bool(), kept], -1)
         return {
@@ -102,6 +112,26 @@ class OnPolicy:
             "position_ids": (seen.cumsum(-1) - 1).clamp_min(0),
             "labels": ids.masked_fill(~own, -100),
         }
+
+    def _served(
+        self, student: Any, prompts: list[Tensor], ids: Tensor, padding: int, vocab_size: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """The padded prompts and what the server writes, and where in the latter it wrote."""
+        written = Server(self.server).complete(
+            [prompt.tolist() for prompt in prompts],
+            self._ends(student),
+            max_tokens=self.new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=int(torch.randint(2**31 - 1, ())),
+        )
+        width = vocab_size or student.config.get_text_config().vocab_size
+        if any(not 0 <= token < width for row in written for token in row):
+            raise ServerError(f"{self.server} writes tokens beyond the {width} of the student")
+        longest = max(1, *map(len, written))
+        new = torch.tensor([row + [padding] * (longest - len(row)) for row in written])
+        real = torch.tensor([[place < len(row) for place in range(longest)] for row in written])
+        return torch.cat([ids, new.to(ids)], -1), real.to(ids.device)
 
     def _prompt(self, inputs: Mapping[str, Any], row: int) -> Tensor:
         ids, learnt = inputs["input_ids"][row], inputs["labels"][row] != -100
