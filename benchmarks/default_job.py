@@ -49,7 +49,7 @@ def changed(text: str, pattern: str, new: str) -> str:
 def publish(folder: Path, seconds: float | None) -> None:
     found = json.loads((folder / "metrics.json").read_text())
     readme, page = README.read_text(), PAGE.read_text()
-    readme = changed(readme, r" +loss  KL \(nats\).*?(?=```)", table(found))
+    readme = changed(readme, r" +loss +KL \(nats\).*?(?=```)", table(found))
     margin = f"{found['margin']:.3f} ± {found['margin_error']:.3f} nats"
     readme = changed(readme, r"\d\.\d+ ± \d\.\d+ nats", margin)
     if seconds is not None:

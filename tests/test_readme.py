@@ -1,5 +1,6 @@
 """README.md: its Python runs as written, its commands are pinned, its table is complete."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import fastkd
+from benchmarks import default_job
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -44,3 +46,36 @@ def test_the_table_lists_every_divergence():
     for kind in public:
         if kind in fastkd.Divergence.__subclasses__():
             assert re.search(rf"^\| `{kind.name}` \| `{kind.__name__}\(", README, re.MULTILINE)
+
+
+def test_a_run_of_the_default_job_is_written_into_the_documents(tmp_path, monkeypatch):
+    for name in ("README", "PAGE", "PICTURE"):
+        copy = tmp_path / getattr(default_job, name).name
+        copy.write_bytes(getattr(default_job, name).read_bytes())
+        monkeypatch.setattr(default_job, name, copy)
+    student = {
+        "validation_loss": 5.4321, "spread": 0.0123, "losses": [1, 2, 3], "kl_to_teacher": 0.2345,
+        "agreement": 0.567, "steps": 123, "step_ms": 456.0, "loss_share": 0.29,
+        "loss_peak_bytes": 12 * 2**20,
+    }  # fmt: skip
+    names = ("hard labels", "hard labels x2", "F.kl_div", "fastkd")
+    found = {
+        "teacher": {"validation_loss": 4.321, "steps": 600},
+        "students": {name: student | {"losses": [1]} for name in names} | {"fastkd": student},
+        "margin": 0.987, "margin_error": 0.065, "equal_time": 234,
+    }  # fmt: skip
+    (tmp_path / "metrics.json").write_text(json.dumps(found))
+    (tmp_path / "curves.png").write_bytes(b"picture")
+    before = default_job.README.read_text().splitlines()
+    default_job.publish(tmp_path, 98.7)
+    after = default_job.README.read_text()
+    assert (
+        " fastkd          5.432 ± 0.012    0.234   56.7%    123     56.1     29%    12.0\n" in after
+    )
+    assert " teacher         4.321                     600\n" in after
+    assert "0.987 ± 0.065 nats" in after
+    assert "after 99 seconds" in after
+    same = [old == new for old, new in zip(before, after.splitlines(), strict=True)]
+    assert same.count(False) == 7
+    assert "(234 for 123 in" in default_job.PAGE.read_text()
+    assert default_job.PICTURE.read_bytes() == b"picture"
