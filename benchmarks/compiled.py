@@ -21,6 +21,7 @@ import torch
 
 import fastkd
 from fastkd.divergences import BUILT_IN, ROW_LOSSES
+from fastkd.forms import Events
 from fastkd.kernels import tuning
 from fastkd.problem import Coefficients, Problem
 from fastkd.sharding import run
@@ -85,6 +86,16 @@ OTHERS = (
     Configuration("multi-label resident", "multi-label", 4096, 1000),
     Configuration("multi-label everything", "multi-label", 4096, 32000, everything=True),
 )
+# Beside a teacher that lists LISTED columns: of every target, and on sm_90.
+LISTED = 64
+OF_LISTED = {
+    "forward_kl": (Configuration("listed", "listed", 4096, 128256),),
+    "jsd": (Configuration("listed, everything", "listed", 4096, 128256, everything=True),),
+}
+MORE_LISTED = (
+    Configuration("listed, split", "listed", 64, 128256),
+    Configuration("listed, odd", "listed", 8192, 50257),
+)
 # Every width that a resident row can have; on sm_90.
 WIDTHS = tuple(
     Configuration(f"resident {width}", "fused", 65536, width)
@@ -117,12 +128,14 @@ def configurations(target: str, name: str, quick: bool = False) -> Iterator[Conf
         yield from KL_DIV
         return
     yield from MAIN
+    yield from OF_LISTED.get(name, ())
     if has_clusters() and (target == "sm_90" or (target == "sm_100" and name in ALL_WIDTHS)):
         yield CLUSTER
     if target == "sm_90":
         yield from MORE
         if name == "forward_kl":
             yield from OTHERS
+            yield from MORE_LISTED
         if name in ALL_WIDTHS and not quick:
             yield from WIDTHS
 
@@ -144,7 +157,9 @@ def tasks(quick: bool) -> list[tuple[str, str]]:
 def measure(target: str, name: str, chosen: Iterable[Configuration]) -> list[Measured]:
     processors = model.GPUS[target].processors
     return [
-        Measured(target, name, one.name, binary, 2 * one.dtype.itemsize)
+        Measured(
+            target, name, one.name, binary, (2 - (one.launcher == "listed")) * one.dtype.itemsize
+        )
         for one in chosen
         for binary in binaries(target, _call(name, one), processors, one.cluster)
     ]
@@ -152,7 +167,7 @@ def measure(target: str, name: str, chosen: Iterable[Configuration]) -> list[Mea
 
 def _call(name: str, one: Configuration) -> Callable[[], object]:
     """The launcher on tensors that have a shape and nothing else."""
-    from fastkd.kernels import bernoulli, elementwise, logits, moments
+    from fastkd.kernels import bernoulli, elementwise, events, logits, moments
 
     rows, full = one.rows, one.everything
 
@@ -194,6 +209,10 @@ def _call(name: str, one: Configuration) -> Callable[[], object]:
             logits.fused(problem, factors, full, None)
 
         return call
+    if one.launcher == "listed":
+        exact = partial(meta, rows, dtype=torch.float64)
+        teacher = Events(meta(rows, LISTED, dtype=torch.int64), exact(LISTED), exact())
+        return partial(events.fused, problem._replace(teacher=teacher), factors, full, None)
     if one.launcher in ("fused", "in place"):
         out = z if one.launcher == "in place" else None
         return partial(logits.fused, problem, factors, full, out)

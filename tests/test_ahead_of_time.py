@@ -39,6 +39,8 @@ BUDGET = {
 }
 # Of rows whose value the first sweep's sums give.
 KNOWN = {"forward_kl": 32, "reverse_kl": 34}
+# Beside a teacher that lists columns, by sweep; with all options.
+LISTED, LISTED_EVERYTHING = (10.5, 7.5), (25.5, 22.5)
 # A divergence without a line of its own may cost as much as the dearest, until it has one.
 DEAREST = tuple(map(max, zip(*BUDGET.values(), strict=True)))
 # Row losses: those that look at a label sweep the row without it, which costs 2 for each of two
@@ -172,8 +174,11 @@ def test_tiles_move_128_bits_at_a_time(target, name, compiled):
         assert any_row or kernel["all"]["wide"] > 0, kernel
         # A gradient whose rows begin elsewhere is stored entry by entry.
         stores = 16 if kernel["configuration"] == "slices, own gradient" else 0
+        # And a word of marks beside each 16 bytes, in the sweep of what is not listed.
+        words = kernel["kernel"] == "listed"
         for loop in kernel["loops"]:
-            assert loop["narrow"] == (stores if loop["stored"] else 0), kernel
+            expected = stores if loop["stored"] else words * loop["wide"]
+            assert loop["narrow"] == expected, kernel
 
 
 def test_slices_of_wider_tensors_move_like_whole_ones(compiled):
@@ -249,6 +254,20 @@ def test_instructions_of_short_rows(target, name, compiled):
     ten, hundred = (NARROW | ROW_NARROW).get(name, DEAREST_SHORT)
     assert 0 < work["ten columns"]["instructions"] <= ten
     assert 0 < work["hundred columns"]["instructions"] <= hundred
+
+
+@HOPPER
+def test_instructions_beside_listed_teachers(target, name, compiled):
+    """A row's two sweeps: what is not listed, and the gradient; 16 entries to a thread."""
+    for kernel in compiled[target, name]:
+        if kernel["kernel"] == "listed":
+            limits = LISTED_EVERYTHING if "everything" in kernel["configuration"] else LISTED
+            loops = kernel["loops"]
+            if kernel["configuration"] == "listed, split":  # a sweep to a launch
+                limits = limits[:1] if loops[0]["stored"] == 0 else limits[1:]
+            counts = [loop["instructions"] / 16 for loop in loops]
+            assert len(counts) == len(limits), kernel
+            assert all(0 < n <= most for n, most in zip(counts, limits, strict=True)), kernel
 
 
 def test_kl_div_moves_every_entry_once(compiled):
