@@ -92,7 +92,7 @@ def other_terms(z, column, row, temper, label, columns, smoothing, ce, entropy,
                 WANT: tl.constexpr, CE: tl.constexpr, H: tl.constexpr):  # fmt: skip
     """The gradient of the cross-entropy and the entropy, and its part through the temperature."""
     g, tempered, _, _ = P.gradient_tile(
-        z, z, column, row, temper, label, columns, smoothing, row.s_max * 0.0, ce, entropy,
+        z, (z, z), column, row, temper, label, columns, smoothing, row.s_max * 0.0, ce, entropy,
         0.0, 0.0, WANT, CE, H, P.nothing, True,
     )  # fmt: skip
     return g, tempered
