@@ -357,7 +357,7 @@ def sharded(divergence: Divergence) -> None:
     if not divergence.sharded:
         raise NotImplementedError(
             f"{type(divergence).__name__} takes a row in one piece, and `group` spreads it over "
-            "ranks: gather the logits, take all sums by the pair (Divergence.value_and_pull), or "
+            "ranks: gather the logits, take all sums by the pair (see value_and_descent), or "
             "give it a device function and use backend='triton'"
         )
 

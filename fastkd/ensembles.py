@@ -17,7 +17,7 @@ from torch import Tensor
 from . import linear, moments, sharding
 from .divergences import Divergence
 from .forms import Events, Head, Mixture
-from .problem import MEAN, PULL, WIDTH, Problem
+from .problem import MEAN, WIDTH, WIDTH_SLOPE, Problem
 
 BUFFERS = 3  # that a chunk takes: the mixture, one teacher, and what a function leaves behind
 
@@ -81,7 +81,7 @@ def tempered(part: Problem, sides: list[Any], name: str) -> Problem:
     if mixed:
         part = part._replace(teacher_temperature=torch.ones_like(part.student_temperature))
         if part.moments is not None and not known:
-            for field, value in ((MEAN, 0.0), (WIDTH, 1.0), (PULL, 0.0)):
+            for field, value in ((MEAN, 0.0), (WIDTH, 1.0), (WIDTH_SLOPE, 0.0)):
                 part.moments[1, field] = value
     return part
 

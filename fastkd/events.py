@@ -129,25 +129,29 @@ class Listed(NamedTuple):
         gradient: bool,
         temperature: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        shares, base, heat = None, None, None
+        shares, base, temperature_grad = None, None, None
         if problem.merge:
             count = problem.teacher.indices.size(1) + SHARES
             shares, state = state[:count], state[count:]
         if upstream.ce is not None or upstream.entropy is not None:
-            base, heat = self.backend.backward(
+            base, temperature_grad = self.backend.backward(
                 problem._replace(teacher=None), state, upstream, gradient, temperature
             )
         out = _new_gradient(problem) if gradient and base is None else base
-        heat = upstream.kd.new_zeros(problem.rows) if temperature and heat is None else heat
+        temperature_grad = (
+            upstream.kd.new_zeros(problem.rows)
+            if temperature and temperature_grad is None
+            else temperature_grad
+        )
         for rows, part in _chunks(problem):
             room = _room(problem, out, rows, base)
             terms = _Terms.of(part, _of_rows(shares, rows), room)
             found, hot = terms.gradient(part, upstream.kd[rows], temperature)
             if out is not None:
                 _write(problem, out, rows, found, base)
-            if heat is not None:
-                heat[rows] += hot
-        return out, heat
+            if temperature_grad is not None:
+                temperature_grad[rows] += hot
+        return out, temperature_grad
 
     def fused(
         self, problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
@@ -339,11 +343,11 @@ class _Terms(NamedTuple):
         events = torch.where(kd == 0, 0.0, kd * (slope - q * total) / T)  # [R, K + 1]
         hot = part.student_temperature
         scale = torch.where(self.total > 0, events[:, -1:] / self.total, 0.0).to(hot.dtype)
-        heat = kd.new_zeros(0)
+        temperature_grad = kd.new_zeros(0)
         if temperature:
-            heat = self._temperature(events, scale, T).to(hot.dtype)
+            temperature_grad = self._temperature(events, scale, T).to(hot.dtype)
         listed = _only(self.own, events[:, :-1], hot.dtype)
-        return self.rest.mul_(scale).scatter_add_(-1, self.listed, listed), heat
+        return self.rest.mul_(scale).scatter_add_(-1, self.listed, listed), temperature_grad
 
     def _temperature(self, events: Tensor, scale: Tensor, T: Tensor) -> Tensor:
         """-1 / T sum z dD/dz, with the logits measured from `shift`, as the gradient's sum is 0."""

@@ -50,9 +50,9 @@ STUDENT_MAX, STUDENT_SUM, TEACHER_MAX, GAP, CONSTANT, REST = range(6)
 STUDENT_ENTROPY, UNIT_SUM, SCALE_SLOPE, ENTROPY_SCALE_SLOPE = range(6, 10)
 
 # Rows of `moments`, of the n finite entries of a row: their mean; the width std + eps, by which a
-# backend multiplies the temperature, whose gradient it still gives; the pull 1 / ((n - 1) std), by
-# which the derivative of the width is pull * (logit - mean).
-MEAN, WIDTH, PULL = range(3)
+# backend multiplies the temperature, whose gradient it still gives; the slope 1 / ((n - 1) std), by
+# which the derivative of the width is width_slope * (logit - mean).
+MEAN, WIDTH, WIDTH_SLOPE = range(3)
 EPS = 1e-7  # added to the standard deviation
 # The width of a row without spread: the softmax is uniform over its entries, the gradient gone.
 FLAT = 1e30

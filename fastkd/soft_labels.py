@@ -52,12 +52,12 @@ class SoftLabels(NamedTuple):
             labels, state = _of_state(problem, state[:KEPT]), state[KEPT:]
         else:
             labels = _alone(problem)
-        found, heat = self.backend.backward(
+        found, temperature_grad = self.backend.backward(
             labels.problem, state, labels.scaled(upstream), gradient, temperature
         )
         if found is not None and upstream.ce is not None:
             labels.add_gradient(found, upstream.ce)
-        return found, heat
+        return found, temperature_grad
 
     def fused(
         self, problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None

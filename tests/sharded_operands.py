@@ -137,13 +137,13 @@ def one_list(student: Tensor, teacher: Any, mine: slice, settings: dict[str, Any
         with sharded.Counted() as gathers:
             loss.backward(torch.linspace(0.3, 2.0, max(loss.numel(), 1)).view(loss.shape))
         assert gathers.count == 0
-        heat = given["temperature"].grad if "temperature" in given else None
+        temperature_grad = given["temperature"].grad if "temperature" in given else None
         grad = leaf.grad
         if group:
             pieces: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(pieces, grad)
             grad = torch.cat(pieces, -1)
-        found.append((loss, grad, heat, *metrics))
+        found.append((loss, grad, temperature_grad, *metrics))
     for number, (ours, alone) in enumerate(zip(*found, strict=True)):
         if alone is not None and alone[alone.isfinite()].count_nonzero():
             kind = "gradient" if number in (1, 2) else "value"

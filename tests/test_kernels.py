@@ -195,11 +195,13 @@ def test_values_and_gradients(divergence, plan, force, device):
         device=device,
     ))  # fmt: skip
     dz, dT = truth.gradient(factors, counted)
-    gradient, heat = logits.backward(problem, state, factors, gradient=True, temperature=True)
+    gradient, temperature_grad = logits.backward(
+        problem, state, factors, gradient=True, temperature=True
+    )
     close_where_finite(gradient, dz, "gradient")
-    assert heat.isfinite().all()
+    assert temperature_grad.isfinite().all()
     known = truth.values["kd"].isfinite() | ~counted
-    close_where_finite(heat[known], dT[known], "gradient")
+    close_where_finite(temperature_grad[known], dT[known], "gradient")
 
     loss, nothing, gradient = logits.fused(problem, factors, metrics=False, out=None)
     assert nothing is None
@@ -344,9 +346,11 @@ def test_absent_terms_touch_nothing(plan, force, device):
     everything = problem._replace(counted=None, labels=None)
     state = torch.zeros(5, 5, device=device)
     none = torch.zeros(5, device=device)
-    gradient, heat = logits.backward(everything, state, Coefficients(none, None, None), True, True)
+    gradient, temperature_grad = logits.backward(
+        everything, state, Coefficients(none, None, None), True, True
+    )
     assert_zero(gradient)
-    assert_zero(heat)
+    assert_zero(temperature_grad)
 
 
 @pytest.mark.parametrize("plan", SCHEDULES)
@@ -418,9 +422,11 @@ def test_no_rows(device):
     assert values.shape == (3, 0)
     assert state.shape == (8, 0)
     none = Coefficients(torch.ones(0, device=device), None, None)
-    gradient, heat = logits.backward(problem, state, none, gradient=True, temperature=True)
+    gradient, temperature_grad = logits.backward(
+        problem, state, none, gradient=True, temperature=True
+    )
     assert gradient.shape == (0, 7)
-    assert heat.shape == (0,)
+    assert temperature_grad.shape == (0,)
     loss, _, gradient = logits.fused(problem, none, metrics=False, out=None)
     assert loss.shape == (0,)
     assert gradient.shape == (0, 7)

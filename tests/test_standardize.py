@@ -289,14 +289,14 @@ def test_moments(offset, columns, backend):
         for row in range(6):
             kept = side.flatten(0, 1)[row].double()
             kept = kept[kept > -math.inf]
-            mean, width, pull = rows[:, row]
+            mean, width, width_slope = rows[:, row]
             assert_close(mean, kept.mean())
             if row == 4:
                 assert width == problem.FLAT
-                assert pull == 0
+                assert width_slope == 0
             else:
                 assert_close(width, kept.std() + 1e-7)
-                assert_close(pull, 1 / ((len(kept) - 1) * kept.std()))
+                assert_close(width_slope, 1 / ((len(kept) - 1) * kept.std()))
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")

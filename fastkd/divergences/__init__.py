@@ -14,7 +14,7 @@ from .kullback_leibler import ForwardKL, Jeffreys, ReverseKL
 from .label_aware import DKD, NKD
 from .mixtures import JSD, TVD, SkewKL, SkewReverseKL
 from .orders import AlphaDivergence, Renyi
-from .pair import ALIKE, FATHOM, LN2, MASKED, SEARCHED, Pair, Pull, Softmax, plogr, total
+from .pair import ALIKE, LN2, MASKED, MASKED_BELOW, SEARCHED, Descent, Pair, Softmax, plogr, total
 
 # Row losses of the literature: tested and budgeted by themselves, not benchmarked.
 ROW_LOSSES = (AKL, DIST, DKD, NKD, TAID, AlphaBeta, ToDi)
@@ -32,11 +32,11 @@ __all__ = [
     "BUILT_IN",
     "DIST",
     "DKD",
-    "FATHOM",
     "JSD",
     "LN2",
     "LOG_MIXTURE",
     "MASKED",
+    "MASKED_BELOW",
     "NKD",
     "NONE",
     "REVERSE_KL",
@@ -48,11 +48,11 @@ __all__ = [
     "AlphaBeta",
     "AlphaDivergence",
     "Bernoulli",
+    "Descent",
     "Divergence",
     "ForwardKL",
     "Jeffreys",
     "Pair",
-    "Pull",
     "Renyi",
     "ReverseKL",
     "SkewKL",

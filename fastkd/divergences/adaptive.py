@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .base import LOG_MIXTURE, Divergence
 from .orders import log_escort
-from .pair import FATHOM, plogr
+from .pair import MASKED_BELOW, plogr
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class TAID(Divergence):
     @classmethod
     def of_rows(cls, lp, lq, a, b, labels=None):
         lw = log_escort(lp, lq.detach(), a) if b else lp
-        apart = lw.amax(-1, keepdim=True) < FATHOM
+        apart = lw.amax(-1, keepdim=True) < MASKED_BELOW
         lm = torch.where(apart, 0.0, lw).log_softmax(-1)
         value = plogr(lm, lm - torch.where(apart, 0.0, lq)).sum(-1)
         return torch.where(apart[:, 0], math.inf, value)

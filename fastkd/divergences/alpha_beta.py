@@ -82,7 +82,7 @@ def _terms(lp: Tensor, lq: Tensor, a: float, b: float) -> Tensor:
     if d.dtype != torch.float64 and abs(b) > SMALL:
         near = torch.zeros_like(near)  # a row where the direct form fails comes again in fp64
     x = torch.where(near, d, 0.0)
-    close = (s * _bend(s * x) - a * _bend(a * x)) / b
+    close = (s * _expm1_remainder(s * x) - a * _expm1_remainder(a * x)) / b
     terms = torch.where(near, _power(lq, s) * x * x * close, far)
     return torch.where(empty, 0.0, terms)
 
@@ -102,7 +102,7 @@ def _power(logs: Tensor, x: float) -> Tensor:
     return (logs * x).exp() if x else torch.ones_like(logs)
 
 
-def _bend(x: Tensor) -> Tensor:
+def _expm1_remainder(x: Tensor) -> Tensor:
     """(e^x - 1 - x) / x^2 by its series, for abs(x) < 0.5."""
     series = torch.ones_like(x)
     for n in range(15, 2, -1):

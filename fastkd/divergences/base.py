@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastkd import tracing
 
-from .pair import Pair, Pull
+from .pair import Descent, Pair
 
 # What the row constant c of a device function is, and with it in which sweep it is found.
 NONE = "none"  # unused
@@ -25,7 +25,7 @@ class Divergence:
     r"""A divergence between teacher and student rows; subclass it to add one of your own.
 
     A subclass names itself and gives `value`; the PyTorch backend differentiates that. For speed
-    it may give `value_and_pull` too, for the Triton backend `device`, and for the teacher's
+    it may give `value_and_descent` too, for the Triton backend `device`, and for the teacher's
     gradient there `dual`. A name that another class has is refused; the same class defined again
     replaces itself, and objects of the old one are refused from then on.
 
@@ -46,7 +46,7 @@ class Divergence:
     # The loss is scaled by (T_s * T_t) ** (temperature_power / 2), which keeps the gradient's size.
     temperature_power: ClassVar[int] = 2
     # The PyTorch backend computes smaller values in fp64: in fp32 one may be off by 1e-4 of itself.
-    near: ClassVar[float] = 1 / 32
+    least_in_fp32: ClassVar[float] = 1 / 32
     # Whether the gradient may be a small difference, as it is where the student is nearly certain.
     # The PyTorch backend computes such rows in fp64.
     cancels: ClassVar[bool] = True
@@ -58,7 +58,7 @@ class Divergence:
     # Whether it looks at the label of a row, which it then needs: `outer` is then given, besides,
     # the log-probabilities that teacher and student give it. Its `device` has an `at_label`.
     label_aware: ClassVar[bool] = False
-    # Whether all sums of `value_and_pull` are the pair's: the columns may be spread over processes.
+    # Whether all sums of `value_and_descent` are the pair's: columns may be spread over processes.
     sharded: ClassVar[bool] = True
     # Whether it has a meaning where several entries are one event, as beside a teacher's top k.
     over_events: ClassVar[bool] = True
@@ -81,7 +81,7 @@ class Divergence:
                 f"{cls.__qualname__}: the name {name!r} belongs to "
                 f"{holder.__module__}.{holder.__qualname__} already; give it another"
             )
-        if {"value_and_pull", "of_rows"} & vars(cls).keys():
+        if {"value_and_descent", "of_rows"} & vars(cls).keys():
             cls.sharded = vars(cls).get("sharded", False)
         built_in = cls.__module__.startswith(f"{__package__}.") and cls.__module__ != __name__
         own = vars(cls).get("has_device_function", built_in)
@@ -92,7 +92,7 @@ class Divergence:
 
     @property
     def parameters(self) -> tuple[float, float]:
-        """The run-time numbers (a, b) that `value`, `value_and_pull` and the device take."""
+        """The run-time numbers (a, b) that `value`, `value_and_descent` and the device take."""
         return (0.0, 0.0)
 
     @staticmethod
@@ -124,8 +124,8 @@ class Divergence:
 
     @staticmethod
     def most(a: float, b: float) -> float:
-        """A bound that -d divergence / d lq, summed over a row as `Pull.total`, tends to where the
-        student's mass is where the teacher has none: the gradient is then a small difference.
+        """A bound of -d divergence / d lq, summed over a row as `Descent.total`, to which it tends
+        where the student's mass is where the teacher has none: the gradient is a small difference.
         """
         return math.inf
 
@@ -135,11 +135,11 @@ class Divergence:
         return None
 
     @classmethod
-    def value_and_pull(cls, pair: Pair, a: float, b: float) -> tuple[Tensor, Pull]:
-        """The divergence of each row, [R, 1], and the pull.
+    def value_and_descent(cls, pair: Pair, a: float, b: float) -> tuple[Tensor, Descent]:
+        """The divergence of each row, [R, 1], and the descent.
 
         Plain formulas serve: a row where they lose digits, or meet -inf, comes again in fp64, with
-        -1e300 for -inf. Nothing that belongs to the pair may be changed, but the teacher's depth.
+        -1e300 for -inf. Nothing of the pair's may be changed, but the teacher's log2_exp.
         Sums over a row are the pair's, `pair.total`, since its columns may be spread over
         processes; a class that defines this and takes no other says so by `sharded = True`.
         """
@@ -163,10 +163,10 @@ class Divergence:
         for own in at_label:
             pair.add_at_labels(slope, own)
             slopes = slopes + own[:, None]
-        return value.detach()[:, None], Pull(slope, -1.0, -slopes)
+        return value.detach()[:, None], Descent(slope, -1.0, -slopes)
 
     @classmethod
-    def _by_rows(cls, pair: Pair, a: float, b: float) -> tuple[Tensor, Pull]:
+    def _by_rows(cls, pair: Pair, a: float, b: float) -> tuple[Tensor, Descent]:
         """The same of a class whose `of_rows` is its own."""
         rows = pair.logs()
         with tracing.autograd():
@@ -174,7 +174,7 @@ class Divergence:
             labels = None if pair.labels is None else _differentiable(pair.labels)
             value = cls.of_rows(lp, leaf.requires_grad_(), a, b, labels)[:, None]
             (slope,) = torch.autograd.grad(value.sum(), leaf)
-        return value.detach(), Pull(slope, -1.0, -pair.total(slope))
+        return value.detach(), Descent(slope, -1.0, -pair.total(slope))
 
     def dual(self) -> tuple[str, tuple[float, float], float]:
         """(name, parameters, factor): D(p, q) = factor * D'(q, p); for the teacher's gradient."""

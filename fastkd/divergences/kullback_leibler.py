@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .base import NONE, REVERSE_KL, Divergence
-from .pair import LN2, Pair, Pull, plogr
+from .pair import LN2, Descent, Pair, plogr
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ForwardKL(Divergence):
     name = "forward_kl"
     sharded = True
     by_name = True
-    near = 1 / 128  # above it, off by 1e-4 of itself at most
+    least_in_fp32 = 1 / 128  # above it, off by 1e-4 of itself at most
     constant = NONE
     cancels = False
 
@@ -44,8 +44,8 @@ class ForwardKL(Divergence):
         return 1.0
 
     @classmethod
-    def value_and_pull(cls, pair, a, b):
-        return _forward(pair, pair.climb(pair.teacher.depth).mul_(pair.teacher.terms))
+    def value_and_descent(cls, pair, a, b):
+        return _forward(pair, pair.log2_ratio(pair.teacher.log2_exp).mul_(pair.teacher.exp))
 
     def dual(self):
         return ReverseKL.name, self.parameters, 1.0
@@ -70,7 +70,7 @@ class ReverseKL(Divergence):
     name = "reverse_kl"
     sharded = True
     by_name = True
-    near = 1 / 128  # above it, off by 1e-4 of itself at most
+    least_in_fp32 = 1 / 128  # above it, off by 1e-4 of itself at most
     constant = REVERSE_KL
 
     @staticmethod
@@ -82,8 +82,8 @@ class ReverseKL(Divergence):
         return 1.0
 
     @classmethod
-    def value_and_pull(cls, pair, a, b):
-        return _reverse(pair, pair.climb(pair.teacher.depth).mul_(pair.student.terms))
+    def value_and_descent(cls, pair, a, b):
+        return _reverse(pair, pair.log2_ratio(pair.teacher.log2_exp).mul_(pair.student.exp))
 
     def dual(self):
         return ForwardKL.name, self.parameters, 1.0
@@ -112,7 +112,7 @@ class Jeffreys(Divergence):
     name = "jeffreys"
     sharded = True
     by_name = True
-    near = 1 / 128  # above it, off by 1e-4 of itself at most
+    least_in_fp32 = 1 / 128  # above it, off by 1e-4 of itself at most
     constant = REVERSE_KL
 
     def __post_init__(self):
@@ -136,30 +136,32 @@ class Jeffreys(Divergence):
         return a + b
 
     @classmethod
-    def value_and_pull(cls, pair, a, b):
-        climb = pair.climb(pair.teacher.depth)
-        forward, one = _forward(pair, torch.mul(climb, pair.teacher.terms, out=pair.new()))
-        reverse, other = _reverse(pair, climb.mul_(pair.student.terms))
+    def value_and_descent(cls, pair, a, b):
+        log2_ratio = pair.log2_ratio(pair.teacher.log2_exp)
+        forward, one = _forward(pair, torch.mul(log2_ratio, pair.teacher.exp, out=pair.new()))
+        reverse, other = _reverse(pair, log2_ratio.mul_(pair.student.exp))
         terms = other.terms.mul_(other.factor / one.factor * b).add_(one.terms, alpha=a)
-        return a * forward + b * reverse, Pull(terms, one.factor, a * one.total + b * other.total)
+        return a * forward + b * reverse, Descent(
+            terms, one.factor, a * one.total + b * other.total
+        )
 
     def dual(self):
         return self.name, (self.reverse, self.forward), 1.0
 
 
-# --- from the terms times `climb` -------------------------------------------------------------
+# --- from the exponentials times `log2_ratio` --------------------------------------------------
 
 
-def _forward(pair: Pair, products: Tensor) -> tuple[Tensor, Pull]:
+def _forward(pair: Pair, products: Tensor) -> tuple[Tensor, Descent]:
     """Forward KL; with the products of the teacher's terms."""
     p = pair.teacher
-    factor = p.mass.reciprocal()
-    sums = pair.total_climb(p, products)
-    return torch.addcmul(pair.gap, sums, factor, value=LN2), Pull(p.terms, factor, 1.0)
+    factor = p.sum_exp.reciprocal()
+    sums = pair.total_log2_ratio(p, products)
+    return torch.addcmul(pair.gap, sums, factor, value=LN2), Descent(p.exp, factor, 1.0)
 
 
-def _reverse(pair: Pair, products: Tensor) -> tuple[Tensor, Pull]:
+def _reverse(pair: Pair, products: Tensor) -> tuple[Tensor, Descent]:
     """Reverse KL; with the products of the student's terms."""
-    factor = LN2 / pair.student.mass
-    sums = pair.total_climb(pair.student, products) * factor
-    return -(sums + pair.gap), Pull(products, factor, sums)
+    factor = LN2 / pair.student.sum_exp
+    sums = pair.total_log2_ratio(pair.student, products) * factor
+    return -(sums + pair.gap), Descent(products, factor, sums)

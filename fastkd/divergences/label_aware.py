@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .base import NONE, Divergence
-from .pair import FATHOM, plogr
+from .pair import MASKED_BELOW, plogr
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class NKD(Divergence):
 
 def _apart(logs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log p_k and log(1 - p_k), [R], and log p of the others normalised again, -inf at k."""
-    logs = torch.where(logs < FATHOM, -math.inf, logs)
+    logs = torch.where(logs < MASKED_BELOW, -math.inf, logs)
     at = labels.long()[:, None]
     others = logs.scatter(-1, at, -math.inf)
     none = (others == -math.inf).all(-1, keepdim=True)

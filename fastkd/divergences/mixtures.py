@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .base import Divergence
 from .kullback_leibler import ForwardKL, ReverseKL
-from .pair import Pair, Pull, Softmax, plogr
+from .pair import Descent, Pair, Softmax, plogr
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class JSD(Divergence):
 
     name = "jsd"
     sharded = True
-    near = 1 / 256  # off by 2e-7 at most
+    least_in_fp32 = 1 / 256  # off by 2e-7 at most
 
     def __post_init__(self):
         _check_range(
@@ -66,12 +66,12 @@ class JSD(Divergence):
         return (a - 1) * math.log1p(-a)
 
     @classmethod
-    def value_and_pull(cls, pair, a, b):
+    def value_and_descent(cls, pair, a, b):
         p, q = pair.teacher, pair.student
-        p_to_m, q_to_m = _log_shares(pair.d(p.depth).clamp_(-MOST, MOST), a, pair.new())
-        terms, factor = q_to_m.mul_(q.terms), (a - 1) / q.mass
+        p_to_m, q_to_m = _log_shares(pair.d(p.log2_exp).clamp_(-MOST, MOST), a, pair.new())
+        terms, factor = q_to_m.mul_(q.exp), (a - 1) / q.sum_exp
         sums = pair.total(terms) * factor
-        return a * pair.total(p_to_m.mul_(p.terms)) / p.mass - sums, Pull(terms, factor, sums)
+        return a * pair.total(p_to_m.mul_(p.exp)) / p.sum_exp - sums, Descent(terms, factor, sums)
 
     def dual(self):
         return self.name, (1 - self.beta, self.beta), 1.0
@@ -100,7 +100,7 @@ class SkewKL(Divergence):
 
     name = "skew_kl"
     sharded = True
-    near = 1 / 128  # above it, off by 1e-4 of itself at most
+    least_in_fp32 = 1 / 128  # above it, off by 1e-4 of itself at most
 
     def __post_init__(self):
         _check_skew("SkewKL", self.alpha)
@@ -118,14 +118,14 @@ class SkewKL(Divergence):
         return (1 - a) ** 2
 
     @classmethod
-    def value_and_pull(cls, pair, a, b):
+    def value_and_descent(cls, pair, a, b):
         if a == 0:
-            return ForwardKL.value_and_pull(pair, a, b)
+            return ForwardKL.value_and_descent(pair, a, b)
         p = pair.teacher
         share, log_share = _shares(pair, p, pair.student, a)
-        value = pair.total(log_share.mul_(p.terms)) / p.mass
-        terms = torch.addcmul(p.terms, share, p.terms, value=-a, out=share)
-        return value, _pull(pair, terms, 1 / p.mass)
+        value = pair.total(log_share.mul_(p.exp)) / p.sum_exp
+        terms = torch.addcmul(p.exp, share, p.exp, value=-a, out=share)
+        return value, _descent(pair, terms, 1 / p.sum_exp)
 
     def dual(self):
         return SkewReverseKL.name, self.parameters, 1.0
@@ -155,7 +155,7 @@ class SkewReverseKL(Divergence):
 
     name = "skew_reverse_kl"
     sharded = True
-    near = 1 / 128  # above it, off by 1e-4 of itself at most
+    least_in_fp32 = 1 / 128  # above it, off by 1e-4 of itself at most
 
     def __post_init__(self):
         _check_skew("SkewReverseKL", self.alpha)
@@ -177,13 +177,13 @@ class SkewReverseKL(Divergence):
         return abs(1 + math.log(a)) if a else math.inf
 
     @classmethod
-    def value_and_pull(cls, pair, a, b):
+    def value_and_descent(cls, pair, a, b):
         if a == 0:
-            return ReverseKL.value_and_pull(pair, a, b)
+            return ReverseKL.value_and_descent(pair, a, b)
         q = pair.student
         share, log_share = _shares(pair, q, pair.teacher, a)
-        pull = _pull(pair, share.mul_(a).sub_(log_share).mul_(q.terms), 1 / q.mass)
-        return pair.total(log_share.mul_(q.terms)) / q.mass, pull
+        descent = _descent(pair, share.mul_(a).sub_(log_share).mul_(q.exp), 1 / q.sum_exp)
+        return pair.total(log_share.mul_(q.exp)) / q.sum_exp, descent
 
     def dual(self):
         return SkewKL.name, self.parameters, 1.0
@@ -219,11 +219,11 @@ class TVD(Divergence):
         return 0.5
 
     @classmethod
-    def value_and_pull(cls, pair, a, b):
+    def value_and_descent(cls, pair, a, b):
         p, q = pair.teacher, pair.student
-        excess = torch.mul(q.terms, p.mass / q.mass, out=p.depth).sub_(p.terms)  # of q over p
-        terms = torch.sign(excess, out=pair.new()).mul_(q.terms)
-        return 0.5 * pair.total(excess.abs_()) / p.mass, _pull(pair, terms, -0.5 / q.mass)
+        excess = torch.mul(q.exp, p.sum_exp / q.sum_exp, out=p.log2_exp).sub_(p.exp)  # of q over p
+        terms = torch.sign(excess, out=pair.new()).mul_(q.exp)
+        return 0.5 * pair.total(excess.abs_()) / p.sum_exp, _descent(pair, terms, -0.5 / q.sum_exp)
 
     def dual(self):
         return self.name, self.parameters, 1.0
@@ -262,15 +262,15 @@ def _shares(pair: Pair, p: Softmax, q: Softmax, a: float) -> tuple[Tensor, Tenso
 
     p and q are the sides of the pair, either way round.
     """
-    m, spare = pair.teacher.depth, pair.new()
+    m, spare = pair.teacher.log2_exp, pair.new()
     if m.dtype == torch.float64:
         d = pair.d(m) if p is pair.teacher else pair.d(m).neg_()
         log_share = _log_share(d.clamp_(-MOST, MOST), a, spare)
         return torch.exp(log_share, out=m), log_share
-    least = torch.finfo(p.terms.dtype).tiny
-    torch.mul(q.terms, (1 - a) * p.mass / q.mass, out=m)
-    m.add_(p.terms, alpha=a).clamp_min_(least)
-    share = torch.div(p.terms, m, out=m)
+    least = torch.finfo(p.exp.dtype).tiny
+    torch.mul(q.exp, (1 - a) * p.sum_exp / q.sum_exp, out=m)
+    m.add_(p.exp, alpha=a).clamp_min_(least)
+    share = torch.div(p.exp, m, out=m)
     return share, torch.clamp(share, min=least, out=spare).log_()
 
 
@@ -279,8 +279,8 @@ def _log_share(d: Tensor, a: float, out: Tensor) -> Tensor:
     return torch.neg(d, out=out).expm1_().mul_(1 - a).log1p_().neg_()
 
 
-def _pull(pair: Pair, terms: Tensor, factor: Tensor) -> Pull:
-    return Pull(terms, factor, pair.total(terms) * factor)
+def _descent(pair: Pair, terms: Tensor, factor: Tensor) -> Descent:
+    return Descent(terms, factor, pair.total(terms) * factor)
 
 
 def _log_shares(d: Tensor, a: float, spare: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .base import LOG_MIXTURE, Divergence
-from .pair import FATHOM, LN2, MASKED, Pair, Pull
+from .pair import LN2, MASKED, MASKED_BELOW, Descent, Pair
 
 # Where |a (a - 1)| is less, and in fp64, S - 1 is summed entry by entry: it keeps its digits.
 NEAR_END = 0.2
@@ -65,11 +65,11 @@ class AlphaDivergence(Divergence):
         return 1.0
 
     @classmethod
-    def value_and_pull(cls, pair, a, b):
+    def value_and_descent(cls, pair, a, b):
         escorts = _escorts(pair, a)
         size = (escorts.log.exp() / a).to(escorts.share.terms.dtype)
         terms, factor, sums = escorts.share
-        return escorts.excess / (a * (a - 1)), Pull(terms, factor * size, sums * size)
+        return escorts.excess / (a * (a - 1)), Descent(terms, factor * size, sums * size)
 
     def dual(self):
         return self.name, (1 - self.alpha, self.alpha), 1.0
@@ -130,11 +130,11 @@ class Renyi(Divergence):
         return a
 
     @classmethod
-    def value_and_pull(cls, pair, a, b):
+    def value_and_descent(cls, pair, a, b):
         escorts = _escorts(pair, a)
         terms, factor, sums = escorts.share
         known = torch.where(escorts.log.abs() < 1e100, factor, math.nan)  # infinite: no gradient
-        return escorts.log / (a - 1), Pull(terms, known, sums)
+        return escorts.log / (a - 1), Descent(terms, known, sums)
 
     def dual(self):
         return self.name, (1 - self.alpha, self.alpha), self.alpha / (1 - self.alpha)
@@ -152,19 +152,19 @@ def log_escort(lp: Tensor, lq: Tensor, a: float) -> Tensor:
 
 
 class _Escorts(NamedTuple):
-    """Of S = sum p^a q^(1-a), [R, 1] in fp64; its terms over S as a Pull, which may lack some q."""
+    """Of S = sum p^a q^(1-a), [R, 1] in fp64; its terms over S as a Descent, may lack some q."""
 
     log: Tensor  # log S
     excess: Tensor  # S - 1
-    share: Pull
+    share: Descent
 
 
 def _escorts(pair: Pair, a: float) -> _Escorts:
-    double = pair.student.terms.dtype == torch.float64
+    double = pair.student.exp.dtype == torch.float64
     near = _excess(pair, a) if double or abs(a * (a - 1)) < NEAR_END else None
-    w, top, mass = _weights(pair, a)
-    log = mass.double().log() + top
-    share = Pull(w, 1 / mass, mass / mass)  # NaN where the sum is
+    w, shift, sum_exp = _weights(pair, a)
+    log = sum_exp.double().log() + shift
+    share = Descent(w, 1 / sum_exp, sum_exp / sum_exp)  # NaN where the sum is
     if near is None:
         return _Escorts(log, log.expm1(), share)
     terms, excess = near
@@ -173,30 +173,30 @@ def _escorts(pair: Pair, a: float) -> _Escorts:
     log = torch.where(known, excess.double().log1p(), log)
     if a < 0.5:
         size = 1 / (1 + excess)
-        share = Pull(
+        share = Descent(
             torch.where(known, terms, w),
-            torch.where(known, size / pair.student.mass, share.factor),
+            torch.where(known, size / pair.student.sum_exp, share.factor),
             torch.where(known, excess * size, share.total),
         )
     return _Escorts(log, torch.where(known, excess.double(), log.expm1()), share)
 
 
 def _excess(pair: Pair, a: float) -> tuple[Tensor, Tensor]:
-    """p^a q^(1-a) less q, or less p for an order near 1, over the mass of that side; its sum."""
+    """p^a q^(1-a) less q, or less p for an order near 1, over the sum of that side; its sum."""
     side, order = (pair.student, a) if a < 0.5 else (pair.teacher, a - 1)
-    terms = pair.d(pair.new()).mul_(order).expm1_().mul_(side.terms)
-    terms.masked_fill_(side.terms == 0, 0.0)
-    return terms, pair.total_growth(side, order, terms) / side.mass
+    terms = pair.d(pair.new()).mul_(order).expm1_().mul_(side.exp)
+    terms.masked_fill_(side.exp == 0, 0.0)
+    return terms, pair.total_growth(side, order, terms) / side.sum_exp
 
 
 def _weights(pair: Pair, a: float) -> tuple[Tensor, Tensor, Tensor]:
-    """p^a q^(1-a) / exp(top); top, of each row the log of the largest, in fp64; and their sum."""
+    """p^a q^(1-a) / exp(shift); shift, of a row the log of the largest, in fp64; and their sum."""
     p, q = pair.teacher, pair.student
     empty = None
-    if not 0 <= a <= 1 and q.depth.dtype == torch.float64:
-        empty = (p.depth < FATHOM) & (q.depth < FATHOM)
-    depth = p.depth.mul_(a).add_(q.depth, alpha=1 - a)
+    if not 0 <= a <= 1 and q.log2_exp.dtype == torch.float64:
+        empty = (p.log2_exp < MASKED_BELOW) & (q.log2_exp < MASKED_BELOW)
+    log2_exp = p.log2_exp.mul_(a).add_(q.log2_exp, alpha=1 - a)
     if empty is not None:
-        depth.masked_fill_(empty, MASKED)
-    w, top, mass = pair.blend(depth, a)
-    return w, LN2 * top.double() - a * p.log_mass - (1 - a) * q.log_mass, mass
+        log2_exp.masked_fill_(empty, MASKED)
+    w, shift, sum_exp = pair.blend(log2_exp, a)
+    return w, LN2 * shift.double() - a * p.log_sum - (1 - a) * q.log_sum, sum_exp

@@ -10,57 +10,57 @@ import torch
 from torch import Tensor
 
 LN2 = math.log(2)
-# The first columns, whose largest logit is `top`, but in fp64: to search all takes a tenth of the
+# The first columns, whose largest logit is `shift`, but in fp64: to search all takes a tenth of the
 # time, and any logit of the row would mostly do. A row too large for that, with a logit larger by
 # 44 T elsewhere, comes again in fp64. PyTorch finds the largest of 64 as fast as that of 8.
 SEARCHED, FEW = 64, 4
-# In fp64 a number stands for -inf, which times 0 is 0; the depth of a masked entry is below the
+# In fp64 a number stands for -inf, which times 0 is 0; the log2_exp of a masked entry is below the
 # second, in fp32 too.
-MASKED, FATHOM = -1e300, -1e200
+MASKED, MASKED_BELOW = -1e300, -1e200
 # Masses whose ratio is 1 but for less have a logarithm that lacks digits.
 ALIKE = 1e-4
 
 
 class Softmax(NamedTuple):
-    """softmax(logits / T) of rows, as terms / mass, where the terms are exp((logits - top) / T)."""
+    """softmax(logits / T) of rows, as exp / sum_exp, where exp is exp((logits - shift) / T)."""
 
-    top: Tensor  # the largest logit, or a large one, [R, 1]
-    depth: Tensor  # log2 of the terms, [R, V]: exp2 takes a quarter of the time of exp
-    terms: Tensor  # [R, V]
-    mass: Tensor  # their sum, [R, 1]
+    shift: Tensor  # the largest logit, or a large one, [R, 1]
+    log2_exp: Tensor  # log2 of exp, [R, V]: torch.exp2 takes a quarter of the time of torch.exp
+    exp: Tensor  # [R, V]
+    sum_exp: Tensor  # [R, 1]
 
     @classmethod
     def of(
         cls,
         logits: Tensor,
         scale: float | Tensor,
-        depth: Tensor,
-        terms: Tensor,
+        log2_exp: Tensor,
+        exp: Tensor,
         whole: bool = False,
     ) -> Softmax:
-        """In the buffers given, [R, V]; that of the depth may be the logits.
+        """In the buffers given, [R, V]; that of log2_exp may be the logits.
 
-        whole: the largest logit of all is to be `top`.
+        whole: the largest logit of all is to be `shift`.
         """
         double, bits = logits.dtype == torch.float64, scale / LN2
         some = logits
         if not (whole or double):
             some = logits[:, : SEARCHED if logits.size(1) >= SEARCHED else FEW]
-        top = some.amax(-1, keepdim=True)
+        shift = some.amax(-1, keepdim=True)
         if double or isinstance(bits, Tensor):  # a product by itself would round a common offset
-            torch.sub(logits, top, out=depth).mul_(bits)
+            torch.sub(logits, shift, out=log2_exp).mul_(bits)
         else:
-            _affine(logits, bits, top * -bits, depth)
-        mass = total(torch.exp2(depth, out=terms))
-        return cls(top, depth, terms, mass)
+            _affine(logits, bits, shift * -bits, log2_exp)
+        sum_exp = total(torch.exp2(log2_exp, out=exp))
+        return cls(shift, log2_exp, exp, sum_exp)
 
     @property
-    def log_mass(self) -> Tensor:
+    def log_sum(self) -> Tensor:
         """In fp64, as it is added to what it tends to cancel."""
-        return self.mass.double().log()
+        return self.sum_exp.double().log()
 
 
-class Pull(NamedTuple):
+class Descent(NamedTuple):
     """-d divergence / d lq as terms * factor, and its sum over each row.
 
     Any multiple of q may be added to it: it has no effect on the logits.
@@ -76,7 +76,7 @@ class Pair:
 
     `student_scale` is 1 / T: a number where all rows share it, else [R, 1]. `new()` is a buffer
     [R, V], for `out=`, from a store that outlasts the rows: fresh memory costs more than
-    arithmetic. Nothing reads the teacher's depth after the divergence: it may be overwritten.
+    arithmetic. Nothing reads the teacher's log2_exp after the divergence: it may be overwritten.
     `labels`, [R], are there for divergences that look at them.
     """
 
@@ -94,28 +94,28 @@ class Pair:
         self.gap = self._gap() if gap is None else gap
 
     def _gap(self) -> Tensor:
-        """d where the depths are equal, in nats, [R, 1]; in fp64 with the digits of near sides."""
+        """d where both log2_exp are equal, in nats, [R, 1]; in fp64 with digits of near sides."""
         q, p = self.student, self.teacher
-        ratio = q.mass / p.mass
+        ratio = q.sum_exp / p.sum_exp
         alike = (ratio - 1).abs() < ALIKE if ratio.dtype == torch.float64 else None
         if alike is None or not alike.any():
             return ratio.log_()
-        excess = self.climb(self.new()).mul_(LN2).expm1_().mul_(q.terms)  # of p's terms over q's
-        excess = torch.where(q.terms == 0, p.terms, excess)
-        return torch.where(alike, -(total(excess) / q.mass).log1p(), ratio.log())
+        excess = self.log2_ratio(self.new()).mul_(LN2).expm1_().mul_(q.exp)  # of p's exp over q's
+        excess = torch.where(q.exp == 0, p.exp, excess)
+        return torch.where(alike, -(total(excess) / q.sum_exp).log1p(), ratio.log())
 
-    def climb(self, out: Tensor) -> Tensor:
-        """d = lp - lq in bits and less `gap`; `out` may be the teacher's depth."""
-        return torch.sub(self.teacher.depth, self.student.depth, out=out)
+    def log2_ratio(self, out: Tensor) -> Tensor:
+        """d = lp - lq in bits and less `gap`; `out` may be the teacher's log2_exp."""
+        return torch.sub(self.teacher.log2_exp, self.student.log2_exp, out=out)
 
     def d(self, out: Tensor) -> Tensor:
-        """lp - lq; `out` may be the teacher's depth."""
-        return _affine(self.climb(out), LN2, self.gap, out)
+        """lp - lq; `out` may be the teacher's log2_exp."""
+        return _affine(self.log2_ratio(out), LN2, self.gap, out)
 
     def logs(self) -> tuple[Tensor, Tensor]:
         """lp and lq, in buffers that are the caller's."""
         lp, lq = (
-            _affine(side.depth, LN2, -side.log_mass.to(side.depth.dtype), self.new())
+            _affine(side.log2_exp, LN2, -side.log_sum.to(side.log2_exp.dtype), self.new())
             for side in (self.teacher, self.student)
         )
         return lp, lq
@@ -126,29 +126,29 @@ class Pair:
         """The sum of terms that depend on no other sum."""
         return total(terms)
 
-    def total_climb(self, side: Softmax, products: Tensor) -> Tensor:
-        """The sum of the products of a side's terms and `climb`."""
+    def total_log2_ratio(self, side: Softmax, products: Tensor) -> Tensor:
+        """The sum of the products of a side's exp and `log2_ratio`."""
         return total(products)
 
     def total_growth(self, side: Softmax, order: float, terms: Tensor) -> Tensor:
-        """The sum of the terms side.terms * (exp(order * d) - 1)."""
+        """The sum of side.exp * (exp(order * d) - 1)."""
         return total(terms)
 
-    def blend(self, depth: Tensor, a: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Terms exp2(depth - top), in the place of the depth, `top` and the terms' sum.
+    def blend(self, log2_exp: Tensor, a: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Terms exp2(log2_exp - shift), in the place of log2_exp, `shift` and the terms' sum.
 
-        The depth is a * teacher.depth + (1 - a) * student.depth.
+        log2_exp is a * teacher.log2_exp + (1 - a) * student.log2_exp.
         """
-        top = depth.amax(-1, keepdim=True)
-        terms = depth.sub_(top).exp2_()
-        return terms, top, total(terms)
+        shift = log2_exp.amax(-1, keepdim=True)
+        terms = log2_exp.sub_(shift).exp2_()
+        return terms, shift, total(terms)
 
     def label_logs(self) -> tuple[Tensor, Tensor]:
         """lp and lq of the labels, [R]."""
         assert self.labels is not None
         labels = self.labels.long()[:, None]
         lp, lq = (
-            (LN2 * side.depth.gather(-1, labels) - side.log_mass.to(side.depth.dtype))[:, 0]
+            (LN2 * side.log2_exp.gather(-1, labels) - side.log_sum.to(side.log2_exp.dtype))[:, 0]
             for side in (self.teacher, self.student)
         )
         return lp, lq
@@ -158,9 +158,9 @@ class Pair:
         assert self.labels is not None
         rows.scatter_add_(-1, self.labels.long()[:, None], values[:, None])
 
-    def mean_depth(self, side: Softmax) -> Tensor:
-        """The depth's mean over a side's distribution."""
-        return total(torch.mul(side.terms, side.depth, out=self.new())) / side.mass
+    def mean_log2_exp(self, side: Softmax) -> Tensor:
+        """The mean of log2_exp over a side's distribution."""
+        return total(torch.mul(side.exp, side.log2_exp, out=self.new())) / side.sum_exp
 
 
 def _affine(x: Tensor, scale: float, shift: Tensor, out: Tensor) -> Tensor:

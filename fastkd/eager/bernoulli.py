@@ -53,13 +53,15 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradient of the student's logits, in their dtype, and of each row's temperature."""
     out = new_gradient(problem) if gradient else None
-    heat = upstream.kd.new_zeros(problem.rows) if temperature else None
+    temperature_grad = upstream.kd.new_zeros(problem.rows) if temperature else None
     for block in _blocks(problem):
-        _gradient(problem, block, upstream, out, None if len(state) else heat)
-    if heat is not None and len(state):
+        _gradient(problem, block, upstream, out, None if len(state) else temperature_grad)
+    if temperature_grad is not None and len(state):
         factors = (upstream.kd, upstream.entropy)
-        heat += sum(x * row for x, row in zip(factors, state, strict=True) if x is not None)
-    return out, heat
+        temperature_grad += sum(
+            x * row for x, row in zip(factors, state, strict=True) if x is not None
+        )
+    return out, temperature_grad
 
 
 def fused(
@@ -83,7 +85,7 @@ def fused(
 # --- blocks -----------------------------------------------------------------------------------
 
 
-class _Heads:
+class _Sigmoids:
     """Rows of one side in fp64, [R, V]."""
 
     def __init__(self, logit: Tensor) -> None:
@@ -108,8 +110,8 @@ class _Block(NamedTuple):
     rows: Rows
     raw: Tensor  # the student's logits, [R, V]
     rate: Tensor  # 1 / T of the student, [R, 1]
-    student: _Heads
-    teacher: _Heads
+    student: _Sigmoids
+    teacher: _Sigmoids
 
 
 def _blocks(problem: Problem) -> Iterator[_Block]:
@@ -125,9 +127,9 @@ def _blocks(problem: Problem) -> Iterator[_Block]:
             if x is not None
         ]
         z, rate = sides[0], student_rate[rows.flat]
-        student = teacher = _Heads(z * rate)  # without a teacher, the divergence is 0
+        student = teacher = _Sigmoids(z * rate)  # without a teacher, the divergence is 0
         if len(sides) > 1:
-            teacher = _Heads(sides[1].mul_(teacher_rate[rows.flat]))
+            teacher = _Sigmoids(sides[1].mul_(teacher_rate[rows.flat]))
         yield _Block(rows, z, rate, student, teacher)
 
 
@@ -143,7 +145,7 @@ def _store(values: Tensor, problem: Problem, block: _Block) -> None:
     if len(values) > 1:
         terms[ENTROPY] = _entropy(student)
         if problem.labels is not None:
-            terms[CE] = _cross_entropy(_Heads(block.raw), problem.labels[block.rows.flat])
+            terms[CE] = _cross_entropy(_Sigmoids(block.raw), problem.labels[block.rows.flat])
     if len(values) > 3:
         terms[TEACHER_ENTROPY] = _entropy(teacher)
         agree = (student.logit > 0) == (teacher.logit > 0)
@@ -154,13 +156,13 @@ def _store(values: Tensor, problem: Problem, block: _Block) -> None:
         values[kind][block.rows.flat] = total.to(values.dtype)
 
 
-def _cross_entropy(heads: _Heads, yes: Tensor) -> Tensor:
+def _cross_entropy(side: _Sigmoids, yes: Tensor) -> Tensor:
     """-yes log sigmoid(logit) - (1 - yes) log sigmoid(-logit)."""
-    return heads.logit.clamp(min=0).addcmul_(heads.logit, yes.double(), value=-1).add_(heads.log)
+    return side.logit.clamp(min=0).addcmul_(side.logit, yes.double(), value=-1).add_(side.log)
 
 
-def _entropy(heads: _Heads) -> Tensor:
-    return _cross_entropy(heads, heads.yes)
+def _entropy(side: _Sigmoids) -> Tensor:
+    return _cross_entropy(side, side.yes)
 
 
 def _gradient(
@@ -168,7 +170,7 @@ def _gradient(
     block: _Block,
     upstream: Coefficients,
     out: Tensor | None,
-    heat: Tensor | None,
+    temperature_grad: Tensor | None,
 ) -> None:
     """Writes the block's gradient to the student's logits, and to its temperature."""
     kd = upstream.kd[block.rows.flat, None].double()
@@ -182,10 +184,10 @@ def _gradient(
     if entropy is not None:
         gradient -= entropy * student.bell * student.logit
     gradient *= block.rate
-    if heat is not None:
+    if temperature_grad is not None:
         moved = torch.where(block.raw.abs() > FAR, 0.0, block.raw * gradient)
         slope = moved.sum(-1) * block.rate[:, 0]
-        heat[block.rows.flat] = -slope.to(heat.dtype)
+        temperature_grad[block.rows.flat] = -slope.to(temperature_grad.dtype)
     if ce is not None:
         assert problem.labels is not None
         gradient += ce * (block.raw.sigmoid() - problem.labels[block.rows.flat])

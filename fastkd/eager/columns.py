@@ -19,10 +19,10 @@ from fastkd.divergences import LN2, MASKED, Divergence, Softmax, total
 from fastkd.problem import Problem
 
 from .blocks import Rows, Store, blocks, largest
-from .joins import SIDES, STUDENT, Known, Labels, Shard, asked, first_names, is_top
+from .joins import SIDES, STUDENT, Known, Labels, Shard, asked, first_names, is_shift
 from .solver import CERTAIN, LARGE, LEAST_SCALE, exact_scales, of_rows
 
-# In a row whose log-ratios are smaller, the difference of the masses is summed entry by entry.
+# In a row whose log-ratios are smaller, the difference of the sums is formed entry by entry.
 SMALL = 1e-3
 # Rows whose sides are further apart than the first, in total variation, have divergences that fp32
 # gives. An owner takes the second for its own columns: where a row is near, the columns of owners
@@ -49,7 +49,7 @@ class Columns:
             # Of rows further apart than APART, by Pinsker's bound; a parameter may make it small.
             curvature = self.kind.curvature(problem.a, problem.b)
             least = math.inf if curvature is None else 2 * curvature * APART**2
-            single = single and least > self.kind.near
+            single = single and least > self.kind.least_in_fp32
         self.tempered = is_tempered(problem)
         self.means = entropy or metrics or self.tempered
         # Against a student that is nearly certain.
@@ -74,7 +74,7 @@ class Columns:
         problem = self.problem
         fields = problem.student.new_zeros(len(names), problem.rows, dtype=torch.float64)
         for index, name in enumerate(names):
-            if is_top(name):
+            if is_shift(name):
                 fields[index] = MASKED
         for rows in self._blocks():
             exact = self.store is self.exact_store
@@ -117,31 +117,33 @@ class Columns:
         kept = figures.isfinite().all(0)
         if "apart" in found:
             kept &= found["apart"] > APART_HERE
-        if self.guarded and (STUDENT, "mass") in found:
-            kept &= found[STUDENT, "mass"] > CERTAIN
+        if self.guarded and (STUDENT, "sum_exp") in found:
+            kept &= found[STUDENT, "sum_exp"] > CERTAIN
         for scale in self.scales:
             if isinstance(scale, Tensor):
                 kept &= of_rows(scale, rows)[:, 0] > LEAST_SCALE
         if "saturated" in found:
             kept &= found["saturated"] == 0
-        masses = [found[name, "mass"] for name in SIDES if (name, "mass") in found]
-        size = torch.stack(masses).amax(0) if masses else self.mass[rows.flat]
+        sums_exp = [found[name, "sum_exp"] for name in SIDES if (name, "sum_exp") in found]
+        size = torch.stack(sums_exp).amax(0) if sums_exp else self.sum_exp[rows.flat]
         for name in found.keys() & set(self._sums_of_columns()):
             kept &= found[name].abs() < LARGE * size
         return ~kept
 
     def _sums_of_columns(self) -> list[Any]:
-        return [name for name in first_names(self.first) if not is_top(name)] + [
+        return [name for name in first_names(self.first) if not is_shift(name)] + [
             ("later", i) for i in range(self.later)
         ]
 
     def _mark(self, known: Known) -> None:
         """Marks the rows that need fp64 by what is known of all columns."""
-        kept = known[STUDENT, "mass"] > (CERTAIN if self.guarded else 0)
+        kept = known[STUDENT, "sum_exp"] > (CERTAIN if self.guarded else 0)
         if self.problem.teacher is not None:
             kept &= known["apart"] > APART
         self.exact |= ~kept
-        self.mass = torch.stack([known[name, "mass"] for name in SIDES[: len(self.sides)]]).amax(0)
+        self.sum_exp = torch.stack(
+            [known[name, "sum_exp"] for name in SIDES[: len(self.sides)]]
+        ).amax(0)
 
     def _logits(self, rows: Rows) -> list[Tensor]:
         """Of both sides; in fp64 in buffers, and with a number for -inf, which times 0 is 0."""
@@ -156,18 +158,18 @@ class Columns:
         self,
         x: Tensor,
         scale: float | Tensor,
-        top: Tensor | None = None,
-        mass: Tensor | None = None,
+        shift: Tensor | None = None,
+        sum_exp: Tensor | None = None,
     ) -> Softmax:
-        """With the top and mass of all owners, or of these columns.
+        """With the shift and sum of all owners, or of these columns.
 
         Logits are measured from the top before they are scaled: a rounding that is common to the
         columns of one owner would not cancel against those of others.
         """
-        top = x.amax(-1, keepdim=True) if top is None else top
-        depth = torch.sub(x, top, out=self.store.new()).mul_(scale / LN2)
-        terms = torch.exp2(depth, out=self.store.new())
-        return Softmax(top, depth, terms, total(terms) if mass is None else mass)
+        shift = x.amax(-1, keepdim=True) if shift is None else shift
+        log2_exp = torch.sub(x, shift, out=self.store.new()).mul_(scale / LN2)
+        terms = torch.exp2(log2_exp, out=self.store.new())
+        return Softmax(shift, log2_exp, terms, total(terms) if sum_exp is None else sum_exp)
 
     def _of(self, known: Known, name: Any, rows: Rows) -> Tensor:
         """Of these rows, [R, 1], in the dtype of what is computed."""
@@ -186,7 +188,7 @@ class Columns:
 
     def _counts(self, known: Known) -> Tensor:
         """Rows with a logit on either side, [N]."""
-        masked = [known[name, "top"] == MASKED for name in SIDES[: len(self.sides)]]
+        masked = [known[name, "shift"] == MASKED for name in SIDES[: len(self.sides)]]
         return ~(masked[0] | masked[-1])
 
     def _statistics(self, rows: Rows) -> Known:
@@ -210,21 +212,21 @@ class Columns:
         if problem.labels is not None:
             at_one = isinstance(scales[0], float) and scales[0] == 1
             unit = softmaxes[0] if at_one else self._softmax(logits[0], 1.0)
-            found["unit"] = unit.mass
+            found["unit"] = unit.sum_exp
         for name, side in zip(SIDES, softmaxes, strict=False):
-            found[name, "top"], found[name, "mass"] = side.top, side.mass
+            found[name, "shift"], found[name, "sum_exp"] = side.shift, side.sum_exp
             if self.means:
-                products = torch.mul(side.terms, side.depth, out=new())
-                found[name, "depth"] = total(products)
+                products = torch.mul(side.exp, side.log2_exp, out=new())
+                found[name, "log2_exp"] = total(products)
                 if self.tempered and self.entropy and name == STUDENT:
-                    found["depth_square"] = total(products.mul_(side.depth))
+                    found["log2_exp_square"] = total(products.mul_(side.log2_exp))
         if softmaxes[1:]:
             q, p = softmaxes
             found["apart"] = _apart(q, p, new())
             found |= _closeness(q, p, new, self.tempered)
             if self.first:
-                pair = Shard((q, p), scales[0], new, torch.zeros_like(q.mass))
-                self.kind.value_and_pull(pair, problem.a, problem.b)
+                pair = Shard((q, p), scales[0], new, torch.zeros_like(q.sum_exp))
+                self.kind.value_and_descent(pair, problem.a, problem.b)
                 found |= zip(first_names(self.first), pair.found_first, strict=True)
         return {name: x[:, 0] if x.dim() == 2 else x for name, x in found.items()}
 
@@ -237,29 +239,29 @@ def is_tempered(problem: Problem) -> bool:
 
 def _apart(q: Softmax, p: Softmax, spare: Tensor) -> Tensor:
     """The total variation of both sides over these columns alone, [R, 1]."""
-    apart = torch.mul(q.terms, p.mass / q.mass, out=spare).sub_(p.terms)
-    return torch.linalg.vector_norm(apart, 1, dim=-1, keepdim=True) / (2 * p.mass)
+    apart = torch.mul(q.exp, p.sum_exp / q.sum_exp, out=spare).sub_(p.exp)
+    return torch.linalg.vector_norm(apart, 1, dim=-1, keepdim=True) / (2 * p.sum_exp)
 
 
 def _closeness(
     q: Softmax, p: Softmax, new: Callable[[], Tensor], tempered: bool
 ) -> dict[Any, Tensor]:
     """How far apart the sides' terms are: their difference, and sums of their log-ratio d."""
-    found = {"excess": p.mass - q.mass, "spread": torch.ones_like(q.mass)}
-    found |= {name: torch.zeros_like(q.mass) for name in ("mean", "square", "cross")}
-    if q.depth.dtype != torch.float64:  # not in rows that need it
+    found = {"excess": p.sum_exp - q.sum_exp, "spread": torch.ones_like(q.sum_exp)}
+    found |= {name: torch.zeros_like(q.sum_exp) for name in ("mean", "square", "cross")}
+    if q.log2_exp.dtype != torch.float64:  # not in rows that need it
         return found
-    d = torch.sub(p.depth, q.depth, out=new()).mul_(LN2)
-    d.masked_fill_((q.terms + p.terms) == 0, 0.0)
+    d = torch.sub(p.log2_exp, q.log2_exp, out=new()).mul_(LN2)
+    d.masked_fill_((q.exp + p.exp) == 0, 0.0)
     spread = d.abs().amax(-1, keepdim=True)
     found["spread"] = spread
     small = (spread[:, 0] < SMALL).nonzero()[:, 0]
     if len(small):
-        d, terms = d[small], q.terms[small]
+        d, terms = d[small], q.exp[small]
         found["excess"][small] = total(d.expm1().mul_(terms))
         products = d * terms
         found["mean"][small] = total(products)
         found["square"][small] = total(products * d)
         if tempered:
-            found["cross"][small] = total(products.mul_(q.depth[small]).nan_to_num_(nan=0.0))
+            found["cross"][small] = total(products.mul_(q.log2_exp[small]).nan_to_num_(nan=0.0))
     return found

@@ -1,9 +1,9 @@
 """Rows of a softmax whose columns are spread over owners: what joins, and how.
 
-Tops and masses join as those of a log-sum-exp do. What an owner sums up is measured from its own
-tops: `shift` is what these lack of the highest. Sums that the formulas take of products with
-`climb`, of growths and of blends change with the tops in a known way, and need no masses; any other
-sum is taken when the masses of all are known.
+Shifts and sums join as those of a log-sum-exp do. What an owner sums up is measured from its own
+shifts: `lower` is what these lack of the highest. Sums that the formulas take of products with
+`log2_ratio`, of growths and of blends change with the shifts in a known way, and need no other sum;
+all others are taken when the sums of the exponentials of all owners are known.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .columns import Columns
 
 SIDES = STUDENT, TEACHER = "student", "teacher"
-# Pieces whose tops lie nearer are joined by their differences too.
+# Pieces whose shifts lie nearer are joined by their differences too.
 NEAR = 1.0
 
 Known = dict[Any, Tensor]  # what the owners know of each row, [N], by names
@@ -51,7 +51,7 @@ class Shard(Pair):
     ) -> None:
         super().__init__(*sides, scale, new, gap=gap)
         self.first, self.later, self.own_labels = first, later, labels
-        self.student_mean = student_mean  # of its depth
+        self.student_mean = student_mean  # of its log2_exp
         self.asked: list[tuple[Any, ...]] = []  # what is asked for in the first sweep
         self.found_first: list[Tensor] = []
         self.found_later: list[Tensor] = []
@@ -71,31 +71,31 @@ class Shard(Pair):
         self.found_later.append(found)
         return found
 
-    def total_climb(self, side: Softmax, products: Tensor) -> Tensor:
-        (found,) = self._first(("climb", self._name(side)), lambda: (total(products),))
+    def total_log2_ratio(self, side: Softmax, products: Tensor) -> Tensor:
+        (found,) = self._first(("log2_ratio", self._name(side)), lambda: (total(products),))
         return found
 
     def total_growth(self, side: Softmax, order: float, terms: Tensor) -> Tensor:
         (found,) = self._first(("growth", self._name(side), order), lambda: (total(terms),))
         return found
 
-    def blend(self, depth: Tensor, a: float) -> tuple[Tensor, Tensor, Tensor]:
+    def blend(self, log2_exp: Tensor, a: float) -> tuple[Tensor, Tensor, Tensor]:
         def find() -> tuple[Tensor, Tensor]:
-            if not depth.size(1):
-                return depth.new_zeros(len(depth), 1), depth.new_zeros(len(depth), 1)
-            top = depth.amax(-1, keepdim=True)
-            return top, total(torch.exp2(depth - top))
+            if not log2_exp.size(1):
+                return log2_exp.new_zeros(len(log2_exp), 1), log2_exp.new_zeros(len(log2_exp), 1)
+            shift = log2_exp.amax(-1, keepdim=True)
+            return shift, total(torch.exp2(log2_exp - shift))
 
-        top, mass = self._first(("blend", a), find)
-        return depth.sub_(top).exp2_(), top, mass
+        shift, sum_exp = self._first(("blend", a), find)
+        return log2_exp.sub_(shift).exp2_(), shift, sum_exp
 
-    def mean_depth(self, side: Softmax) -> Tensor:
+    def mean_log2_exp(self, side: Softmax) -> Tensor:
         assert self.student_mean is not None
         return self.student_mean
 
     def label_logs(self) -> tuple[Tensor, Tensor]:
         assert self.own_labels is not None
-        dtype = self.student.terms.dtype
+        dtype = self.student.exp.dtype
         return self.own_labels.lp.to(dtype), self.own_labels.lq.to(dtype)
 
     def add_at_labels(self, rows: Tensor, values: Tensor) -> None:
@@ -131,13 +131,13 @@ def asked(
     labels = Labels(torch.zeros(1, dtype=torch.bool), none.long(), row[0] - 1, row[0] - 1)
     sides = (empty(row, row + 1), empty(row, row + 1))
     pair = Shard(sides, 1.0, lambda: none.clone(), row, labels=labels)
-    kind.value_and_pull(pair, a, b)
+    kind.value_and_descent(pair, a, b)
     return tuple(pair.asked), len(pair.found_later)
 
 
-def empty(top: Tensor, mass: Tensor) -> Softmax:
-    """Of no columns; top and mass [R, 1]."""
-    return Softmax(top, top.new_zeros(len(top), 0), top.new_zeros(len(top), 0), mass)
+def empty(shift: Tensor, sum_exp: Tensor) -> Softmax:
+    """Of no columns; shift and sum_exp [R, 1]."""
+    return Softmax(shift, shift.new_zeros(len(shift), 0), shift.new_zeros(len(shift), 0), sum_exp)
 
 
 # --- names of fields --------------------------------------------------------------------------
@@ -145,25 +145,25 @@ def empty(top: Tensor, mass: Tensor) -> Softmax:
 
 def first_names(asked: Sequence[tuple[Any, ...]]) -> list[Any]:
     names = (("first", i) for i in range(sum(map(_width, asked))))
-    tops = [part for one in asked for part in (["top", ""] if one[0] == "blend" else [""])]
-    return [(*name, top) for name, top in zip(names, tops, strict=True)]
+    shifts = [part for one in asked for part in (["shift", ""] if one[0] == "blend" else [""])]
+    return [(*name, shift) for name, shift in zip(names, shifts, strict=True)]
 
 
-def is_top(name: Any) -> bool:
-    return isinstance(name, tuple) and name[-1] == "top"
+def is_shift(name: Any) -> bool:
+    return isinstance(name, tuple) and name[-1] == "shift"
 
 
 def statistics_names(sweeps: Columns) -> list[Any]:
     problem = sweeps.problem
     names: list[Any] = []
     for side in SIDES[: len(sweeps.sides)]:
-        names += [(side, "top"), (side, "mass"), *[(side, "depth")] * sweeps.means]
+        names += [(side, "shift"), (side, "sum_exp"), *[(side, "log2_exp")] * sweeps.means]
     if problem.labels is not None:
         names += ["unit", "label", "sum"]
     if sweeps.metrics:
         names.append("agreement")
     if sweeps.tempered and sweeps.entropy:
-        names.append("depth_square")
+        names.append("log2_exp_square")
     if problem.teacher is not None:
         names += ["apart", "excess", "mean", "square", "cross", "spread"]
         names += first_names(sweeps.first)
@@ -180,64 +180,66 @@ def joined(sweeps: Columns, pieces: Known) -> Known:
     known: Known = {}
     scales = [scale[:, 0] if isinstance(scale, Tensor) else scale for scale in sweeps.exact_scales]
     scale = dict(zip(SIDES, (scales[0], scales[-1]), strict=True))
-    shift, weight = {}, {}  # of an owner's top to the highest, in nats, and its exponential
+    lower, weight = {}, {}  # of an owner's shift to the highest, in nats, and its exponential
     for side in SIDES[: len(sweeps.sides)]:
-        tops, masses = pieces[side, "top"], pieces[side, "mass"]
-        known[side, "top"] = top = tops.amax(0)
-        shift[side] = (tops - top) * scale[side]
-        weight[side] = shift[side].exp()
-        known[side, "mass"] = mass = (weight[side] * masses).sum(0)
+        shifts, sums_exp = pieces[side, "shift"], pieces[side, "sum_exp"]
+        known[side, "shift"] = shift = shifts.amax(0)
+        lower[side] = (shifts - shift) * scale[side]
+        weight[side] = lower[side].exp()
+        known[side, "sum_exp"] = sum_exp = (weight[side] * sums_exp).sum(0)
         if sweeps.means:
-            depths = pieces[side, "depth"] + masses * (shift[side] / LN2)
-            known[side, "depth"] = _weighted(weight[side], depths).sum(0) / mass
-    sweep, problem = shift[STUDENT], sweeps.problem
-    if "depth_square" in pieces:
-        bits, masses = sweep / LN2, pieces[STUDENT, "mass"]
-        squares = pieces["depth_square"] + bits * (2 * pieces[STUDENT, "depth"] + bits * masses)
-        mean = known[STUDENT, "depth"]
-        squares = _weighted(weight[STUDENT], squares).sum(0) / known[STUDENT, "mass"]
+            log2_exps = pieces[side, "log2_exp"] + sums_exp * (lower[side] / LN2)
+            known[side, "log2_exp"] = _weighted(weight[side], log2_exps).sum(0) / sum_exp
+    sweep, problem = lower[STUDENT], sweeps.problem
+    if "log2_exp_square" in pieces:
+        bits, sums_exp = sweep / LN2, pieces[STUDENT, "sum_exp"]
+        squares = pieces["log2_exp_square"] + bits * (
+            2 * pieces[STUDENT, "log2_exp"] + bits * sums_exp
+        )
+        mean = known[STUDENT, "log2_exp"]
+        squares = _weighted(weight[STUDENT], squares).sum(0) / known[STUDENT, "sum_exp"]
         known["entropy_slope"] = LN2**2 * (mean * mean - squares)
     if problem.labels is not None:
-        to_top = pieces[STUDENT, "top"] - known[STUDENT, "top"]
+        to_top = pieces[STUDENT, "shift"] - known[STUDENT, "shift"]
         known["unit"] = (to_top.exp() * pieces["unit"]).sum(0)
         known["label"] = pieces["label"].sum(0)
         known["sum"] = pieces["sum"].sum(0)
     if sweeps.metrics:
-        best = [pieces[side, "top"] == known[side, "top"] for side in shift]
+        best = [pieces[side, "shift"] == known[side, "shift"] for side in lower]
         both = best[0] & best[-1] & (pieces["agreement"] > 0)
         known["agreement"] = both.any(0).double()
     if problem.teacher is not None:
-        _join_sides(sweeps, pieces, known, shift, weight)
+        _join_sides(sweeps, pieces, known, lower, weight)
     if "teacher_label" in pieces:
         for side, name, field in ((TEACHER, "lp", "teacher_label"), (STUDENT, "lq", "label")):
-            depth = (pieces[field].sum(0) - known[side, "top"]) * scale[side]
-            known[name] = depth - known[side, "mass"].log()
+            log2_exp = (pieces[field].sum(0) - known[side, "shift"]) * scale[side]
+            known[name] = log2_exp - known[side, "sum_exp"].log()
     return known
 
 
-def _join_sides(sweeps: Columns, pieces: Known, known: Known, shift: Known, weight: Known) -> None:
-    """Adds what is of both sides: with d the log-ratio of their terms, measured from both tops."""
-    apart = shift[TEACHER] - shift[STUDENT]  # what d of an owner lacks
-    mass, own = known[STUDENT, "mass"], weight[STUDENT]
-    masses = pieces[STUDENT, "mass"]
+def _join_sides(sweeps: Columns, pieces: Known, known: Known, lower: Known, weight: Known) -> None:
+    """Adds what is of both sides: with d the log-ratio of their exp, measured from both shifts."""
+    apart = lower[TEACHER] - lower[STUDENT]  # what d of an owner lacks
+    sum_exp, own = known[STUDENT, "sum_exp"], weight[STUDENT]
+    sums_exp = pieces[STUDENT, "sum_exp"]
 
-    excess = own * (pieces["excess"] * apart.exp() + masses * apart.expm1())
-    plain = weight[TEACHER] * pieces[TEACHER, "mass"] - own * masses
+    excess = own * (pieces["excess"] * apart.exp() + sums_exp * apart.expm1())
+    plain = weight[TEACHER] * pieces[TEACHER, "sum_exp"] - own * sums_exp
     excess = torch.where(apart.abs() < NEAR, excess, plain).sum(0)
-    ratio = mass / known[TEACHER, "mass"]
+    ratio = sum_exp / known[TEACHER, "sum_exp"]
     alike = (ratio - 1).abs() < ALIKE
-    known["gap"] = torch.where(alike, -(excess / mass).log1p(), ratio.log())
+    known["gap"] = torch.where(alike, -(excess / sum_exp).log1p(), ratio.log())
 
-    mean = pieces["mean"] + masses * apart
-    square = pieces["square"] + apart * (2 * pieces["mean"] + masses * apart)
-    bits = shift[STUDENT] / LN2
-    depth = pieces[STUDENT, "depth"] if sweeps.means else torch.zeros_like(mean)
-    cross = pieces["cross"] + bits * mean + apart * depth
-    mean, square, cross = (_weighted(own, x).sum(0) / mass for x in (mean, square, cross))
+    mean = pieces["mean"] + sums_exp * apart
+    square = pieces["square"] + apart * (2 * pieces["mean"] + sums_exp * apart)
+    bits = lower[STUDENT] / LN2
+    log2_exp = pieces[STUDENT, "log2_exp"] if sweeps.means else torch.zeros_like(mean)
+    cross = pieces["cross"] + bits * mean + apart * log2_exp
+    mean, square, cross = (_weighted(own, x).sum(0) / sum_exp for x in (mean, square, cross))
     known["mean"], known["variance"] = mean, square - mean * mean
-    known["covariance"] = cross - mean * known.get((STUDENT, "depth"), 0.0)
-    shares = weight[TEACHER] * pieces[TEACHER, "mass"] / known[TEACHER, "mass"]
-    between, within = (shares - own * masses / mass).abs(), 2 * shares * pieces["apart"]
+    known["covariance"] = cross - mean * known.get((STUDENT, "log2_exp"), 0.0)
+    shares = weight[TEACHER] * pieces[TEACHER, "sum_exp"] / known[TEACHER, "sum_exp"]
+    between, within = (shares - own * sums_exp / sum_exp).abs(), 2 * shares * pieces["apart"]
     known["apart"] = torch.maximum(between, within - between).sum(0) / 2  # at least
 
     nothing = (own == 0) & (weight[TEACHER] == 0)
@@ -247,23 +249,25 @@ def _join_sides(sweeps: Columns, pieces: Known, known: Known, shift: Known, weig
     names = iter(first_names(sweeps.first))
     for kind, *what in sweeps.first:
         name = next(names)
-        if kind == "climb":
+        if kind == "log2_ratio":
             side = what[0]
-            climbs = pieces[name] + pieces[side, "mass"] * (apart / LN2)
-            known[name] = _weighted(weight[side], climbs).sum(0)
+            log2_ratios = pieces[name] + pieces[side, "sum_exp"] * (apart / LN2)
+            known[name] = _weighted(weight[side], log2_ratios).sum(0)
         elif kind == "growth":
             side, order = what
-            move, masses = order * apart, pieces[side, "mass"]
-            growth = pieces[name] * move.exp() + masses * move.expm1()
-            share = _weighted(weight[side], growth).sum(0) / known[side, "mass"]
-            known[name] = known[side, "mass"] * (order * known["gap"] + share.log1p()).expm1()
+            move, sums_exp = order * apart, pieces[side, "sum_exp"]
+            growth = pieces[name] * move.exp() + sums_exp * move.expm1()
+            share = _weighted(weight[side], growth).sum(0) / known[side, "sum_exp"]
+            known[name] = known[side, "sum_exp"] * (order * known["gap"] + share.log1p()).expm1()
         else:
-            (a,), masses = what, pieces[next(names)]
-            masked = (pieces[STUDENT, "top"] == MASKED) & (pieces[TEACHER, "top"] == MASKED)
-            moved = (a * shift[TEACHER] + (1 - a) * shift[STUDENT]) / LN2
-            tops = torch.where(masked, MASKED, pieces[name] + moved)
-            known[name] = top = tops.amax(0)
-            known[(*name[:1], name[1] + 1, "")] = _weighted((tops - top).exp2(), masses).sum(0)
+            (a,), sums_exp = what, pieces[next(names)]
+            masked = (pieces[STUDENT, "shift"] == MASKED) & (pieces[TEACHER, "shift"] == MASKED)
+            moved = (a * lower[TEACHER] + (1 - a) * lower[STUDENT]) / LN2
+            shifts = torch.where(masked, MASKED, pieces[name] + moved)
+            known[name] = shift = shifts.amax(0)
+            known[(*name[:1], name[1] + 1, "")] = _weighted((shifts - shift).exp2(), sums_exp).sum(
+                0
+            )
 
 
 def _weighted(weight: Tensor, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.divergences import FATHOM, LN2
+from fastkd.divergences import LN2, MASKED_BELOW
 from fastkd.problem import WIDTH, Coefficients, Problem
 from fastkd.sharding import Phases
 
@@ -31,12 +31,12 @@ def backward(
     """The gradient of the student's logits, in their dtype, and of each row's temperature."""
     out = new_gradient(problem) if gradient else None
     target = None if out is None else out[..., : problem.vocab_size]
-    heat = upstream.kd.new_zeros(problem.rows) if temperature else None
+    temperature_grad = upstream.kd.new_zeros(problem.rows) if temperature else None
     solver = Solver(problem, upstream.entropy is not None, False, gradient=True)
     weights = weights_of(upstream, solver.scales[0])
     for rows, terms in solver:
-        write_gradient(problem, rows, terms, weights, target, heat)
-    return out, heat
+        write_gradient(problem, rows, terms, weights, target, temperature_grad)
+    return out, temperature_grad
 
 
 def fused(
@@ -90,20 +90,23 @@ def write_gradient(
     """Writes the block's gradient to the student's logits [O, I, V], and to its temperature."""
     place = None
     if out is not None and terms.counts is None:
-        place = place_of(out, rows, terms.pair.student.terms.dtype)
+        place = place_of(out, rows, terms.pair.student.exp.dtype)
     gradient = terms.pair.new() if place is None else place
-    tempered = terms.pull is not None or weights.entropy is not None
+    tempered = terms.descent is not None or weights.entropy is not None
     if tempered:
         _tempered_gradient(rows, terms, weights, gradient)
     if tempered and (temperature is not None or problem.moments is not None):
-        heat = _heat(gradient, terms) if terms.tempering is None else _weighed(terms, weights, rows)
+        if terms.tempering is None:
+            grad = _temperature_grad(gradient, terms)
+        else:
+            grad = _weighed(terms, weights, rows)
         degrees = problem.student_temperature[rows.flat, None]
         moments = None if problem.moments is None else problem.moments[0, :, rows.flat, None]
         if temperature is not None:
-            slope = -heat if moments is None else -heat * moments[WIDTH]
-            temperature[rows.flat] = slope[:, 0].to(temperature.dtype)
+            found = grad if moments is None else grad * moments[WIDTH]
+            temperature[rows.flat] = found[:, 0].to(temperature.dtype)
         if moments is not None:
-            _add_pull(gradient, heat, moments, degrees, terms)
+            _add_through_width(gradient, grad, moments, degrees, terms)
     if not tempered and weights.ce is None:  # only figures are wanted
         gradient.zero_()
     if weights.ce is not None:
@@ -116,44 +119,46 @@ def write_gradient(
 
 def _tempered_gradient(rows: Rows, terms: Terms, weights: Coefficients, gradient: Tensor) -> None:
     """Writes that of divergence and entropy."""
-    pair, pull, q = terms.pair, terms.pull, terms.pair.student
-    if pull is None:
+    pair, descent, q = terms.pair, terms.descent, terms.pair.student
+    if descent is None:
         gradient.zero_()
     else:
         weight = of_rows(weights.kd, rows)
-        torch.mul(q.terms, weight * pull.total / q.mass, out=gradient)
-        gradient.addcmul_(pull.terms, weight * pull.factor, value=-1)
+        torch.mul(q.exp, weight * descent.total / q.sum_exp, out=gradient)
+        gradient.addcmul_(descent.terms, weight * descent.factor, value=-1)
     if weights.entropy is not None:
-        lq_plus_entropy = LN2 * (q.depth - pair.mean_depth(q))
-        weight = of_rows(weights.entropy, rows) / q.mass
-        gradient.addcmul_(lq_plus_entropy.mul_(q.terms), weight, value=-1)
+        lq_plus_entropy = LN2 * (q.log2_exp - pair.mean_log2_exp(q))
+        weight = of_rows(weights.entropy, rows) / q.sum_exp
+        gradient.addcmul_(lq_plus_entropy.mul_(q.exp), weight, value=-1)
 
 
-def _heat(gradient: Tensor, terms: Terms) -> Tensor:
-    """Minus the derivative to T, over the width where the logits are standardised, [R, 1]."""
-    depths, new = terms.pair.student.depth, terms.pair.new
+def _temperature_grad(gradient: Tensor, terms: Terms) -> Tensor:
+    """The derivative to T, over the width where the logits are standardised, [R, 1]."""
+    log2_exps, new = terms.pair.student.log2_exp, terms.pair.new
     # The gradient's rows sum to 0: measuring the logits from their maximum changes nothing.
-    depth = torch.mul(depths, gradient, out=new()).masked_fill_(depths <= FATHOM, 0.0)
-    heat = LN2 * depth.sum(-1, keepdim=True)
-    return heat if terms.counts is None else torch.where(terms.counts, heat, 0.0)
+    log2_exp = torch.mul(log2_exps, gradient, out=new()).masked_fill_(
+        log2_exps <= MASKED_BELOW, 0.0
+    )
+    grad = -LN2 * log2_exp.sum(-1, keepdim=True)
+    return grad if terms.counts is None else torch.where(terms.counts, grad, 0.0)
 
 
 def _weighed(terms: Terms, weights: Coefficients, rows: Rows) -> Tensor:
     assert terms.tempering is not None
     kd, entropy = terms.tempering
-    heat = of_rows(weights.kd, rows) * kd
-    return heat if weights.entropy is None else heat + of_rows(weights.entropy, rows) * entropy
+    grad = -of_rows(weights.kd, rows) * kd
+    return grad if weights.entropy is None else grad - of_rows(weights.entropy, rows) * entropy
 
 
-def _add_pull(
-    gradient: Tensor, heat: Tensor, moments: Tensor, temperature: Tensor, terms: Terms
+def _add_through_width(
+    gradient: Tensor, grad: Tensor, moments: Tensor, temperature: Tensor, terms: Terms
 ) -> None:
     """What goes through the width of standardised logits; with the rows' moments and T."""
     side, scale = terms.pair.student, terms.pair.student_scale
-    (mean, _, pull), dtype = moments, gradient.dtype
-    centred = torch.mul(side.depth, LN2 / scale, out=terms.pair.new())
-    centred.add_((side.top - mean).to(dtype)).masked_fill_(side.depth <= FATHOM, 0.0)
-    gradient.addcmul_(centred.mul_(pull.to(dtype)), (-heat * temperature).to(dtype))
+    (mean, _, width_slope), dtype = moments, gradient.dtype
+    centred = torch.mul(side.log2_exp, LN2 / scale, out=terms.pair.new())
+    centred.add_((side.shift - mean).to(dtype)).masked_fill_(side.log2_exp <= MASKED_BELOW, 0.0)
+    gradient.addcmul_(centred.mul_(width_slope.to(dtype)), (grad * temperature).to(dtype))
 
 
 def _cross_entropy_gradient(
@@ -163,11 +168,11 @@ def _cross_entropy_gradient(
     assert terms.unit is not None
     assert problem.labels is not None
     weight, smoothing = of_rows(weights, rows).to(gradient.dtype), problem.label_smoothing
-    size = (weight / terms.unit.mass).to(gradient.dtype)
+    size = (weight / terms.unit.sum_exp).to(gradient.dtype)
     if add:
-        gradient.addcmul_(terms.unit.terms, size)
+        gradient.addcmul_(terms.unit.exp, size)
     else:
-        torch.mul(terms.unit.terms, size, out=gradient)
+        torch.mul(terms.unit.exp, size, out=gradient)
     at_labels = ((smoothing - 1) * weight).expand(len(gradient), 1)
     terms.pair.add_at_labels(gradient, at_labels[:, 0])
     if smoothing:

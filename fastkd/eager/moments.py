@@ -16,7 +16,7 @@ from .blocks import blocks
 
 # In fp32, the std of a row is right between these, and where it is no rounding of the mean.
 LEAST_STD, MOST_STD, NEAR_ROUNDING = 1e-14, 1e17, 1e-4
-MOST_PULL = 1e37
+MOST_WIDTH_SLOPE = 1e37
 BLOCK_ELEMENTS = 1 << 18  # of rows that are worked off at once, and stay in the cache
 
 
@@ -51,7 +51,7 @@ def _blocks(logits: Tensor) -> Iterator[tuple[Any, Tensor]]:
 
 
 def _of_block(x: Tensor) -> Tensor:
-    """Mean, width and pull, [3, R], of rows [R, V]; in fp64 where fp32 has no room for squares."""
+    """Mean, width and its slope, [3, R], of [R, V]; in fp64 where fp32 has no room for squares."""
     if x.dtype == torch.float64:
         return _exact(x)
     x = x.float()
@@ -109,7 +109,7 @@ def _piece(logits: Tensor, like: Tensor) -> Tensor:
 def _joined(
     counts: Tensor, means: Tensor, deviations: Tensor, least: Tensor, most: Tensor
 ) -> Tensor:
-    """Mean, width and pull, [3, N], of the figures of each owner, [size, N]."""
+    """Mean, width and its slope, [3, N], of the figures of each owner, [size, N]."""
     count = counts.sum(0)
     mean = (counts / count.clamp_min(1) * means).sum(0)
     apart = means - mean
@@ -128,10 +128,10 @@ def _largest(x: Tensor) -> Tensor:
 
 
 def _rows(mean: Tensor, std: Tensor, count: int | Tensor) -> Tensor:
-    """Mean, width and pull, [3, R]; of a row without spread std is 0.
+    """Mean, width and its slope, [3, R]; of a row without spread std is 0.
 
-    The pull stays in the range of fp32: where it is cut, what it is multiplied by is as good as 0.
+    The slope stays in the range of fp32: where it is cut, what it is multiplied by is as good as 0.
     """
     spread = std > 0
-    pull = torch.where(spread, 1 / ((count - 1) * std), 0.0).clamp_max(MOST_PULL)
-    return torch.stack((mean, torch.where(spread, std + EPS, FLAT), pull))
+    width_slope = torch.where(spread, 1 / ((count - 1) * std), 0.0).clamp_max(MOST_WIDTH_SLOPE)
+    return torch.stack((mean, torch.where(spread, std + EPS, FLAT), width_slope))

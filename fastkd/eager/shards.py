@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastkd import sharding
-from fastkd.divergences import FATHOM, LN2, MASKED, Divergence, Pull, Softmax, total
+from fastkd.divergences import LN2, MASKED, MASKED_BELOW, Descent, Divergence, Softmax, total
 from fastkd.problem import (
     AGREEMENT,
     CE,
@@ -92,7 +92,7 @@ def fused(
 # --- sweeps -----------------------------------------------------------------------------------
 
 
-PARTS = ("top", "mass")
+PARTS = ("shift", "sum_exp")
 
 
 class Sweeps(Columns):
@@ -106,7 +106,7 @@ class Sweeps(Columns):
         self._mark(known)
         later: list[Any] = [("later", i) for i in range(self.later)]
         if self.tempered and self.sides[1:]:
-            later.append(("later", "depth"))
+            later.append(("later", "log2_exp"))
         if later:
             pieces = yield self._swept(later, lambda rows: self._sums(rows, known))
             known.update(zip(later, pieces.sum(0), strict=True))
@@ -116,7 +116,7 @@ class Sweeps(Columns):
     # --- the second and third ---
 
     def _pair(self, rows: Rows, known: Known, later: bool) -> Shard:
-        """Of these rows, with the tops and masses of all owners, and with their later sums."""
+        """Of these rows, with the shifts and sums of all owners, and with their later sums."""
         scales = [of_rows(scale, rows) for scale in self.scales]
         scales = [scales[0], scales[-1]]
         sides = [
@@ -140,23 +140,23 @@ class Sweeps(Columns):
         first = [of(name) for name in first_names(self.first)]
         sums = [of(("later", i)) for i in range(self.later)] if later else None
         labels = None if self.problem.labels is None else self._labels(rows, known)
-        gap = of("gap") if sides[1:] else torch.zeros_like(sides[0].mass)
-        mean = of((STUDENT, "depth")) if (STUDENT, "depth") in known else None
+        gap = of("gap") if sides[1:] else torch.zeros_like(sides[0].sum_exp)
+        mean = of((STUDENT, "log2_exp")) if (STUDENT, "log2_exp") in known else None
         pair = (sides[0], sides[-1])
         return Shard(pair, scale, new, gap, first, sums, labels, mean)
 
     def _sums(self, rows: Rows, known: Known) -> Known:
-        """The sums that need the masses of all."""
+        """The sums that need the sums of the exponentials of all."""
         pair = self._pair(rows, known, later=False)
-        _, pull = self.kind.value_and_pull(pair, self.problem.a, self.problem.b)
+        _, descent = self.kind.value_and_descent(pair, self.problem.a, self.problem.b)
         found: Known = {("later", i): sums[:, 0] for i, sums in enumerate(pair.found_later)}
         bound = self.kind.most(self.problem.a, self.problem.b)
         if self.guarded and bound < torch.inf:  # of this owner's share of the student's mass
-            share = total(pair.student.terms) / pair.student.mass
-            slopes = torch.as_tensor(pull.total)
+            share = total(pair.student.exp) / pair.student.sum_exp
+            slopes = torch.as_tensor(descent.total)
             found["saturated"] = (slopes.abs() > NEARLY_HERE * bound * share)[:, 0]
         if self.tempered:
-            found["later", "depth"] = total(_times_depth(pull.terms, pair))[:, 0]
+            found["later", "log2_exp"] = total(_times_log2_exp(descent.terms, pair))[:, 0]
         return found
 
     def _divergence(self, known: Known) -> None:
@@ -166,11 +166,13 @@ class Sweeps(Columns):
             return
         rows = Rows(0, slice(0, problem.rows), slice(0, problem.rows))
         self.begin(True)
-        sides = [empty(known[name, "top"][:, None], known[name, "mass"][:, None]) for name in SIDES]
-        none = sides[0].terms
+        sides = [
+            empty(known[name, "shift"][:, None], known[name, "sum_exp"][:, None]) for name in SIDES
+        ]
+        none = sides[0].exp
         scale = self.scales[0]
         pair = self._shard(sides, rows, known, scale, lambda: torch.empty_like(none), later=True)
-        value, pull = self.kind.value_and_pull(pair, problem.a, problem.b)
+        value, descent = self.kind.value_and_descent(pair, problem.a, problem.b)
         kd = value[:, 0].clone()
         close = kd.abs() < CLOSE
         kd.masked_fill_(kd.abs() < ROUNDING, 0.0)
@@ -182,11 +184,11 @@ class Sweeps(Columns):
             kd = torch.where(close, curvature / 2 * known["variance"], kd)
         known["kd"], known["close"] = kd, close.double()
         if self.tempered:
-            factor = torch.as_tensor(pull.factor, dtype=kd.dtype, device=kd.device)
-            sums = torch.as_tensor(pull.total, dtype=kd.dtype, device=kd.device)
+            factor = torch.as_tensor(descent.factor, dtype=kd.dtype, device=kd.device)
+            sums = torch.as_tensor(descent.total, dtype=kd.dtype, device=kd.device)
             factor, sums = factor.expand_as(value)[:, 0], sums.expand_as(value)[:, 0]
-            slope = LN2 * (sums * known[STUDENT, "depth"] - factor * known["later", "depth"])
-            dead = ~self._counts(known) | (kd.abs() > FAR) & ~_finite(pull)[:, 0].expand_as(kd)
+            slope = LN2 * (sums * known[STUDENT, "log2_exp"] - factor * known["later", "log2_exp"])
+            dead = ~self._counts(known) | (kd.abs() > FAR) & ~_finite(descent)[:, 0].expand_as(kd)
             slope = torch.where(dead, 0.0, slope)
             if curvature is not None:
                 slope = torch.where(close, -curvature * LN2 * known["covariance"], slope)
@@ -219,16 +221,20 @@ class Sweeps(Columns):
     def _cross_entropy(self, known: Known) -> Tensor:
         problem = self.problem
         assert problem.labels is not None
-        smoothing, top, columns = problem.label_smoothing, known[STUDENT, "top"], problem.columns
-        loss = known["unit"].log() - (1 - smoothing) * (known["label"] - top)
+        smoothing, shift, columns = (
+            problem.label_smoothing,
+            known[STUDENT, "shift"],
+            problem.columns,
+        )
+        loss = known["unit"].log() - (1 - smoothing) * (known["label"] - shift)
         if smoothing:
-            loss = loss - smoothing * (known["sum"] / columns - top)
+            loss = loss - smoothing * (known["sum"] / columns - shift)
         labels = problem.labels
         return torch.where((labels >= 0) & (labels < columns), loss, torch.nan)
 
     def _entropy(self, known: Known, name: str) -> Tensor:
-        name = name if (name, "depth") in known else STUDENT
-        return known[name, "mass"].log() - LN2 * known[name, "depth"]
+        name = name if (name, "log2_exp") in known else STUDENT
+        return known[name, "sum_exp"].log() - LN2 * known[name, "log2_exp"]
 
     def gradient(
         self, known: Known, upstream: Coefficients, out: Tensor | None, degrees: Tensor | None
@@ -264,51 +270,55 @@ class Sweeps(Columns):
         counts = self._counts(known)[rows.flat]
         pair, unit = self._pair(rows, known, later=True), None
         if problem.labels is not None:
-            top, mass = (self._of(known, name, rows) for name in ((STUDENT, "top"), "unit"))
+            shift, sum_exp = (self._of(known, name, rows) for name in ((STUDENT, "shift"), "unit"))
             unit = pair.student
             if not isinstance(pair.student_scale, float) or pair.student_scale != 1:
-                unit = self._softmax(self._logits(rows)[0], 1.0, top, mass)
+                unit = self._softmax(self._logits(rows)[0], 1.0, shift, sum_exp)
         if self.tempered:
-            zero = torch.zeros_like(pair.student.mass)
+            zero = torch.zeros_like(pair.student.sum_exp)
             slopes = [
                 self._of(known, name, rows) if name in known else zero
                 for name in ("kd_slope", "entropy_slope")
             ]
             tempering = slopes[0], slopes[1]
-        pull = None
+        descent = None
         if problem.teacher is not None:
-            _, pull = self.kind.value_and_pull(pair, problem.a, problem.b)
-            pull = self._mended(rows, known, pair, pull, ~counts)
-        return Terms({}, pair, pull, unit, None if counts.all() else counts[:, None], tempering)
+            _, descent = self.kind.value_and_descent(pair, problem.a, problem.b)
+            descent = self._mended(rows, known, pair, descent, ~counts)
+        return Terms({}, pair, descent, unit, None if counts.all() else counts[:, None], tempering)
 
-    def _mended(self, rows: Rows, known: Known, pair: Shard, pull: Pull, dead: Tensor) -> Pull:
+    def _mended(
+        self, rows: Rows, known: Known, pair: Shard, descent: Descent, dead: Tensor
+    ) -> Descent:
         """See `Solver.mended`: but what says so is known of all columns."""
         values, close = self._of(known, "kd", rows)[:, 0], known["close"][rows.flat] > 0
         infinite = values.abs() >= FAR
         if infinite.any():
-            dead = dead | infinite & ~_finite(pull)[:, 0]
+            dead = dead | infinite & ~_finite(descent)[:, 0]
         if close.any():
-            pull = self._close(rows, known, close, pair, pull)
+            descent = self._close(rows, known, close, pair, descent)
         if values.isnan().any():  # and so is all of the gradient, which shows it
-            pull = pull._replace(
-                factor=pull.factor * torch.where(values.isnan(), values, 1)[:, None]
+            descent = descent._replace(
+                factor=descent.factor * torch.where(values.isnan(), values, 1)[:, None]
             )
-        return without(pull, dead[:, None]) if dead.any() else pull
+        return without(descent, dead[:, None]) if dead.any() else descent
 
-    def _close(self, rows: Rows, known: Known, close: Tensor, pair: Shard, pull: Pull) -> Pull:
+    def _close(
+        self, rows: Rows, known: Known, close: Tensor, pair: Shard, descent: Descent
+    ) -> Descent:
         """Puts in the first term of rows that differ little."""
         q = pair.student
         scales = [of_rows(scale, rows) for scale in self.exact_scales]
         columns = self.problem.vocab_size
-        d = _depth(self.sides[1], rows, known[TEACHER, "top"], scales[-1], columns)
-        d -= _depth(self.sides[0], rows, known[STUDENT, "top"], scales[0], columns)
-        d.masked_fill_(q.terms + pair.teacher.terms == 0, 0.0)
+        d = _log2_exp(self.sides[1], rows, known[TEACHER, "shift"], scales[-1], columns)
+        d -= _log2_exp(self.sides[0], rows, known[STUDENT, "shift"], scales[0], columns)
+        d.masked_fill_(q.exp + pair.teacher.exp == 0, 0.0)
         d -= known["mean"][rows.flat, None]
         curvature = self.kind.curvature(self.problem.a, self.problem.b) or 0.0
         close = close[:, None]
-        terms = torch.where(close, d * q.terms, pull.terms)
-        factor = torch.where(close, curvature / q.mass, pull.factor)
-        return Pull(terms, factor, torch.where(close, 0.0, pull.total))
+        terms = torch.where(close, d * q.exp, descent.terms)
+        factor = torch.where(close, curvature / q.sum_exp, descent.factor)
+        return Descent(terms, factor, torch.where(close, 0.0, descent.total))
 
     def packed(self, known: Known) -> Tensor:
         """What the gradient needs, [F, N]."""
@@ -338,15 +348,15 @@ def state_rows(problem: Problem, entropy: bool) -> int:
 
 def _kept(problem: Problem, entropy: bool) -> list[Any]:
     tempered = is_tempered(problem)
-    kept: list[Any] = [(STUDENT, "top"), (STUDENT, "mass")]
+    kept: list[Any] = [(STUDENT, "shift"), (STUDENT, "sum_exp")]
     if entropy or tempered:
-        kept.append((STUDENT, "depth"))
+        kept.append((STUDENT, "log2_exp"))
     if problem.labels is not None:
         kept.append("unit")
     if tempered and entropy:
         kept.append("entropy_slope")
     if problem.teacher is not None:
-        kept += [(TEACHER, "top"), (TEACHER, "mass"), "gap", "mean", "kd", "close"]
+        kept += [(TEACHER, "shift"), (TEACHER, "sum_exp"), "gap", "mean", "kd", "close"]
         kept += ["kd_slope"] * tempered
         kept += ["lp", "lq"] * Divergence.of_name(problem.divergence).label_aware
     return kept
@@ -355,18 +365,20 @@ def _kept(problem: Problem, entropy: bool) -> list[Any]:
 # --- pieces of rows ---------------------------------------------------------------------------
 
 
-def _times_depth(terms: Tensor, pair: Shard) -> Tensor:
-    depths = pair.student.depth
-    return torch.mul(terms, depths, out=pair.new()).masked_fill_(depths <= FATHOM, 0.0)
+def _times_log2_exp(terms: Tensor, pair: Shard) -> Tensor:
+    log2_exps = pair.student.log2_exp
+    return torch.mul(terms, log2_exps, out=pair.new()).masked_fill_(log2_exps <= MASKED_BELOW, 0.0)
 
 
-def _finite(pull: Pull) -> Tensor:
+def _finite(descent: Descent) -> Tensor:
     """Whether the slopes of a row are, [R, 1]; with a slope, their sum is infinite."""
-    size = torch.as_tensor(pull.total).abs() + torch.as_tensor(pull.factor).abs()
+    size = torch.as_tensor(descent.total).abs() + torch.as_tensor(descent.factor).abs()
     return size < FAR
 
 
-def _depth(logits: Tensor, rows: Rows, top: Tensor, scale: float | Tensor, columns: int) -> Tensor:
-    """(logit - top) / T of these rows, in fp64."""
+def _log2_exp(
+    logits: Tensor, rows: Rows, shift: Tensor, scale: float | Tensor, columns: int
+) -> Tensor:
+    """(logit - shift) / T of these rows, in fp64."""
     x = logits[rows.outer, rows.inner, :columns].double().clamp_min_(MASKED)
-    return x.sub_(top[rows.flat, None]).mul_(scale)
+    return x.sub_(shift[rows.flat, None]).mul_(scale)

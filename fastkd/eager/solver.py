@@ -12,17 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.divergences import LN2, MASKED, SEARCHED, Divergence, Pair, Pull, Softmax, total
+from fastkd.divergences import LN2, MASKED, SEARCHED, Descent, Divergence, Pair, Softmax, total
 from fastkd.problem import AGREEMENT, CE, ENTROPY, KD, TEACHER_ENTROPY, WIDTH, Problem
 
 from .blocks import Rows, Store, blocks, largest, marked, place_of
 
 # From here on a value is infinite: the largest of fp32. What stands for -inf is far beyond.
 FAR = torch.finfo(torch.float32).max
-# A mass from here on, of a row far above its `top`, is divided by in fp64: in fp32 a weight over it
-# is no normal number.
-HEAVY = 2.0**64
-# A student whose mass is below CERTAIN, in units of its largest term, is nearly certain: its
+# A `sum_exp` from here on, of a row far above its `shift`, is divided by in fp64: in fp32 a weight
+# over it is no normal number.
+MOST_SUM_EXP = 2.0**64
+# A student whose `sum_exp` is below CERTAIN, over its largest term, is nearly certain: its
 # gradient may be a difference of numbers that are larger by the inverse of what is missing to
 # certainty. So it may be where the divergence is above LARGE, or its slope this near to its bound.
 UNCERTAIN, LARGE, NEARLY = 2.0**-9, 256.0, 1 - 2.0**-6
@@ -39,7 +39,7 @@ class Terms(NamedTuple):
 
     values: dict[int, Tensor]
     pair: Pair  # without a teacher, of the student twice
-    pull: Pull | None  # None: no teacher
+    descent: Descent | None  # None: no teacher
     unit: Softmax | None  # the student's at temperature 1; None: no cross-entropy
     counts: Tensor | None  # [R, 1], bool: rows with a logit on either side; None: all
     # -T times the derivatives of divergence and entropy to T, [R, 1]; None: from the gradient.
@@ -90,7 +90,7 @@ class Solver:
                 terms = self.plain_terms(rows)
                 doubtful = self.doubtful(terms)
                 if not _most(doubtful):
-                    yield from self.settled(rows, terms, doubtful)
+                    yield from self.with_exact(rows, terms, doubtful)
                     continue
             exact = double
             for part in rows.parts(half):
@@ -101,7 +101,7 @@ class Solver:
             for rows in marked(self.problem, self.again, half):
                 yield rows, self.exact_terms(rows)
 
-    def settled(
+    def with_exact(
         self, rows: Rows, terms: Terms, doubtful: Tensor | None
     ) -> Iterator[tuple[Rows, Terms]]:
         """The terms of a block, and those of its doubtful rows, which may come later."""
@@ -125,13 +125,13 @@ class Solver:
         sums: float | Tensor = 0.0
         check, pair = terms.values[KD], terms.pair
         near, far = -torch.inf, LARGE if self.guarded else FAR
-        if terms.pull is not None:
-            near, sums = self.kind.near, terms.pull.total
-        mass = torch.maximum(pair.student.mass, pair.teacher.mass)
+        if terms.descent is not None:
+            near, sums = self.kind.least_in_fp32, terms.descent.total
+        sum_exp = torch.maximum(pair.student.sum_exp, pair.teacher.sum_exp)
         if terms.unit is not None:
-            mass = torch.maximum(mass, terms.unit.mass)
-        if not mass.max().item() < HEAVY:
-            check = torch.where(mass[:, 0] < HEAVY, check, torch.inf)
+            sum_exp = torch.maximum(sum_exp, terms.unit.sum_exp)
+        if not sum_exp.max().item() < MOST_SUM_EXP:
+            check = torch.where(sum_exp[:, 0] < MOST_SUM_EXP, check, torch.inf)
         if self.guarded and (certain := _certain(pair.student)) is not None:
             check = torch.where(certain, 0.0, check)
         if isinstance(pair.student_scale, Tensor):
@@ -165,11 +165,11 @@ class Solver:
         self,
         rows: Rows,
         logits: list[Tensor],
-        depths: list[Tensor],
+        log2_exps: list[Tensor],
         store: Store,
         scales: list[float | Tensor],
     ) -> Terms:
-        """With the buffers of the depths, which may be the logits themselves."""
+        """With the buffers of the log2_exps, which may be the logits themselves."""
         problem, z, y = self.problem, logits[0], logits[-1]
         scales = [of_rows(scale, rows) for scale in scales]
         if problem.teacher is None and not (self.entropy or self.metrics):
@@ -184,10 +184,10 @@ class Solver:
 
         room = None if self.room is None else place_of(self.room, rows, store.dtype)
         place = store.new() if room is None else room
-        q = Softmax.of(z, scales[0], depths[0], place, whole=self.entropy)
+        q = Softmax.of(z, scales[0], log2_exps[0], place, whole=self.entropy)
         p = q
         if problem.teacher is not None:
-            p = Softmax.of(y, scales[-1], depths[1], store.new())
+            p = Softmax.of(y, scales[-1], log2_exps[1], store.new())
         if problem.labels is not None:
             unit = q if unit is None else unit
             values[CE] = _cross_entropy(unit, problem.labels[rows.flat], problem.label_smoothing)
@@ -198,71 +198,78 @@ class Solver:
         labels = None if problem.labels is None else problem.labels[rows.flat]
         pair = Pair(q, p, scales[0], store.new, labels)
         if problem.teacher is None:
-            values[KD] = torch.zeros_like(q.mass[:, 0])
+            values[KD] = torch.zeros_like(q.sum_exp[:, 0])
             return Terms(values, pair, None, unit, None)
-        value, pull = self.kind.value_and_pull(pair, problem.a, problem.b)
+        value, descent = self.kind.value_and_descent(pair, problem.a, problem.b)
         values[KD] = value[:, 0]
-        return Terms(values, pair, pull, unit, None)
+        return Terms(values, pair, descent, unit, None)
 
     def exact_terms(self, rows: Rows) -> Terms:
         """The terms in fp64, with a number for -inf, which times 0 is 0; its traces are removed."""
         store = self.exact_store
         store.start(rows.size)
         numbers = [store.new().copy_(side).clamp_min_(MASKED) for side in self.logits(rows)]
-        values, pair, pull, unit, *_ = self.terms(rows, numbers, numbers, store, self.exact_scales)
-        counts = ((pair.student.top != MASKED) & (pair.teacher.top != MASKED))[:, 0]
+        values, pair, descent, unit, *_ = self.terms(
+            rows, numbers, numbers, store, self.exact_scales
+        )
+        counts = ((pair.student.shift != MASKED) & (pair.teacher.shift != MASKED))[:, 0]
         values = {
             kind: torch.where(value > FAR, torch.inf, value).where(counts, 0.0)
             for kind, value in values.items()
         }
-        if pull is not None:
-            pull = self.mended(rows, values[KD], pair, pull, ~counts)
-        return Terms(values, pair, pull, unit, None if counts.all() else counts[:, None])
+        if descent is not None:
+            descent = self.mended(rows, values[KD], pair, descent, ~counts)
+        return Terms(values, pair, descent, unit, None if counts.all() else counts[:, None])
 
-    def mended(self, rows: Rows, values: Tensor, pair: Pair, pull: Pull, dead: Tensor) -> Pull:
-        """What plain formulas do not give: no pull of dead rows, [R], nor of infinite ones."""
+    def mended(
+        self, rows: Rows, values: Tensor, pair: Pair, descent: Descent, dead: Tensor
+    ) -> Descent:
+        """What plain formulas do not give: no descent of dead rows, [R], nor of infinite ones."""
         infinite = values.abs() > FAR
         if infinite.any():
-            size = pull.terms.abs().amax(-1, keepdim=True) * pull.factor
+            size = descent.terms.abs().amax(-1, keepdim=True) * descent.factor
             dead = dead | infinite & ~(size.abs() < FAR)[:, 0]
         close = values.abs() < CLOSE
         if close.any():
-            pull = self.close(rows, close, values, pair, pull)
+            descent = self.close(rows, close, values, pair, descent)
         if values.isnan().any():  # and so is all of the gradient, which shows it
-            pull = pull._replace(
-                factor=pull.factor * torch.where(values.isnan(), values, 1)[:, None]
+            descent = descent._replace(
+                factor=descent.factor * torch.where(values.isnan(), values, 1)[:, None]
             )
-        return without(pull, dead[:, None]) if dead.any() else pull
+        return without(descent, dead[:, None]) if dead.any() else descent
 
-    def close(self, rows: Rows, close: Tensor, values: Tensor, pair: Pair, pull: Pull) -> Pull:
+    def close(
+        self, rows: Rows, close: Tensor, values: Tensor, pair: Pair, descent: Descent
+    ) -> Descent:
         """Puts in the first term of rows that differ little: at high temperatures, say."""
         values.masked_fill_(values.abs() < ROUNDING, 0.0)
         some = close.nonzero()[:, 0]
         z, y = (side[some].double().clamp_min_(MASKED) for side in self.logits(rows))
         scales = [of_rows(scale, rows) for scale in self.exact_scales]
         scales = [scale[some] if isinstance(scale, Tensor) else scale for scale in scales]
-        q, mass = pair.student.terms[some], pair.student.mass[some]
+        q, sum_exp = pair.student.exp[some], pair.student.sum_exp[some]
         d = (y - y.amax(-1, keepdim=True)) * scales[-1]
         d -= (z - z.amax(-1, keepdim=True)) * scales[0]
-        d.masked_fill_(q + pair.teacher.terms[some] == 0, 0.0)
-        d -= total(d * q) / mass
+        d.masked_fill_(q + pair.teacher.exp[some] == 0, 0.0)
+        d -= total(d * q) / sum_exp
         curvature, spread = self.kind.curvature(self.problem.a, self.problem.b), d.abs().amax(-1)
         small = spread == 0 if curvature is None else spread < SPREAD
-        some, q, d, mass = some[small], q[small], d[small], mass[small]
+        some, q, d, sum_exp = some[small], q[small], d[small], sum_exp[small]
         curvature = curvature or 0.0
-        values[some] = curvature / 2 * (total(d * d * q) / mass)[:, 0]
-        pull.terms[some] = d * q
-        size = pull.terms.new_ones(rows.size, 1)
-        factor, sums = size * pull.factor, size * pull.total
-        factor[some], sums[some] = curvature / mass, 0.0
-        return Pull(pull.terms, factor, sums)
+        values[some] = curvature / 2 * (total(d * d * q) / sum_exp)[:, 0]
+        descent.terms[some] = d * q
+        size = descent.terms.new_ones(rows.size, 1)
+        factor, sums = size * descent.factor, size * descent.total
+        factor[some], sums[some] = curvature / sum_exp, 0.0
+        return Descent(descent.terms, factor, sums)
 
 
-def without(pull: Pull, dead: Tensor) -> Pull:
+def without(descent: Descent, dead: Tensor) -> Descent:
     factor, total = (
-        torch.where(dead, 0.0, part).to(pull.terms.dtype) for part in (pull.factor, pull.total)
+        torch.where(dead, 0.0, part).to(descent.terms.dtype)
+        for part in (descent.factor, descent.total)
     )
-    return Pull(torch.where(dead, 0.0, pull.terms), factor, total)
+    return Descent(torch.where(dead, 0.0, descent.terms), factor, total)
 
 
 def exact_scales(problem: Problem) -> list[float | Tensor]:
@@ -284,33 +291,33 @@ def shared(rows: Tensor) -> bool:
 
 
 def _cross_entropy(unit: Softmax, labels: Tensor, smoothing: float) -> Tensor:
-    loss = unit.log_mass - (1 - smoothing) * LN2 * unit.depth.gather(-1, labels[:, None])
+    loss = unit.log_sum - (1 - smoothing) * LN2 * unit.log2_exp.gather(-1, labels[:, None])
     if smoothing:
-        loss -= smoothing * LN2 * unit.depth.mean(-1, keepdim=True)
+        loss -= smoothing * LN2 * unit.log2_exp.mean(-1, keepdim=True)
     return loss[:, 0]
 
 
 def _entropy(side: Softmax, spare: Tensor) -> Tensor:
-    return (side.log_mass - LN2 * mean_depth(side, spare))[:, 0]
+    return (side.log_sum - LN2 * mean_log2_exp(side, spare))[:, 0]
 
 
-def mean_depth(side: Softmax, spare: Tensor) -> Tensor:
-    return torch.mul(side.terms, side.depth, out=spare).sum(-1, keepdim=True) / side.mass
+def mean_log2_exp(side: Softmax, spare: Tensor) -> Tensor:
+    return torch.mul(side.exp, side.log2_exp, out=spare).sum(-1, keepdim=True) / side.sum_exp
 
 
 def _certain(student: Softmax) -> Tensor | None:
-    """Rows of a student whose largest term is nearly all of its mass; None: none can be."""
-    mass, columns = student.mass[:, 0], student.terms.size(1)
-    least, most = (bound.item() for bound in mass.aminmax())
+    """Rows of a student whose largest term is nearly all of their sum; None: none can be."""
+    sum_exp, columns = student.sum_exp[:, 0], student.exp.size(1)
+    least, most = (bound.item() for bound in sum_exp.aminmax())
     if (
         least >= CERTAIN and most * UNCERTAIN <= 1
-    ):  # the term of `top`, 1, is too small, or too much
+    ):  # the term of `shift`, 1, is too small, or too much
         return None
-    some = student.terms[:, : max(columns // 16, SEARCHED)]
+    some = student.exp[:, : max(columns // 16, SEARCHED)]
     largest = some.amax(-1)
-    if (some.sum(-1) < mass * UNCERTAIN).any():  # one of the others may be all but these
-        largest = student.terms.amax(-1)
-    return largest * CERTAIN > mass
+    if (some.sum(-1) < sum_exp * UNCERTAIN).any():  # one of the others may be all but these
+        largest = student.exp.amax(-1)
+    return largest * CERTAIN > sum_exp
 
 
 def _most(doubtful: Tensor | None) -> bool:
