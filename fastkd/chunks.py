@@ -41,6 +41,25 @@ class Chunked(NamedTuple):
     backend: Any
     name: str
 
+    def forward(self, problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
+        """Of rows with several owners: what `phases` gives, with its gathers."""
+        values, state = _Rows(problem), _Rows(problem)
+        for rows, part, found in self._forwards(problem, entropy, metrics):
+            values.add(rows, found[0])
+            state.add(rows, _with_moments(part, found[1]))
+        return values.all(), state.all()
+
+    def _forwards(
+        self, problem: Problem, entropy: bool, metrics: bool
+    ) -> Iterator[tuple[Any, Problem, tuple[Tensor, Tensor]]]:
+        """Of each chunk. What it gathers is on its way while the next one's logits are made."""
+        calls = (
+            ((rows, part), self.backend.phases(part, entropy, metrics))
+            for rows, part in _chunks(problem, self.name, ahead=True)
+        )
+        for (rows, part), found in sharding.overlapped(sharding.of(problem.merge), calls):
+            yield rows, part, found
+
     def phases(
         self, problem: Problem, entropy: bool, metrics: bool
     ) -> sharding.Phases[tuple[Tensor, Tensor]]:
@@ -75,6 +94,8 @@ class Chunked(NamedTuple):
     def fused(
         self, problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Any]:
+        if problem.merge:
+            return self._fused_of_several(problem, coefficients, metrics, out)
         sums, losses, values = linear.sums_of(problem, out), _Rows(problem), _Rows(problem)
         for rows, part in _chunks(problem, self.name):
             loss, figures, found = self.backend.fused(
@@ -83,6 +104,20 @@ class Chunked(NamedTuple):
             losses.add(rows, loss[None])
             if figures is not None:
                 values.add(rows, figures)
+            sums.add(rows, part, found)
+        return losses.all()[0], values.all() if metrics else None, sums.gradients()
+
+    def _fused_of_several(
+        self, problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Any]:
+        """A chunk's forward, and when the next one's is begun, its backward."""
+        sums, losses, values = linear.sums_of(problem, out), _Rows(problem), _Rows(problem)
+        entropy = coefficients.entropy is not None
+        for rows, part, (figures, state) in self._forwards(problem, entropy, metrics):
+            weights = coefficients.part(rows)
+            found, _ = self.backend.backward(part, state, weights, True, False)
+            losses.add(rows, weights.weigh(figures)[None])
+            values.add(rows, figures)
             sums.add(rows, part, found)
         return losses.all()[0], values.all() if metrics else None, sums.gradients()
 
@@ -153,11 +188,12 @@ def _(temperature, tensors, numbers, vocab_size, spec, name):
 
 
 def _chunks(
-    problem: Problem, name: str, moments: Tensor | None = None
+    problem: Problem, name: str, moments: Tensor | None = None, ahead: bool = False
 ) -> Iterator[tuple[Any, Problem]]:
     """Rows of [N], a slice or indices, and their problem, with logits on both sides.
 
-    moments: where they are known.
+    moments: where they are known. ahead: the logits of a chunk are still of use when the next
+        one's are made.
     """
     if moments is not None:
         problem = problem._replace(moments=moments)
@@ -165,12 +201,19 @@ def _chunks(
     shared = isinstance(student, Head) and isinstance(teacher, Head) and student.same(teacher)
     counts = [_buffers(student), 0 if shared else _buffers(teacher)]
     others = soft_labels.BUFFERS if problem.soft else 0
-    size = rows_within(problem, sum(counts) + others, LEAST_ROWS)
+    size, sets = rows_within(problem, sum(counts) + others, LEAST_ROWS), 1
+    if ahead and size < problem.rows:
+        sets = 2
+        gradient = 1  # of the one before
+        size = rows_within(problem, sets * (sum(counts) + others) + gradient, LEAST_ROWS)
     new = problem.student_temperature.new_empty
-    buffers = [[new(size, problem.vocab_size) for _ in range(count)] for count in counts]
-    for rows in _pieces(problem, size):
+    buffers = [
+        [[new(size, problem.vocab_size) for _ in range(count)] for count in counts]
+        for _ in range(sets)
+    ]
+    for number, rows in enumerate(_pieces(problem, size)):
         part = problem.part(rows)
-        first, second = ([x[: part.rows] for x in some] for some in buffers)
+        first, second = ([x[: part.rows] for x in some] for some in buffers[number % sets])
         with torch.autocast(part.student_temperature.device.type, enabled=False):
             sides = [_logits(part, part.student, first, name), None]
             sides[1] = sides[0] if shared else _logits(part, part.teacher, second, name)

@@ -149,9 +149,15 @@ def _as_gradients(problem: Problem, found: Any, rows: Tensor) -> Gradients:
 
 def forward(problem: Problem, entropy: bool, metrics: bool, name: str) -> tuple[Tensor, Tensor]:
     """`values` and `state`, with all gathers."""
-    module = backend(name, problem)
-    if isinstance(module, Traced):
+    if isinstance(backend(name, problem), Traced):
         return _forward(*problem.pack(), entropy, metrics, name)
+    return _gathering(problem, entropy, metrics, name)
+
+
+def _gathering(problem: Problem, entropy: bool, metrics: bool, name: str) -> tuple[Tensor, Tensor]:
+    module = _module(name, problem)
+    if problem.merge and (problem.soft or problem.makes_logits):  # chunks, whose gathers overlap
+        return module.forward(problem, entropy, metrics)
     return run(problem.merge, module.phases(problem, entropy, metrics))
 
 
@@ -162,7 +168,7 @@ def forward(problem: Problem, entropy: bool, metrics: bool, name: str) -> tuple[
 )
 def _forward(*arguments: Any) -> Any:
     problem, (entropy, metrics, name) = _split(arguments)
-    return run(problem.merge, _module(name, problem).phases(problem, entropy, metrics))
+    return _gathering(problem, entropy, metrics, name)
 
 
 @_forward.register_fake

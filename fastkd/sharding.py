@@ -7,7 +7,7 @@ merge hands every owner the statistics of all, in rank order, and so all come to
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import tracing
 
+Key = TypeVar("Key")
 Result = TypeVar("Result")
 Phases = Generator[Tensor, Tensor, Result]  # a backend's function that gathers between its phases
 
@@ -38,6 +39,11 @@ class Merge:
     def gather(self, fields: Tensor) -> Tensor:
         """[F, ...] of this owner to [size, F, ...] of all."""
         return fields[None]
+
+    def start(self, fields: Tensor) -> Callable[[], Tensor]:
+        """Begins a gather; what is given back waits for its end."""
+        found = self.gather(fields)
+        return lambda: found
 
 
 class Group(Merge):
@@ -67,6 +73,12 @@ class Group(Merge):
 
         But not on a GPU, which would have to be waited for; there the debug switch compares.
         """
+        return self._gathering(fields, in_background=False)()
+
+    def start(self, fields: Tensor) -> Callable[[], Tensor]:
+        return self._gathering(fields, in_background=True)
+
+    def _gathering(self, fields: Tensor, in_background: bool) -> Callable[[], Tensor]:
         if tracing.DEBUG:
             self._same_shapes(fields)
         checked = tracing.may_read(fields)
@@ -77,11 +89,17 @@ class Group(Merge):
         found = sent.new_empty(self.size * sent.numel())
         # The name since PyTorch 2.13; before, all_gather_into_tensor.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(found, sent, group=self.process_group)
+        work = gather(found, sent, group=self.process_group, async_op=in_background)
         found = found.view(self.size, -1)
-        if checked:
-            _fit(found[:, fields.numel() :].long().tolist())
-        return found[:, : fields.numel()].view(self.size, *fields.shape)
+
+        def wait() -> Tensor:
+            if work is not None:
+                work.wait()
+            if checked:
+                _fit(found[:, fields.numel() :].long().tolist())
+            return found[:, : fields.numel()].view(self.size, *fields.shape)
+
+        return wait
 
     def _same_shapes(self, fields: Tensor) -> None:
         shapes: list[Any] = [None] * self.size
@@ -232,6 +250,43 @@ def together(merge: Merge, *phases: Phases[Result]) -> list[Result]:
                 results[index] = end.value
         sent = dict(zip(fields, _gathered(merge, list(fields.values())), strict=True))
     return [results[index] for index in range(len(phases))]
+
+
+def overlapped(
+    merge: Merge, calls: Iterable[tuple[Key, Phases[Result]]]
+) -> Iterator[tuple[Key, Result]]:
+    """Runs one after the other, each by some key; while one waits for its first gather, the next is
+    made, and comes to its own.
+    """
+    begun: list[tuple[Key, Callable[[], Result]]] = []
+    for key, phases in calls:
+        begun.append((key, _begun(merge, phases)))
+        if len(begun) > 1:
+            before, end = begun.pop(0)
+            yield before, end()
+    for key, end in begun:
+        yield key, end()
+
+
+def _begun(merge: Merge, phases: Phases[Result]) -> Callable[[], Result]:
+    """Starts its first gather; what is given back runs it to its end."""
+    try:
+        wait = merge.start(next(phases))
+    except StopIteration as stop:  # it needs none
+        result: Result = stop.value
+        return lambda: result
+
+    def finish() -> Result:
+        pieces = wait()
+        while True:
+            try:
+                fields = phases.send(pieces)
+            except StopIteration as stop:
+                found: Result = stop.value
+                return found
+            pieces = merge.gather(fields)
+
+    return finish
 
 
 def _gathered(merge: Merge, fields: list[Tensor]) -> list[Tensor]:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fastkd
-from fastkd import sharding
+from fastkd import chunks, linear, sharding
 from tests import running, sharded
 from tests.closeness import assert_close
 
@@ -150,7 +150,50 @@ def one_list(student: Tensor, teacher: Any, mine: slice, settings: dict[str, Any
             assert_close(ours, alone.detach().double(), kind)
 
 
+def overlap() -> None:
+    """A chunk's gather is on its way while the next one's logits are made, and its sums taken."""
+    events: list[str] = []
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    gather, product = getattr(dist, name), linear.logits
+
+    class Watched:
+        def __init__(self, work: Any) -> None:
+            self.work = work
+
+        def wait(self) -> None:
+            events.append("wait")
+            self.work.wait()
+
+    def watched(*arguments: Any, async_op: bool = False, **keywords: Any) -> Any:
+        events.append("gather" if async_op else "gather at once")
+        work = gather(*arguments, async_op=async_op, **keywords)
+        return Watched(work) if async_op else work
+
+    def making(*arguments: Any) -> Tensor:
+        events.append("product")
+        return product(*arguments)
+
+    hidden, weight = torch.randn(N, H), torch.randn(V, H)
+    head = fastkd.LinearHead(hidden, weight[sharded.columns(V)].requires_grad_())
+    setattr(dist, name, watched)
+    linear.logits = making
+    budget, chunks.CPU_BYTES, chunks.LEAST_ROWS = chunks.CPU_BYTES, 1, 2
+    first, more, last = ["product", "gather"], ["product", "gather", "wait"], ["wait"]
+    try:
+        for mode in ("forward", "backward"):
+            events.clear()
+            loss = fastkd.distillation_loss(
+                head, torch.randn(N, V), vocab_size=V, gradient=mode, group=dist.group.WORLD
+            )
+            assert events == first + 2 * more + last
+            loss.backward()
+    finally:
+        setattr(dist, name, gather)
+        linear.logits = product
+        chunks.CPU_BYTES, chunks.LEAST_ROWS = budget, 16
+
+
 CASES = {
     f"operands {case.__name__}": case
-    for case in (heads, a_part_of_the_gradient, trained_teacher_head, listed)
+    for case in (heads, overlap, a_part_of_the_gradient, trained_teacher_head, listed)
 }
