@@ -12,6 +12,7 @@ from fastkd.kernels import labels as L
 from fastkd.kernels import memory as M
 from fastkd.kernels import records
 from fastkd.kernels import rows as R
+from fastkd.kernels import walk as W
 from fastkd.kernels.terms import exp, gain
 
 # A difference of both sides' sums below this share of them is summed up by itself: of the sums it
@@ -59,31 +60,20 @@ def of_tile(z, y, stats, temper, SAME: tl.constexpr, WANT: tl.constexpr):
 
 
 @triton.jit
-def step(rise, lift, student, teacher, at, inside, stats, temper,
-         WANT: tl.constexpr, SAME: tl.constexpr):  # fmt: skip
-    z, y = M.load(student, at, inside, ""), M.load(teacher, at, inside, "")
-    z, y = L.others(z, y, at, temper)
-    more_rise, more_lift = of_tile(z, y, stats, temper, SAME, WANT)
-    return rise + more_rise, lift + more_lift
+def step(
+    found, at, inside, sides, stats, WANT: tl.constexpr, DIVERGENCE: tl.constexpr,
+    SAME: tl.constexpr,
+):  # fmt: skip
+    z, y = M.load(sides.student, at, inside, ""), M.load(sides.teacher, at, inside, "")
+    z, y = L.others(z, y, at, sides.temper)
+    rise, lift = of_tile(z, y, stats, sides.temper, SAME, WANT)
+    return records.Differences(found.rise + rise, found.lift + lift)
 
 
 @triton.jit
-def swept(
-    student, teacher, begin, head, full, tail, end, shift, headed, offsets, stats, temper,
-    BLOCK: tl.constexpr, SHIFTED: tl.constexpr, SAME: tl.constexpr, WANT: tl.constexpr,
-):  # fmt: skip
+def swept(sides, stats, stretch, LANES: tl.constexpr, WANT: tl.constexpr, SAME: tl.constexpr):
     """(rise, lift) of a piece of a row, in a sweep of its own, which few rows need."""
-    zero = tl.zeros([offsets.shape[0], 1], tl.float32)
-    rise, lift = zero, zero
-    if SHIFTED:
-        if headed:
-            at = begin + offsets
-            inside = (at >= shift) & (at < end)
-            rise, lift = step(rise, lift, student, teacher, at, inside, stats, temper, WANT, SAME)
-    for i in range(full):
-        at = head + i * BLOCK + offsets
-        rise, lift = step(rise, lift, student, teacher, at, None, stats, temper, WANT, SAME)
-    if tail < end:
-        at = tail + offsets
-        rise, lift = step(rise, lift, student, teacher, at, at < end, stats, temper, WANT, SAME)
-    return tl.sum(rise), tl.sum(lift)
+    zero = tl.zeros([LANES, 1], tl.float32)
+    found = records.Differences(zero, zero)
+    found = W.walk(found, sides, stats, stretch, step, WANT, None, SAME, True)
+    return tl.sum(found.rise), tl.sum(found.lift)

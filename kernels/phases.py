@@ -330,52 +330,64 @@ def fold(x):
 
 
 @triton.jit
-def statistics_step(stats, student, teacher, at, inside, temper, WANT: tl.constexpr):
-    z = M.load(student, at, inside, "evict_last")
-    y = M.load_beside(z, teacher, at, inside, "evict_last")
-    z, y = L.others(z, y, at, temper)
-    if len(temper.label) != 0:
-        inside = L.inside_others(inside, at, temper)
+def statistics_step(
+    stats, at, inside, sides, known, WANT: tl.constexpr, DIVERGENCE: tl.constexpr,
+    SAME: tl.constexpr,
+):  # fmt: skip
+    z = M.load(sides.student, at, inside, "evict_last")
+    y = M.load_beside(z, sides.teacher, at, inside, "evict_last")
+    z, y = L.others(z, y, at, sides.temper)
+    if len(sides.temper.label) != 0:
+        inside = L.inside_others(inside, at, sides.temper)
     inside = inside if inside is None else fold(inside)
-    if teacher is None:
-        stats = R.add(R.of_one_side(stats), fold(z), fold(z), inside, temper, WANT)
+    if sides.teacher is None:
+        stats = R.of_one_side(stats)
+        stats = R.add(stats, fold(z), fold(z), inside, sides.temper, WANT)
         return R.of_one_side(stats)
     else:
-        return R.add(stats, fold(z), fold(y), inside, temper, WANT)
+        return R.add(stats, fold(z), fold(y), inside, sides.temper, WANT)
 
 
 @triton.jit
-def sum_step(sums, student, teacher, at, inside, row, temper, a, b,
-             WANT: tl.constexpr, DIVERGENCE: tl.constexpr, SAME: tl.constexpr,
-             EVICT: tl.constexpr):  # fmt: skip
-    z = M.load(student, at, inside, EVICT)
-    y = M.load_beside(z, teacher, at, inside, EVICT)
-    return sum_tile(sums, z, y, at, row, temper, a, b, WANT, DIVERGENCE, SAME)
+def sum_step(
+    sums, at, inside, sides, row, WANT: tl.constexpr, DIVERGENCE: tl.constexpr,
+    SAME: tl.constexpr,
+):  # fmt: skip
+    # What the gradient reads again is to stay in the cache.
+    EVICT: tl.constexpr = "evict_first" if sides.gradient is None else "evict_last"
+    z = M.load(sides.student, at, inside, EVICT)
+    y = M.load_beside(z, sides.teacher, at, inside, EVICT)
+    return sum_tile(sums, z, y, at, row, sides.temper, sides.a, sides.b, WANT,
+                    DIVERGENCE, SAME)  # fmt: skip
 
 
 @triton.jit
-def rest_step(lacking, student, teacher, at, inside, row, temper, a, b,
-              DIVERGENCE: tl.constexpr, SAME: tl.constexpr):  # fmt: skip
-    z, y = M.load(student, at, inside, ""), M.load(teacher, at, inside, "")
-    return lacking + rest_of(z, y, at, row, temper, a, b, DIVERGENCE, SAME)
+def rest_step(
+    lacking, at, inside, sides, row, WANT: tl.constexpr, DIVERGENCE: tl.constexpr,
+    SAME: tl.constexpr,
+):  # fmt: skip
+    z, y = M.load(sides.student, at, inside, ""), M.load(sides.teacher, at, inside, "")
+    return lacking + rest_of(z, y, at, row, sides.temper, sides.a, sides.b, DIVERGENCE,
+                             SAME)  # fmt: skip
 
 
 @triton.jit
 def gradient_step(
-    sums, heat, student, teacher, gradient, at, inside, row, temper, label, columns, smoothing,
-    kd, ce, entropy, a, b, VALUE: tl.constexpr, HEAT: tl.constexpr, WANT: tl.constexpr,
-    CE: tl.constexpr, H: tl.constexpr, DIVERGENCE: tl.constexpr, SAME: tl.constexpr,
+    gathered, at, inside, sides, wanted, WANT: tl.constexpr, DIVERGENCE: tl.constexpr,
+    SAME: tl.constexpr,
 ):  # fmt: skip
-    z = M.load(student, at, inside, "evict_first")
-    y = M.load_beside(z, teacher, at, inside, "evict_first")
+    z = M.load(sides.student, at, inside, "evict_first")
+    y = M.load_beside(z, sides.teacher, at, inside, "evict_first")
+    asked, row = wanted.asked, wanted.asked.row
     g, tempered, value, slope = gradient_tile(
-        z, (z, y), at, row, temper, label, columns, smoothing, kd, ce, entropy, a, b,
-        WANT, CE, H, DIVERGENCE, SAME,
+        z, (z, y), at, row, sides.temper, asked.label, asked.columns, asked.smoothing, asked.kd,
+        asked.ce, asked.entropy, sides.a, sides.b, WANT, wanted.CE, wanted.H, DIVERGENCE, SAME,
     )  # fmt: skip
-    if gradient is not None:
-        tl.store(gradient + at, g.to(gradient.dtype.element_ty), mask=inside)
-    if VALUE:
+    if sides.gradient is not None:
+        tl.store(sides.gradient + at, g.to(sides.gradient.dtype.element_ty), mask=inside)
+    sums, temperature = gathered.sums, gathered.temperature
+    if wanted.VALUE:
         sums = add_sums(sums, z, y, value, slope, row, WANT)
-    if HEAT:
-        heat += temperature_term(tempered, z, row)
-    return sums, heat
+    if wanted.TEMPERATURE:
+        temperature += temperature_term(tempered, z, row)
+    return records.Gathered(sums, temperature)

@@ -107,3 +107,50 @@ class Sums(NamedTuple):
     agreement: Any
     lever: Any
     entropy_lever: Any
+
+
+class Differences(NamedTuple):
+    """Sums of a sweep that few rows need, by the names of Statistics."""
+
+    rise: Any
+    lift: Any
+
+
+class Gathered(NamedTuple):
+    """What the last sweep sums up."""
+
+    sums: Any  # Sums, where they were not known before
+    temperature: Any  # minus T times the temperature's gradient
+
+
+class Sides(NamedTuple):
+    """What every step of a sweep sees: pointers to the row's position 0, and its parameters."""
+
+    student: Any
+    teacher: Any
+    gradient: Any
+    temper: Any
+    a: Any
+    b: Any
+
+
+class Asked(NamedTuple):
+    """What the last sweep needs of a row."""
+
+    row: Any
+    label: Any
+    columns: Any  # of all owners
+    smoothing: Any
+    kd: Any
+    ce: Any
+    entropy: Any
+
+
+class Wanted(NamedTuple):
+    """What the last sweep is to make of it, which the compiler knows."""
+
+    asked: Any
+    VALUE: Any
+    TEMPERATURE: Any
+    CE: Any
+    H: Any

@@ -11,6 +11,7 @@ from fastkd.kernels import memory as M
 from fastkd.kernels import phases as P
 from fastkd.kernels import records
 from fastkd.kernels import rows as R
+from fastkd.kernels import walk as W
 from fastkd.kernels.arguments import number
 from fastkd.kernels.pieces import (
     read_statistics,
@@ -23,25 +24,12 @@ from fastkd.kernels.pieces import (
 
 @triton.jit
 def refined(
-    student, teacher, begin, head, full, tail, end, shift, headed, offsets, row, temper, a, b,
-    BLOCK: tl.constexpr, SHIFTED: tl.constexpr, DIVERGENCE: tl.constexpr, SAME: tl.constexpr,
+    sides, row, stretch, LANES: tl.constexpr, WANT: tl.constexpr, DIVERGENCE: tl.constexpr,
+    SAME: tl.constexpr,
 ):  # fmt: skip
     """The sum of the slopes about row.c, in a sweep of its own, which few rows need."""
-    rest = tl.zeros([offsets.shape[0], 1], tl.float32)
-    if SHIFTED:
-        if headed:
-            at = begin + offsets
-            inside = (at >= shift) & (at < end)
-            rest = P.rest_step(rest, student, teacher, at, inside, row, temper, a, b,
-                               DIVERGENCE, SAME)  # fmt: skip
-    for i in range(full):
-        at = head + i * BLOCK + offsets
-        rest = P.rest_step(rest, student, teacher, at, None, row, temper, a, b,
-                           DIVERGENCE, SAME)  # fmt: skip
-    if tail < end:
-        at = tail + offsets
-        rest = P.rest_step(rest, student, teacher, at, at < end, row, temper, a, b,
-                           DIVERGENCE, SAME)  # fmt: skip
+    zero = tl.zeros([LANES, 1], tl.float32)
+    rest = W.walk(zero, sides, row, stretch, P.rest_step, WANT, DIVERGENCE, SAME, True)
     return tl.sum(rest)
 
 
@@ -84,7 +72,7 @@ def sweep(
     BACKWARD: tl.constexpr = FIRST == P.GRADIENT and pieces is None
     a, b, smoothing = P.singles(divergence.a, divergence.b, targets.smoothing)
     index, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    rows, columns, span = number(extent.rows), extent.columns, extent.span
+    rows, columns = number(extent.rows), extent.columns
     student_at = M.row_at(index, student, extent.inner, ALIGN)
     teacher_at = M.row_at(index, teacher, extent.inner, ALIGN)
     gradient_at = M.row_at(index, gradient, extent.inner, ALIGN)
@@ -94,15 +82,7 @@ def sweep(
     student_at = M.aligned(student_at - shift, VECTOR if SHIFTED & 1 else ALIGN)
     teacher_at = M.aligned(teacher_at - shift, VECTOR if SHIFTED & 2 else ALIGN)
     gradient_at = M.aligned(gradient_at - shift, VECTOR if SHIFTED & 4 else ALIGN)
-    # A masked tile where the row does not begin at position 0, full tiles, and a masked tail.
-    begin = split * span
-    end = tl.minimum(begin + span, shift + columns)
-    head, headed = begin, False
-    if SHIFTED:
-        headed = (shift > 0) & (split == 0)
-        head += BLOCK * headed.to(tl.int32)
-    full = tl.maximum(end - head, 0) // BLOCK
-    tail = head + full * BLOCK
+    stretch = W.stretch_of(split, extent.span, shift, columns, LANES, VECTOR, SHIFTED)
     student, teacher, gradient = student.pointer, teacher.pointer, gradient.pointer
     student += student_at
     if teacher is not None:
@@ -121,11 +101,10 @@ def sweep(
         live = live & (tl.load(targets.counted + index) != 0)
     if not live:
         if gradient is not None:
-            M.fill_zero(gradient, tl.maximum(begin, shift), end, BLOCK)
+            M.fill_zero(gradient, tl.maximum(stretch.begin, shift), stretch.end, BLOCK)
         return
 
     temper = P.temper_of(temperatures, index, rows, None, a)
-    offsets = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     label, label_logit, teacher_logit = -1, 0.0, 0.0
     if targets.labels is not None:
         label = L.label_of(tl.load(targets.labels + index), columns, owner)
@@ -136,27 +115,16 @@ def sweep(
             teacher_logit = tl.load(teacher + label, mask=label >= 0, other=0.0).to(tl.float32)
     all_columns = columns if owner is None else number(owner.all_columns)
 
+    sides = records.Sides(student, teacher, gradient, temper, a, b)
+
     if FIRST == P.STATISTICS:
         stats = R.empty(BLOCK // P.THREAD)
-        if SHIFTED:
-            if headed:
-                at = begin + offsets
-                inside = (at >= shift) & (at < end)
-                stats = P.statistics_step(stats, student, teacher, at, inside, temper, WANT)
-        for i in range(full):
-            at = head + i * BLOCK + offsets
-            stats = P.statistics_step(stats, student, teacher, at, None, temper, WANT)
-        if tail < end:
-            at = tail + offsets
-            stats = P.statistics_step(stats, student, teacher, at, at < end, temper, WANT)
+        stats = W.walk(stats, sides, None, stretch, P.statistics_step, WANT, DIVERGENCE, SAME, True)
         stats = R.collapse(R.settle(stats, temper, WANT), temper, WANT)
         rise, lift = D.by_sums(stats, WANT)
         if teacher is not None:
             if D.close(stats, lift, temper, WANT):
-                rise, lift = D.swept(
-                    student, teacher, begin, head, full, tail, end, shift, headed, offsets, stats,
-                    temper, BLOCK, SHIFTED, SAME, WANT,
-                )  # fmt: skip
+                rise, lift = D.swept(sides, stats, stretch, LANES, WANT, SAME)
         stats = R.with_differences(stats, rise, lift)
         if LAST == P.STATISTICS:
             label_logit = tl.where(split == 0, label_logit, 0.0)
@@ -182,26 +150,12 @@ def sweep(
     if not SUMMED:
         sums = P.collapse_sums(P.no_sums(LANES), WANT)
     elif FIRST <= P.SUMS and LAST >= P.SUMS and not LATE:
-        EVICT: tl.constexpr = "evict_last" if gradient is not None else "evict_first"
-        sums = P.no_sums(LANES)
         # Loss alone: one sweep is enough where the value is not small.
-        rounds, last = full, end
+        left = stretch
         if records.KL & WANT:
-            rounds, last = tl.where(clear, 0, full), tl.where(clear, tail, end)
-        if tail < last:
-            at = tail + offsets
-            sums = P.sum_step(sums, student, teacher, at, at < end, row, temper, a, b,
-                            WANT, DIVERGENCE, SAME, EVICT)  # fmt: skip
-        for i in range(rounds):
-            at = tail - (i + 1) * BLOCK + offsets
-            sums = P.sum_step(sums, student, teacher, at, None, row, temper, a, b,
-                            WANT, DIVERGENCE, SAME, EVICT)  # fmt: skip
-        if SHIFTED:
-            if headed:
-                at = begin + offsets
-                inside = (at >= shift) & (at < end)
-                sums = P.sum_step(sums, student, teacher, at, inside, row, temper, a, b,
-                                WANT, DIVERGENCE, SAME, EVICT)  # fmt: skip
+            last = tl.where(clear, stretch.tail, stretch.end)
+            left = W.with_tiles(stretch, tl.where(clear, 0, stretch.full), last)
+        sums = W.walk(P.no_sums(LANES), sides, row, left, P.sum_step, WANT, DIVERGENCE, SAME, False)
         sums = P.collapse_sums(sums, WANT)
         if records.KL & WANT:
             sums = P.with_value(sums, tl.where(clear, known, sums.value))
@@ -212,10 +166,7 @@ def sweep(
                 about = P.with_constant(row, sums.slope + row.c)
                 if P.lacking(about, R.saturated(stats) | R.huge(stats, temper)):
                     anchor = about.c
-                    slope = refined(
-                        student, teacher, begin, head, full, tail, end, shift, headed, offsets,
-                        about, temper, a, b, BLOCK, SHIFTED, DIVERGENCE, SAME,
-                    )  # fmt: skip
+                    slope = refined(sides, about, stretch, LANES, WANT, DIVERGENCE, SAME)
                     sums = P.with_slope(sums, slope)
             write_sums(pieces.sums, split, index, rows, sums, anchor)
     elif FIRST > P.SUMS and not BACKWARD:
@@ -237,10 +188,7 @@ def sweep(
                     P.lacking(row, R.saturated(stats) | R.huge(stats, temper)), lacking, 0.0
                 )
             elif P.lacking(row, R.saturated(stats) | R.huge(stats, temper)):
-                rest = refined(
-                    student, teacher, begin, head, full, tail, end, shift, headed, offsets,
-                    row, temper, a, b, BLOCK, SHIFTED, DIVERGENCE, SAME,
-                )  # fmt: skip
+                rest = refined(sides, row, stretch, LANES, WANT, DIVERGENCE, SAME)
             row = P.with_rest(row, rest)
 
     # Only now: scalars that lived through the sweeps above would be spilled.
@@ -255,55 +203,31 @@ def sweep(
             )  # fmt: skip
 
     if LAST == P.GRADIENT and (gradient is not None or outputs.temperature is not None):
-        HEAT: tl.constexpr = outputs.temperature is not None
+        TEMPERATURE: tl.constexpr = outputs.temperature is not None
         CE: tl.constexpr = factors.ce is not None
         H: tl.constexpr = factors.entropy is not None
-        sums, heat = P.no_sums(LANES), tl.zeros([LANES, 1], tl.float32)
-        # Against the sweep before this one.
-        if LATE:
-            first, step = tail - BLOCK, -BLOCK
-        else:
-            first, step = head, BLOCK
-        if tail < end:
-            at = tail + offsets
-            sums, heat = P.gradient_step(
-                sums, heat, student, teacher, gradient, at, at < end, row, temper, label,
-                all_columns, smoothing, k_kd, k_ce, k_entropy, a, b, LATE, HEAT, WANT, CE, H,
-                DIVERGENCE, SAME,
-            )  # fmt: skip
-        rounds = full
+        gathered = records.Gathered(P.no_sums(LANES), tl.zeros([LANES, 1], tl.float32))
+        asked = records.Asked(row, label, all_columns, smoothing, k_kd, k_ce, k_entropy)
+        left = stretch
         if LATE and records.KL & WANT:
             # Where the value is known, a loop of its own makes the gradient alone.
             plain = clear & R.plain(stats, WANT)
-            rounds = tl.where(plain, 0, full)
-            for i in range(full - rounds):
-                at = first + i * step + offsets
-                P.gradient_step(
-                    sums, heat, student, teacher, gradient, at, None, row, temper, label,
-                    all_columns, smoothing, k_kd, k_ce, k_entropy, a, b, False, HEAT,
-                    ~records.REST & WANT, CE, H, SLOPE, SAME,
-                )  # fmt: skip
-        for i in range(rounds):
-            at = first + i * step + offsets
-            sums, heat = P.gradient_step(
-                sums, heat, student, teacher, gradient, at, None, row, temper, label,
-                all_columns, smoothing, k_kd, k_ce, k_entropy, a, b, LATE, HEAT, WANT, CE, H,
-                DIVERGENCE, SAME,
+            W.full_tiles(
+                gathered, sides, records.Wanted(asked, False, TEMPERATURE, CE, H),
+                W.with_tiles(stretch, tl.where(plain, stretch.full, 0), stretch.end),
+                P.gradient_step, ~records.REST & WANT, SLOPE, SAME, False,
             )  # fmt: skip
-        if SHIFTED:
-            if headed:
-                at = begin + offsets
-                inside = (at >= shift) & (at < end)
-                sums, heat = P.gradient_step(
-                    sums, heat, student, teacher, gradient, at, inside, row, temper, label,
-                    all_columns, smoothing, k_kd, k_ce, k_entropy, a, b, LATE, HEAT, WANT, CE, H,
-                    DIVERGENCE, SAME,
-                )  # fmt: skip
-        if HEAT:
+            left = W.with_tiles(stretch, tl.where(plain, 0, stretch.full), stretch.end)
+        # Against the sweep before this one.
+        gathered = W.walk(
+            gathered, sides, records.Wanted(asked, LATE, TEMPERATURE, CE, H), left,
+            P.gradient_step, WANT, DIVERGENCE, SAME, not LATE,
+        )  # fmt: skip
+        if TEMPERATURE:
             at = index * TILE.splits + split
-            tl.store(outputs.temperature + at, -temper.s_rate * tl.sum(heat))
+            tl.store(outputs.temperature + at, -temper.s_rate * tl.sum(gathered.temperature))
         if LATE:
-            sums = P.collapse_sums(sums, WANT)
+            sums = P.collapse_sums(gathered.sums, WANT)
             if records.KL & WANT:
                 sums = P.with_value(sums, tl.where(plain, known, sums.value))
             P.write_row(
