@@ -257,6 +257,30 @@ def test_certain_of_the_label(height, divergence, backend):
         assert_close(gradient, true_gradient, "gradient")
 
 
+@pytest.mark.parametrize("backend", FUSED)
+def test_the_label_alone_of_rows_near_each_other(backend):
+    """DKD without the rest: a KL of two coins that hardly differ, and fall on one face mostly."""
+    (student, teacher), labels = sides(16, noise=1e-2), torch.randint(VOCAB, (16,))
+    for side in (student, teacher):
+        side[torch.arange(16), labels] += 13
+    settings = {"divergence": DKD(1, 0), "reduction": "none"}
+    loss, gradient = run(student, teacher, labels, backend=backend, **settings)
+    true_loss, true_gradient = truth(student, teacher, labels, **settings)
+    assert_close(loss, true_loss)
+    assert_close(gradient, true_gradient, "gradient")
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_all_terms_where_the_label_is_highest(backend):
+    student, teacher = sides(3)
+    labels = torch.tensor([2, 4, 6])
+    student[torch.arange(3), labels] += 9
+    check(
+        student, teacher, labels, backend=backend, divergence=DKD(1, 8), alpha=0.6,
+        entropy_weight=0.1, label_smoothing=0.1, reduction="sum",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("backend", "dtype"),
     [
