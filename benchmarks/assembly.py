@@ -171,8 +171,13 @@ def _read(
         if any(isa.load.search(line) for line in body)
         and any(isa.arithmetic.search(line) for line in body)
     ]
-    # Every sweep tells the cache how to keep what it loads, but one that few rows take.
-    swept = [body for body in tiles if any(isa.kept.search(line) for line in body)]
+    # Every sweep tells the cache how to keep what it loads, but one that few rows take; what the
+    # full tiles leave of a row is masked.
+    swept = [
+        body
+        for body in tiles
+        if any(isa.kept.search(line) and not line.startswith("@") for line in body)
+    ]
     counted = [_count(body, isa) for body in swept or tiles]
     whole = [line for _, line in lines]
     return Binary(

@@ -115,7 +115,18 @@ def trace(kernel: Kernel) -> Iterator[tuple[Instruction, bool]]:
         for begin, body in bodies.items()
         if (loaded := sum(one.loaded for one in body))
     }
-    storing = [begin for begin in rounds if any(one.stored for one in bodies[begin])]
+    # Of masked tiles, which the ends of a row are, a row has one.
+    masked = [
+        begin
+        for begin in rounds
+        if all(
+            line.startswith("@")
+            for at, (line, _) in code.items()
+            if begin <= at <= loops[begin] and assembly.SASS.kept.search(line)
+        )
+    ]
+    rounds |= dict.fromkeys(masked, 1)
+    storing = [begin for begin in rounds.keys() - masked if any(one.stored for one in bodies[begin])]
     chosen = (min if kernel.known else max)(
         storing, key=lambda begin: len(bodies[begin]), default=None
     )

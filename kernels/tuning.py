@@ -43,7 +43,9 @@ REGISTERS: dict[str, tuple[int | None, int | None]] = {
     "taid": (80, 128), "alpha_beta": (255, None),
 }  # fmt: skip
 OTHERS = (None, 128)
-ODD_REGISTERS = 80  # where rows begin anywhere, at least
+# Where rows begin anywhere, at least; and of these.
+ODD_REGISTERS = 80
+ODD_ONES = dict.fromkeys(("forward_kl", "reverse_kl", "tvd", "jsd"), 64)
 
 
 class Schedule(NamedTuple):
@@ -142,7 +144,7 @@ def registers(device: torch.device, divergence: str, shifted: bool, plain: bool)
     if device.type == "cpu" or generation(device) != HOPPER:
         return {}
     least, most = REGISTERS.get(divergence, OTHERS)
-    odd = max(least or 0, ODD_REGISTERS)
+    odd = max(least or 0, ODD_ONES.get(divergence, ODD_REGISTERS))
     return {"maxnreg": most if not plain else odd if shifted else least}
 
 

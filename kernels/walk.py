@@ -1,4 +1,4 @@
-"""How a sweep walks over a row, tile by tile: the place of head, full tiles and tail."""
+"""How a sweep walks over a row, tile by tile."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ import triton.language as tl
 
 
 class Stretch(NamedTuple):
-    """A program's columns of a row: a masked tile where it does not begin at position 0, full
-    tiles, and a masked tail."""
+    """A program's columns of a row: full tiles, and a masked one of what these leave."""
 
     begin: Any
     end: Any
     shift: Any  # the position of the row's first column
-    headed: Any  # whether there is a masked tile before `head`; None: never
-    head: Any
+    before: Any  # positions before the full tiles; None: never any
     full: Any  # tiles
     tail: Any
     offsets: Any  # of a tile
@@ -29,21 +27,21 @@ def stretch_of(split, span, shift, columns, LANES: tl.constexpr, VECTOR: tl.cons
     BLOCK: tl.constexpr = LANES * VECTOR
     begin = split * span
     end = tl.minimum(begin + span, shift + columns)
-    head, headed = begin, None
+    first, before = begin, None
     if SHIFTED:
-        headed = (shift > 0) & (split == 0)
-        head += BLOCK * headed.to(tl.int32)
-    full = tl.maximum(end - head, 0) // BLOCK
+        before = tl.where((shift > 0) & (split == 0), VECTOR, 0)
+        first += before
+    full = tl.maximum(end - first, 0) // BLOCK
     offsets = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    return Stretch(begin, end, shift, headed, head, full, head + full * BLOCK, offsets, BLOCK)
+    return Stretch(begin, end, shift, before, full, first + full * BLOCK, offsets, BLOCK)
 
 
 @triton.jit
 def with_tiles(stretch, full, end):
     """The same with fewer tiles, or without its tail."""
     return Stretch(
-        stretch.begin, end, stretch.shift, stretch.headed, stretch.head, full, stretch.tail,
-        stretch.offsets, stretch.block,
+        stretch.begin, end, stretch.shift, stretch.before, full, stretch.tail, stretch.offsets,
+        stretch.block,
     )  # fmt: skip
 
 
@@ -56,13 +54,27 @@ def walk(
 
     at: its positions; inside: which are the row's, None: all.
     """
-    if stretch.tail < stretch.end:
-        at = stretch.tail + stretch.offsets
-        state = STEP(state, at, at < stretch.end, sides, known, WANT, DIVERGENCE, SAME)
-    state = full_tiles(state, sides, known, stretch, STEP, WANT, DIVERGENCE, SAME, FORWARD)
-    if stretch.headed is not None:
-        if stretch.headed:
-            at = stretch.begin + stretch.offsets
+    state = _left_over(state, sides, known, stretch, STEP, WANT, DIVERGENCE, SAME)
+    return full_tiles(state, sides, known, stretch, STEP, WANT, DIVERGENCE, SAME, FORWARD)
+
+
+@triton.jit
+def _left_over(
+    state, sides, known, stretch, STEP: tl.constexpr, WANT: tl.constexpr,
+    DIVERGENCE: tl.constexpr, SAME: tl.constexpr,
+):  # fmt: skip
+    """The masked tile. Of a row that does not begin at position 0, the vector with its first
+    columns stands before the last ones in it; where they do not fit there are two.
+    """
+    if stretch.before is None:
+        if stretch.tail < stretch.end:
+            at = stretch.tail + stretch.offsets
+            state = STEP(state, at, at < stretch.end, sides, known, WANT, DIVERGENCE, SAME)
+    else:
+        first = stretch.tail - stretch.before
+        for i in range((stretch.end - first + stretch.block - 1) // stretch.block):
+            at = first + i * stretch.block + stretch.offsets
+            at += tl.where(at < stretch.tail, stretch.begin - first, 0)
             inside = (at >= stretch.shift) & (at < stretch.end)
             state = STEP(state, at, inside, sides, known, WANT, DIVERGENCE, SAME)
     return state
@@ -74,7 +86,7 @@ def full_tiles(
     DIVERGENCE: tl.constexpr, SAME: tl.constexpr, FORWARD: tl.constexpr,
 ):  # fmt: skip
     if FORWARD:
-        first, step = stretch.head, stretch.block
+        first, step = stretch.tail - stretch.full * stretch.block, stretch.block
     else:
         first, step = stretch.tail - stretch.block, -stretch.block
     for i in range(stretch.full):
