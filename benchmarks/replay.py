@@ -126,7 +126,9 @@ def trace(kernel: Kernel) -> Iterator[tuple[Instruction, bool]]:
         )
     ]
     rounds |= dict.fromkeys(masked, 1)
-    storing = [begin for begin in rounds.keys() - masked if any(one.stored for one in bodies[begin])]
+    storing = [
+        begin for begin in rounds.keys() - masked if any(one.stored for one in bodies[begin])
+    ]
     chosen = (min if kernel.known else max)(
         storing, key=lambda begin: len(bodies[begin]), default=None
     )
