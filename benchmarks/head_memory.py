@@ -2,6 +2,7 @@
 
 Forward KL and its gradients, each case in a process of its own: the most that was resident at once
 during the call, less what was before it and the gradients. Products' own buffers are part of it.
+The last column is what whole logits of both sides would take, in fp32.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fastkd import chunks
 
 from . import machine
 
-ROWS, HIDDEN, VOCAB = 4096, 1024, 128256
+HIDDEN, VOCAB = 1024, 128256
 MIB = 2**20
 
 
@@ -31,19 +32,25 @@ class Case(NamedTuple):
 
     dtype: str
     trains: bool
+    rows: int
 
 
-CASES = (Case("float32", False), Case("float32", True), Case("bfloat16", False))
+CASES = (
+    Case("float32", False, 4096),
+    Case("float32", True, 4096),
+    Case("bfloat16", False, 1024),  # whose weights are converted for every chunk
+)
 
 
 def main(arguments: Sequence[str]) -> None:
     top = argparse.ArgumentParser(prog="benchmarks.head_memory", description=__doc__)
     top.add_argument("--out", type=Path, help="results.json and table.md")
-    top.add_argument("--rows", type=int, default=ROWS, help=f"default: {ROWS}")
+    top.add_argument("--rows", type=int, default=4096, help="at most; default: 4096")
     top.add_argument("--case", type=int, choices=range(len(CASES)), help=argparse.SUPPRESS)
     options = top.parse_args(arguments)
     if options.case is not None:
-        print(json.dumps(measured(CASES[options.case], options.rows)))
+        case = CASES[options.case]
+        print(json.dumps(measured(case._replace(rows=min(case.rows, options.rows)))))
         return
     rows = [child(case, options.rows) for case in range(len(CASES))]
     header = machine.header(torch.device("cpu"), arguments, None)
@@ -65,9 +72,9 @@ def child(case: int, rows: int) -> dict[str, Any]:
     return found
 
 
-def measured(case: Case, rows: int) -> dict[str, Any]:
-    hidden, other = drawn(case, rows), drawn(case, rows)
-    weight, other_weight = drawn(case, VOCAB), drawn(case, VOCAB)
+def measured(case: Case) -> dict[str, Any]:
+    hidden, other = (drawn(case.rows, case.dtype) for _ in range(2))
+    weight, other_weight = (drawn(VOCAB, case.dtype) for _ in range(2))
     hidden.requires_grad_()
     weight.requires_grad_(case.trains)
     loss(hidden[:16], weight[:1000], other[:16], other_weight[:1000]).backward()  # loads libraries
@@ -77,16 +84,16 @@ def measured(case: Case, rows: int) -> dict[str, Any]:
     grown = status("VmHWM") - before
     gradients = sum(x.grad.nbytes for x in (hidden, weight) if x.grad is not None)
     return {
-        **case._asdict(), "rows": rows, "hidden": HIDDEN, "vocab": VOCAB,
+        **case._asdict(), "hidden": HIDDEN, "vocab": VOCAB,
         "inputs": 2 * hidden.nbytes + 2 * weight.nbytes, "gradients": gradients,
         "beyond": grown - gradients, "budget": chunks.CPU_BYTES,
-        "logits": 2 * rows * VOCAB * 4,
+        "logits": 2 * case.rows * VOCAB * 4,
     }  # fmt: skip
 
 
-def drawn(case: Case, rows: int) -> torch.Tensor:
+def drawn(rows: int, dtype: str) -> torch.Tensor:
     """Written in place: nothing of it is left over for the measured call."""
-    x = torch.empty(rows, HIDDEN, dtype=getattr(torch, case.dtype))
+    x = torch.empty(rows, HIDDEN, dtype=getattr(torch, dtype))
     return x.normal_(std=HIDDEN**-0.25)
 
 
@@ -111,17 +118,19 @@ def status(name: str) -> int:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        f"N = {rows[0]['rows']}, H = {HIDDEN}, V = {VOCAB}; MiB.",
+        f"H = {HIDDEN}, V = {VOCAB}; MiB.",
         "",
-        "| dtype | head | inputs | gradients | beyond both | of a chunk's bytes | logits, whole |",
-        "|---|---|---|---|---|---|---|",
+        "| dtype | head | N | inputs | gradients | beyond both | of a chunk's bytes | logits |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         head = "trains" if row["trains"] else "frozen"
-        sizes = [row[name] / MIB for name in ("inputs", "gradients", "beyond")]
+        inputs, gradients, beyond, logits = (
+            row[name] / MIB for name in ("inputs", "gradients", "beyond", "logits")
+        )
         lines.append(
-            f"| {row['dtype']} | {head} | {sizes[0]:.0f} | {sizes[1]:.0f} | {sizes[2]:.1f} | "
-            f"{row['beyond'] / row['budget']:.2f} | {row['logits'] / MIB:.0f} |"
+            f"| {row['dtype']} | {head} | {row['rows']} | {inputs:.0f} | {gradients:.0f} | "
+            f"{beyond:.1f} | {row['beyond'] / row['budget']:.2f} | {logits:.0f} |"
         )
     return "\n".join(lines)
 
