@@ -63,7 +63,7 @@ def install(driver: Any = None) -> None:
 def pretend() -> None:
     """fastkd takes tensors of the CPU for those of a GPU, of so many processors."""
     from fastkd import checks, elementwise
-    from fastkd.kernels import bernoulli, logits, moments, tuning
+    from fastkd.kernels import bernoulli, events, logits, moments, tuning
     from fastkd.kernels import elementwise as elementwise_kernels
 
     class Device:
@@ -76,7 +76,7 @@ def pretend() -> None:
         return schedule(rows, columns, itemsize, device, **more)
 
     replaced: dict[str, Any] = {
-        "schedule": (scheduled, (bernoulli, logits, moments)),
+        "schedule": (scheduled, (bernoulli, events, logits, moments)),
         "registers": (lambda _, *of: registers(device, *of), (logits,)),
         "multiprocessors": (lambda _: PROCESSORS, (tuning, logits)),
         "generation": (lambda _: TARGET // 10, (tuning,)),

@@ -13,7 +13,7 @@ import torch
 
 import fastkd
 
-from .problems import Run, in_place, kl_div, loss, shards
+from .problems import Run, in_place, kl_div, listed, loss, shards
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
@@ -234,6 +234,19 @@ def columns_of_owners() -> Iterator[Case]:
     yield Case("shards ForwardKL() std", standardized)
 
 
+def listed_teachers() -> Iterator[Case]:
+    """Whole rows and split ones, at any place in memory; more listed columns than threads."""
+    for n, (divergence, columns, count) in enumerate((
+        (FORWARD_KL, 5000, 7), (JSD, 8195, 64), (fastkd.ReverseKL(), 100, 100),
+        (fastkd.Renyi(alpha=2.0), 16387, 300),
+    )):  # fmt: skip
+        mode, dtype = ("all", "fused", "inplace", "all")[n], (BF16, FP32, FP32, FP32)[n]
+        place = ("plain", "slice3", "wide", "slice")[n]
+        tail = "renormalize" if n == 1 else "bucket"
+        name = f"listed {divergence} {columns} {count} {NAMES[dtype]} {mode} {place} {tail}"
+        yield Case(name, listed(divergence, (1, 3, columns), dtype, mode, place, count, tail))
+
+
 def beside_labels() -> Iterator[Case]:
     """Rows that are swept without their label."""
     grid = itertools.product(LABEL_AWARE, ((2, 3, 100), (1, 3, 1000), (1, 3, 5000), (1, 2, 16387)))
@@ -246,5 +259,5 @@ def beside_labels() -> Iterator[Case]:
 
 GROUPS = (
     logits_in_place, slices_in_place, padded, far_apart, entry_by_entry, many_rows, divergences,
-    multi_label, edges, other_gradients, columns_of_owners, beside_labels,
+    multi_label, edges, other_gradients, columns_of_owners, beside_labels, listed_teachers,
 )  # fmt: skip

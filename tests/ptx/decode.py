@@ -35,7 +35,7 @@ for _names, _operation, _operands in (
     ("div.s32", "DIVS32", _I), ("div.u32", "DIVU32", _I), ("rem.s32", "REMS32", _I),
     ("rem.u32", "REMU32", _I),
     ("selp.b32 selp.f32 selp.b16 selp.s32 selp.u32", "SELP32", "r r r p"),
-    ("selp.b64", "SELP64", "q q q p"), ("bfe.u32", "BFEU32", "r r r r"),
+    ("selp.b64 selp.f64", "SELP64", "q q q p"), ("bfe.u32", "BFEU32", "r r r r"),
     ("bfe.s32", "BFES32", "r r r r"), ("popc.b32", "POPC32", "r r"), ("clz.b32", "CLZ32", "r r"),
     ("prmt.b32", "PRMT", "r r r r"),
     ("add.s64 add.u64", "ADD64", _Q), ("sub.s64 sub.u64", "SUB64", _Q),
@@ -49,7 +49,8 @@ for _names, _operation, _operands in (
     ("div.u64", "DIVU64", _Q), ("rem.s64", "REMS64", _Q), ("rem.u64", "REMU64", _Q),
     ("mul.wide.s32", "MULWS", "q r r"), ("mul.wide.u32", "MULWU", "q r r"),
     ("mad.wide.s32", "MADWS", "q r r q"), ("mad.wide.u32", "MADWU", "q r r q"),
-    ("cvt.s64.s32", "CVT_S64_S32", "q r"), ("cvt.u64.u32 cvt.u64.u16", "CVT_U64_U32", "q r"),
+    ("cvt.s64.s32", "CVT_S64_S32", "q r"),
+    ("cvt.s64.s32:", "CVT_S64_LOW", "q q"), ("cvt.u64.u32 cvt.u64.u16", "CVT_U64_U32", "q r"),
     ("cvt.u32.u64 cvt.s32.s64 cvt.s32.u64 cvt.u32.s64", "CVT_32_64", "r q"),
     ("cvt.u16.u32 cvt.u32.u16 cvt.s16.s32", "CVT_16_32", "r r"),
     ("cvt.u32.u8 cvt.u16.u8", "CVT_8_32", "r r"), ("cvt.s32.s16", "CVT_S32_S16", "r r"),
@@ -67,7 +68,7 @@ for _names, _operation, _operands in (
     ("add.ftz.f32 add.rn.ftz.f32", "FADDZ", _I), ("sub.ftz.f32 sub.rn.ftz.f32", "FSUBZ", _I),
     ("mul.ftz.f32 mul.rn.ftz.f32", "FMULZ", _I), ("fma.rn.ftz.f32", "FFMAZ", "r r r r"),
     ("max.f32", "FMAX", _I), ("min.f32", "FMIN", _I), ("max.NaN.f32", "FMAXN", _I),
-    ("min.NaN.f32", "FMINN", _I), ("neg.f32", "FNEG", "r r"), ("abs.f32", "FABS", "r r"),
+    ("min.NaN.f32", "FMINN", _I), ("neg.f32", "FNEG", "r r"), ("abs.f32", "FABS", "r r"), ("abs.ftz.f32", "FABSZ", "r r"),
     ("neg.bf16 neg.f16", "FNEG16", "r r"), ("div.full.f32 div.approx.f32", "FDIV", _I),
     ("div.rn.f32", "FDIVRN", _I), ("sqrt.approx.f32", "FSQRT", "r r"),
     ("sqrt.approx.ftz.f32", "FSQRTZ", "r r"), ("sqrt.rn.f32", "FSQRTRN", "r r"),
@@ -75,6 +76,12 @@ for _names, _operation, _operands in (
     ("rcp.rn.f32", "FRCPRN", "r r"), ("rsqrt.approx.f32", "FRSQRT", "r r"),
     ("ex2.approx.f32", "EX2", "r r"), ("ex2.approx.ftz.f32", "EX2Z", "r r"),
     ("lg2.approx.f32", "LG2", "r r"), ("lg2.approx.ftz.f32", "LG2Z", "r r"),
+    ("add.f64 add.rn.f64", "DADD", _Q), ("sub.f64 sub.rn.f64", "DSUB", _Q),
+    ("mul.f64 mul.rn.f64", "DMUL", _Q), ("fma.rn.f64", "DFMA", "q q q q"),
+    ("max.f64", "DMAX", _Q), ("min.f64", "DMIN", _Q), ("neg.f64", "DNEG", "q q"),
+    ("abs.f64", "DABS", "q q"), ("div.rn.f64", "DDIV", _Q), ("rcp.approx.ftz.f64", "DRCPZ", "q q"),
+    ("cvt.f64.bf16", "CVT_F64_BF16", "q r"), ("cvt.f64.f16", "CVT_F64_F16", "q r"),
+    ("cvt.f64.f32", "CVT_F64_F32", "q r"), ("cvt.rn.f32.f64", "CVT_F32_F64", "r q"),
     ("and.pred", "PAND", "p p p"), ("or.pred", "POR", "p p p"), ("xor.pred", "PXOR", "p p p"),
     ("not.pred", "PNOT", "p p"), ("ret exit", "RET", ""), ("bar.warp.sync", "WARPSYNC", "r"),
 ):  # fmt: skip
@@ -91,9 +98,9 @@ COMPARE = {
 }  # fmt: skip
 COMPARED = {  # by type: the operation's suffix and the bank
     "s32": ("S32", "r"), "u32": ("U32", "r"), "b32": ("U32", "r"), "s64": ("S64", "q"),
-    "u64": ("U64", "q"), "b64": ("U64", "q"), "f32": ("F32", "r"), "s16": ("S16", "r"),
-    "u16": ("U32", "r"), "b16": ("U32", "r"), "bf16": ("BF16", "r"), "f16": ("F16", "r"),
-    "bf16x2": ("BF16X2", "r"), "f16x2": ("F16X2", "r"),
+    "u64": ("U64", "q"), "b64": ("U64", "q"), "f32": ("F32", "r"), "f64": ("F64", "q"),
+    "s16": ("S16", "r"), "u16": ("U32", "r"), "b16": ("U32", "r"),
+    "bf16": ("BF16", "r"), "f16": ("F16", "r"), "bf16x2": ("BF16X2", "r"), "f16x2": ("F16X2", "r"),
 }  # fmt: skip
 SPECIAL = {
     name: number
@@ -156,6 +163,8 @@ class Decoder:
                 line = line[line.index("{") + 1 :].strip()
             if line == "}":
                 break
+            if half := re.match(r"\{ \.reg \.b32 tmp; (.*) \}$", line):  # of a number of 64 bits
+                line = half[1].replace("tmp", "_")
             if line.startswith((".loc", ".file", ".pragma", ".reg")):
                 continue
             if label := re.match(r"([\w$]+:)\s*(.*)$", line):
@@ -214,6 +223,8 @@ class Decoder:
             statement = guard[3]
         name, *rest = statement.split(None, 1)
         operands = _split(rest[0]) if rest else []
+        if name == "cvt.s64.s32" and operands[1].startswith("%rd"):  # the lower half of it
+            name += ":"
         if name in PLAIN:
             self._plain(one, name, operands)
             return
@@ -223,7 +234,7 @@ class Decoder:
             "createpolicy": self._nothing, "mov": self._mov, "ld": self._load_or_store,
             "st": self._load_or_store, "setp": self._compare, "shfl": self._shuffle,
             "redux": self._reduce, "vote": self._vote, "ldmatrix": self._matrix,
-            "stmatrix": self._matrix,
+            "stmatrix": self._matrix, "atom": self._atomic,
         }.get(first)  # fmt: skip
         if decode is None:
             raise ValueError(f"unknown instruction: {statement}")
@@ -305,6 +316,7 @@ class Decoder:
             return
         loads, shared = first == "ld", any(f in middle for f in ("shared", "shared::cta"))
         place, vectors = {"shared", "shared::cta", "global"}, {"v2", "v4", "v8"}
+        middle = [word for word in middle if word != "cg"]  # there is no L1
         if len(place & set(middle)) != 1 or set(middle) - place - vectors:
             raise ValueError(name)
         self._set(one, ("LDS" if loads else "STS") if shared else ("LDG" if loads else "STG"))
@@ -326,6 +338,13 @@ class Decoder:
         for k, token in enumerate(values):
             one["a"][k] = self.operand("q" if wide else "r", token)
         self.address(one, address, shared)
+
+    def _atomic(self, one: Any, name: str, operands: list[str]) -> None:
+        if name != "atom.global.cta.relaxed.or.b32":
+            raise ValueError(name)
+        self._set(one, "ATOMOR")
+        one["a"][0], one["a"][1] = (self.operand("r", operands[k]) for k in (0, 2))
+        self.address(one, operands[1], False)
 
     def _compare(self, one: Any, name: str, operands: list[str]) -> None:
         how, *combined, type_ = (f for f in name.split(".")[1:] if f != "ftz")

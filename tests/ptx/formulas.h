@@ -1,7 +1,7 @@
 // The instructions that compute one number from up to three, by lane.
 //
 // X(name, bank of the result, its bits). A, B, C are the bits of the operands, LA, LB, LC those of
-// 64-bit ones, FA, FB, FC the same as fp32; l is the lane, w the warp, i the instruction.
+// 64-bit ones, FA, FB, FC the same as fp32, DA, DB, DC as fp64; l is the lane, w the warp, i the instruction.
 #pragma once
 
 #define FORMULAS(X) \
@@ -72,6 +72,7 @@
   X(MADWS, Q, (u64)((s64)(s32)A * (s64)(s32)B) + LC) \
   X(MADWU, Q, (u64)A * (u64)B + LC) \
   X(CVT_S64_S32, Q, (u64)(s64)(s32)A) \
+  X(CVT_S64_LOW, Q, (u64)(s64)(s32)LA) \
   X(CVT_U64_U32, Q, (u64)A) \
   X(CVT_32_64, R, (u32)LA) \
   X(CVT_16_32, R, A & 0xffff) \
@@ -109,6 +110,7 @@
   X(FMINN, R, (FA != FA || FB != FB) ? 0x7fffffffu : U(smaller(FA, FB))) \
   X(FNEG, R, A ^ 0x80000000u) \
   X(FABS, R, A & 0x7fffffffu) \
+  X(FABSZ, R, U(ftz(std::fabs(FA)))) \
   X(FDIV, R, U(approximate(FA / FB, A * 31 + B))) \
   X(FDIVRN, R, U(FA / FB)) \
   X(FSQRT, R, U(approximate(std::sqrt(FA), A))) \
@@ -122,6 +124,20 @@
   X(EX2Z, R, U(ftz(approximate((float)std::exp2((double)ftz(FA)), A)))) \
   X(LG2, R, U(approximate((float)std::log2((double)FA), A, true))) \
   X(LG2Z, R, U(ftz(approximate((float)std::log2((double)ftz(FA)), A, true)))) \
+  X(DADD, Q, bits_of(DA + DB)) \
+  X(DSUB, Q, bits_of(DA - DB)) \
+  X(DMUL, Q, bits_of(DA * DB)) \
+  X(DFMA, Q, bits_of(std::fma(DA, DB, DC))) \
+  X(DMAX, Q, bits_of(std::fmax(DA, DB))) \
+  X(DMIN, Q, bits_of(std::fmin(DA, DB))) \
+  X(DNEG, Q, LA ^ (1ull << 63)) \
+  X(DABS, Q, LA & ~(1ull << 63)) \
+  X(DDIV, Q, bits_of(DA / DB)) \
+  X(DRCPZ, Q, bits_of(1.0 / DA) & ~0ull << 32) \
+  X(CVT_F64_BF16, Q, bits_of((double)from_bf16(A))) \
+  X(CVT_F64_F16, Q, bits_of((double)from_f16(A))) \
+  X(CVT_F64_F32, Q, bits_of((double)FA)) \
+  X(CVT_F32_F64, R, U((float)DA)) \
   X(PACK32, R, (A & 0xffff) | B << 16) \
   X(PACK64, Q, (u64)A | (u64)B << 32)
 
@@ -132,6 +148,7 @@
   X(SETP_S64, compare(i.kind, (s64)LA, (s64)LB)) \
   X(SETP_U64, compare(i.kind, LA, LB)) \
   X(SETP_F32, compare(i.kind, FA, FB)) \
+  X(SETP_F64, compare(i.kind, DA, DB)) \
   X(SETP_S16, compare(i.kind, (s16)A, (s16)B)) \
   X(SETP_BF16, compare(i.kind, from_bf16(A), from_bf16(B))) \
   X(SETP_F16, compare(i.kind, from_f16(A), from_f16(B)))

@@ -11,7 +11,7 @@
   X(NOP) X(BRA) X(RET) X(BAR) X(WARPSYNC) X(SPECIAL) X(SETP_BF16X2) X(SETP_F16X2) X(PAND) X(POR) \
   X(PXOR) X(PNOT) X(PMOV) X(UNPACK32) X(UNPACK64) X(LDG) X(STG) X(LDS) X(STS) \
   X(LDMATRIX) X(STMATRIX) X(SHFL) X(REDUXMAXS) X(REDUXMINS) X(REDUXADD) X(REDUXOR) X(REDUXAND) \
-  X(VOTEBALLOT) X(VOTEANY) X(VOTEALL)
+  X(VOTEBALLOT) X(VOTEANY) X(VOTEALL) X(ATOMOR)
 enum Operation { FORMULAS(NAME) COMPARISONS(NAME) OTHERS(NAME) OPERATIONS };
 #undef NAME
 #define NAME(n, ...) #n,
@@ -58,6 +58,9 @@ struct Block {
 #define FA F(A)
 #define FB F(B)
 #define FC F(C)
+#define DA number_of(LA)
+#define DB number_of(LB)
+#define DC number_of(LC)
 
 struct Machine {
   const Program &program;
@@ -240,6 +243,7 @@ struct Machine {
       break;
     case LDG: case LDS: LANE load(b, w, i, l, g.pc); break;
     case STG: case STS: LANE store(b, w, i, l, g.pc); break;
+    case ATOMOR: LANE update(b, w, i, l, g.pc); break;
     case LDMATRIX: case STMATRIX: converged(b, w, g); matrix(b, w, i, g.pc); break;
     case SHFL: converged(b, w, g); shuffle(w, i, m); break;
 #define REDUCE(name, type, start, expression) \
@@ -320,6 +324,17 @@ struct Machine {
     }
     u8 *p = i.op == STG ? memory.touch(now, at, n, value) : memory.touch(b.shared, now, at, n, value);
     if (p) memcpy(p, value, n);
+  }
+
+  // The bits of an operand are set in a word of global memory.
+  void update(Block &b, Warp &w, const Instruction &i, int l, int pc) {
+    u8 *p = memory.update(access(b, w, l, pc), address(w, i, l), 4);
+    if (!p) return;
+    u32 old, set = R(i.a[1])[l];
+    memcpy(&old, p, 4);
+    set |= old;
+    memcpy(p, &set, 4);
+    if (i.a[0] >= 0) R(i.a[0])[l] = old;
   }
 
   // Matrices of 8 x 8 numbers of 16 bits: two of a row to a lane, lane k * 8 + r has row r of the kth.

@@ -14,6 +14,7 @@ enum Between { NOTHING, LANES, WARPS, PROGRAMS };
 // program: its number + 1, so that 0 is nobody. epoch: barriers of the program, sync: of the warp.
 struct Access { s32 program, epoch, sync, pc; s16 warp, lane; };
 const s32 GLOBAL = -1, SHARED = -2;
+const s16 ATOMIC = -2;  // in place of a lane
 struct Report {
   s32 kind, between, allocation;  // its number, or where there is none, GLOBAL or SHARED
   Access now, before;
@@ -73,6 +74,28 @@ class Memory {
       write(shadow[k][i], now, k, at, same);
       a.written[i] = 1;
     }
+    return (u8 *)address;
+  }
+
+  // The same of an atomic operation of a program, which races with all that is none.
+  u8 *update(const Access &now, u64 address, int n) {
+    int k = find(address, n);
+    if (address % n || k < 0) {
+      report(k < 0 ? OUT_OF_BOUNDS : MISALIGNED, NOTHING, GLOBAL, address, now);
+      return nullptr;
+    }
+    Allocation &a = allocations[k];
+    if (shadow.empty()) shadow.resize(allocations.size());
+    if (!shadow[k]) shadow[k] = (Cell *)calloc(a.size / a.cell + 1, sizeof(Cell));
+    u64 i = (address - a.base) / a.cell;
+    if (!a.written[i]) report(UNWRITTEN, NOTHING, k, address, now);
+    if (!a.writable[i]) report(OUTSIDE_VIEW, NOTHING, k, address, now);
+    Cell &c = shadow[k][i];
+    bool both = c.written.lane == ATOMIC && c.written.program == now.program;
+    bool last = both && c.written.epoch == now.epoch;
+    if (last) c.written = {0, 0, 0, -1, -1, -1};
+    write(c, now, k, address, false);
+    c.written.lane = ATOMIC;
     return (u8 *)address;
   }
 

@@ -15,6 +15,8 @@ typedef int64_t s64;
 
 static inline float F(u32 x) { float f; memcpy(&f, &x, 4); return f; }
 static inline u32 U(float f) { u32 x; memcpy(&x, &f, 4); return x; }
+static inline double number_of(u64 x) { double f; memcpy(&f, &x, 8); return f; }
+static inline u64 bits_of(double f) { u64 x; memcpy(&x, &f, 8); return x; }
 // Denormal numbers count as 0.
 static inline float ftz(float x) {
   return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x;

@@ -250,6 +250,52 @@ def _outcome(
     return found | {name: x for name, x in grads.items() if x is not None}
 
 
+def listed(
+    divergence: fastkd.Divergence, shape: tuple[int, int, int], dtype: torch.dtype, mode: str,
+    place: str, count: int, tail: str,
+) -> Run:  # fmt: skip
+    """Beside a teacher that lists columns; the truth is the oracle's, of events as columns."""
+
+    def run() -> list[str]:
+        student, other = logits(shape, shape[2])
+        student = student.to(dtype)
+        teacher = fastkd.TopK.from_logits(other, count, tail=tail)
+        temperature = torch.linspace(0.8, 1.6, shape[0] * shape[1]).view(shape[:2])
+        options = {
+            "divergence": divergence, "temperature": temperature, "teacher_temperature": 1.0,
+            "scale_by_temperature": False, "reduction": "none" if mode == "all" else "mean",
+        }  # fmt: skip
+        leaves = _leaves(placed(student, place, 0), other, options, "backward", torch.float32)
+        leaves = {name: x.requires_grad_() for name, x in leaves.items()}
+        if mode == "all":
+            leaves["temperature"] = temperature.clone().requires_grad_()
+        z = leaves["student"]
+        value = fastkd.distillation_loss(
+            _Same.apply(z) if mode == "inplace" else z, teacher, backend="triton",
+            inplace=mode == "inplace", gradient="backward" if mode == "all" else "forward",
+            vocab_size=shape[2], **{**options, **{k: x for k, x in leaves.items() if k in options}},
+        )  # fmt: skip
+        exact = {"student": student.double().requires_grad_()}
+        exact["temperature"] = temperature.double().requires_grad_()
+        scaled = exact["student"] / exact["temperature"][..., None]
+        rest = scaled.scatter(-1, teacher.indices, -torch.inf).logsumexp(-1, keepdim=True)
+        q = torch.cat([scaled.gather(-1, teacher.indices), rest], -1)
+        last = torch.full_like(rest, -torch.inf)
+        if tail == "bucket":
+            last = teacher.tail_log_prob.double()[..., None]
+        true, _ = oracle.distillation_loss(
+            q, torch.cat([teacher.log_probs.double(), last], -1), reduction=options["reduction"],
+            divergence=(divergence.name, dataclasses.asdict(divergence)),
+        )  # fmt: skip
+        exact = {name: x for name, x in exact.items() if name in leaves}
+        return compared(
+            _outcome(value, None, leaves, mode, 1.0), _outcome(true, None, exact, mode, 1.0),
+            shape[2],
+        )  # fmt: skip
+
+    return run
+
+
 # --- launchers -----------------------------------------------------------------------------------
 
 
