@@ -14,7 +14,7 @@ class Stretch(NamedTuple):
     begin: Any
     end: Any
     shift: Any  # the position of the row's first column
-    before: Any  # positions before the full tiles; None: never any
+    before: Any  # positions before the full tiles, in a tuple; (): never any
     full: Any  # tiles
     tail: Any
     offsets: Any  # of a tile
@@ -27,10 +27,10 @@ def stretch_of(split, span, shift, columns, LANES: tl.constexpr, VECTOR: tl.cons
     BLOCK: tl.constexpr = LANES * VECTOR
     begin = split * span
     end = tl.minimum(begin + span, shift + columns)
-    first, before = begin, None
+    first, before = begin, ()  # Triton 3.6 returns no tuple that holds None
     if SHIFTED:
-        before = tl.where((shift > 0) & (split == 0), VECTOR, 0)
-        first += before
+        some = tl.where((shift > 0) & (split == 0), VECTOR, 0)
+        first, before = first + some, (some,)
     full = tl.maximum(end - first, 0) // BLOCK
     offsets = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     return Stretch(begin, end, shift, before, full, first + full * BLOCK, offsets, BLOCK)
@@ -66,12 +66,12 @@ def _left_over(
     """The masked tile. Of a row that does not begin at position 0, the vector with its first
     columns stands before the last ones in it; where they do not fit there are two.
     """
-    if stretch.before is None:
+    if len(stretch.before) == 0:
         if stretch.tail < stretch.end:
             at = stretch.tail + stretch.offsets
             state = STEP(state, at, at < stretch.end, sides, known, WANT, DIVERGENCE, SAME)
     else:
-        first = stretch.tail - stretch.before
+        first = stretch.tail - stretch.before[0]
         for i in range((stretch.end - first + stretch.block - 1) // stretch.block):
             at = first + i * stretch.block + stretch.offsets
             at += tl.where(at < stretch.tail, stretch.begin - first, 0)
