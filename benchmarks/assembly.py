@@ -88,18 +88,18 @@ _APART = re.compile(r"\bBRA\.DIV\b.*0x([0-9a-f]+)")
 
 
 def binaries(
-    target: str, call: Callable[[], object], processors: int, cluster: int = 0
+    target: str, call: Callable[[], object], processors: int, cluster: int = 0, shared: int = 0
 ) -> list[Binary]:
     """The kernels that `call` would launch on tensors without storage, on `target`.
 
-    cluster: the columns that a cluster takes.
+    cluster: the columns that a cluster takes. shared: programs that share a row.
     """
-    found = _compiled(target, call, processors, cluster)
+    found = _compiled(target, call, processors, cluster, shared)
     return [_read(kernel, *launch) for kernel, *launch in found]
 
 
 def _compiled(
-    target: str, call: Callable[[], object], processors: int, cluster: int
+    target: str, call: Callable[[], object], processors: int, cluster: int, shared: int = 0
 ) -> list[tuple]:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -138,6 +138,7 @@ def _compiled(
         replaced(tuning, "multiprocessors", lambda device: processors),
         replaced(tuning, "generation", lambda device: gpu.arch // 10 if "sm_" in target else 0),
         replaced(tuning, "COLUMNS", tuning.COLUMNS | {"cluster": cluster}),
+        replaced(tuning, "SHARED", shared),
     ):
         call()
     return found
@@ -231,9 +232,12 @@ def _gcn(text: str) -> tuple[list[Line], list[list[str]]]:
 
 
 def _loops(lines: list[Line], jumps: list[tuple[int, int]]) -> list[list[str]]:
-    """The bodies of the loops: from where a jump goes back to, to that jump."""
+    """The bodies of the innermost loops: from where a jump goes back to, to that jump."""
+    loops = [(begin, end) for begin, end in jumps if begin < end]
     return [
-        [line for at, line in lines if begin <= at <= end] for begin, end in jumps if begin < end
+        [line for at, line in lines if begin <= at <= end]
+        for begin, end in loops
+        if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in loops)
     ]
 
 

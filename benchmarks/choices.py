@@ -26,7 +26,8 @@ from .measure import clock_for, synchronizer
 
 PROBLEMS = (
     ("forward_kl", "llama3-8192"), ("jsd", "llama3-8192"), ("forward_kl", "gpt2-8192"),
-    ("jsd", "gpt2-8192"), ("reverse_kl", "llama3-8192"),
+    ("jsd", "gpt2-8192"), ("reverse_kl", "llama3-8192"), ("forward_kl", "llama3-64"),
+    ("jsd", "llama3-64"),
 )  # fmt: skip
 REHEARSED = (("forward_kl", "1x260"),)
 CALLS = 5
@@ -39,6 +40,7 @@ class Choice(NamedTuple):
     block: int | None = None  # columns of a tile
     warps: int | None = None
     cap: int | None = None  # registers of a thread; 0: no cap
+    shared: int | None = None  # programs that share a row in one launch
 
     def __str__(self) -> str:
         words = (f"{name} {value}" for name, value in self._asdict().items() if value is not None)
@@ -49,13 +51,15 @@ CHOICES = (
     Choice(), *(Choice(cap=cap) for cap in (0, 64, 80, 96, 128)),
     Choice(2048, 4), Choice(2048, 4, 64), Choice(4096, 4), Choice(4096, 16, 64), Choice(8192, 8),
     Choice(8192, 16), Choice(8192, 16, 64), Choice(16384, 32, 64),
+    *(Choice(shared=n) for n in (4, 8, 16)), Choice(cap=64, shared=8), Choice(cap=128, shared=8),
 )  # fmt: skip
 
 
 @contextmanager
 def chosen(choice: Choice) -> Iterator[None]:
-    """Sweeps take this choice."""
+    """Sweeps take this choice, in place of one launch or of three."""
     from fastkd.kernels import logits
+    from fastkd.kernels.arithmetic import INTERPRETED
 
     schedule, registers = logits.schedule, logits.registers
 
@@ -63,6 +67,9 @@ def chosen(choice: Choice) -> Iterator[None]:
         plan = schedule(*of, **more)
         if plan.kind != "sweep":
             return plan
+        if choice.shared:  # in the interpreter a program waits for no other
+            splits = 1 if INTERPRETED.value else choice.shared
+            plan = plan._replace(kind="shared", splits=splits)
         lanes = plan.lanes if choice.block is None else choice.block // plan.vector
         return plan._replace(lanes=lanes, warps=choice.warps or plan.warps)
 

@@ -47,6 +47,7 @@ class Configuration(NamedTuple):
     dtype: torch.dtype = BF16
     everything: bool = False
     cluster: int = 0  # tuning.COLUMNS
+    shared: int = 0  # tuning.SHARED
     first: int = 0  # columns of a wider tensor before these
     beyond: int = 0  # and after them
 
@@ -71,6 +72,7 @@ MORE = (
     Configuration("everything, hundred columns", "fused", 65536, 100, everything=True),
 )
 # Of every divergence on sm_90, of a few on NVIDIA's later targets.
+SHARED = Configuration("shared", "fused", 4096, 128256, shared=8)
 CLUSTER = Configuration("cluster", "fused", 4096, 128256, cluster=tuning.CLUSTER * tuning.SHARE)
 # Those of forward KL on sm_90: what it shares with every other, and heads of sigmoids.
 OTHERS = (
@@ -131,6 +133,8 @@ def configurations(target: str, name: str, quick: bool = False) -> Iterator[Conf
     yield from OF_LISTED.get(name, ())
     if has_clusters() and (target == "sm_90" or (target == "sm_100" and name in ALL_WIDTHS)):
         yield CLUSTER
+    if (target == "sm_90" and name in NAMES) or (target == "sm_100" and name in ALL_WIDTHS):
+        yield SHARED
     if target == "sm_90":
         yield from MORE
         if name == "forward_kl":
@@ -161,7 +165,7 @@ def measure(target: str, name: str, chosen: Iterable[Configuration]) -> list[Mea
             target, name, one.name, binary, (2 - (one.launcher == "listed")) * one.dtype.itemsize
         )
         for one in chosen
-        for binary in binaries(target, _call(name, one), processors, one.cluster)
+        for binary in binaries(target, _call(name, one), processors, one.cluster, one.shared)
     ]
 
 

@@ -142,7 +142,7 @@ def _schedule_of(kernels: Sequence[Measured]) -> str:
     first = kernels[0].binary
     if first.blocks > 1:
         return "cluster"
-    if first.name == "resident":
+    if first.name in ("resident", "shared"):
         return first.name
     if "vector" not in first.constants:
         return "elementwise"

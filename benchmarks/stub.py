@@ -69,7 +69,7 @@ def pretend() -> None:
     class Device:
         type, index = "cuda", 0
 
-    schedule, registers = tuning.schedule, tuning.registers
+    schedule, registers, at_once = tuning.schedule, tuning.registers, tuning.at_once
     device: Any = Device()
 
     def scheduled(rows: int, columns: int, itemsize: int, _: Any, **more: bool) -> Any:
@@ -78,6 +78,7 @@ def pretend() -> None:
     replaced: dict[str, Any] = {
         "schedule": (scheduled, (bernoulli, events, logits, moments)),
         "registers": (lambda _, *of: registers(device, *of), (logits,)),
+        "at_once": (lambda _, *of: at_once(device, *of), (logits,)),
         "multiprocessors": (lambda _: PROCESSORS, (tuning, logits)),
         "generation": (lambda _: TARGET // 10, (tuning,)),
         "elementwise": (lambda _: tuning.ELEMENTWISE, (elementwise_kernels,)),

@@ -117,6 +117,7 @@ class Pieces(NamedTuple):
 
     statistics: Any
     sums: Any
+    turn: Any = None  # of the row, where they are words: see `words.py`
 
 
 class Tile(NamedTuple):

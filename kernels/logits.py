@@ -36,15 +36,18 @@ from fastkd.kernels.divergences import SLOPES, Device, device_of
 from fastkd.kernels.launch import Rows, new_gradient, new_rows, per_row, rows_in_memory
 from fastkd.kernels.pieces import STATISTICS_FIELDS, SUMS_FIELDS
 from fastkd.kernels.resident import resident
+from fastkd.kernels.shared import shared
 from fastkd.kernels.sweep import sweep
 from fastkd.kernels.tuning import (
     Schedule,
+    at_once,
     layout,
     multiprocessors,
     power_of_two,
     registers,
     schedule,
 )
+from fastkd.kernels.words import RING
 from fastkd.problem import (
     CONSTANT,
     ENTROPY_SCALE_SLOPE,
@@ -156,9 +159,11 @@ def _launches(
     more = problem.moments is not None or entropy or metrics
     lean = problem.labels is None and not more
     beside = device_function.at_label is not None and ce is None  # only it has use for labels
-    shared = {} if merge is LOCAL else {"swept": True}
+    handed_on = {} if merge is LOCAL else {"swept": True}
     columns = width if merge.columns is None else triton.cdiv(merge.columns, merge.size)
-    plan = schedule(rows, columns, itemsize, device, once=once, lean=lean, **shared)
+    plan = schedule(rows, columns, itemsize, device, once=once, lean=lean, **handed_on)
+    if plan.kind == "shared" and device_function.at_label is not None:
+        plan = plan._replace(kind="sweep")
     # Zero for the rows that the kernel skips.
     temperature = (
         torch.zeros(rows, plan.splits, dtype=torch.float32, device=device) if heat else None
@@ -173,10 +178,12 @@ def _launches(
     want = _wanted(problem, constant, entropy, metrics)
     apart = merge is not LOCAL and problem.temperature_trains  # whose gradient is to be in state
     want |= records.LEVER.value * (problem.moments is not None or (apart and state is not None))
-    alone = plan.kind == "sweep" and plan.splits == 1 and merge is LOCAL and not once
+    local = not (once or resident_) and merge is LOCAL
     slope = SLOPES.get(problem.divergence) if teacher is not None else None
-    if alone and slope is not None and problem.moments is None and not metrics:
+    if local and slope is not None and problem.moments is None and not metrics:
         want |= records.KL.value + records.AGAIN.value * (gradient is not None)
+    if local and (plan.kind == "shared" or plan.splits == 1) and gradient is not None:
+        want |= records.LATE.value * (constant != SLOPE_SUM and not want & records.LEVER.value)
     arguments: dict[str, Any] = dict(  # noqa: C408
         student=operands.student, teacher=operands.teacher, gradient=operands.gradient,
         extent=Extent(varying(rows), problem.vocab_size, width, operands.inner),
@@ -202,6 +209,10 @@ def _launches(
     else:
         everywhere = 1 + 2 * (teacher is not None) + 4 * (gradient is not None)
         plain = (lean or (beside and not more)) and operands.shifted in (0, everywhere)
+        if plan.kind == "shared" and not once:
+            programs, options = at_once(device, problem.divergence, lean, plan.warps)
+            _shared(arguments | options, rows, operands, plan, programs)
+            return None
         if not once:
             arguments |= registers(device, problem.divergence, operands.shifted > 0, plain)
         yield from _sweeps(arguments, rows, operands, first, plan, merge)
@@ -221,46 +232,71 @@ def _wanted(problem: Problem, constant: str | None, entropy: bool, metrics: bool
     return want
 
 
+def _laid_out(extent: Extent, operands: Rows, plan: Schedule, pieces: int) -> tuple[Extent, Tile]:
+    block = plan.lanes * plan.vector
+    reach = extent.columns + (plan.vector - 1 if operands.shifted else 0)
+    span = triton.cdiv(triton.cdiv(reach, plan.splits), block) * block
+    tile = Tile(
+        operands.align, plan.lanes, plan.vector, plan.splits, pieces, power_of_two(pieces),
+        operands.shifted,
+    )  # fmt: skip
+    return extent._replace(span=span), tile
+
+
+def _summed(arguments: dict[str, Any]) -> bool:
+    """Whether anything is wanted of the sums."""
+    wanted = records.LEVER.value | records.TEACHER_ENTROPY.value
+    return arguments["teacher"].pointer is not None or bool(arguments["WANT"] & wanted)
+
+
+def _shared(
+    arguments: dict[str, Any], rows: int, operands: Rows, plan: Schedule, programs: int
+) -> None:
+    """All phases in one launch, by groups of programs, of which there are `programs` at most."""
+    extent, tile = _laid_out(arguments.pop("extent"), operands, plan, plan.splits)
+    groups = min(max(programs // plan.splits, 1), rows)
+    student = operands.student.pointer
+    mailboxes = Pieces(*(
+        torch.zeros(groups, RING.value, fields.value, plan.splits, dtype=torch.int64,
+                    device=student.device)
+        for fields in (STATISTICS_FIELDS, SUMS_FIELDS)
+    ))  # fmt: skip
+    with torch.cuda.device_of(student):
+        shared[(groups * plan.splits,)](
+            extent=extent, owner=None, pieces=mailboxes, SUMMED=_summed(arguments), TILE=tile,
+            launch_cooperative_grid=True, **arguments,
+        )  # fmt: skip
+
+
 def _sweeps(
     arguments: dict[str, Any], rows: int, operands: Rows, first: tl.constexpr, plan: Schedule,
     merge: Merge,
 ) -> Phases[None]:  # fmt: skip
     """All phases in one launch, or where a row has several programs or owners a launch for each."""
-    extent, alone = arguments.pop("extent"), merge is LOCAL
-    student = operands.student.pointer
-    block, count = plan.lanes * plan.vector, plan.splits * merge.size
-    reach = extent.columns + (plan.vector - 1 if operands.shifted else 0)
-    span = triton.cdiv(triton.cdiv(reach, plan.splits), block) * block
-    tile = Tile(
-        operands.align, plan.lanes, plan.vector, plan.splits, count, power_of_two(count),
-        operands.shifted,
-    )  # fmt: skip
+    extent, tile = _laid_out(arguments.pop("extent"), operands, plan, plan.splits * merge.size)
+    alone, student = merge is LOCAL, operands.student.pointer
     owner = None
     if merge.columns is not None:
         owner = Owner(varying(merge.first_column), varying(merge.columns))
 
-    def launch(begin: tl.constexpr, end: tl.constexpr, pieces: Pieces | None) -> None:
+    def launch(begin: tl.constexpr, end: tl.constexpr, between: Pieces | None) -> None:
         with torch.cuda.device_of(student):
             sweep[(rows, plan.splits)](
-                extent=extent._replace(span=span), owner=owner,
-                pieces=pieces,
+                extent=extent, owner=owner, pieces=between,
                 FIRST=begin, LAST=end, TILE=tile, **arguments,
             )  # fmt: skip
-
-    def new(fields: tl.constexpr) -> Tensor:
-        shape = plan.splits, fields.value, rows
-        return torch.empty(shape, dtype=torch.float32, device=student.device)
 
     if first.value == P.GRADIENT.value or (alone and plan.splits == 1):
         launch(first, P.GRADIENT, None)
         return
-    statistics, sums = new(STATISTICS_FIELDS), new(SUMS_FIELDS)
-    launch(P.STATISTICS, P.STATISTICS, Pieces(statistics, sums))
+    summed = _summed(arguments)
+    statistics, sums = (
+        torch.empty(plan.splits, n.value, rows, dtype=torch.float32, device=student.device)
+        for n in (STATISTICS_FIELDS, SUMS_FIELDS)
+    )
+    launch(P.STATISTICS, P.STATISTICS, Pieces(statistics, None))
     if not alone:
         statistics = (yield statistics).contiguous()
-    summed = arguments["teacher"].pointer is not None or (
-        arguments["WANT"] & (records.LEVER.value | records.TEACHER_ENTROPY.value)
-    )
     if summed:
         launch(P.SUMS, P.SUMS, Pieces(statistics, sums))
         if not alone:

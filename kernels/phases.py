@@ -354,7 +354,9 @@ def sum_step(
     SAME: tl.constexpr,
 ):  # fmt: skip
     # What the gradient reads again is to stay in the cache.
-    EVICT: tl.constexpr = "evict_first" if sides.gradient is None else "evict_last"
+    # Where the gradient's sweep makes the sums, few rows want them before it.
+    KEEP: tl.constexpr = "evict_first" if sides.gradient is None else "evict_last"
+    EVICT: tl.constexpr = "" if records.LATE & WANT else KEEP
     z = M.load(sides.student, at, inside, EVICT)
     y = M.load_beside(z, sides.teacher, at, inside, EVICT)
     return sum_tile(sums, z, y, at, row, sides.temper, sides.a, sides.b, WANT,

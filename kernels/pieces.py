@@ -1,4 +1,4 @@
-"""What the pieces of a row, of programs or of owners, hand on between launches."""
+"""What the pieces of a row, of programs or of owners, hand on between launches, or within one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import triton.language as tl
 from fastkd.kernels import phases as P
 from fastkd.kernels import records
 from fastkd.kernels import rows as R
+from fastkd.kernels import words as W
 
 # [pieces, fields, N]: after the sweep of statistics, and after that of sums, whose slopes are taken
 # about `anchor`.
@@ -18,37 +19,48 @@ ANCHOR = tl.constexpr(SUMS_FIELDS.value - 1)
 
 
 @triton.jit
-def write_fields(pieces, piece, index, rows, fields, FIELDS: tl.constexpr):
-    pieces += piece.to(tl.int64) * FIELDS * rows + index
-    for i in tl.static_range(FIELDS):
-        tl.store(pieces + i * rows, fields[i])
+def write_fields(pieces, piece, turn, rows, fields, FIELDS: tl.constexpr, PIECES: tl.constexpr):
+    if pieces.dtype.element_ty == tl.int64:
+        W.post(pieces, piece, turn, fields, FIELDS, PIECES)
+    else:
+        pieces += piece.to(tl.int64) * FIELDS * rows + turn
+        for i in tl.static_range(FIELDS):
+            tl.store(pieces + i * rows, fields[i])
 
 
 @triton.jit
-def read_fields(pieces, index, rows, neutral, FIELDS: tl.constexpr, PIECES: tl.constexpr):
+def read_fields(pieces, turn, rows, neutral, FIELDS: tl.constexpr, PIECES: tl.constexpr):
     """[pieces, 1] each, of a power of two of pieces: those beyond PIECES are neutral."""
-    piece = tl.arange(0, neutral[0].shape[0])[:, None]
-    pieces += piece.to(tl.int64) * FIELDS * rows + index
     found = ()
-    for i in tl.static_range(FIELDS):
-        x = tl.load(pieces + i * rows, mask=piece < PIECES, other=neutral[i])
-        found = found + (x,)  # type: ignore[assignment]  # one more
+    if pieces.dtype.element_ty == tl.int64:
+        words = W.take(pieces, turn, FIELDS, PIECES, neutral[0].shape[0])
+        for i in tl.static_range(FIELDS):
+            x = W.number(words[i], neutral[i], PIECES)
+            found = found + (x,)  # type: ignore[assignment]  # one more
+    else:
+        piece = tl.arange(0, neutral[0].shape[0])[:, None]
+        pieces += piece.to(tl.int64) * FIELDS * rows + turn
+        for i in tl.static_range(FIELDS):
+            x = tl.load(pieces + i * rows, mask=piece < PIECES, other=neutral[i])
+            found = found + (x,)  # type: ignore[assignment]  # one more
     return found
 
 
 @triton.jit
-def write_statistics(pieces, piece, index, rows, stats, label_logit, teacher_logit):
+def write_statistics(
+    pieces, piece, turn, rows, stats, label_logit, teacher_logit, PIECES: tl.constexpr
+):
     fields = stats + (label_logit, teacher_logit)
-    write_fields(pieces, piece, index, rows, fields, STATISTICS_FIELDS)
+    write_fields(pieces, piece, turn, rows, fields, STATISTICS_FIELDS, PIECES)
 
 
 @triton.jit
-def read_statistics(pieces, index, rows, temper, WANT: tl.constexpr, PIECES: tl.constexpr,
+def read_statistics(pieces, turn, rows, temper, WANT: tl.constexpr, PIECES: tl.constexpr,
                     PADDED: tl.constexpr):  # fmt: skip
     """Of the row, its label's logits, and what of the student's probability each piece has."""
     nothing = R.empty(PADDED)
     neutral = nothing + (nothing.s_sum, nothing.s_sum)
-    found = read_fields(pieces, index, rows, neutral, STATISTICS_FIELDS, PIECES)
+    found = read_fields(pieces, turn, rows, neutral, STATISTICS_FIELDS, PIECES)
     logit, teacher_logit = tl.sum(found[LABEL_LOGIT]), tl.sum(found[LABEL_LOGIT + 1])  # else 0
     each = records.Statistics(*found[:LABEL_LOGIT])
     stats = R.collapse(each, temper, WANT)
@@ -57,16 +69,16 @@ def read_statistics(pieces, index, rows, temper, WANT: tl.constexpr, PIECES: tl.
 
 
 @triton.jit
-def write_sums(pieces, piece, index, rows, sums, anchor):
-    write_fields(pieces, piece, index, rows, sums + (anchor,), SUMS_FIELDS)
+def write_sums(pieces, piece, turn, rows, sums, anchor, PIECES: tl.constexpr):
+    write_fields(pieces, piece, turn, rows, sums + (anchor,), SUMS_FIELDS, PIECES)
 
 
 @triton.jit
-def read_sums(pieces, index, rows, share, WANT: tl.constexpr, PIECES: tl.constexpr,
+def read_sums(pieces, turn, rows, share, WANT: tl.constexpr, PIECES: tl.constexpr,
               PADDED: tl.constexpr):  # fmt: skip
     """Of the row, and of each piece its slopes and the anchor about which they are taken."""
     nothing = P.no_sums(PADDED)
-    found = read_fields(pieces, index, rows, nothing + (nothing.value,), SUMS_FIELDS, PIECES)
+    found = read_fields(pieces, turn, rows, nothing + (nothing.value,), SUMS_FIELDS, PIECES)
     each, anchor = records.Sums(*found[:ANCHOR]), found[ANCHOR]
     sums = P.collapse_sums(P.with_slope(each, each.slope + share * anchor), WANT)
     return sums, each.slope, anchor

@@ -16,6 +16,7 @@ TEACHER_ENTROPY = tl.constexpr(32)
 LEVER = tl.constexpr(64)  # the derivatives to the temperature, in the sweep of sums
 KL = tl.constexpr(128)  # the value of a Kullback-Leibler divergence
 AGAIN = tl.constexpr(1024)  # beside KL: another sweep follows, and the value may come out NaN
+LATE = tl.constexpr(2048)  # the gradient's sweep makes the sums, since it needs none of them
 STANDARDIZED = tl.constexpr(512)  # logits over their deviation, through which the gradient goes
 REST = tl.constexpr(256)  # what c lacks, in a sweep of rows whose student is saturated
 

@@ -34,9 +34,67 @@ def refined(
 
 
 @triton.jit
+def place(index, student, teacher, gradient, extent, TILE: tl.constexpr):
+    """Where the sides' position 0 lies, and the row's first column."""
+    ALIGN: tl.constexpr = TILE.align
+    VECTOR: tl.constexpr = TILE.vector
+    SHIFTED: tl.constexpr = TILE.shifted
+    student_at = M.row_at(index, student, extent.inner, ALIGN)
+    teacher_at = M.row_at(index, teacher, extent.inner, ALIGN)
+    gradient_at = M.row_at(index, gradient, extent.inner, ALIGN)
+    shift = 0
+    if SHIFTED:
+        shift = ((student_at if SHIFTED & 1 else teacher_at) % VECTOR).to(tl.int32)
+    student_at = M.aligned(student_at - shift, VECTOR if SHIFTED & 1 else ALIGN)
+    teacher_at = M.aligned(teacher_at - shift, VECTOR if SHIFTED & 2 else ALIGN)
+    gradient_at = M.aligned(gradient_at - shift, VECTOR if SHIFTED & 4 else ALIGN)
+    return student_at, teacher_at, gradient_at, shift
+
+
+@triton.jit
+def blank(index, split, student, teacher, gradient, extent, TILE: tl.constexpr):
+    """A gradient of 0 of a piece of a row that does not count, and what is beyond the row."""
+    if gradient.pointer is not None:
+        _, _, at, shift = place(index, student, teacher, gradient, extent, TILE)
+        stretch = W.stretch_of(
+            split, extent.span, shift, extent.columns, TILE.lanes, TILE.vector, TILE.shifted
+        )
+        BLOCK: tl.constexpr = TILE.lanes * TILE.vector
+        pointer = gradient.pointer + at
+        M.fill_zero(pointer, tl.maximum(stretch.begin, shift), stretch.end, BLOCK)
+        if split == 0:
+            M.fill_zero(pointer, shift + extent.columns, shift + extent.width, BLOCK)
+
+
+@triton.jit
 def sweep(
     student, teacher, gradient, extent, owner, temperatures, targets, factors, divergence,
     outputs, pieces, FIRST: tl.constexpr, LAST: tl.constexpr, WANT: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Phases FIRST to LAST of a piece of a row for each program."""
+    index, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    live = True
+    if FIRST == P.GRADIENT and pieces is None:
+        live = P.per_row(factors.kd, index, None, 0.0) != 0
+        live = live | (P.per_row(factors.ce, index, None, 0.0) != 0)
+        live = live | (P.per_row(factors.entropy, index, None, 0.0) != 0)
+    if targets.counted is not None:
+        live = live & (tl.load(targets.counted + index) != 0)
+    if not live:
+        if LAST == P.GRADIENT:
+            blank(index, split, student, teacher, gradient, extent, TILE)
+        return
+    phases(
+        index, split, student, teacher, gradient, extent, owner, temperatures, targets, factors,
+        divergence, outputs, pieces, FIRST, LAST, WANT, TILE,
+    )  # fmt: skip
+
+
+@triton.jit
+def phases(
+    index, split, student, teacher, gradient, extent, owner, temperatures, targets, factors,
+    divergence, outputs, pieces, FIRST: tl.constexpr, LAST: tl.constexpr, WANT: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """Phases FIRST to LAST of `extent.span` columns of a row, in tiles; see `arguments.py`.
@@ -56,32 +114,23 @@ def sweep(
     AT_LABEL: tl.constexpr = divergence.at_label
     CONSTANT: tl.constexpr = divergence.constant
     SAME: tl.constexpr = temperatures.teacher is None
-    ALIGN: tl.constexpr = TILE.align
     LANES: tl.constexpr = TILE.lanes
     VECTOR: tl.constexpr = TILE.vector
     SHIFTED: tl.constexpr = TILE.shifted
     BLOCK: tl.constexpr = LANES * VECTOR
-    # One sweep fewer where all that the gradient needs is known from the first.
-    LATE: tl.constexpr = (
-        FIRST == P.STATISTICS and CONSTANT != "slope_sum" and records.LEVER & WANT == 0
-        and gradient.pointer is not None and pieces is None
-    )  # fmt: skip
+    LATE: tl.constexpr = records.LATE & WANT != 0 and LAST == P.GRADIENT
     SUMMED: tl.constexpr = (
         teacher.pointer is not None or (records.LEVER + records.TEACHER_ENTROPY) & WANT != 0
     )
     BACKWARD: tl.constexpr = FIRST == P.GRADIENT and pieces is None
     a, b, smoothing = P.singles(divergence.a, divergence.b, targets.smoothing)
-    index, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     rows, columns = number(extent.rows), extent.columns
-    student_at = M.row_at(index, student, extent.inner, ALIGN)
-    teacher_at = M.row_at(index, teacher, extent.inner, ALIGN)
-    gradient_at = M.row_at(index, gradient, extent.inner, ALIGN)
-    shift = 0
-    if SHIFTED:
-        shift = ((student_at if SHIFTED & 1 else teacher_at) % VECTOR).to(tl.int32)
-    student_at = M.aligned(student_at - shift, VECTOR if SHIFTED & 1 else ALIGN)
-    teacher_at = M.aligned(teacher_at - shift, VECTOR if SHIFTED & 2 else ALIGN)
-    gradient_at = M.aligned(gradient_at - shift, VECTOR if SHIFTED & 4 else ALIGN)
+    turn = index
+    if pieces is not None and pieces.turn is not None:
+        turn = pieces.turn
+    student_at, teacher_at, gradient_at, shift = place(
+        index, student, teacher, gradient, extent, TILE
+    )
     stretch = W.stretch_of(split, extent.span, shift, columns, LANES, VECTOR, SHIFTED)
     student, teacher, gradient = student.pointer, teacher.pointer, gradient.pointer
     student += student_at
@@ -92,27 +141,17 @@ def sweep(
         if LAST == P.GRADIENT and split == 0:
             M.fill_zero(gradient, shift + columns, shift + extent.width, BLOCK)
 
-    live = True
-    if BACKWARD:
-        live = P.per_row(factors.kd, index, None, 0.0) != 0
-        live = live | (P.per_row(factors.ce, index, None, 0.0) != 0)
-        live = live | (P.per_row(factors.entropy, index, None, 0.0) != 0)
-    if targets.counted is not None:
-        live = live & (tl.load(targets.counted + index) != 0)
-    if not live:
-        if gradient is not None:
-            M.fill_zero(gradient, tl.maximum(stretch.begin, shift), stretch.end, BLOCK)
-        return
-
     temper = P.temper_of(temperatures, index, rows, None, a)
     label, label_logit, teacher_logit = -1, 0.0, 0.0
     if targets.labels is not None:
         label = L.label_of(tl.load(targets.labels + index), columns, owner)
         label += tl.where(label >= 0, shift, 0)
-        label_logit = tl.load(student + label, mask=label >= 0, other=0.0).to(tl.float32)
+        # Of the piece that has it: in another, a gradient may take its place meanwhile.
+        mine = (label >= stretch.begin) & (label < stretch.end)
+        label_logit = tl.load(student + label, mask=mine, other=0.0).to(tl.float32)
         temper = L.leave_out(temper, label, AT_LABEL)
         if AT_LABEL is not None:
-            teacher_logit = tl.load(teacher + label, mask=label >= 0, other=0.0).to(tl.float32)
+            teacher_logit = tl.load(teacher + label, mask=mine, other=0.0).to(tl.float32)
     all_columns = columns if owner is None else number(owner.all_columns)
 
     sides = records.Sides(student, teacher, gradient, temper, a, b)
@@ -127,14 +166,12 @@ def sweep(
                 rise, lift = D.swept(sides, stats, stretch, LANES, WANT, SAME)
         stats = R.with_differences(stats, rise, lift)
         if LAST == P.STATISTICS:
-            label_logit = tl.where(split == 0, label_logit, 0.0)
-            teacher_logit = tl.where(split == 0, teacher_logit, 0.0)
             write_statistics(
-                pieces.statistics, split, index, rows, stats, label_logit, teacher_logit
+                pieces.statistics, split, turn, rows, stats, label_logit, teacher_logit, TILE.pieces
             )
     elif not BACKWARD:
         stats, label_logit, teacher_logit, share = read_statistics(
-            pieces.statistics, index, rows, temper, WANT, TILE.pieces, TILE.padded
+            pieces.statistics, turn, rows, temper, WANT, TILE.pieces, TILE.padded
         )
 
     if BACKWARD:
@@ -146,11 +183,14 @@ def sweep(
     if records.KL & WANT:
         known = R.kl_of(stats, row, WANT)
         clear = R.clear(known, stats, temper)
+        if gradient is not None:
+            clear = clear & R.plain(stats, WANT)
+        known = tl.where(split == 0, known, 0.0)  # of a row's pieces one has it
 
     if not SUMMED:
         sums = P.collapse_sums(P.no_sums(LANES), WANT)
     elif FIRST <= P.SUMS and LAST >= P.SUMS and not LATE:
-        # Loss alone: one sweep is enough where the value is not small.
+        # One sweep less where the value is known.
         left = stretch
         if records.KL & WANT:
             last = tl.where(clear, stretch.tail, stretch.end)
@@ -168,10 +208,10 @@ def sweep(
                     anchor = about.c
                     slope = refined(sides, about, stretch, LANES, WANT, DIVERGENCE, SAME)
                     sums = P.with_slope(sums, slope)
-            write_sums(pieces.sums, split, index, rows, sums, anchor)
-    elif FIRST > P.SUMS and not BACKWARD:
+            write_sums(pieces.sums, split, turn, rows, sums, anchor, TILE.pieces)
+    elif FIRST > P.SUMS and not BACKWARD and not LATE:
         sums, slopes, anchors = read_sums(
-            pieces.sums, index, rows, share, WANT, TILE.pieces, TILE.padded
+            pieces.sums, turn, rows, share, WANT, TILE.pieces, TILE.padded
         )
 
     if LAST > P.SUMS and not BACKWARD:
@@ -182,13 +222,17 @@ def sweep(
             row = L.with_slopes(row, sums.value, a, b, WANT, AT_LABEL)
         if records.REST & WANT:
             rest = 0.0
-            if FIRST == P.GRADIENT:
-                lacking = rest_of_pieces(slopes, share, anchors, row, CONSTANT)
-                rest = tl.where(
-                    P.lacking(row, R.saturated(stats) | R.huge(stats, temper)), lacking, 0.0
-                )
-            elif P.lacking(row, R.saturated(stats) | R.huge(stats, temper)):
-                rest = refined(sides, row, stretch, LANES, WANT, DIVERGENCE, SAME)
+            lacking = P.lacking(row, R.saturated(stats) | R.huge(stats, temper))
+            if FIRST == P.GRADIENT and not LATE:
+                rest = tl.where(lacking, rest_of_pieces(slopes, share, anchors, row, CONSTANT), 0.0)
+            elif lacking:
+                if FIRST == P.GRADIENT:  # the sums of such a row were made before
+                    _, slopes, anchors = read_sums(
+                        pieces.sums, turn, rows, share, WANT, TILE.pieces, TILE.padded
+                    )
+                    rest = rest_of_pieces(slopes, share, anchors, row, CONSTANT)
+                else:
+                    rest = refined(sides, row, stretch, LANES, WANT, DIVERGENCE, SAME)
             row = P.with_rest(row, rest)
 
     # Only now: scalars that lived through the sweeps above would be spilled.
@@ -209,15 +253,14 @@ def sweep(
         gathered = records.Gathered(P.no_sums(LANES), tl.zeros([LANES, 1], tl.float32))
         asked = records.Asked(row, label, all_columns, smoothing, k_kd, k_ce, k_entropy)
         left = stretch
-        if LATE and records.KL & WANT:
+        if records.KL & WANT:
             # Where the value is known, a loop of its own makes the gradient alone.
-            plain = clear & R.plain(stats, WANT)
             W.full_tiles(
                 gathered, sides, records.Wanted(asked, False, TEMPERATURE, CE, H),
-                W.with_tiles(stretch, tl.where(plain, stretch.full, 0), stretch.end),
-                P.gradient_step, ~records.REST & WANT, SLOPE, SAME, False,
+                W.with_tiles(stretch, tl.where(clear, stretch.full, 0), stretch.end),
+                P.gradient_step, ~records.REST & WANT, SLOPE, SAME, not LATE,
             )  # fmt: skip
-            left = W.with_tiles(stretch, tl.where(plain, 0, stretch.full), stretch.end)
+            left = W.with_tiles(stretch, tl.where(clear, 0, stretch.full), stretch.end)
         # Against the sweep before this one.
         gathered = W.walk(
             gathered, sides, records.Wanted(asked, LATE, TEMPERATURE, CE, H), left,
@@ -229,8 +272,19 @@ def sweep(
         if LATE:
             sums = P.collapse_sums(gathered.sums, WANT)
             if records.KL & WANT:
-                sums = P.with_value(sums, tl.where(plain, known, sums.value))
-            P.write_row(
-                index, rows, None, stats, row, sums, hard,
-                k_kd, k_ce, k_entropy, a, b, outputs, WANT, OUTER,
-            )  # fmt: skip
+                sums = P.with_value(sums, tl.where(clear, known, sums.value))
+            if FIRST == P.GRADIENT:
+                made, anchor = False, 0.0
+                if records.REST & WANT:
+                    made = lacking
+                if not made:
+                    write_sums(pieces.sums, split, turn, rows, sums, anchor, TILE.pieces)
+            if split == 0:
+                if FIRST == P.GRADIENT:
+                    sums, _, _ = read_sums(
+                        pieces.sums, turn, rows, share, WANT, TILE.pieces, TILE.padded
+                    )
+                P.write_row(
+                    index, rows, None, stats, row, sums, hard,
+                    k_kd, k_ce, k_entropy, a, b, outputs, WANT, OUTER,
+                )  # fmt: skip

@@ -33,6 +33,10 @@ HOPPER = 9
 # from Hopper on.
 CLUSTER, SHARE, CLUSTERS = 16, 8192, (3, 8)
 
+# Programs that share every long row in one cooperative launch, up to 32; 0: none do, until a GPU
+# has shown that to be faster.
+SHARED = 0
+
 # Registers of a thread of a sweep on Hopper, at most: 64 let a processor hold 1024 threads, 80 hold
 # 768, 128 hold 512. The least that leaves the loops without spills, by `python -m
 # benchmarks.registers`: where only the divergence is wanted of rows that begin alike at multiples
@@ -46,12 +50,19 @@ OTHERS = (None, 128)
 # Where rows begin anywhere, at least; and of these.
 ODD_REGISTERS = 80
 ODD_ONES = dict.fromkeys(("forward_kl", "reverse_kl", "tvd", "jsd"), 64)
+# Of shared rows on all targets of NVIDIA, as their programs must be there at the same time: where
+# only the divergence is wanted, and else.
+SHARED_REGISTERS = {
+    "skew_kl": (128, 128), "skew_reverse_kl": (128, 128), "alpha_beta": (255, 255),
+}  # fmt: skip
+SHARED_OTHERS = (80, 128)
 
 
 class Schedule(NamedTuple):
     """How the rows are laid out over programs; a tile is [lanes, vector]."""
 
-    # "resident": a tile holds whole rows, one per lane; "sweep": one row, swept tile by tile.
+    # "resident": a tile holds whole rows, one per lane; "sweep": one row, swept tile by tile;
+    # "shared": the same by programs that run at the same time.
     kind: str
     lanes: int
     vector: int  # consecutive entries that one thread loads at once
@@ -88,7 +99,10 @@ def schedule(
         if columns % (16 // itemsize) == 0 and generation(device) >= HOPPER:
             return cluster(columns)
     wave = 32 if generation(device) else 64
-    return table(rows, columns, itemsize, processors, resident, wave=wave, held=held)
+    plan = table(rows, columns, itemsize, processors, resident, wave=wave, held=held)
+    if SHARED and plan.kind == "sweep" and not (once or swept):
+        return plan._replace(kind="shared", splits=min(SHARED, max(columns // BLOCK, 1)))
+    return plan
 
 
 def cluster(columns: int) -> Schedule:
@@ -146,6 +160,18 @@ def registers(device: torch.device, divergence: str, shifted: bool, plain: bool)
     least, most = REGISTERS.get(divergence, OTHERS)
     odd = max(least or 0, ODD_ONES.get(divergence, ODD_REGISTERS))
     return {"maxnreg": most if not plain else odd if shifted else least}
+
+
+def at_once(
+    device: torch.device, divergence: str, lean: bool, warps: int
+) -> tuple[int, dict[str, Any]]:
+    """Programs of shared rows that a device surely holds at once; options that see to it."""
+    if device.type == "cpu":  # the interpreter, which runs one after the other
+        return 1, {}
+    if not generation(device):
+        return multiprocessors(device), {}
+    cap = SHARED_REGISTERS.get(divergence, SHARED_OTHERS)[not lean]
+    return multiprocessors(device) * (65536 // (32 * warps * cap)), {"maxnreg": cap}
 
 
 def elementwise(device: torch.device) -> tuple[int, int]:

@@ -14,6 +14,7 @@ SCHEDULES = {
     "piece": ("resident", 4, 128, 1, 1),
     "sweep": ("sweep", 4, 8, 1, 1),
     "split": ("sweep", 4, 8, 2, 1),
+    "shared": ("shared", 4, 8, 1, 1),
 }
 
 

@@ -155,7 +155,7 @@ def test_every_configuration_is_compiled(target, name, compiled, request):
 def test_no_spills(target, name, compiled):
     for kernel in compiled[target, name]:
         assert all(loop["spills"] == 0 for loop in kernel["loops"]), kernel
-        allowed = {"everything, hundred columns": SHORT, "odd": ODD}
+        allowed = {"everything, hundred columns": SHORT, "odd": ODD, "shared": ODD}
         spills = kernel["all"]["spills"]
         assert spills <= allowed.get(kernel["configuration"], SET_ASIDE), kernel
 
@@ -200,7 +200,7 @@ def test_enough_warps_fit_a_processor(target, name, compiled):
     for kernel in compiled[target, name]:
         threads = kernel["occupancy"] * kernel["warps"] * (64 if "gfx" in target else 32)
         crowded = kernel["configuration"].startswith(CROWDED) or name in WIDE
-        swept = target == "sm_90" and kernel["kernel"] == "sweep"
+        swept = target == "sm_90" and kernel["kernel"] in ("sweep", "shared")
         swept &= (name, kernel["configuration"]) not in LARGE and name not in LARGER
         assert threads >= ((FEWER if crowded else THREADS) if swept else LEAST), kernel
 
@@ -210,6 +210,8 @@ def test_instructions_per_position(target, name, compiled):
     work = {kernel["configuration"]: kernel["work"] for kernel in compiled[target, name]}
     fused, backward, exp2, log2 = (BUDGET | ROW_BUDGET).get(name, DEAREST)
     assert 0 < work["sweep"]["instructions"] <= fused
+    if "shared" in work:
+        assert 0 < work["shared"]["instructions"] <= fused + 1
     assert 0 < work["fp32"]["instructions"] <= fused
     assert 0 < work["odd"]["instructions"] <= fused + 2
     assert 0 < work["backward"]["instructions"] <= backward
@@ -225,7 +227,7 @@ def test_instructions_where_the_value_is_known(name, compiled):
     if ("sm_90", name) not in compiled:
         pytest.skip("not among the quick ones")
     known = {k["configuration"]: k["known"] for k in compiled["sm_90", name]}
-    for configuration, more in (("sweep", 0), ("fp32", 0), ("odd", 2)):
+    for configuration, more in (("sweep", 0), ("shared", 1), ("fp32", 0), ("odd", 2)):
         assert 0 < known[configuration]["instructions"] <= KNOWN[name] + more
         assert known[configuration]["loads"] == [known[configuration]["loads"][0]] * 2
 
@@ -236,6 +238,7 @@ def test_every_operand_is_read_once_per_sweep(target, name, compiled):
     sweeps = 3 if Divergence.of_name(name).constant == SLOPE_SUM else 2
     assert work["sweep"]["loads"] == [4] * sweeps
     assert work["sweep"]["stored"] == 2
+    assert "shared" not in work or work["shared"]["loads"] == work["sweep"]["loads"]
     assert work["backward"]["loads"] == [4]
 
 

@@ -13,7 +13,7 @@ import torch
 
 import fastkd
 
-from .problems import Run, in_place, kl_div, listed, loss, shards
+from .problems import Run, in_place, kl_div, listed, loss, shards, shared
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
@@ -257,7 +257,26 @@ def beside_labels() -> Iterator[Case]:
     yield Case("shards DKD", shards(LABEL_AWARE[0], (0, 20, 20, 45), owners))
 
 
+def shared_rows() -> Iterator[Case]:
+    """By programs that run at the same time: every divergence, options, rows that do not count."""
+    for d, divergence in enumerate(DIVERGENCES):
+        columns, kind = (5000, 4099, 8200)[d % 3], ("plain", "full", "rows", "stdfull")[d % 4]
+        mode, place = ("inplace", "forward")[d % 3 == 1], ("plain", "slice")[d % 3 == 1]
+        yield _shared(divergence, (1, 7, columns), (BF16, FP32)[d % 2], mode, place, kind, d)
+    for divergence in (DIVERGENCES[1], JSD):
+        shape = (1, 6, 5000)
+        yield _shared(divergence, shape, BF16, "inplace", "plain", "plain", 3, "saturated")
+
+
+def _shared(divergence: fastkd.Divergence, shape: tuple[int, int, int], dtype: torch.dtype,
+            mode: str, place: str, kind: str, seed: int, nature: str = "") -> Case:  # fmt: skip
+    run = shared(divergence, shape, dtype, mode, place, kind, seed, nature)
+    words = str(divergence), "x".join(map(str, shape)), NAMES[dtype], mode, place, kind, nature
+    return Case(" ".join(("shared rows", *filter(None, words))), run)
+
+
 GROUPS = (
     logits_in_place, slices_in_place, padded, far_apart, entry_by_entry, many_rows, divergences,
     multi_label, edges, other_gradients, columns_of_owners, beside_labels, listed_teachers,
+    shared_rows,
 )  # fmt: skip

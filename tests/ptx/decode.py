@@ -315,6 +315,9 @@ class Decoder:
         if middle == ["param"]:
             self._parameter(one, type_, operands)
             return
+        if first == "ld" and middle == ["volatile", "global"] and type_ == "b64":
+            self._word(one, "LDV", _vector(operands[0])[0], operands[1])
+            return
         loads, shared = first == "ld", any(f in middle for f in ("shared", "shared::cta"))
         place, vectors = {"shared", "shared::cta", "global"}, {"v2", "v4", "v8"}
         middle = [word for word in middle if word != "cg"]  # there is no L1
@@ -341,11 +344,20 @@ class Decoder:
         self.address(one, address, shared)
 
     def _atomic(self, one: Any, name: str, operands: list[str]) -> None:
+        if name == "atom.global.gpu.relaxed.exch.b64":
+            self._word(one, "EXCH", operands[0], operands[1])
+            one["a"][1] = self.operand("q", operands[2])
+            return
         if name != "atom.global.cta.relaxed.or.b32":
             raise ValueError(name)
         self._set(one, "ATOMOR")
         one["a"][0], one["a"][1] = (self.operand("r", operands[k]) for k in (0, 2))
         self.address(one, operands[1], False)
+
+    def _word(self, one: Any, operation: str, to: str, address: str) -> None:
+        self._set(one, operation)
+        one["a"][0] = self.operand("q", to)
+        self.address(one, address, False)
 
     def _compare(self, one: Any, name: str, operands: list[str]) -> None:
         how, *combined, type_ = (f for f in name.split(".")[1:] if f != "ftz")

@@ -121,6 +121,8 @@ class Gpu:
                 one.bytes[:], one.written[:] = bytes_, written
             # With results that are off, all runs must be off alike.
             seed = self.seed + 1 + (0 if self.ulp else 7919 * number)
+            if compiled.metadata.launch_cooperative_grid:
+                order = order | {"window": int(np.prod(grid))}
             found, steps = kernel.launch(
                 values, grid, compiled.metadata.shared, places,
                 seed=seed, ulp=self.ulp, dropped=self.dropped(kernel), **order,

@@ -9,7 +9,7 @@
 #define NAME(n, ...) n,
 #define OTHERS(X) \
   X(NOP) X(BRA) X(RET) X(BAR) X(WARPSYNC) X(SPECIAL) X(SETP_BF16X2) X(SETP_F16X2) X(PAND) X(POR) \
-  X(PXOR) X(PNOT) X(PMOV) X(UNPACK32) X(UNPACK64) X(LDG) X(STG) X(LDS) X(STS) \
+  X(PXOR) X(PNOT) X(PMOV) X(UNPACK32) X(UNPACK64) X(LDG) X(LDV) X(EXCH) X(STG) X(LDS) X(STS) \
   X(LDMATRIX) X(STMATRIX) X(SHFL) X(REDUXMAXS) X(REDUXMINS) X(REDUXADD) X(REDUXOR) X(REDUXAND) \
   X(VOTEBALLOT) X(VOTEANY) X(VOTEALL) X(ATOMOR)
 enum Operation { FORMULAS(NAME) COMPARISONS(NAME) OTHERS(NAME) OPERATIONS };
@@ -70,6 +70,7 @@ struct Machine {
   Config config;
   Memory memory;
   u64 steps, state;
+  bool looked;  // at what other programs may change: they have their turn
 
   u32 random() {
     state = state * 6364136223846793005ull + 1442695040888963407ull;
@@ -133,9 +134,11 @@ struct Machine {
       int meets = 1 << 30;  // another group there
       for (Group &other : w.groups)
         if (&other != &g && !other.at_barrier && other.pc > g.pc) meets = std::min(meets, other.pc);
-      for (bool changed = false; n && !changed && g.pc != meets; n--, steps++)
+      looked = false;
+      for (bool changed = false; n && !changed && !looked && g.pc != meets; n--, steps++)
         changed = step(b, w, g);
       merge(w.groups);
+      if (looked) return;
     }
   }
 
@@ -242,6 +245,7 @@ struct Machine {
       }
       break;
     case LDG: case LDS: LANE load(b, w, i, l, g.pc); break;
+    case LDV: case EXCH: LANE word(b, w, i, l, g.pc); looked = true; break;
     case STG: case STS: LANE store(b, w, i, l, g.pc); break;
     case ATOMOR: LANE update(b, w, i, l, g.pc); break;
     case LDMATRIX: case STMATRIX: converged(b, w, g); matrix(b, w, i, g.pc); break;
@@ -311,6 +315,15 @@ struct Machine {
       else if (i.kind == 2) R(i.a[k])[l] = (u32)v & 0xffff;
       else R(i.a[k])[l] = i.flags & 4 ? (u32)(s32)(int8_t)v & 0xffff : (u32)v & 0xff;
     }
+  }
+
+  // A word of 64 bits that programs read and write whole, in any order.
+  void word(Block &b, Warp &w, const Instruction &i, int l, int pc) {
+    u8 *p = memory.word(access(b, w, l, pc), address(w, i, l), 8, i.op == EXCH);
+    u64 old = ~0ull;
+    if (p) memcpy(&old, p, 8);
+    if (p && i.op == EXCH) memcpy(p, &Q(i.a[1])[l], 8);
+    if (i.a[0] >= 0) Q(i.a[0])[l] = old;
   }
 
   void store(Block &b, Warp &w, const Instruction &i, int l, int pc) {
@@ -411,7 +424,8 @@ struct Machine {
       } else if (able.empty()) {
         open_barrier(b, alive);
       } else {
-        int chosen = config.mode == 1 ? random() % able.size() : config.mode == 2 ? 0 : able.size() - 1;
+        int chosen = config.mode == 2 ? 0 : able.size() - 1;
+        if (config.mode == 1 || looked) chosen = random() % able.size();
         run(b, b.warps[able[chosen]], config.mode == 1 ? 1 + random() % 2000 : 1000000);
       }
     }
@@ -453,7 +467,7 @@ const u8 *hits(void *p) { return ((Program *)p)->hit.data(); }
 int launch(void *p, const u32 *r, const u64 *q, const int *grid, int warps, int shared,
            const Allocation *allocations, int n, const Config *config, Report *out, int most,
            u64 *steps) {
-  Machine m{*(Program *)p, r, q, {grid[0], grid[1], grid[2]}, warps, shared, *config, {}, 0, 0};
+  Machine m{*(Program *)p, r, q, {grid[0], grid[1], grid[2]}, warps, shared, *config, {}, 0, 0, false};
   m.memory.most_reports = most;
   m.memory.allocations.assign(allocations, allocations + n);
   m.go();

@@ -96,6 +96,20 @@ class Memory {
     if (last) c.written = {0, 0, 0, -1, -1, -1};
     write(c, now, k, address, false);
     c.written.lane = ATOMIC;
+
+  // The same of a word that any program may read and write at any time, which is no race.
+  u8 *word(const Access &now, u64 address, int n, bool writes) {
+    if (address % n) report(MISALIGNED, NOTHING, GLOBAL, address, now);
+    int k = find(address, n);
+    if (k < 0) {
+      report(OUT_OF_BOUNDS, NOTHING, GLOBAL, address, now);
+      return nullptr;
+    }
+    Allocation &a = allocations[k];
+    u64 i = (address - a.base) / a.cell;
+    if (!writes && !a.written[i]) report(UNWRITTEN, NOTHING, k, address, now);
+    if (writes && !a.writable[i]) report(OUTSIDE_VIEW, NOTHING, k, address, now);
+    if (writes) a.written[i] = 1;
     return (u8 *)address;
   }
 

@@ -9,6 +9,7 @@ import math
 import mmap
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 import fastkd
 from tests import oracle
 from tests.closeness import assert_close, assert_zero
+from tests.schedules import forced
 
 # What a case runs: mismatches, as sentences.
 Run = Callable[[], list[str]]
@@ -169,6 +171,39 @@ def loss(
         wrong = compared(ours, truth, shape[2])
         if not torch.equal(y.detach().view(torch.int16), before):
             wrong.append("the teacher's logits have changed")
+        return wrong
+
+    return run
+
+
+def shared(
+    divergence: fastkd.Divergence, shape: tuple[int, int, int], dtype: torch.dtype, mode: str,
+    place: str, kind: str, seed: int, nature: str = "", bits: bool = True,
+) -> Run:  # fmt: skip
+    """Rows that four programs share, by two groups in turns.
+
+    bits: whether three launches give the same ones; not where they sum in another order.
+    """
+
+    def run() -> list[str]:
+        from fastkd.kernels import logits as launchers
+
+        student, teacher = (x.to(dtype) for x in logits(shape, seed, nature))
+        options = settings(kind, shape[:2], shape[2], seed)
+        found = {}
+        for plan in ("sweep", "shared"):
+            z, y = placed(student, place, 0), placed(teacher, place, 1)
+            vector = 16 // dtype.itemsize
+            with (
+                forced((plan, 1024 // vector, vector, 4, 2)),
+                patch.object(launchers, "at_once", lambda _, warps, options: (8, options)),
+            ):
+                found[plan] = _ours(z, y, divergence, dict(options), mode, shape[2], 1.0)
+        truth = _truth(student, teacher, divergence, options, mode, 1.0)
+        wrong = compared(found["shared"], truth, shape[2])
+        for name, ours in found["shared"].items():
+            if bits and not torch.equal(ours.nan_to_num(), found["sweep"][name].nan_to_num()):
+                wrong.append(f"{name} is not that of three launches")
         return wrong
 
     return run
