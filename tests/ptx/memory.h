@@ -96,6 +96,8 @@ class Memory {
     if (last) c.written = {0, 0, 0, -1, -1, -1};
     write(c, now, k, address, false);
     c.written.lane = ATOMIC;
+    return (u8 *)address;
+  }
 
   // The same of a word that any program may read and write at any time, which is no race.
   u8 *word(const Access &now, u64 address, int n, bool writes) {
