@@ -81,13 +81,13 @@ class Chunked(NamedTuple):
         sums, temperatures = linear.sums_of(problem) if gradient else None, _Rows(problem)
         moments, state = _without_moments(problem, state)
         for rows, part in _chunks(problem, self.name, moments):
-            found, heat = self.backend.backward(
+            found, temperature_grad = self.backend.backward(
                 part, state[:, rows].contiguous(), upstream.part(rows), gradient, temperature
             )
             if sums is not None:
                 sums.add(rows, part, found)
-            if heat is not None:
-                temperatures.add(rows, heat[None])
+            if temperature_grad is not None:
+                temperatures.add(rows, temperature_grad[None])
         gradients = None if sums is None else sums.gradients()
         return gradients, temperatures.all()[0] if temperature else None
 

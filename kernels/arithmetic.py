@@ -52,7 +52,7 @@ def log2(x):
 
 
 @triton.jit
-def log_bend(x):
+def log1p_remainder(x):
     """(x - log(1 + x)) / x^2 for |x| < 0.25, to a relative 2e-6."""
     y = 0.2497031 + x * (-0.19966024 + x * (0.17910081 + x * -0.15488996))
     return 0.50000104 + x * (-0.33333544 + x * y)
@@ -61,7 +61,7 @@ def log_bend(x):
 @triton.jit
 def log1p(x):
     """log(1 + x), to a relative 1e-6."""
-    return tl.where(tl.abs(x) < 0.25, x - x * (x * log_bend(x)), log2(1.0 + x) * LN2)
+    return tl.where(tl.abs(x) < 0.25, x - x * (x * log1p_remainder(x)), log2(1.0 + x) * LN2)
 
 
 @triton.jit

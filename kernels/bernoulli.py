@@ -26,7 +26,7 @@ from fastkd.kernels.arguments import (
     varying,
 )
 from fastkd.kernels.launch import new_gradient, per_row, rows_in_memory
-from fastkd.kernels.terms import NEAR, NEAR_RATIO, bend
+from fastkd.kernels.terms import NEAR, NEAR_RATIO, expm1_remainder
 from fastkd.kernels.tuning import schedule
 from fastkd.problem import Coefficients, Problem
 from fastkd.sharding import Phases, of
@@ -45,7 +45,7 @@ def _logistic(x, DIGITS: tl.constexpr):
     large = A.reciprocal(1.0 + e)
     log = A.fast_log2(1.0 + e) * A.LN2
     if DIGITS:
-        log = tl.where(e < NEAR_RATIO, e - e * (e * A.log_bend(e)), log)
+        log = tl.where(e < NEAR_RATIO, e - e * (e * A.log1p_remainder(e)), log)
     return e * large, large, log
 
 
@@ -59,12 +59,12 @@ def _divergence(z, y, h, q_log, q_small, q_large, p_log, s, a, b, REVERSE: tl.co
     z, y, h = tl.where(up, -z, z), -tl.abs(y), tl.where(up, -h, h)
     q, rest = tl.where(z > 0, q_large, q_small), tl.where(z > 0, q_small, q_large)
     near = tl.abs(h) < NEAR
-    bent = h * (h * bend(h))  # e^h - 1 - h
+    bent = h * (h * expm1_remainder(h))  # e^h - 1 - h
     r = tl.where(near, s * (h + bent), (q - s) * A.reciprocal(rest))  # s (e^h - 1)
     rise = tl.where(near, r * rest, q - s)
     excess = tl.where(near, s * bent, r - tl.where(s > 0, s * h, 0.0))
     far = tl.where(z > 0, 1.0 - s, -s) * z + tl.where(s > 0, s * y, 0.0) + q_log - p_log
-    forward = tl.where(tl.abs(r) < NEAR_RATIO, excess - r * (r * A.log_bend(r)), far)
+    forward = tl.where(tl.abs(r) < NEAR_RATIO, excess - r * (r * A.log1p_remainder(r)), far)
     # A weight of exactly 0 also removes an infinite term.
     value, slope, bell = tl.where(a > 0, a * forward, 0.0), a * rise, q * rest
     if REVERSE:
@@ -100,10 +100,10 @@ def _row_sum(total, x, inside):
 def _step(
     sums, student, teacher, labels, gradient, at, inside, s_rate, t_rate, kd, ce, entropy, a, b,
     VALUES: tl.constexpr, REVERSE: tl.constexpr, CE: tl.constexpr, H: tl.constexpr,
-    HEAT: tl.constexpr, SAME: tl.constexpr,
+    T_GRAD: tl.constexpr, SAME: tl.constexpr,
 ):  # fmt: skip
-    """Adds a tile to the sums of kd, ce, entropy, teacher entropy, agreement and heat."""
-    kd_sum, ce_sum, entropy_sum, teacher_sum, agreement_sum, heat = sums
+    """Adds a tile to the sums of kd, ce, entropy, teacher entropy, agreement and scale_grad."""
+    kd_sum, ce_sum, entropy_sum, teacher_sum, agreement_sum, scale_grad = sums
     z = M.load(student, at, inside, "evict_first")
     y = M.load_beside(z, teacher, at, inside, "evict_first")
     tempered, tempered_teacher = z * s_rate, y * t_rate
@@ -131,8 +131,8 @@ def _step(
     if H:
         g -= entropy * _times(bell, tempered)
     g *= s_rate
-    if HEAT:
-        heat = _row_sum(heat, _times(g, z), inside)
+    if T_GRAD:
+        scale_grad = _row_sum(scale_grad, _times(g, z), inside)
     if labels is not None:
         if CE or VALUES > 1:
             label = tl.load(labels + at, mask=inside).to(tl.float32)
@@ -142,7 +142,7 @@ def _step(
             g += ce * (sigmoid - label)
     if gradient is not None:
         tl.store(gradient + at, g.to(gradient.dtype.element_ty), mask=inside)
-    return kd_sum, ce_sum, entropy_sum, teacher_sum, agreement_sum, heat
+    return kd_sum, ce_sum, entropy_sum, teacher_sum, agreement_sum, scale_grad
 
 
 @triton.jit
@@ -154,7 +154,7 @@ def _bernoulli(
     SAME: tl.constexpr = temperatures.teacher is None
     CE: tl.constexpr = factors.ce is not None
     H: tl.constexpr = factors.entropy is not None
-    HEAT: tl.constexpr = outputs.temperature is not None
+    T_GRAD: tl.constexpr = outputs.temperature is not None
     ALIGN: tl.constexpr = TILE.align
     LANES: tl.constexpr = TILE.lanes
     VECTOR: tl.constexpr = TILE.vector
@@ -199,7 +199,7 @@ def _bernoulli(
         columns = M.aligned(columns, ALIGN)
         sums = _step(
             sums, student, teacher, labels, gradient, vector, live & (vector < columns),
-            s_rate, t_rate, kd, ce, entropy, a, b, VALUES, REVERSE, CE, H, HEAT, SAME,
+            s_rate, t_rate, kd, ce, entropy, a, b, VALUES, REVERSE, CE, H, T_GRAD, SAME,
         )  # fmt: skip
         if gradient is not None:
             nothing = tl.zeros([LANES, VECTOR], gradient.dtype.element_ty)
@@ -223,13 +223,13 @@ def _bernoulli(
         for i in range(full):
             sums = _step(
                 sums, student, teacher, labels, gradient, begin + i * BLOCK + offsets, None,
-                s_rate, t_rate, kd, ce, entropy, a, b, VALUES, REVERSE, CE, H, HEAT, SAME,
+                s_rate, t_rate, kd, ce, entropy, a, b, VALUES, REVERSE, CE, H, T_GRAD, SAME,
             )  # fmt: skip
         tail = begin + full * BLOCK
         if tail < end:
             sums = _step(
                 sums, student, teacher, labels, gradient, tail + offsets, tail + offsets < end,
-                s_rate, t_rate, kd, ce, entropy, a, b, VALUES, REVERSE, CE, H, HEAT, SAME,
+                s_rate, t_rate, kd, ce, entropy, a, b, VALUES, REVERSE, CE, H, T_GRAD, SAME,
             )  # fmt: skip
         at = index * SPLITS + split
     for kind in tl.static_range(VALUES):
@@ -237,7 +237,7 @@ def _bernoulli(
         if kind == 4:
             total /= columns if owner is None else number(owner.all_columns)
         tl.store(outputs.value + kind * rows * SPLITS + at, total, mask=exists)
-    if HEAT:
+    if T_GRAD:
         total = sums[5] if RESIDENT else tl.sum(sums[5])
         tl.store(outputs.temperature + at, -s_rate * total, mask=exists)
 
@@ -255,7 +255,7 @@ def phases(problem: Problem, entropy: bool, metrics: bool) -> Phases[tuple[Tenso
     slopes = torch.stack([zero, zero])
     if problem.temperature_trains:
         terms = Coefficients(one, None, None), Coefficients(zero, None, one)
-        slopes = torch.stack([_run(problem, 0, term, heat=True)[1] for term in terms])
+        slopes = torch.stack([_run(problem, 0, term, temperature_grad=True)[1] for term in terms])
     pieces = yield torch.cat([values, slopes])
     return pieces[:, :kinds].sum(0), pieces[:, kinds:].sum(0)
 
@@ -265,12 +265,12 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     out = new_gradient(problem) if gradient else None
     sweeps = temperature and not problem.merge
-    heat = None
+    temperature_grad = None
     if gradient or sweeps:
-        _, heat = _run(problem, 0, upstream, out, sweeps)
+        _, temperature_grad = _run(problem, 0, upstream, out, sweeps)
     if temperature and problem.merge:
-        heat = Coefficients(upstream.kd, upstream.entropy, None).weigh(state)
-    return out, heat if temperature else None
+        temperature_grad = Coefficients(upstream.kd, upstream.entropy, None).weigh(state)
+    return out, temperature_grad if temperature else None
 
 
 def fused(
@@ -286,9 +286,9 @@ def fused(
 
 def _run(
     problem: Problem, kinds: int, factors: Coefficients | None = None,
-    gradient: Tensor | None = None, heat: bool = False,
+    gradient: Tensor | None = None, temperature_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The first `kinds` of `values`, the gradient, and the temperatures' where heat is wanted."""
+    """The first `kinds` of `values`, the gradient, and the temperatures' where that is wanted."""
     student, teacher, rows = problem.student, problem.teacher, problem.rows
     width, device, columns = student.size(-1), student.device, problem.vocab_size
     itemsize = min(x.element_size() for x in (student, teacher) if x is not None)
@@ -316,7 +316,7 @@ def _run(
                 Temperatures(per_row(problem.student_temperature), per_row(t_temperature), None),
                 Targets(problem.labels, problem.counted, 0.0),
                 Factors(per_row(kd), per_row(ce), per_row(entropy)),
-                Outputs(values, temperature=temperature if heat else None),
+                Outputs(values, temperature=temperature if temperature_grad else None),
                 float(problem.a), float(problem.b),
                 VALUES=kinds, REVERSE=problem.b != 0, RESIDENT=resident,
                 TILE=Tile(operands.align, plan.lanes, plan.vector, plan.splits, 1, 1, 0),

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from fastkd.divergences import NONE, REVERSE_KL, SLOPE_SUM, Divergence, exchanged
-from fastkd.kernels.arithmetic import LN2, LOG2E, fast_log2, log1p, log_bend, reciprocal
+from fastkd.kernels.arithmetic import LN2, LOG2E, fast_log2, log1p, log1p_remainder, reciprocal
 from fastkd.kernels.label_aware import (
     cross_entropy,
     cross_entropy_exchanged,
@@ -42,10 +42,10 @@ from fastkd.kernels.terms import (
     NEAR_LOG,
     NEAR_RATIO,
     at_most,
-    bend,
-    bend2,
     exp,
+    exp2m1_remainder,
     exp2m1_times,
+    expm1_remainder,
     kl_terms,
     log2_mixture_ratio,
     log_of,
@@ -126,7 +126,7 @@ def jsd_ends(lp, lq, p, q, d, d2, c, a, b):
     y = w * tl.where(tl.abs(x) < NEAR2, exp2m1_times(1.0, x), tl.exp2(x) - 1.0)
     near = tl.abs(y) < NEAR_RATIO
     log_m = log1p(y)  # of m over the side of most weight
-    excess = tl.where(near, y * (y * log_bend(y)), y - log_m)
+    excess = tl.where(near, y * (y * log1p_remainder(y)), y - log_m)
     first, _ = kl_terms(few, many, log_ratio(few, x * -LN2))
     lead = w * first + many * ((1.0 + y) * excess - y * y)
     value = tl.where(near, lead, w * few * (x * LN2 - log_m) - rest * many * log_m)
@@ -141,7 +141,7 @@ def skew_kl(lp, lq, p, q, d, d2, c, a, b):
     gap = tl.where(tl.abs(x) < NEAR2, p * rise, q - p)
     rise *= b
     far = b * gap - LN2 * (p * log_of(m, x, a))
-    value = tl.where(tl.abs(rise) < NEAR_RATIO, (p * rise) * (rise * log_bend(rise)), far)
+    value = tl.where(tl.abs(rise) < NEAR_RATIO, (p * rise) * (rise * log1p_remainder(rise)), far)
     return value, b * b * (gap * (e * reciprocal(m))) - q * c
 
 
@@ -152,7 +152,7 @@ def skew_reverse_kl(lp, lq, p, q, d, d2, c, a, b):
     rise *= b
     log_m = log_of(m, x, a)
     far = b * (p - q) - LN2 * (q * log_m)
-    value = tl.where(tl.abs(rise) < NEAR_RATIO, (q * rise) * (rise * log_bend(rise)), far)
+    value = tl.where(tl.abs(rise) < NEAR_RATIO, (q * rise) * (rise * log1p_remainder(rise)), far)
     # log(m / q) + a (q / m - 1); near 0 by the cumulants of a coin, as K(x) - K'(x) + K'(0).
     k = a * b
     skew = 2.0 * a - 1.0
@@ -174,7 +174,7 @@ def skew_reverse_kl_near_one(lp, lq, p, q, d, d2, c, a, b):
     rise *= b
     log_m = fast_log2(m)
     near = tl.abs(rise) < NEAR_RATIO
-    bent = rise * log_bend(rise)
+    bent = rise * log1p_remainder(rise)
     value = tl.where(near, (q * rise) * bent, b * (p - q) - LN2 * (q * log_m))
     # log(m / q) + a (q / m - 1), whose first orders in rise cancel.
     share = reciprocal(m)
@@ -196,7 +196,7 @@ def alpha_terms(lp, lq, p, q, d2, c, a, b):
     near = tl.maximum(tl.abs(d2), tl.abs(x)) < NEAR2
     log_w = tl.where(tl.maximum(lp, lq) > -float("inf"), a * lp + b * lq, -float("inf"))
     one_a, one_b = 1.0 / a, 1.0 / b
-    series = q * d2 * d2 * (bend2(d2) - a * bend2(x)) * one_b
+    series = q * d2 * d2 * (exp2m1_remainder(d2) - a * exp2m1_remainder(x)) * one_b
     # Scaled before the exponential, which may overflow where the value does not.
     w = tl.exp2(log_w - fast_log2(tl.abs(a * b)))
     value = (one_b * p + one_a * q) + tl.where(a * b > 0, -w, w)
@@ -229,7 +229,7 @@ def alpha_near_zero(lp, lq, p, q, d, d2, c, a, b):
     far, _ = alpha_terms(lp, lq, p, q, d2, 0.0, a, b)
     x = log_ratio(q, d)
     t = a * x
-    near, curve = tl.abs(t) < NEAR, bend(t)
+    near, curve = tl.abs(t) < NEAR, expm1_remainder(t)
     first, _ = kl_terms(q, p, x)
     value = (first - a * ((q * x) * (x * curve))) * (1.0 / b)
     slope = tl.where(near, x * (-1.0 - t * curve), (1.0 - exp(t)) * (1.0 / a))
@@ -255,7 +255,7 @@ def renyi_near_one(lp, lq, p, q, d, d2, c, a, b):
     far, slope = alpha_terms(lp, lq, p, q, d2, c, a, b)
     t = d * -b
     first, _ = kl_terms(p, q, log_ratio(p, d * -1.0))
-    value = (first - b * ((p * d) * (d * bend(t)))) * (1.0 / a)
+    value = (first - b * ((p * d) * (d * expm1_remainder(t)))) * (1.0 / a)
     return tl.where(tl.abs(t) < NEAR, value, far), slope
 
 
@@ -323,7 +323,7 @@ def alpha_beta(lp, lq, p, q, d, d2, c, a, b):
     far = (growth(lm, lo, x, s, s) - growth(lm, lo, x, low, s)) / high
     far = tl.where(far == far, far, float("inf"))  # of infinite terms the larger
     near = tl.maximum(tl.abs(s * x), tl.abs(low * x)) < NEAR2
-    bent = (s * bend2(s * x) - low * bend2(low * x)) / high
+    bent = (s * exp2m1_remainder(s * x) - low * exp2m1_remainder(low * x)) / high
     value = tl.where(near, tl.exp2(times(s, lo)) * (x * x) * bent, far)
     slope = -growth(lp, lq, d2, a, a + b)
     slope = tl.where(slope == slope, slope, float("inf"))

@@ -62,13 +62,13 @@ def phases(problem: Problem, entropy: bool, metrics: bool) -> Phases[tuple[Tenso
 def backward(
     problem: Problem, state: Tensor, upstream: Coefficients, gradient: bool, temperature: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    grad, heat = new_gradient(problem) if gradient else None, None
+    grad, temperature_grad = new_gradient(problem) if gradient else None, None
     if gradient or temperature:
-        heat = _launch(
+        temperature_grad = _launch(
             problem, P.GRADIENT, upstream.entropy is not None, False, upstream, grad,
             Outputs(state=state), temperature,
         )  # fmt: skip
-    return grad, heat
+    return grad, temperature_grad
 
 
 def fused(
@@ -87,14 +87,16 @@ def fused(
 def _launch(
     problem: Problem, first: tl.constexpr, entropy: bool, metrics: bool,
     factors: Coefficients | None = None, gradient: Tensor | None = None,
-    outputs: Outputs | None = None, heat: bool = False,
+    outputs: Outputs | None = None, temperature_grad: bool = False,
 ) -> Tensor | None:  # fmt: skip
-    """The phases from `first` on; the temperatures' gradient where heat is wanted."""
+    """The phases from `first` on; the temperatures' gradient where that is wanted."""
     student, rows, width = problem.student, problem.rows, problem.student.size(-1)
     once = first.value == P.GRADIENT.value
     plan = schedule(rows, width, student.element_size(), student.device, once=once, swept=True)
     # Zero for the rows that the kernel skips.
-    temperature = student.new_zeros(rows, plan.splits, dtype=torch.float32) if heat else None
+    temperature = (
+        student.new_zeros(rows, plan.splits, dtype=torch.float32) if temperature_grad else None
+    )
     if rows == 0:
         return None if temperature is None else temperature.sum(1)
     operands = rows_in_memory(student, None, gradient, vector=plan.vector)

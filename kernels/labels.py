@@ -49,7 +49,7 @@ def leave_out(temper, label, AT_LABEL: tl.constexpr):
     else:
         return records.Temper(
             temper.s_rate, temper.t_rate, temper.s_scale, temper.t_scale, temper.a, temper.mean,
-            temper.pull, temper.width, (label,),
+            temper.width_slope, temper.width, (label,),
         )  # fmt: skip
 
 
@@ -84,16 +84,16 @@ def of_all(value, slope, q, at, row, temper):
 
 
 @triton.jit
-def entropy_terms(q, depth, at, row, temper):
+def entropy_terms(q, log2_exp, at, row, temper):
     """q and (log q + H) / log 2 of all columns, from those of the others."""
     if len(row.label) == 0:
-        return q, depth
+        return q, log2_exp
     else:
         mine, rest = coin(row.label.s_odds)
         apart = distance(row)
         label = at == temper.label[0]
         q = tl.where(label, mine, q * rest)
-        return q, tl.where(label, times(rest, apart), depth - times(mine, apart))
+        return q, tl.where(label, times(rest, apart), log2_exp - times(mine, apart))
 
 
 # --- once per row ------------------------------------------------------------------------------
@@ -132,8 +132,9 @@ def with_label(row, label, unit, t_entropy, alive):
     unit *= tl.exp2((row.s_max - unit_max) * LOG2E)
     unit += tl.exp2((label.s_logit - unit_max) * LOG2E)
     return records.Row(
-        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, row.c, row.rest, row.mean_depth,
-        t_entropy, log2(R.positive(unit)), alive, row.lever, row.entropy_lever, unit_max, label,
+        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, row.c, row.rest, row.mean_log2_exp,
+        t_entropy, log2(R.positive(unit)), alive, row.scale_slope, row.entropy_slope, unit_max,
+        label,
     )  # fmt: skip
 
 
@@ -146,20 +147,20 @@ def with_slopes(row, total, a, b, WANT: tl.constexpr, AT_LABEL: tl.constexpr):
     if AT_LABEL is None:
         return row
     else:
-        label, lever, entropy_lever = row.label, row.lever, row.entropy_lever
+        label, scale_slope, entropy_slope = row.label, row.scale_slope, row.entropy_slope
         factor, slope = AT_LABEL(total_of(row, total), row.c, a, b, label)
         factor = tl.where(beside_others(label), factor, 0.0)
-        if records.LEVER & WANT:
+        if records.SCALE_SLOPE & WANT:
             mine, rest = coin(label.s_odds)
             apart = distance(row) * LN2
-            lever = factor * lever + times(slope, apart)
-            entropy_lever = rest * entropy_lever - times(mine * rest, apart * apart)
+            scale_slope = factor * scale_slope + times(slope, apart)
+            entropy_slope = rest * entropy_slope - times(mine * rest, apart * apart)
         label = records.Label(
             label.s_logit, label.t_logit, label.s_odds, label.t_odds, label.d, factor, slope
         )
         return records.Row(
-            row.s_max, row.t_max, row.s_log, row.t_log, row.gap, row.c, row.rest, row.mean_depth,
-            row.t_entropy, row.unit_log, row.alive, lever, entropy_lever, row.unit_max, label,
+            row.s_max, row.t_max, row.s_log, row.t_log, row.gap, row.c, row.rest, row.mean_log2_exp,
+            row.t_entropy, row.unit_log, row.alive, scale_slope, entropy_slope, row.unit_max, label,
         )  # fmt: skip
 
 
@@ -186,7 +187,7 @@ def divergence(row, total, a, b, OUTER: tl.constexpr):
 @triton.jit
 def distance(row):
     """log2 of the student's label over the others' geometric mean, weighted by q."""
-    return row.label.s_odds + (row.s_log - row.mean_depth)
+    return row.label.s_odds + (row.s_log - row.mean_log2_exp)
 
 
 @triton.jit
@@ -198,7 +199,7 @@ def entropy_of_all(odds, entropy):
 
 @triton.jit
 def student_entropy(row):
-    entropy = (row.s_log - row.mean_depth) * LN2
+    entropy = (row.s_log - row.mean_log2_exp) * LN2
     if len(row.label) != 0:
         entropy = entropy_of_all(row.label.s_odds, entropy)
     return tl.where(row.alive, entropy, 0.0)

@@ -99,14 +99,14 @@ def other_terms(z, column, row, temper, label, columns, smoothing, ce, entropy,
 
 
 @triton.jit
-def gradient_step(heat, student, gradient, marks, begin, inside, row, log_rest, scale, temper,
+def gradient_step(scale_grad, student, gradient, marks, begin, inside, row, log_rest, scale, temper,
                   label, columns, smoothing, ce, entropy, WANT: tl.constexpr, CE: tl.constexpr,
-                  H: tl.constexpr, HEAT: tl.constexpr, LANES: tl.constexpr,
+                  H: tl.constexpr, T_GRAD: tl.constexpr, LANES: tl.constexpr,
                   VECTOR: tl.constexpr):  # fmt: skip
     """Of what is not listed; row.t_max is its maximum, and scale the gradient of its event."""
     at = begin + tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     z = M.load(student, at, inside, "evict_first")
-    if HEAT:
+    if T_GRAD:
         z = tl.where(unmarked(marks, begin, LANES, VECTOR), z, -float("inf"))
     g, tempered = other_terms(
         z, at, row, temper, label, columns, smoothing, ce, entropy, WANT, CE, H
@@ -114,9 +114,9 @@ def gradient_step(heat, student, gradient, marks, begin, inside, row, log_rest, 
     own = scale * tl.exp2((z - row.t_max) * temper.s_scale - log_rest)
     if gradient is not None:
         tl.store(gradient + at, (g + own).to(gradient.dtype.element_ty), mask=inside)
-    if HEAT:
-        heat += P.temperature_term(tempered + own, z, row)
-    return heat
+    if T_GRAD:
+        scale_grad += P.temperature_term(tempered + own, z, row)
+    return scale_grad
 
 
 # --- the events ------------------------------------------------------------------------------
@@ -188,8 +188,8 @@ def events_of(z, listed, last, lp, tilt, row, rest_sum, temper, a, b, REST: tl.c
 def with_rest_of_row(row, rest_max, rest_sum):
     """The row, with what is not listed in the place of the teacher: see `problem.py`."""
     return records.Row(
-        row.s_max, rest_max, row.s_log, row.t_log, rest_sum, row.c, row.rest, row.mean_depth,
-        row.t_entropy, row.unit_log, row.alive, row.lever, row.entropy_lever, row.unit_max,
+        row.s_max, rest_max, row.s_log, row.t_log, rest_sum, row.c, row.rest, row.mean_log2_exp,
+        row.t_entropy, row.unit_log, row.alive, row.scale_slope, row.entropy_slope, row.unit_max,
         row.label,
     )  # fmt: skip
 
@@ -197,8 +197,9 @@ def with_rest_of_row(row, rest_max, rest_sum):
 @triton.jit
 def with_events(row, events):
     return records.Row(
-        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, events.c, row.rest, row.mean_depth,
-        events.entropy, row.unit_log, events.alive, row.lever, row.entropy_lever, row.unit_max,
+        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, events.c, row.rest, row.mean_log2_exp,
+        events.entropy, row.unit_log, events.alive, row.scale_slope, row.entropy_slope,
+        row.unit_max,
         row.label,
     )  # fmt: skip
 
@@ -230,7 +231,7 @@ def listed(
     VECTOR: tl.constexpr = TILE.vector
     SHIFTED: tl.constexpr = TILE.shifted
     BLOCK: tl.constexpr = LANES * VECTOR
-    HEAT: tl.constexpr = outputs.temperature is not None
+    T_GRAD: tl.constexpr = outputs.temperature is not None
     BACKWARD: tl.constexpr = FIRST == P.GRADIENT and pieces is None
     a, b, smoothing = P.singles(divergence.a, divergence.b, targets.smoothing)
     index, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -287,7 +288,7 @@ def listed(
         logits = teacher.logits + entry
     z = tl.load(logits, mask=known, other=-float("inf")).to(tl.float32)
     marks = teacher.marks
-    if FIRST == P.STATISTICS or HEAT:
+    if FIRST == P.STATISTICS or T_GRAD:
         marks += index * number(teacher.words)
         mark(marks, place, mine, begin, begin + span, BLOCK)
 
@@ -308,7 +309,7 @@ def listed(
             stats = unlisted_step(
                 stats, student, marks, tail, tail + at < end, temper, WANT, LANES, VECTOR
             )
-        stats = R.collapse(R.settle(stats, temper, WANT), temper, WANT)
+        stats = R.collapse(R.rebase(stats, temper, WANT), temper, WANT)
         if LAST == P.STATISTICS:
             label_logit = tl.where(split == 0, label_logit, 0.0)
             write_statistics(pieces.statistics, split, index, rows, stats, label_logit, 0.0)
@@ -351,33 +352,34 @@ def listed(
                 WANT, divergence.outer,
             )  # fmt: skip
 
-    if gradient is not None or HEAT:
+    if gradient is not None or T_GRAD:
         CE: tl.constexpr = factors.ce is not None
         H: tl.constexpr = factors.entropy is not None
         slope = found.slope * tl.where(k_kd != 0, k_kd * temper.s_rate, 0.0)
         slope = tl.where(k_kd != 0, slope, 0.0)
         scale = tl.sum(tl.where(last, slope, 0.0))
         log_rest = log2(R.positive(row.gap))
-        heat = tl.zeros([LANES, 1], tl.float32)
+        scale_grad = tl.zeros([LANES, 1], tl.float32)
         at = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
         if tail < end:
-            heat = gradient_step(
-                heat, student, gradient, marks, tail, tail + at < end, row, log_rest, scale,
-                temper, label, columns, smoothing, k_ce, k_entropy, WANT, CE, H, HEAT, LANES,
+            scale_grad = gradient_step(
+                scale_grad, student, gradient, marks, tail, tail + at < end, row, log_rest, scale,
+                temper, label, columns, smoothing, k_ce, k_entropy, WANT, CE, H, T_GRAD, LANES,
                 VECTOR,
             )  # fmt: skip
         for i in range(full):
-            heat = gradient_step(
-                heat, student, gradient, marks, tail - (i + 1) * BLOCK, None, row, log_rest, scale,
-                temper, label, columns, smoothing, k_ce, k_entropy, WANT, CE, H, HEAT, LANES,
+            scale_grad = gradient_step(
+                scale_grad, student, gradient, marks, tail - (i + 1) * BLOCK, None, row, log_rest,
+                scale,
+                temper, label, columns, smoothing, k_ce, k_entropy, WANT, CE, H, T_GRAD, LANES,
                 VECTOR,
             )  # fmt: skip
         if SHIFTED:
             if headed:
                 inside = (begin + at >= shift) & (begin + at < end)
-                heat = gradient_step(
-                    heat, student, gradient, marks, begin, inside, row, log_rest, scale,
-                    temper, label, columns, smoothing, k_ce, k_entropy, WANT, CE, H, HEAT, LANES,
+                scale_grad = gradient_step(
+                    scale_grad, student, gradient, marks, begin, inside, row, log_rest, scale,
+                    temper, label, columns, smoothing, k_ce, k_entropy, WANT, CE, H, T_GRAD, LANES,
                     VECTOR,
                 )  # fmt: skip
         g, tempered = other_terms(
@@ -386,7 +388,7 @@ def listed(
         if gradient is not None:
             tl.debug_barrier()  # over what the sweep has written
             tl.store(gradient + place, (g + slope).to(gradient.dtype.element_ty), mask=mine)
-        if HEAT:
+        if T_GRAD:
             own = P.temperature_term(tl.where(mine, tempered + slope, 0.0), z, row)
-            total = tl.sum(heat) + tl.sum(own)
+            total = tl.sum(scale_grad) + tl.sum(own)
             tl.store(outputs.temperature + index * TILE.splits + split, -temper.s_rate * total)

@@ -92,15 +92,15 @@ def backward(
     """The student's gradient [N, width] and the temperatures' [N], as far as they are wanted."""
     grad = new_gradient(problem) if gradient else None
     sweeps = temperature and not problem.merge
-    heat = None
+    temperature_grad = None
     if gradient or sweeps:
-        (heat,) = together(LOCAL, _launches(
+        (temperature_grad,) = together(LOCAL, _launches(
             problem, P.GRADIENT, upstream.entropy is not None, False, upstream, state=state,
-            gradient=grad, heat=sweeps,
+            gradient=grad, temperature_grad=sweeps,
         ))  # fmt: skip
     if temperature and problem.merge:
-        heat = _temperature_gradient(problem, state, upstream)
-    return grad, heat
+        temperature_grad = _temperature_gradient(problem, state, upstream)
+    return grad, temperature_grad
 
 
 def fused(
@@ -137,9 +137,9 @@ def _launches(
     problem: Problem, first: tl.constexpr, entropy: bool, metrics: bool,
     factors: Coefficients | None = None, state: Tensor | None = None,
     values: Tensor | None = None, loss: Tensor | None = None, gradient: Tensor | None = None,
-    heat: bool = False,
+    temperature_grad: bool = False,
 ) -> Phases[Tensor | None]:  # fmt: skip
-    """Launches the phases from `first` on; the temperatures' gradient where heat is wanted."""
+    """Launches the phases from `first` on; the temperatures' gradient where that is wanted."""
     merge = of(problem.merge)
     student, teacher, rows = problem.student, problem.teacher, problem.rows
     width, device = student.size(-1), student.device
@@ -166,7 +166,9 @@ def _launches(
         plan = plan._replace(kind="sweep")
     # Zero for the rows that the kernel skips.
     temperature = (
-        torch.zeros(rows, plan.splits, dtype=torch.float32, device=device) if heat else None
+        torch.zeros(rows, plan.splits, dtype=torch.float32, device=device)
+        if temperature_grad
+        else None
     )
     if rows == 0:
         return None if temperature is None else temperature.sum(1)
@@ -177,13 +179,17 @@ def _launches(
     )  # fmt: skip
     want = _wanted(problem, constant, entropy, metrics)
     apart = merge is not LOCAL and problem.temperature_trains  # whose gradient is to be in state
-    want |= records.LEVER.value * (problem.moments is not None or (apart and state is not None))
+    want |= records.SCALE_SLOPE.value * (
+        problem.moments is not None or (apart and state is not None)
+    )
     local = not (once or resident_) and merge is LOCAL
     slope = SLOPES.get(problem.divergence) if teacher is not None else None
     if local and slope is not None and problem.moments is None and not metrics:
         want |= records.KL.value + records.AGAIN.value * (gradient is not None)
     if local and (plan.kind == "shared" or plan.splits == 1) and gradient is not None:
-        want |= records.LATE.value * (constant != SLOPE_SUM and not want & records.LEVER.value)
+        want |= records.LATE.value * (
+            constant != SLOPE_SUM and not want & records.SCALE_SLOPE.value
+        )
     arguments: dict[str, Any] = dict(  # noqa: C408
         student=operands.student, teacher=operands.teacher, gradient=operands.gradient,
         extent=Extent(varying(rows), problem.vocab_size, width, operands.inner),
@@ -245,7 +251,7 @@ def _laid_out(extent: Extent, operands: Rows, plan: Schedule, pieces: int) -> tu
 
 def _summed(arguments: dict[str, Any]) -> bool:
     """Whether anything is wanted of the sums."""
-    wanted = records.LEVER.value | records.TEACHER_ENTROPY.value
+    wanted = records.SCALE_SLOPE.value | records.TEACHER_ENTROPY.value
     return arguments["teacher"].pointer is not None or bool(arguments["WANT"] & wanted)
 
 

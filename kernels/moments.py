@@ -116,11 +116,11 @@ def _write(out, index, rows, piece, exists):
     unit, scaled = tl.exp2(piece.exponent), tl.sqrt(piece.square / free)
     std = scaled * unit
     width = tl.where(spread, std + EPS, FLAT)
-    pull = tl.exp2(-piece.exponent) * (1.0 / tl.where(spread, free * scaled, 1.0))
-    pull = tl.where(spread, tl.minimum(pull, LARGEST), 0.0)
+    width_slope = tl.exp2(-piece.exponent) * (1.0 / tl.where(spread, free * scaled, 1.0))
+    width_slope = tl.where(spread, tl.minimum(width_slope, LARGEST), 0.0)
     tl.store(out + index, (piece.origin + piece.mean) * unit, mask=exists)
     tl.store(out + rows + index, width, mask=exists)
-    tl.store(out + 2 * rows + index, pull, mask=exists)
+    tl.store(out + 2 * rows + index, width_slope, mask=exists)
 
 
 @triton.jit

@@ -47,16 +47,16 @@ def temper_of(temperatures, index, rows, live, a):
     t_rate = s_rate
     if temperatures.teacher is not None:
         t_rate = A.reciprocal(per_row(temperatures.teacher, index, live, 1.0))
-    mean, pull, s_width = 0.0, 0.0, 1.0
+    mean, width_slope, s_width = 0.0, 0.0, 1.0
     if moments is not None:
         mean = M.row_load(moments, index, live, 0.0)
         s_width = inverse(M.row_load(moments + rows, index, live, 1.0))
         t_width = inverse(M.row_load(moments + 4 * rows, index, live, 1.0))
-        pull = M.row_load(moments + 2 * rows, index, live, 0.0)
+        width_slope = M.row_load(moments + 2 * rows, index, live, 0.0)
         s_rate = s_rate * s_width
         t_rate = s_rate if temperatures.teacher is None else t_rate * t_width
     return records.Temper(
-        s_rate, t_rate, s_rate * A.LOG2E, t_rate * A.LOG2E, a, mean, pull, s_width, ()
+        s_rate, t_rate, s_rate * A.LOG2E, t_rate * A.LOG2E, a, mean, width_slope, s_width, ()
     )
 
 
@@ -64,9 +64,9 @@ def temper_of(temperatures, index, rows, live, a):
 def restore(state, index, rows, live, WANT: tl.constexpr, AT_LABEL: tl.constexpr):
     """records.Row from what `write_row` saved."""
     state += index
-    mean_depth, unit = 0.0, 1.0
+    mean_log2_exp, unit = 0.0, 1.0
     if (records.UNIT + records.ENTROPY) & WANT:
-        mean_depth = M.row_load(state, 6 * rows, live, 0.0)
+        mean_log2_exp = M.row_load(state, 6 * rows, live, 0.0)
         unit = M.row_load(state, 7 * rows, live, 1.0)
     s_max, t_max = M.row_load(state, 0, live, 0.0), M.row_load(state, 2 * rows, live, 0.0)
     s_sum, gap = M.row_load(state, rows, live, 1.0), M.row_load(state, 3 * rows, live, 0.0)
@@ -75,12 +75,12 @@ def restore(state, index, rows, live, WANT: tl.constexpr, AT_LABEL: tl.constexpr
     gap = tl.where(alive, gap, 0.0)
     s_log = A.log2(R.positive(s_sum))
     t_log = s_log + gap * A.LOG2E
-    row = R.row_of(s_max, t_max, s_log, t_log, gap, alive, c, mean_depth, unit)
+    row = R.row_of(s_max, t_max, s_log, t_log, gap, alive, c, mean_log2_exp, unit)
     if records.REST & WANT:
         row = with_rest(row, M.row_load(state, 5 * rows, live, 0.0))
     if records.STANDARDIZED & WANT:
-        lever = M.row_load(state, 8 * rows, live, 0.0)
-        row = with_levers(row, lever, M.row_load(state, 9 * rows, live, 0.0))
+        scale_slope = M.row_load(state, 8 * rows, live, 0.0)
+        row = with_scale_slopes(row, scale_slope, M.row_load(state, 9 * rows, live, 0.0))
     return L.restore_label(state, rows, row, unit, live, AT_LABEL)
 
 
@@ -131,11 +131,11 @@ def write_row(
         if records.REST & WANT:
             M.row_store(state + 5 * rows, row.rest, index, live)
         if (records.UNIT + records.ENTROPY) & WANT:
-            M.row_store(state + 6 * rows, row.mean_depth, index, live)
+            M.row_store(state + 6 * rows, row.mean_log2_exp, index, live)
             M.row_store(state + 7 * rows, stats.unit, index, live)
-        if records.LEVER & WANT:
-            M.row_store(state + 8 * rows, row.lever, index, live)
-            M.row_store(state + 9 * rows, row.entropy_lever, index, live)
+        if records.SCALE_SLOPE & WANT:
+            M.row_store(state + 8 * rows, row.scale_slope, index, live)
+            M.row_store(state + 9 * rows, row.entropy_slope, index, live)
         L.write_label(state, index, rows, live, row)
     if loss is not None:
         total = tl.where(kd != 0, kd * kd_value, 0.0) + tl.where(ce != 0, ce * hard, 0.0)
@@ -162,19 +162,19 @@ def add_sums(sums, z, y, value, slope, row, WANT: tl.constexpr):
     return records.Sums(
         sums.value + tl.sum(value, 1, keep_dims=True),
         sums.slope + tl.sum(slope, 1, keep_dims=True),
-        agreement, sums.lever, sums.entropy_lever,
+        agreement, sums.scale_slope, sums.entropy_slope,
     )  # fmt: skip
 
 
 @triton.jit
-def add_levers(sums, z, slope, q, lq, row, temper, WANT: tl.constexpr):
+def add_scale_slopes(sums, z, slope, q, lq, row, temper, WANT: tl.constexpr):
     """Where the logits are standardised: the slopes' sums times log q + H, whose mean is 0."""
-    lever, entropy_lever = sums.lever, sums.entropy_lever
-    if records.LEVER & WANT:
-        depth = tl.where(lq > -float("inf"), R.centred_depth(z, row, temper), 0.0)
-        lever += A.LN2 * tl.sum(slope * depth, 1, keep_dims=True)
-        entropy_lever -= (A.LN2 * A.LN2) * tl.sum(q * depth * depth, 1, keep_dims=True)
-    return records.Sums(sums.value, sums.slope, sums.agreement, lever, entropy_lever)
+    scale_slope, entropy_slope = sums.scale_slope, sums.entropy_slope
+    if records.SCALE_SLOPE & WANT:
+        log2_exp = tl.where(lq > -float("inf"), R.centred_log2_exp(z, row, temper), 0.0)
+        scale_slope += A.LN2 * tl.sum(slope * log2_exp, 1, keep_dims=True)
+        entropy_slope -= (A.LN2 * A.LN2) * tl.sum(q * log2_exp * log2_exp, 1, keep_dims=True)
+    return records.Sums(sums.value, sums.slope, sums.agreement, scale_slope, entropy_slope)
 
 
 @triton.jit
@@ -184,7 +184,7 @@ def sum_tile(sums, z, y, at, row, temper, a, b, WANT: tl.constexpr, DIVERGENCE: 
     lp, lq, p, q, d, d2 = R.elements(z, y, row, temper, SAME)
     value, slope = DIVERGENCE(lp, lq, p, q, d, d2, row.c, a, b)
     sums = add_sums(sums, z, y, value, slope, row, WANT)
-    return add_levers(sums, z, slope, q, lq, row, temper, WANT)
+    return add_scale_slopes(sums, z, slope, q, lq, row, temper, WANT)
 
 
 @triton.jit
@@ -195,11 +195,11 @@ def no_sums(LANES: tl.constexpr):
 
 @triton.jit
 def collapse_sums(sums, WANT: tl.constexpr):
-    lever, entropy_lever = 0.0, 0.0
-    if records.LEVER & WANT:
-        lever, entropy_lever = tl.sum(sums.lever), tl.sum(sums.entropy_lever)
+    scale_slope, entropy_slope = 0.0, 0.0
+    if records.SCALE_SLOPE & WANT:
+        scale_slope, entropy_slope = tl.sum(sums.scale_slope), tl.sum(sums.entropy_slope)
     return records.Sums(
-        tl.sum(sums.value), tl.sum(sums.slope), tl.max(sums.agreement), lever, entropy_lever
+        tl.sum(sums.value), tl.sum(sums.slope), tl.max(sums.agreement), scale_slope, entropy_slope
     )
 
 
@@ -207,16 +207,17 @@ def collapse_sums(sums, WANT: tl.constexpr):
 def with_constant(row, c):
     return records.Row(
         row.s_max, row.t_max, row.s_log, row.t_log, row.gap, c, row.rest,
-        row.mean_depth, row.t_entropy, row.unit_log, row.alive, row.lever, row.entropy_lever,
+        row.mean_log2_exp, row.t_entropy, row.unit_log, row.alive, row.scale_slope,
+        row.entropy_slope,
         row.unit_max, row.label,
     )  # fmt: skip
 
 
 @triton.jit
-def with_levers(row, lever, entropy_lever):
+def with_scale_slopes(row, scale_slope, entropy_slope):
     return records.Row(
         row.s_max, row.t_max, row.s_log, row.t_log, row.gap, row.c, row.rest,
-        row.mean_depth, row.t_entropy, row.unit_log, row.alive, lever, entropy_lever,
+        row.mean_log2_exp, row.t_entropy, row.unit_log, row.alive, scale_slope, entropy_slope,
         row.unit_max, row.label,
     )  # fmt: skip
 
@@ -225,19 +226,20 @@ def with_levers(row, lever, entropy_lever):
 def with_rest(row, rest):
     return records.Row(
         row.s_max, row.t_max, row.s_log, row.t_log, row.gap, row.c, rest,
-        row.mean_depth, row.t_entropy, row.unit_log, row.alive, row.lever, row.entropy_lever,
+        row.mean_log2_exp, row.t_entropy, row.unit_log, row.alive, row.scale_slope,
+        row.entropy_slope,
         row.unit_max, row.label,
     )  # fmt: skip
 
 
 @triton.jit
 def with_value(sums, value):
-    return records.Sums(value, sums.slope, sums.agreement, sums.lever, sums.entropy_lever)
+    return records.Sums(value, sums.slope, sums.agreement, sums.scale_slope, sums.entropy_slope)
 
 
 @triton.jit
 def with_slope(sums, slope):
-    return records.Sums(sums.value, slope, sums.agreement, sums.lever, sums.entropy_lever)
+    return records.Sums(sums.value, slope, sums.agreement, sums.scale_slope, sums.entropy_slope)
 
 
 @triton.jit
@@ -245,8 +247,8 @@ def with_sums(row, sums, CONSTANT: tl.constexpr, WANT: tl.constexpr):
     """The row with what the sweep of sums gives."""
     if CONSTANT == "slope_sum":
         row = with_constant(row, sums.slope + row.c)
-    if records.LEVER & WANT:
-        row = with_levers(row, sums.lever, sums.entropy_lever)
+    if records.SCALE_SLOPE & WANT:
+        row = with_scale_slopes(row, sums.scale_slope, sums.entropy_slope)
     return row
 
 
@@ -284,21 +286,23 @@ def gradient_tile(
     if records.REST & WANT:
         slope -= q * row.rest
     value, slope = L.of_all(value, slope, q, column, row, temper)
-    lever = tl.where(defined & (kd != 0), kd * row.lever, 0.0)
+    scale_slope = tl.where(defined & (kd != 0), kd * row.scale_slope, 0.0)
     kd = tl.where(defined, kd * temper.s_rate, 0.0)
     gradient = kd * tl.where(kd != 0, slope, 0.0)
     if H:
         entropy = tl.where(row.alive, entropy, 0.0)
-        lever += entropy * row.entropy_lever
+        scale_slope += entropy * row.entropy_slope
         # Finite, so that it counts 0 where q is.
-        depth = R.centred_depth(z, row, temper)
-        q, depth = L.entropy_terms(q, depth, column, row, temper)
-        depth = tl.maximum(depth, R.FLOOR)
-        gradient -= (entropy * temper.s_rate * A.LN2) * q * depth
+        log2_exp = R.centred_log2_exp(z, row, temper)
+        q, log2_exp = L.entropy_terms(q, log2_exp, column, row, temper)
+        log2_exp = tl.maximum(log2_exp, R.FLOOR)
+        gradient -= (entropy * temper.s_rate * A.LN2) * q * log2_exp
     tempered = gradient
     if records.STANDARDIZED & WANT:  # through the standard deviation
         gradient -= tl.where(
-            z != -float("inf"), (lever * temper.width) * (temper.pull * (z - temper.mean)), 0.0
+            z != -float("inf"),
+            (scale_slope * temper.width) * (temper.width_slope * (z - temper.mean)),
+            0.0,
         )
     if CE:
         unit = tl.exp2((z - row.unit_max) * A.LOG2E - row.unit_log)

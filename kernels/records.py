@@ -13,7 +13,7 @@ UNIT = tl.constexpr(4)
 MEAN = tl.constexpr(8)
 ENTROPY = tl.constexpr(16)
 TEACHER_ENTROPY = tl.constexpr(32)
-LEVER = tl.constexpr(64)  # the derivatives to the temperature, in the sweep of sums
+SCALE_SLOPE = tl.constexpr(64)  # the derivatives to the temperature, in the sweep of sums
 KL = tl.constexpr(128)  # the value of a Kullback-Leibler divergence
 AGAIN = tl.constexpr(1024)  # beside KL: another sweep follows, and the value may come out NaN
 LATE = tl.constexpr(2048)  # the gradient's sweep makes the sums, since it needs none of them
@@ -24,7 +24,8 @@ REST = tl.constexpr(256)  # what c lacks, in a sweep of rows whose student is sa
 class Temper(NamedTuple):
     """The temperatures of a row: rate = 1 / T, scale = log2(e) / T; a of the divergence.
 
-    mean, pull and 1 / width of the student's row where its logits are standardised. label: its
+    mean, width_slope and 1 / width of the student's row where its logits are standardised. label:
+    its
     column, in a tuple, where the divergence looks at it and the sweeps leave it out; else ().
     """
 
@@ -34,7 +35,7 @@ class Temper(NamedTuple):
     t_scale: Any
     a: Any
     mean: Any
-    pull: Any
+    width_slope: Any
     width: Any
     label: Any
 
@@ -90,12 +91,12 @@ class Row(NamedTuple):
     gap: Any  # log(t_sum / s_sum)
     c: Any  # the constant of table 1
     rest: Any  # what c lacks
-    mean_depth: Any  # sum q u: the student's entropy is s_log less it
+    mean_log2_exp: Any  # sum q u: the student's entropy is s_log less it
     t_entropy: Any
     unit_log: Any
     alive: Any  # both sides have a logit: else the row counts 0
-    lever: Any  # minus T times the derivative to T, of the divergence
-    entropy_lever: Any  # and of the entropy
+    scale_slope: Any  # minus T times the derivative to T, of the divergence
+    entropy_slope: Any  # and of the entropy
     unit_max: Any  # what unit_log is relative to: the largest logit, the label's too
     label: Any  # a Label, or (): then nothing is left out
 
@@ -106,8 +107,8 @@ class Sums(NamedTuple):
     value: Any
     slope: Any
     agreement: Any
-    lever: Any
-    entropy_lever: Any
+    scale_slope: Any
+    entropy_slope: Any
 
 
 class Differences(NamedTuple):

@@ -160,7 +160,7 @@ def resident(
     if gradient.pointer is not None or outputs.temperature is not None:
         if gradient.pointer is not None:
             gradient_row = gradient.pointer + M.row_at(index, gradient, extent.inner, ALIGN)
-        heat = tl.zeros([LANES, 1], tl.float32)
+        scale_grad = tl.zeros([LANES, 1], tl.float32)
         for i in tl.static_range(len(PARTS)):
             column = columns_of(PARTS, i)
             pair = L.others(zs[i], ys[i], column, temper)
@@ -172,6 +172,6 @@ def resident(
                 g = tl.where(live & (column < columns), g, 0.0).to(gradient_row.dtype.element_ty)
                 store_part(gradient_row, g, exists, width, PARTS, i, HELD.stored)
             if outputs.temperature is not None:
-                heat += P.temperature_term(tempered, zs[i], row)
+                scale_grad += P.temperature_term(tempered, zs[i], row)
         if outputs.temperature is not None:
-            M.row_store(outputs.temperature, -temper.s_rate * heat, index, live)
+            M.row_store(outputs.temperature, -temper.s_rate * scale_grad, index, live)

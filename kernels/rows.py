@@ -15,9 +15,9 @@ from fastkd.kernels.records import (
     ENTROPY,
     GAP,
     KL,
-    LEVER,
     MEAN,
     MIXTURE,
+    SCALE_SLOPE,
     TEACHER_ENTROPY,
     UNIT,
     Row,
@@ -36,7 +36,7 @@ HUGE = tl.constexpr(2.0**30)
 # Keeps the sum of a row's finite logits finite.
 SHARE = tl.constexpr(2.0**-24)
 # A KL divergence beyond this is right to 1e-5 from the first sweep's sums, which cancel.
-CLEAR = tl.constexpr(0.1)
+LEAST_KNOWN = tl.constexpr(0.1)
 # Where the largest q and the largest p differ by this share of them, so does some q - p at least,
 # and what q - p of two exponentials lacks is no more than 2e-5 of that.
 APART = tl.constexpr(2.0**-5)
@@ -85,7 +85,7 @@ def shift(stats, s_max, t_max, ds, dt, temper, WANT: tl.constexpr):
         unit *= tl.exp2((stats.s_max - s_max) * LOG2E)
     if MEAN & WANT:
         total += stats.share * (stats.s_max - s_max)
-    if (ENTROPY + LEVER) & WANT:
+    if (ENTROPY + SCALE_SLOPE) & WANT:
         s_entropy = tl.where(fs > 0, fs * (s_entropy + stats.s_sum * ds), 0.0)
     if TEACHER_ENTROPY & WANT:
         t_entropy = tl.where(ft > 0, ft * (t_entropy + stats.t_sum * dt), 0.0)
@@ -108,10 +108,10 @@ def measure(z, u, v, inside, s_max, t_max, mixture_max, temper, WANT: tl.constex
     if GAP & WANT:
         gap = tl.sum(q * tl.where(q > 0, u - v, 0.0), 1, keep_dims=True)
     elif KL & WANT:
-        depth = v - u
+        log2_ratio = v - u
         if inside is not None or AGAIN & WANT == 0:
-            depth = tl.where(p > 0, depth, 0.0)
-        gap = tl.sum(p * depth, 1, keep_dims=True)
+            log2_ratio = tl.where(p > 0, log2_ratio, 0.0)
+        gap = tl.sum(p * log2_ratio, 1, keep_dims=True)
     if MIXTURE & WANT:
         # Finite stand-ins for -inf: w is then hugely negative or positive, never NaN.
         low = tl.maximum(u, FLOOR)
@@ -129,7 +129,7 @@ def measure(z, u, v, inside, s_max, t_max, mixture_max, temper, WANT: tl.constex
             terms = tl.where(inside, terms, 0.0)
             share = tl.sum(tl.where(inside, SHARE, 0.0), 1, keep_dims=True)
         total = tl.sum(terms, 1, keep_dims=True)
-    if (ENTROPY + LEVER) & WANT:
+    if (ENTROPY + SCALE_SLOPE) & WANT:
         s_entropy = tl.sum(tl.where(q > 0, q * u, 0.0), 1, keep_dims=True)
     if TEACHER_ENTROPY & WANT:
         t_entropy = tl.sum(tl.where(p > 0, p * v, 0.0), 1, keep_dims=True)
@@ -156,7 +156,7 @@ def bounded(scale, most):
 
 @triton.jit
 def add(stats, z, y, inside, temper, WANT: tl.constexpr):
-    """Statistics [lanes, 1] with a tile added; `settle` them at the end.
+    """Statistics [lanes, 1] with a tile added; `rebase` them at the end.
 
     They are relative to the rounded products of maxima and scales: so that an exponent is a single
     operation, with a single rounding.
@@ -197,7 +197,7 @@ def of_one_side(stats):
 
 
 @triton.jit
-def settle(stats, temper, WANT: tl.constexpr):
+def rebase(stats, temper, WANT: tl.constexpr):
     """Statistics from `add`, relative to the maxima themselves."""
     s_scale = bounded(temper.s_scale, stats.s_max)
     t_scale = bounded(temper.t_scale, stats.t_max)
@@ -216,7 +216,7 @@ def settle(stats, temper, WANT: tl.constexpr):
 
 
 @triton.jit
-def depths(z, y, s_max, t_max, temper):
+def log2_exps(z, y, s_max, t_max, temper):
     """u and v, of a tile that is needed again: the differences from its maxima stay."""
     return (z - s_max) * temper.s_scale, (y - t_max) * temper.t_scale
 
@@ -230,7 +230,7 @@ def highest(x, other):
 @triton.jit
 def piece(z, y, inside, s_max, t_max, mixture_max, temper, WANT: tl.constexpr):
     """`measure` of a tile that is needed again."""
-    u, v = depths(z, y, s_max, t_max, temper)
+    u, v = log2_exps(z, y, s_max, t_max, temper)
     return measure(z, u, v, inside, s_max, t_max, mixture_max, temper, WANT)
 
 
@@ -256,7 +256,7 @@ def gather(stats, WANT: tl.constexpr):
         unit = tl.sum(stats.unit)
     if MEAN & WANT:
         total, share = tl.sum(stats.total), tl.sum(stats.share)
-    if (ENTROPY + LEVER) & WANT:
+    if (ENTROPY + SCALE_SLOPE) & WANT:
         s_entropy = tl.sum(stats.s_entropy)
     if TEACHER_ENTROPY & WANT:
         t_entropy = tl.sum(stats.t_entropy)
@@ -286,10 +286,10 @@ def positive(total):
 
 
 @triton.jit
-def row_of(s_max, t_max, s_log, t_log, gap, alive, c, mean_depth, unit):
+def row_of(s_max, t_max, s_log, t_log, gap, alive, c, mean_log2_exp, unit):
     zero = tl.zeros_like(s_max)
     return Row(
-        s_max, t_max, s_log, t_log, gap, c, zero, mean_depth, zero, log2(positive(unit)), alive,
+        s_max, t_max, s_log, t_log, gap, c, zero, mean_log2_exp, zero, log2(positive(unit)), alive,
         zero, zero, s_max, (),
     )  # fmt: skip
 
@@ -311,7 +311,7 @@ def summarize(stats, temper, CONSTANT: tl.constexpr, WANT: tl.constexpr):
         gap_of(stats), (stats.s_sum != 0) & (stats.t_sum != 0), zero, zero, stats.unit,
     )  # fmt: skip
     c = row.gap * 0.0  # NaN where a side has one
-    mean_depth, t_entropy = row.mean_depth, row.t_entropy
+    mean_log2_exp, t_entropy = row.mean_log2_exp, row.t_entropy
     if CONSTANT == "reverse_kl":
         c = stats.gap / positive(stats.s_sum) * LN2 + row.gap
     if CONSTANT == "log_mixture":
@@ -321,21 +321,21 @@ def summarize(stats, temper, CONSTANT: tl.constexpr, WANT: tl.constexpr):
         size = log1p(tl.where(near, lift, growth))
         c = tl.where(near, 0.0, stats.mixture_max * LN2) + size - temper.a * row.gap
         c = tl.where(tl.abs(c) > 1e20, c * float("inf"), c)
-    if (ENTROPY + LEVER) & WANT:
-        mean_depth = stats.s_entropy / positive(stats.s_sum)
+    if (ENTROPY + SCALE_SLOPE) & WANT:
+        mean_log2_exp = stats.s_entropy / positive(stats.s_sum)
     if TEACHER_ENTROPY & WANT:
         t_entropy = (row.t_log - stats.t_entropy / positive(stats.t_sum)) * LN2
         t_entropy = tl.where(row.alive, t_entropy, 0.0)
     return Row(
-        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, c, row.rest, mean_depth, t_entropy,
-        row.unit_log, row.alive, row.lever, row.entropy_lever, row.unit_max, row.label,
+        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, c, row.rest, mean_log2_exp, t_entropy,
+        row.unit_log, row.alive, row.scale_slope, row.entropy_slope, row.unit_max, row.label,
     )  # fmt: skip
 
 
 @triton.jit
-def centred_depth(z, row, temper):
+def centred_log2_exp(z, row, temper):
     """(log q + H) / log 2, whose mean under q is 0: at a high temperature, both are far larger."""
-    return product_sum(z - row.s_max, temper.s_scale, -row.mean_depth)
+    return product_sum(z - row.s_max, temper.s_scale, -row.mean_log2_exp)
 
 
 @triton.jit
@@ -362,7 +362,7 @@ def kl_of(stats, row, WANT: tl.constexpr):
 @triton.jit
 def clear(known, stats, temper):
     """Whether the KL divergence that kl_of has found is right."""
-    return (known > CLEAR) & (huge(stats, temper) == 0)
+    return (known > LEAST_KNOWN) & (huge(stats, temper) == 0)
 
 
 @triton.jit

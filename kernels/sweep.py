@@ -120,7 +120,7 @@ def phases(
     BLOCK: tl.constexpr = LANES * VECTOR
     LATE: tl.constexpr = records.LATE & WANT != 0 and LAST == P.GRADIENT
     SUMMED: tl.constexpr = (
-        teacher.pointer is not None or (records.LEVER + records.TEACHER_ENTROPY) & WANT != 0
+        teacher.pointer is not None or (records.SCALE_SLOPE + records.TEACHER_ENTROPY) & WANT != 0
     )
     BACKWARD: tl.constexpr = FIRST == P.GRADIENT and pieces is None
     a, b, smoothing = P.singles(divergence.a, divergence.b, targets.smoothing)
@@ -159,7 +159,7 @@ def phases(
     if FIRST == P.STATISTICS:
         stats = R.empty(BLOCK // P.THREAD)
         stats = W.walk(stats, sides, None, stretch, P.statistics_step, WANT, DIVERGENCE, SAME, True)
-        stats = R.collapse(R.settle(stats, temper, WANT), temper, WANT)
+        stats = R.collapse(R.rebase(stats, temper, WANT), temper, WANT)
         rise, lift = D.by_sums(stats, WANT)
         if teacher is not None:
             if D.close(stats, lift, temper, WANT):

@@ -17,13 +17,13 @@ NEAR_RATIO = tl.constexpr(0.25)
 
 
 @triton.jit
-def bend(x):
+def expm1_remainder(x):
     """(e^x - 1 - x) / x^2 for |x| < 0.5, to a relative 8e-7."""
     return 0.49999996 + x * (0.1666628 + x * (0.041667477 + x * (0.008395411 + x * 0.0013914635)))
 
 
 @triton.jit
-def bend2(x):
+def exp2m1_remainder(x):
     """(2^x - 1 - x log 2) / x^2 for |x| < 0.72, to a relative 8e-7."""
     y = 0.009618316 + x * (0.0013432884 + x * 0.00015432084)
     return 0.24022649 + x * (0.05550282 + x * y)
@@ -49,7 +49,7 @@ def kl_terms(p, m, x):
     """(m - p - p x, m - p) where m = p e^x, without cancellation; x not infinite where p is 0."""
     near = tl.abs(x) < NEAR
     linear = p * x
-    curved = linear * (x * bend(x))
+    curved = linear * (x * expm1_remainder(x))
     rise = m - p
     return tl.where(near, curved, rise - linear), tl.where(near, linear + curved, rise)
 
@@ -62,7 +62,7 @@ def exp(x):
 @triton.jit
 def gain(q, x, p):
     """p - q where p = q e^x, without cancellation."""
-    return tl.where(tl.abs(x) < NEAR, (q * x) * (1.0 + x * bend(x)), p - q)
+    return tl.where(tl.abs(x) < NEAR, (q * x) * (1.0 + x * expm1_remainder(x)), p - q)
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def times(x, log):
 @triton.jit
 def exp2m1_times(q, x):
     """q (2^x - 1), for |x| < 0.72."""
-    return (q * x) * (LN2 + x * bend2(x))
+    return (q * x) * (LN2 + x * exp2m1_remainder(x))
 
 
 @triton.jit
@@ -161,8 +161,8 @@ def coin_kl(t_odds, s_odds, d):
     q, q_rest = coin(s_odds)
     near = tl.abs(d) < NEAR
     # log(q / p) and log((1 - q) / (1 - p)): from d where that is small.
-    growth = d * (1.0 + d * bend(d))
-    fall = d * (d * bend(-d) - 1.0)
+    growth = d * (1.0 + d * expm1_remainder(d))
+    fall = d * (d * expm1_remainder(-d) - 1.0)
     x = tl.where(near, log1p(q_rest * fall), surprise(t_odds) - surprise(s_odds))
     x_rest = tl.where(near, log1p(q * growth), surprise(-t_odds) - surprise(-s_odds))
     mine, rise = kl_terms(p, q, log_ratio(p, x))

@@ -30,7 +30,7 @@ def stretch_of(split, span, shift, columns, LANES: tl.constexpr, VECTOR: tl.cons
     first, before = begin, ()  # Triton 3.6 returns no tuple that holds None
     if SHIFTED:
         some = tl.where((shift > 0) & (split == 0), VECTOR, 0)
-        first, before = first + some, (some,)
+        first, before = first + some, (some,)  # type: ignore[assignment]  # none, or one
     full = tl.maximum(end - first, 0) // BLOCK
     offsets = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     return Stretch(begin, end, shift, before, full, first + full * BLOCK, offsets, BLOCK)

@@ -76,6 +76,7 @@ BESIDE = 12  # and this, where the sweeps leave the label out
 # Fewer where more is wanted than the divergence of rows that begin alike.
 THREADS, FEWER = 768, 512
 CROWDED = ("everything", "standardized", "slices, own gradient", "split")
+CROWDED_ALONE = [("skew_kl", "shared"), ("skew_reverse_kl", "shared")]
 # Their loops would spill at half the registers; and those of nkd, without more, at 80.
 LARGE = [("jeffreys", "everything"), ("nkd", "everything")]
 LARGER = ("alpha_beta",)  # everywhere
@@ -188,7 +189,7 @@ def test_slices_of_wider_tensors_move_like_whole_ones(compiled):
     fused, *_ = BUDGET["forward_kl"]
     for name in ("slices", "slices fp32"):
         assert 0 < work[name]["instructions"] <= fused + 2
-    assert 0 < work["slices, own gradient"]["instructions"] <= fused + 5
+    assert 0 < work["slices, own gradient"]["instructions"] <= fused + 6
     split = [k["work"]["instructions"] for k in kernels if k["configuration"] == "slices split"]
     whole = [k["work"]["instructions"] for k in kernels if k["configuration"] == "split"]
     assert len(split) == len(whole) == 3
@@ -200,6 +201,7 @@ def test_enough_warps_fit_a_processor(target, name, compiled):
     for kernel in compiled[target, name]:
         threads = kernel["occupancy"] * kernel["warps"] * (64 if "gfx" in target else 32)
         crowded = kernel["configuration"].startswith(CROWDED) or name in WIDE
+        crowded |= (name, kernel["configuration"]) in CROWDED_ALONE
         swept = target == "sm_90" and kernel["kernel"] in ("sweep", "shared")
         swept &= (name, kernel["configuration"]) not in LARGE and name not in LARGER
         assert threads >= ((FEWER if crowded else THREADS) if swept else LEAST), kernel
