@@ -312,7 +312,9 @@ def listed(
         stats = R.collapse(R.rebase(stats, temper, WANT), temper, WANT)
         if LAST == P.STATISTICS:
             label_logit = tl.where(split == 0, label_logit, 0.0)
-            write_statistics(pieces.statistics, split, index, rows, stats, label_logit, 0.0)
+            write_statistics(
+                pieces.statistics, split, index, rows, stats, label_logit, 0.0, TILE.pieces
+            )
             if split == 0:
                 tl.store(teacher.logits + entry, z, mask=event < count)
             return

@@ -167,7 +167,7 @@ def _moments(
         _write(out, index, rows, s, exists)
         _write(out + 3 * rows, index, rows, t, exists)
     else:
-        write_fields(pieces, tl.program_id(0) * 0, index, rows, s + t, 2 * FIELDS)
+        write_fields(pieces, tl.program_id(0) * 0, index, rows, s + t, 2 * FIELDS, 1)
 
 
 @triton.jit(do_not_specialize=("rows",))

@@ -36,6 +36,8 @@ class Owner(sharding.Group):
         self.mine = table.edges[rank + 1] - self.first_column
         self.process_group = SimpleNamespace(group_name=f"owner {rank}")
 
+    start = sharding.Merge.start
+
     def gather(self, fields: Tensor) -> Tensor:
         self.table.pieces[self.rank] = fields.clone()
         self.table.all.wait()
@@ -52,8 +54,10 @@ def everything(student: Tensor, teacher: Tensor, backend: str | None, **given: A
     found: list[Any] = [None] * table.size
 
     def work(rank: int) -> None:
+        owner = Owner(rank, table)
         try:
-            found[rank] = of_owner(Owner(rank, table), student, teacher, given)
+            with sharding.registered(sharding.name_of(owner), owner):
+                found[rank] = of_owner(owner, student, teacher, given)
         except Exception as error:
             found[rank] = error
             table.all.abort()

@@ -211,7 +211,7 @@ def _alterations() -> Iterator[Fault]:
         ("mismatch",),
     )
     yield Fault(
-        "a maximum for a sum", _altered(r"add\.f32", "max.f32", "sweep", 5000, which=-1), anything
+        "a maximum for a sum", _altered(r"add\.f32", "max.f32", "sweep", 5000, which=20), anything
     )
     for name, which in (("a store's mask", -1), ("a load's mask", 4)):
         yield Fault(
