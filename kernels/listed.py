@@ -21,6 +21,7 @@ from fastkd.kernels import rows as R
 from fastkd.kernels.arguments import number
 from fastkd.kernels.arithmetic import LOG2E, log2
 from fastkd.kernels.pieces import read_statistics, write_statistics
+from fastkd.kernels.sweep import blank, counts, start
 
 BITS = tl.constexpr(32)  # of a word of marks
 BARRED = tl.constexpr(-1e30)  # in fp64, for the logarithm of 0
@@ -226,7 +227,6 @@ def listed(
     Positions, tiles and `shifted` are as in `sweep`.
     """
     CONSTANT: tl.constexpr = divergence.constant
-    ALIGN: tl.constexpr = TILE.align
     LANES: tl.constexpr = TILE.lanes
     VECTOR: tl.constexpr = TILE.vector
     SHIFTED: tl.constexpr = TILE.shifted
@@ -236,13 +236,11 @@ def listed(
     a, b, smoothing = P.singles(divergence.a, divergence.b, targets.smoothing)
     index, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     rows, columns, span = number(extent.rows), extent.columns, extent.span
-    student_at = M.row_at(index, student, extent.inner, ALIGN)
-    gradient_at = M.row_at(index, gradient, extent.inner, ALIGN)
-    shift = 0
-    if SHIFTED:
-        shift = (student_at % VECTOR).to(tl.int32)
-    student_at = M.aligned(student_at - shift, VECTOR if SHIFTED & 1 else ALIGN)
-    gradient_at = M.aligned(gradient_at - shift, VECTOR if SHIFTED & 4 else ALIGN)
+    if not counts(index, targets, factors, BACKWARD):
+        if LAST == P.GRADIENT:
+            blank(index, split, student, student, gradient, extent, TILE)
+        return
+    student_at, _, gradient_at, shift = start(index, student, student, gradient, extent, TILE)
     begin = split * span
     end = tl.minimum(begin + span, shift + columns)
     head, headed = begin, False
@@ -256,18 +254,6 @@ def listed(
         gradient += gradient_at
         if LAST == P.GRADIENT and split == 0:
             M.fill_zero(gradient, shift + columns, shift + extent.width, BLOCK)
-
-    live = True
-    if BACKWARD:
-        live = P.per_row(factors.kd, index, None, 0.0) != 0
-        live = live | (P.per_row(factors.ce, index, None, 0.0) != 0)
-        live = live | (P.per_row(factors.entropy, index, None, 0.0) != 0)
-    if targets.counted is not None:
-        live = live & (tl.load(targets.counted + index) != 0)
-    if not live:
-        if gradient is not None:
-            M.fill_zero(gradient, tl.maximum(begin, shift), end, BLOCK)
-        return
 
     temper = P.temper_of(temperatures, index, rows, None, a)
     label, label_logit = -1, 0.0

@@ -34,7 +34,7 @@ def refined(
 
 
 @triton.jit
-def place(index, student, teacher, gradient, extent, TILE: tl.constexpr):
+def start(index, student, teacher, gradient, extent, TILE: tl.constexpr):
     """Where the sides' position 0 lies, and the row's first column."""
     ALIGN: tl.constexpr = TILE.align
     VECTOR: tl.constexpr = TILE.vector
@@ -55,7 +55,7 @@ def place(index, student, teacher, gradient, extent, TILE: tl.constexpr):
 def blank(index, split, student, teacher, gradient, extent, TILE: tl.constexpr):
     """A gradient of 0 of a piece of a row that does not count, and what is beyond the row."""
     if gradient.pointer is not None:
-        _, _, at, shift = place(index, student, teacher, gradient, extent, TILE)
+        _, _, at, shift = start(index, student, teacher, gradient, extent, TILE)
         stretch = W.stretch_of(
             split, extent.span, shift, extent.columns, TILE.lanes, TILE.vector, TILE.shifted
         )
@@ -67,6 +67,19 @@ def blank(index, split, student, teacher, gradient, extent, TILE: tl.constexpr):
 
 
 @triton.jit
+def counts(index, targets, factors, BACKWARD: tl.constexpr):
+    """Whether a row counts, and where there is an upstream gradient, whether that is not 0."""
+    live = True
+    if BACKWARD:
+        live = P.per_row(factors.kd, index, None, 0.0) != 0
+        live = live | (P.per_row(factors.ce, index, None, 0.0) != 0)
+        live = live | (P.per_row(factors.entropy, index, None, 0.0) != 0)
+    if targets.counted is not None:
+        live = live & (tl.load(targets.counted + index) != 0)
+    return live
+
+
+@triton.jit
 def sweep(
     student, teacher, gradient, extent, owner, temperatures, targets, factors, divergence,
     outputs, pieces, FIRST: tl.constexpr, LAST: tl.constexpr, WANT: tl.constexpr,
@@ -74,14 +87,8 @@ def sweep(
 ):  # fmt: skip
     """Phases FIRST to LAST of a piece of a row for each program."""
     index, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    live = True
-    if FIRST == P.GRADIENT and pieces is None:
-        live = P.per_row(factors.kd, index, None, 0.0) != 0
-        live = live | (P.per_row(factors.ce, index, None, 0.0) != 0)
-        live = live | (P.per_row(factors.entropy, index, None, 0.0) != 0)
-    if targets.counted is not None:
-        live = live & (tl.load(targets.counted + index) != 0)
-    if not live:
+    BACKWARD: tl.constexpr = FIRST == P.GRADIENT and pieces is None
+    if not counts(index, targets, factors, BACKWARD):
         if LAST == P.GRADIENT:
             blank(index, split, student, teacher, gradient, extent, TILE)
         return
@@ -128,7 +135,7 @@ def phases(
     turn = index
     if pieces is not None and pieces.turn is not None:
         turn = pieces.turn
-    student_at, teacher_at, gradient_at, shift = place(
+    student_at, teacher_at, gradient_at, shift = start(
         index, student, teacher, gradient, extent, TILE
     )
     stretch = W.stretch_of(split, extent.span, shift, columns, LANES, VECTOR, SHIFTED)
