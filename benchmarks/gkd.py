@@ -30,6 +30,7 @@ import torch
 from fastkd import doctor
 
 from . import machine
+from .publish import publish_table
 from .results import check_folder
 
 STEPS, BATCH, LENGTH, VOCABULARY = 16, 4, 128, 16000
@@ -59,15 +60,12 @@ def main(arguments: Sequence[str]) -> None:
             runs.append({"trainer": name, **in_a_process(name, Path(temporary))})
             print(f"{name}: {line(runs[-1])}", flush=True)
     torch.set_num_threads(1)
-    header = machine.header(torch.device("cpu"), arguments, None)
+    header = machine.header(torch.device("cpu"), arguments, None, "benchmarks.gkd")
     header["versions"] = doctor.versions(*PACKAGES)
-    header["command"] = header["command"].replace("benchmarks", "benchmarks.gkd", 1)
     text = table(runs)
     print("\n" + text)
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "results.json").write_text(json.dumps({**header, "runs": runs}, indent=1))
-        (options.out / "table.md").write_text(text)
+        publish_table(options.out, text, header, runs=runs)
 
 
 def prepare(folder: Path) -> None:
@@ -135,13 +133,8 @@ def trained(name: str, folder: Path) -> dict[str, Any]:
 
 def memory() -> tuple[float, float]:
     """MiB resident now, and at most since this was last asked."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    now, most = (
-        int(next(line for line in lines if line.startswith(name)).split()[1]) / 2**10
-        for name in ("VmRSS", "VmHWM")
-    )
-    Path("/proc/self/clear_refs").write_text("5")
-    return now, most
+    now, most = machine.resident()
+    return now / 2**20, most / 2**20
 
 
 def with_gkd(folder: Path) -> list[float]:

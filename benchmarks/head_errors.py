@@ -7,7 +7,6 @@ the standard deviation of the logits, whose rounding grows with them.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 import fastkd
 
 from . import machine
+from .publish import publish_table
 from .truth import relative
 
 ROWS, HIDDEN, VOCAB = 128, 256, 32000
@@ -33,11 +33,8 @@ def main(arguments: Sequence[str]) -> None:
     text = table(rows)
     print(text)
     if options.out:
-        header = machine.header(torch.device("cpu"), arguments, None)
-        header["command"] = header["command"].replace("benchmarks", "benchmarks.head_errors", 1)
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "results.json").write_text(json.dumps({**header, "rows": rows}, indent=1))
-        (options.out / "table.md").write_text(text + "\n")
+        header = machine.header(torch.device("cpu"), arguments, None, "benchmarks.head_errors")
+        publish_table(options.out, text + "\n", header, rows=rows)
 
 
 def errors(name: str, spread: float) -> list[list[float]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ import fastkd
 from fastkd import chunks
 
 from . import machine
+from .publish import publish_table
 
 HIDDEN, VOCAB = 1024, 128256
 MIB = 2**20
@@ -53,14 +53,11 @@ def main(arguments: Sequence[str]) -> None:
         print(json.dumps(measured(case._replace(rows=min(case.rows, options.rows)))))
         return
     rows = [child(case, options.rows) for case in range(len(CASES))]
-    header = machine.header(torch.device("cpu"), arguments, None)
-    header["command"] = header["command"].replace("benchmarks", "benchmarks.head_memory", 1)
+    header = machine.header(torch.device("cpu"), arguments, None, "benchmarks.head_memory")
     text = table(rows)
     print(text)
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "results.json").write_text(json.dumps({**header, "rows": rows}, indent=1))
-        (options.out / "table.md").write_text(text + "\n")
+        publish_table(options.out, text + "\n", header, rows=rows)
 
 
 def child(case: int, rows: int) -> dict[str, Any]:
@@ -79,9 +76,9 @@ def measured(case: Case) -> dict[str, Any]:
     weight.requires_grad_(case.trains)
     loss(hidden[:16], weight[:1000], other[:16], other_weight[:1000]).backward()  # loads libraries
     hidden.grad = weight.grad = None
-    before = reset()
+    before, _ = machine.resident()
     loss(hidden, weight, other, other_weight).backward()
-    grown = status("VmHWM") - before
+    grown = machine.resident()[1] - before
     gradients = sum(x.grad.nbytes for x in (hidden, weight) if x.grad is not None)
     return {
         **case._asdict(), "hidden": HIDDEN, "vocab": VOCAB,
@@ -102,18 +99,6 @@ def loss(
 ) -> torch.Tensor:
     student, teacher = fastkd.LinearHead(hidden, weight), fastkd.LinearHead(other, other_weight)
     return fastkd.distillation_loss(student, teacher)
-
-
-def reset() -> int:
-    """The peak begins anew: what is resident now, in bytes."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return status("VmRSS")
-
-
-def status(name: str) -> int:
-    found = re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return 1024 * int(found[1])
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -38,13 +38,15 @@ def device_of(text: str | None) -> torch.device:
     return device
 
 
-def header(device: torch.device, arguments: Sequence[str], commit: str | None) -> dict[str, Any]:
+def header(
+    device: torch.device, arguments: Sequence[str], commit: str | None, module: str = "benchmarks"
+) -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "device": _device(device),
         "versions": doctor.versions(*PACKAGES),
         "commit": commit or _commit(),
-        "command": command(arguments),
+        "command": command(arguments, module),
     }
 
 
@@ -56,8 +58,21 @@ def announce(device: torch.device, arguments: Sequence[str], commit: str | None)
     return doctor.run()
 
 
-def command(arguments: Sequence[str]) -> str:
-    return shlex.join(["python", "-m", "benchmarks", *map(_bare, arguments)])
+def command(arguments: Sequence[str], module: str = "benchmarks") -> str:
+    return shlex.join(["python", "-m", module, *map(_bare, arguments)])
+
+
+def resident() -> tuple[int, int]:
+    """Bytes of this process in memory now, and at most since this was last asked."""
+    text = Path("/proc/self/status").read_text()
+    now, most = (
+        1024 * int(line.split()[1])
+        for name in ("VmRSS:", "VmHWM:")
+        for line in text.splitlines()
+        if line.startswith(name)
+    )
+    Path("/proc/self/clear_refs").write_text("5")
+    return now, most
 
 
 def _device(device: torch.device) -> dict[str, Any]:

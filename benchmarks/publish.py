@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .plots import draw
 from .report import markdown
 from .results import Results
 
-TABLE = "table.md"
+RESULTS, TABLE = "results.json", "table.md"
+
+
+def publish_table(folder: Path, text: str, header: dict[str, Any], **found: Sequence[Any]) -> None:
+    """Of a command with a form of its own: the table, and all that was found."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RESULTS).write_text(json.dumps({**header, **found}, indent=1))
+    (folder / TABLE).write_text(text)
 
 
 def publish(results: Results, folder: Path) -> list[str]:

@@ -269,9 +269,9 @@ def _backward(*arguments: Any) -> Any:
     out, temperature_grad = _module(name, problem).backward(
         problem, state, Coefficients(kd, ce, entropy), gradient, temperature
     )
-    return _as_gradients(problem, out, kd), kd.new_empty(
-        0
-    ) if temperature_grad is None else temperature_grad
+    if temperature_grad is None:
+        temperature_grad = kd.new_empty(0)
+    return _as_gradients(problem, out, kd), temperature_grad
 
 
 @_backward.register_fake

@@ -50,15 +50,19 @@ class Memory {
       reports.push_back({kind, between, allocation, now, before, address, 1});
   }
 
+  // The allocation of an access of n bytes; below 0 where there is none.
+  int reached(const Access &now, u64 address, int n) {
+    if (address % n) report(MISALIGNED, NOTHING, GLOBAL, address, now);
+    int k = find(address, n);
+    if (k < 0) report(OUT_OF_BOUNDS, NOTHING, GLOBAL, address, now);
+    return k;
+  }
+
   // The host's memory of an access of n bytes, which stores where value is given; null where
   // there is none.
   u8 *touch(const Access &now, u64 address, int n, const u8 *value) {
-    if (address % n) report(MISALIGNED, NOTHING, GLOBAL, address, now);
-    int k = find(address, n);
-    if (k < 0) {
-      report(OUT_OF_BOUNDS, NOTHING, GLOBAL, address, now);
-      return nullptr;
-    }
+    int k = reached(now, address, n);
+    if (k < 0) return nullptr;
     Allocation &a = allocations[k];
     if (shadow.empty()) shadow.resize(allocations.size());
     if (!shadow[k]) shadow[k] = (Cell *)calloc(a.size / a.cell + 1, sizeof(Cell));
@@ -101,12 +105,8 @@ class Memory {
 
   // The same of a word that any program may read and write at any time, which is no race.
   u8 *word(const Access &now, u64 address, int n, bool writes) {
-    if (address % n) report(MISALIGNED, NOTHING, GLOBAL, address, now);
-    int k = find(address, n);
-    if (k < 0) {
-      report(OUT_OF_BOUNDS, NOTHING, GLOBAL, address, now);
-      return nullptr;
-    }
+    int k = reached(now, address, n);
+    if (k < 0) return nullptr;
     Allocation &a = allocations[k];
     u64 i = (address - a.base) / a.cell;
     if (!writes && !a.written[i]) report(UNWRITTEN, NOTHING, k, address, now);
