@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fastkd.divergences import LOG_MIXTURE, Divergence
 from fastkd.kernels import phases as P
-from fastkd.kernels import records
 from fastkd.kernels.arguments import (
     Extent,
     Factors,
@@ -21,11 +20,10 @@ from fastkd.kernels.arguments import (
     Pieces,
     Targets,
     Temperatures,
-    Tile,
     varying,
 )
 from fastkd.kernels.divergences import device_of
-from fastkd.kernels.launch import new_gradient, new_rows, per_row, rows_in_memory
+from fastkd.kernels.launch import laid_out, new_gradient, new_rows, per_row, rows_in_memory, wanted
 from fastkd.kernels.listed import BITS, List, listed
 from fastkd.kernels.pieces import STATISTICS_FIELDS
 from fastkd.kernels.tuning import power_of_two, schedule
@@ -100,9 +98,8 @@ def _launch(
     if rows == 0:
         return None if temperature is None else temperature.sum(1)
     operands = rows_in_memory(student, None, gradient, vector=plan.vector)
-    block = plan.lanes * plan.vector
-    reach = problem.vocab_size + (plan.vector - 1 if operands.shifted else 0)
-    span = triton.cdiv(triton.cdiv(reach, plan.splits), block) * block
+    extent = Extent(varying(rows), problem.vocab_size, width, operands.inner)
+    extent, tile = laid_out(extent, operands, plan, plan.splits)
     count = problem.teacher.indices.size(1)
     device_function = device_of(problem.divergence, problem.a, problem.b)
     constant = device_function.constant or Divergence.of_name(problem.divergence).constant
@@ -110,8 +107,8 @@ def _launch(
     assert outputs is not None
     arguments: dict[str, Any] = dict(  # noqa: C408
         student=operands.student, gradient=operands.gradient,
-        teacher=_list(problem, span * plan.splits, plan.splits > 1 and not once),
-        extent=Extent(varying(rows), problem.vocab_size, width, operands.inner, span),
+        teacher=_list(problem, extent.span * plan.splits, plan.splits > 1 and not once),
+        extent=extent,
         temperatures=Temperatures(per_row(problem.student_temperature), None, None),
         targets=Targets(problem.labels, problem.counted, float(problem.label_smoothing)),
         factors=Factors(per_row(kd), per_row(ce), per_row(h)),
@@ -119,12 +116,9 @@ def _launch(
             device_function.evaluate, device_function.outer, None, None, tl.constexpr(constant),
             float(problem.a), float(problem.b),
         ),
-        outputs=outputs._replace(temperature=temperature), WANT=_wanted(problem, entropy, metrics),
+        outputs=outputs._replace(temperature=temperature), WANT=wanted(problem, entropy, metrics),
         EVENTS=power_of_two(count + 1),
-        TILE=Tile(
-            operands.align, plan.lanes, plan.vector, plan.splits, plan.splits,
-            power_of_two(plan.splits), operands.shifted,
-        ),
+        TILE=tile,
         num_warps=plan.warps, enable_fp_fusion=True,
     )  # fmt: skip
     grid = rows, plan.splits
@@ -138,15 +132,6 @@ def _launch(
             listed[grid](pieces=pieces, FIRST=P.STATISTICS, LAST=P.STATISTICS, **arguments)
             listed[grid](pieces=pieces, FIRST=P.GRADIENT, LAST=P.GRADIENT, **arguments)
     return None if temperature is None else temperature.sum(1)
-
-
-def _wanted(problem: Problem, entropy: bool, metrics: bool) -> int:
-    """Bits of records.py."""
-    labels = problem.labels is not None
-    want = records.UNIT.value * labels
-    want |= records.MEAN.value * (labels and problem.label_smoothing != 0)
-    want |= records.ENTROPY.value * (entropy or metrics)
-    return want | records.TEACHER_ENTROPY.value * metrics
 
 
 def _list(problem: Problem, positions: int, apart: bool) -> List:

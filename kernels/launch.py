@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
-from fastkd.kernels.arguments import Operand, PerRow, varying
+from fastkd.kernels import records
+from fastkd.kernels.arguments import Extent, Operand, PerRow, Tile, varying
+from fastkd.kernels.tuning import Schedule, power_of_two
 from fastkd.problem import Problem
 
 
@@ -75,6 +78,27 @@ def _strides(x: Tensor | None) -> tuple[int, int]:
     if x is None:
         return 0, 0
     return 0 if x.size(0) == 1 else x.stride(0), x.stride(1)
+
+
+def laid_out(extent: Extent, operands: Rows, plan: Schedule, pieces: int) -> tuple[Extent, Tile]:
+    """A sweep's launch: the columns of each program are a multiple of a tile's."""
+    block = plan.lanes * plan.vector
+    reach = extent.columns + (plan.vector - 1 if operands.shifted else 0)
+    span = triton.cdiv(triton.cdiv(reach, plan.splits), block) * block
+    tile = Tile(
+        operands.align, plan.lanes, plan.vector, plan.splits, pieces, power_of_two(pieces),
+        operands.shifted,
+    )  # fmt: skip
+    return extent._replace(span=span), tile
+
+
+def wanted(problem: Problem, entropy: bool, metrics: bool) -> int:
+    """Bits of records.py for all but the divergence."""
+    labels = problem.labels is not None
+    want = records.UNIT.value * labels
+    want |= records.MEAN.value * (labels and problem.label_smoothing != 0)
+    want |= records.ENTROPY.value * (entropy or metrics)
+    return want | records.TEACHER_ENTROPY.value * metrics
 
 
 def per_row(x: Tensor | None) -> PerRow | None:

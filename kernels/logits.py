@@ -28,12 +28,19 @@ from fastkd.kernels.arguments import (
     Pieces,
     Targets,
     Temperatures,
-    Tile,
     number,
     varying,
 )
 from fastkd.kernels.divergences import SLOPES, Device, device_of
-from fastkd.kernels.launch import Rows, new_gradient, new_rows, per_row, rows_in_memory
+from fastkd.kernels.launch import (
+    Rows,
+    laid_out,
+    new_gradient,
+    new_rows,
+    per_row,
+    rows_in_memory,
+    wanted,
+)
 from fastkd.kernels.pieces import STATISTICS_FIELDS, SUMS_FIELDS
 from fastkd.kernels.resident import resident
 from fastkd.kernels.shared import shared
@@ -43,7 +50,6 @@ from fastkd.kernels.tuning import (
     at_once,
     layout,
     multiprocessors,
-    power_of_two,
     registers,
     schedule,
 )
@@ -226,27 +232,12 @@ def _launches(
 
 
 def _wanted(problem: Problem, constant: str | None, entropy: bool, metrics: bool) -> int:
-    """Bits of rows.py."""
-    want = records.GAP.value * (constant == REVERSE_KL)
+    want = wanted(problem, entropy, metrics)
+    want |= records.GAP.value * (constant == REVERSE_KL)
     want |= records.MIXTURE.value * (constant == LOG_MIXTURE)
-    want |= records.UNIT.value * (problem.labels is not None)
-    want |= records.MEAN.value * (problem.labels is not None and problem.label_smoothing != 0)
-    want |= records.ENTROPY.value * (entropy or metrics)
-    want |= records.TEACHER_ENTROPY.value * metrics
     want |= records.STANDARDIZED.value * (problem.moments is not None)
     want |= records.REST.value * (constant in (REVERSE_KL, LOG_MIXTURE, SLOPE_SUM))
     return want
-
-
-def _laid_out(extent: Extent, operands: Rows, plan: Schedule, pieces: int) -> tuple[Extent, Tile]:
-    block = plan.lanes * plan.vector
-    reach = extent.columns + (plan.vector - 1 if operands.shifted else 0)
-    span = triton.cdiv(triton.cdiv(reach, plan.splits), block) * block
-    tile = Tile(
-        operands.align, plan.lanes, plan.vector, plan.splits, pieces, power_of_two(pieces),
-        operands.shifted,
-    )  # fmt: skip
-    return extent._replace(span=span), tile
 
 
 def _summed(arguments: dict[str, Any]) -> bool:
@@ -259,7 +250,7 @@ def _shared(
     arguments: dict[str, Any], rows: int, operands: Rows, plan: Schedule, programs: int
 ) -> None:
     """All phases in one launch, by groups of programs, of which there are `programs` at most."""
-    extent, tile = _laid_out(arguments.pop("extent"), operands, plan, plan.splits)
+    extent, tile = laid_out(arguments.pop("extent"), operands, plan, plan.splits)
     groups = min(max(programs // plan.splits, 1), rows)
     student = operands.student.pointer
     mailboxes = Pieces(*(
@@ -279,7 +270,7 @@ def _sweeps(
     merge: Merge,
 ) -> Phases[None]:  # fmt: skip
     """All phases in one launch, or where a row has several programs or owners a launch for each."""
-    extent, tile = _laid_out(arguments.pop("extent"), operands, plan, plan.splits * merge.size)
+    extent, tile = laid_out(arguments.pop("extent"), operands, plan, plan.splits * merge.size)
     alone, student = merge is LOCAL, operands.student.pointer
     owner = None
     if merge.columns is not None:

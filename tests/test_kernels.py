@@ -455,14 +455,19 @@ def test_scale(device):
     assert torch.equal(view, before)
 
 
+def rows_around_the_threshold(device):
+    """Logits of both sides, from rows nearly alike to rows far apart."""
+    noise = [1e-3, 0.03, 0.04, 0.06, 0.08, 0.11, 0.14, 0.18, 0.3, 0.45, 0.6, 2.0, 9.0]
+    noise = torch.tensor(noise, device=device)[:, None]
+    y = 2 * torch.randn(13, 300, device=device)
+    return y + noise * torch.randn(13, 300, device=device), y
+
+
 @pytest.mark.parametrize("divergence", [FORWARD_KL, fastkd.ReverseKL()], ids=str)
 def test_loss_alone_sweeps_again_where_it_is_small(divergence, force, device):
     """By the first sweep's sums where they are right, and not where they would cancel."""
     force("sweep")
-    noise = [1e-3, 0.03, 0.04, 0.06, 0.08, 0.11, 0.14, 0.18, 0.3, 0.45, 0.6, 2.0, 9.0]
-    noise = torch.tensor(noise, device=device)[:, None]
-    y = 2 * torch.randn(13, 300, device=device)
-    z = y + noise * torch.randn(13, 300, device=device)
+    z, y = rows_around_the_threshold(device)
     problem = problem_of(z, y, divergence)
     truth = Truth(problem, divergence).values["kd"]
     assert truth.min() < 1e-6
