@@ -1,5 +1,7 @@
 """Without a GPU, kernels run in Triton's interpreter, which must be chosen before import."""
 
+import dataclasses
+import functools
 import os
 import signal
 from contextlib import ExitStack, nullcontext
@@ -16,11 +18,15 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-def _patch_language_once() -> None:
-    """The interpreter patches triton.language for every function that a kernel calls, each time,
-    which takes two thirds of its time; the first time is enough, as nothing takes it back.
+def _quicken_interpreter() -> None:
+    """What the interpreter does again for every operation, and need not, takes most of its time.
+
+    It patches triton.language for each function that a kernel calls, which nothing takes back; it
+    lists all types to find that of NumPy; and it adds in 64 bits what no tensor of a test is large
+    enough to make overflow in 32.
     """
     try:
+        from triton import language
         from triton.runtime import interpreter
     except ImportError:
         return
@@ -33,16 +39,28 @@ def _patch_language_once() -> None:
         return function.rewrite()(*arguments, **more)
 
     interpreter.InterpretedFunction.__call__ = call
+    of_scalar = functools.cache(interpreter._get_np_dtype)
+    interpreter._get_np_dtype = lambda type: of_scalar(
+        language.uint64 if type.scalar.is_ptr() else type.scalar
+    )
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 if DEVICE == "cpu":
-    _patch_language_once()
+    _quicken_interpreter()
 
 
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="leave out the tests marked slow")
     parser.addoption("--full", action="store_true", help="run the tests marked full too")
     parser.addoption("--schedule", help="force one schedule of the kernels: see schedules.py")
+
+
+def pytest_configure(config):
+    # xdist begins with the files of many tests; those of a few that compile for a minute come last
+    # then, beside idle workers.
+    config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(config, items):

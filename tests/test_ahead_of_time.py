@@ -94,7 +94,7 @@ SHORT = 80 if triton.__version__.startswith("3.6.") else SET_ASIDE
 # The divergences that stand for all, but with --full: one of each kind of row constant on sm_90, on
 # the other targets the first and the dearest.
 FEW = {"sm_90": ("forward_kl", "reverse_kl", "jsd", "renyi", "kl_div")}
-OTHERS = ("forward_kl", "jsd", "kl_div")
+OTHERS = ("forward_kl", "jsd")
 
 
 def _params():
