@@ -33,7 +33,7 @@ def close(stats, lift, temper, WANT: tl.constexpr):
 @triton.jit
 def by_sums(stats, WANT: tl.constexpr):
     """(rise, lift) by the sums, which serves where they are not close."""
-    lift = stats.s_sum * 0.0
+    lift = tl.zeros_like(stats.s_sum)
     if records.MIXTURE & WANT:
         lift = stats.mixture * tl.exp2(stats.mixture_max) - stats.s_sum
     return stats.t_sum - stats.s_sum, lift
