@@ -310,7 +310,7 @@ def summarize(stats, temper, CONSTANT: tl.constexpr, WANT: tl.constexpr):
         stats.s_max, stats.t_max, log2(positive(stats.s_sum)), log2(positive(stats.t_sum)),
         gap_of(stats), (stats.s_sum != 0) & (stats.t_sum != 0), zero, zero, stats.unit,
     )  # fmt: skip
-    c = zero
+    c = row.gap * 0.0  # NaN where a side has one
     mean_log2_exp, t_entropy = row.mean_log2_exp, row.t_entropy
     if CONSTANT == "reverse_kl":
         c = stats.gap / positive(stats.s_sum) * LN2 + row.gap
