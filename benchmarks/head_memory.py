@@ -38,7 +38,7 @@ class Case(NamedTuple):
 CASES = (
     Case("float32", False, 4096),
     Case("float32", True, 4096),
-    Case("bfloat16", False, 1024),  # whose weights are converted for every chunk
+    Case("bfloat16", False, 4096),  # whose weights are converted for every chunk
 )
 
 

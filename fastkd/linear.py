@@ -17,6 +17,9 @@ from .problem import Problem
 
 # Bytes of a head's columns that are converted at once where it has not the dtype of its products.
 GPU_CONVERTED, CPU_CONVERTED = 32 << 20, 4 << 20
+# Products that make logits on a CPU, of at least so many columns each: its library may add up in a
+# copy of what a product makes, and keep the memory.
+CPU_PRODUCTS, LEAST_COLUMNS = 4, 4096
 
 
 def head_of(side: LinearHead) -> Head:
@@ -147,11 +150,14 @@ def _converted(head: Head, columns: int) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _product(x: Tensor, y: Tensor, out: Tensor) -> None:
-    """x y, in the dtype of `out`."""
-    if x.dtype == out.dtype:
-        torch.mm(x, y, out=out)
-    else:
+    """x y, in the dtype of `out`; on a CPU some columns at a time."""
+    if x.dtype != out.dtype:
         torch.mm(x, y, out_dtype=out.dtype, out=out)
+        return
+    columns = out.size(1)
+    step = max(LEAST_COLUMNS, -(-columns // CPU_PRODUCTS)) if out.is_cpu else max(columns, 1)
+    for some in slices(columns, step):
+        torch.mm(x, y[:, some], out=out[:, some])
 
 
 def _add_product(out: Tensor, x: Tensor, y: Tensor) -> None:

@@ -24,7 +24,7 @@ SOFTEN = torch.rand(ROWS, generator=torch.Generator().manual_seed(1)) + 0.7
 def _small_chunks(monkeypatch):
     """Three or four rows to a chunk: every seam is met."""
     for budget in ("CPU_BYTES", "GPU_BYTES"):
-        monkeypatch.setattr(chunks, budget, 4 * 3 * VOCAB * 4 * 8 // 7 + 1)
+        monkeypatch.setattr(chunks, budget, 4 * 3 * VOCAB * 4 * 5 // 4 + 1)
     monkeypatch.setattr(chunks, "LEAST_ROWS", 3)
 
 

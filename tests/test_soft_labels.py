@@ -21,7 +21,7 @@ MODES = ["forward", "backward"]
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
     for budget in ("CPU_BYTES", "GPU_BYTES"):
-        monkeypatch.setattr(chunks, budget, 3 * 4 * VOCAB * 4 * 8 // 7 + 1)
+        monkeypatch.setattr(chunks, budget, 3 * 4 * VOCAB * 4 * 5 // 4 + 1)
     monkeypatch.setattr(chunks, "LEAST_ROWS", 4)
 
 
