@@ -60,20 +60,18 @@ def of_tile(z, y, stats, temper, SAME: tl.constexpr, WANT: tl.constexpr):
 
 
 @triton.jit
-def step(
-    found, at, inside, sides, stats, WANT: tl.constexpr, DIVERGENCE: tl.constexpr,
-    SAME: tl.constexpr,
-):  # fmt: skip
-    z, y = M.load(sides.student, at, inside, ""), M.load(sides.teacher, at, inside, "")
-    z, y = L.others(z, y, at, sides.temper)
-    rise, lift = of_tile(z, y, stats, sides.temper, SAME, WANT)
+def step(found, tile, sides, stats, FACTS: tl.constexpr):
+    z = M.load(sides.student, tile.at, tile.inside, "")
+    y = M.load(sides.teacher, tile.at, tile.inside, "")
+    z, y = L.others(z, y, tile.at, sides.temper)
+    rise, lift = of_tile(z, y, stats, sides.temper, FACTS.SAME, FACTS.WANT)
     return records.Differences(found.rise + rise, found.lift + lift)
 
 
 @triton.jit
-def swept(sides, stats, stretch, LANES: tl.constexpr, WANT: tl.constexpr, SAME: tl.constexpr):
+def swept(sides, stats, stretch, LANES: tl.constexpr, FACTS: tl.constexpr):
     """(rise, lift) of a piece of a row, in a sweep of its own, which few rows need."""
     zero = tl.zeros([LANES, 1], tl.float32)
     found = records.Differences(zero, zero)
-    found = W.walk(found, sides, stats, stretch, step, WANT, None, SAME, True)
+    found = W.walk(found, stretch, sides, stats, FACTS, step, True)
     return tl.sum(found.rise), tl.sum(found.lift)

@@ -18,6 +18,7 @@ from fastkd.kernels import memory as M
 from fastkd.kernels import phases as P
 from fastkd.kernels import records
 from fastkd.kernels import rows as R
+from fastkd.kernels import walk as W
 from fastkd.kernels.arguments import number
 from fastkd.kernels.arithmetic import LOG2E, log2
 from fastkd.kernels.pieces import read_statistics, write_statistics
@@ -67,11 +68,10 @@ def mark(marks, position, mine, begin, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def unmarked(marks, begin, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """Of a tile that begins at a multiple of VECTOR."""
-    first = begin + tl.arange(0, LANES)[:, None] * VECTOR
+def unmarked(marks, tile, VECTOR: tl.constexpr):
+    """Which of a tile's positions are not listed; a lane's lie in one word."""
     # Past L1, which has no part in the atomic operations.
-    word = tl.load(marks + first // BITS, cache_modifier=".cg") >> (first % BITS)
+    word = tl.load(marks + tile.first // BITS, cache_modifier=".cg") >> (tile.first % BITS)
     return ((word >> tl.arange(0, VECTOR)[None, :]) & 1) == 0
 
 
@@ -79,44 +79,40 @@ def unmarked(marks, begin, LANES: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def unlisted_step(stats, student, marks, begin, inside, temper, WANT: tl.constexpr,
-                  LANES: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
-    at = begin + tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    free = unmarked(marks, begin, LANES, VECTOR)
-    z = P.fold(tl.where(free, M.load(student, at, inside, "evict_last"), -float("inf")))
-    free = P.fold(free if inside is None else free & inside)
-    return R.of_one_side(R.add(R.of_one_side(stats), z, z, free, temper, WANT))
+def unlisted_step(stats, tile, sides, marks, FACTS: tl.constexpr):
+    free = unmarked(marks, tile, tile.at.shape[1])
+    z = M.load(sides.student, tile.at, tile.inside, "evict_last")
+    z = P.fold(tl.where(free, z, -float("inf")))
+    free = P.fold(free if tile.inside is None else free & tile.inside)
+    return R.of_one_side(R.add(R.of_one_side(stats), z, z, free, sides.temper, FACTS.WANT))
+
+
+class Unlisted(NamedTuple):
+    """What the gradient's sweep needs of a row; row.t_max is the maximum of what is not listed."""
+
+    marks: Any
+    scale: Any  # the gradient of its event
+    log_sum: Any  # log2 of its exponentials' sum
+    asked: Any
 
 
 @triton.jit
-def other_terms(z, column, row, temper, label, columns, smoothing, ce, entropy,
-                WANT: tl.constexpr, CE: tl.constexpr, H: tl.constexpr):  # fmt: skip
-    """The gradient of the cross-entropy and the entropy, and its part through the temperature."""
-    g, tempered, _, _ = P.gradient_tile(
-        z, (z, z), column, row, temper, label, columns, smoothing, row.s_max * 0.0, ce, entropy,
-        0.0, 0.0, WANT, CE, H, P.nothing, True,
-    )  # fmt: skip
-    return g, tempered
-
-
-@triton.jit
-def gradient_step(scale_grad, student, gradient, marks, begin, inside, row, log_rest, scale, temper,
-                  label, columns, smoothing, ce, entropy, WANT: tl.constexpr, CE: tl.constexpr,
-                  H: tl.constexpr, T_GRAD: tl.constexpr, LANES: tl.constexpr,
-                  VECTOR: tl.constexpr):  # fmt: skip
-    """Of what is not listed; row.t_max is its maximum, and scale the gradient of its event."""
-    at = begin + tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    z = M.load(student, at, inside, "evict_first")
-    if T_GRAD:
-        z = tl.where(unmarked(marks, begin, LANES, VECTOR), z, -float("inf"))
-    g, tempered = other_terms(
-        z, at, row, temper, label, columns, smoothing, ce, entropy, WANT, CE, H
-    )
-    own = scale * tl.exp2((z - row.t_max) * temper.s_scale - log_rest)
-    if gradient is not None:
-        tl.store(gradient + at, (g + own).to(gradient.dtype.element_ty), mask=inside)
-    if T_GRAD:
-        scale_grad += P.temperature_term(tempered + own, z, row)
+def gradient_step(scale_grad, tile, sides, unlisted, FACTS: tl.constexpr):
+    """Of all columns as if none were listed; the listed are written over it."""
+    asked = unlisted.asked
+    z = M.load(sides.student, tile.at, tile.inside, "evict_first")
+    if FACTS.TEMPERATURE:
+        free = unmarked(unlisted.marks, tile, tile.at.shape[1])
+        z = tl.where(free, z, -float("inf"))
+    # Of the cross-entropy and the entropy, as there is no teacher.
+    g, tempered, _, _ = P.gradient_tile(z, (z, z), tile.at, sides, asked, FACTS)
+    q = tl.exp2((z - asked.row.t_max) * sides.temper.s_scale - unlisted.log_sum)
+    own = unlisted.scale * q
+    if sides.gradient is not None:
+        g = (g + own).to(sides.gradient.dtype.element_ty)
+        tl.store(sides.gradient + tile.at, g, mask=tile.inside)
+    if FACTS.TEMPERATURE:
+        scale_grad += P.temperature_term(tempered + own, z, asked.row)
     return scale_grad
 
 
@@ -229,10 +225,12 @@ def listed(
     CONSTANT: tl.constexpr = divergence.constant
     LANES: tl.constexpr = TILE.lanes
     VECTOR: tl.constexpr = TILE.vector
-    SHIFTED: tl.constexpr = TILE.shifted
-    BLOCK: tl.constexpr = LANES * VECTOR
     T_GRAD: tl.constexpr = outputs.temperature is not None
     BACKWARD: tl.constexpr = FIRST == P.GRADIENT and pieces is None
+    FACTS: tl.constexpr = records.Facts(
+        WANT, P.nothing, True, SUMS=False, TEMPERATURE=T_GRAD, CE=factors.ce is not None,
+        H=factors.entropy is not None,
+    )  # fmt: skip
     a, b, smoothing = P.singles(divergence.a, divergence.b, targets.smoothing)
     index, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     rows, columns, span = number(extent.rows), extent.columns, extent.span
@@ -241,19 +239,12 @@ def listed(
             blank(index, split, student, student, gradient, extent, TILE)
         return
     student_at, _, gradient_at, shift = start(index, student, student, gradient, extent, TILE)
-    begin = split * span
-    end = tl.minimum(begin + span, shift + columns)
-    head, headed = begin, False
-    if SHIFTED:
-        headed = (shift > 0) & (split == 0)
-        head += BLOCK * headed.to(tl.int32)
-    full = tl.maximum(end - head, 0) // BLOCK
-    tail = head + full * BLOCK
+    stretch = W.stretch_of(split, span, shift, columns, LANES, VECTOR, TILE.shifted)
     student, gradient = student.pointer + student_at, gradient.pointer
     if gradient is not None:
         gradient += gradient_at
         if LAST == P.GRADIENT and split == 0:
-            M.fill_zero(gradient, shift + columns, shift + extent.width, BLOCK)
+            M.fill_zero(gradient, shift + columns, shift + extent.width, LANES * VECTOR)
 
     temper = P.temper_of(temperatures, index, rows, None, a)
     label, label_logit = -1, 0.0
@@ -261,6 +252,7 @@ def listed(
         label = L.label_of(tl.load(targets.labels + index), columns, None)
         label += tl.where(label >= 0, shift, 0)
         label_logit = tl.load(student + label, mask=label >= 0, other=0.0).to(tl.float32)
+    sides = records.Sides(student, None, gradient, temper, a, b)
 
     count = number(teacher.count)
     event = tl.arange(0, EVENTS)[None, :]
@@ -268,7 +260,7 @@ def listed(
     column = tl.load(teacher.indices + entry, mask=event < count, other=-1)
     known = (column >= 0) & (column < columns)
     place = tl.where(known, column, 0).to(tl.int32) + shift
-    mine = known & (place >= begin) & (place < end)
+    mine = known & (place >= stretch.begin) & (place < stretch.end)
     logits = student + place
     if FIRST == P.GRADIENT and pieces is not None:  # another program may have written over them
         logits = teacher.logits + entry
@@ -276,25 +268,11 @@ def listed(
     marks = teacher.marks
     if FIRST == P.STATISTICS or T_GRAD:
         marks += index * number(teacher.words)
-        mark(marks, place, mine, begin, begin + span, BLOCK)
+        mark(marks, place, mine, stretch.begin, stretch.begin + span, LANES * VECTOR)
 
     if FIRST == P.STATISTICS:
-        stats = R.empty(BLOCK // P.THREAD)
-        at = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-        if SHIFTED:
-            if headed:
-                inside = (begin + at >= shift) & (begin + at < end)
-                stats = unlisted_step(
-                    stats, student, marks, begin, inside, temper, WANT, LANES, VECTOR
-                )
-        for i in range(full):
-            stats = unlisted_step(
-                stats, student, marks, head + i * BLOCK, None, temper, WANT, LANES, VECTOR
-            )
-        if tail < end:
-            stats = unlisted_step(
-                stats, student, marks, tail, tail + at < end, temper, WANT, LANES, VECTOR
-            )
+        stats = R.empty(LANES * VECTOR // P.THREAD)
+        stats = W.walk(stats, stretch, sides, marks, FACTS, unlisted_step, True)
         stats = R.collapse(R.rebase(stats, temper, WANT), temper, WANT)
         if LAST == P.STATISTICS:
             label_logit = tl.where(split == 0, label_logit, 0.0)
@@ -341,38 +319,16 @@ def listed(
             )  # fmt: skip
 
     if gradient is not None or T_GRAD:
-        CE: tl.constexpr = factors.ce is not None
-        H: tl.constexpr = factors.entropy is not None
         slope = found.slope * tl.where(k_kd != 0, k_kd * temper.s_rate, 0.0)
         slope = tl.where(k_kd != 0, slope, 0.0)
-        scale = tl.sum(tl.where(last, slope, 0.0))
-        log_rest = log2(R.positive(row.gap))
-        scale_grad = tl.zeros([LANES, 1], tl.float32)
-        at = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-        if tail < end:
-            scale_grad = gradient_step(
-                scale_grad, student, gradient, marks, tail, tail + at < end, row, log_rest, scale,
-                temper, label, columns, smoothing, k_ce, k_entropy, WANT, CE, H, T_GRAD, LANES,
-                VECTOR,
-            )  # fmt: skip
-        for i in range(full):
-            scale_grad = gradient_step(
-                scale_grad, student, gradient, marks, tail - (i + 1) * BLOCK, None, row, log_rest,
-                scale,
-                temper, label, columns, smoothing, k_ce, k_entropy, WANT, CE, H, T_GRAD, LANES,
-                VECTOR,
-            )  # fmt: skip
-        if SHIFTED:
-            if headed:
-                inside = (begin + at >= shift) & (begin + at < end)
-                scale_grad = gradient_step(
-                    scale_grad, student, gradient, marks, begin, inside, row, log_rest, scale,
-                    temper, label, columns, smoothing, k_ce, k_entropy, WANT, CE, H, T_GRAD, LANES,
-                    VECTOR,
-                )  # fmt: skip
-        g, tempered = other_terms(
-            z, place, row, temper, label, columns, smoothing, k_ce, k_entropy, WANT, CE, H
+        asked = records.Asked(row, label, columns, smoothing, row.s_max * 0.0, k_ce, k_entropy)
+        unlisted = Unlisted(
+            marks, tl.sum(tl.where(last, slope, 0.0)), log2(R.positive(row.gap)), asked
         )
+        # Against the sweep before this one.
+        scale_grad = tl.zeros([LANES, 1], tl.float32)
+        scale_grad = W.walk(scale_grad, stretch, sides, unlisted, FACTS, gradient_step, False)
+        g, tempered, _, _ = P.gradient_tile(z, (z, z), place, sides, asked, FACTS)
         if gradient is not None:
             tl.debug_barrier()  # over what the sweep has written
             tl.store(gradient + place, (g + slope).to(gradient.dtype.element_ty), mask=mine)

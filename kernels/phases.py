@@ -178,13 +178,12 @@ def add_scale_slopes(sums, z, slope, q, lq, row, temper, WANT: tl.constexpr):
 
 
 @triton.jit
-def sum_tile(sums, z, y, at, row, temper, a, b, WANT: tl.constexpr, DIVERGENCE: tl.constexpr,
-             SAME: tl.constexpr):  # fmt: skip
-    z, y = L.others(z, y, at, temper)
-    lp, lq, p, q, d, d2 = R.elements(z, y, row, temper, SAME)
-    value, slope = DIVERGENCE(lp, lq, p, q, d, d2, row.c, a, b)
-    sums = add_sums(sums, z, y, value, slope, row, WANT)
-    return add_scale_slopes(sums, z, slope, q, lq, row, temper, WANT)
+def sum_tile(sums, z, y, at, row, sides, FACTS: tl.constexpr):
+    z, y = L.others(z, y, at, sides.temper)
+    lp, lq, p, q, d, d2 = R.elements(z, y, row, sides.temper, FACTS.SAME)
+    value, slope = FACTS.DIVERGENCE(lp, lq, p, q, d, d2, row.c, sides.a, sides.b)
+    sums = add_sums(sums, z, y, value, slope, row, FACTS.WANT)
+    return add_scale_slopes(sums, z, slope, q, lq, row, sides.temper, FACTS.WANT)
 
 
 @triton.jit
@@ -259,11 +258,11 @@ def lacking(row, suspect):
 
 
 @triton.jit
-def rest_of(z, y, at, row, temper, a, b, DIVERGENCE: tl.constexpr, SAME: tl.constexpr):
+def rest_of(z, y, at, row, sides, FACTS: tl.constexpr):
     """What a tile adds to that which c lacks: the mean of the slopes less c."""
-    z, y = L.others(z, y, at, temper)
-    lp, lq, p, q, d, d2 = R.elements(z, y, row, temper, SAME)
-    _, slope = DIVERGENCE(lp, lq, p, q, d, d2, row.c, a, b)
+    z, y = L.others(z, y, at, sides.temper)
+    lp, lq, p, q, d, d2 = R.elements(z, y, row, sides.temper, FACTS.SAME)
+    _, slope = FACTS.DIVERGENCE(lp, lq, p, q, d, d2, row.c, sides.a, sides.b)
     return tl.sum(slope, 1, keep_dims=True)
 
 
@@ -271,26 +270,24 @@ def rest_of(z, y, at, row, temper, a, b, DIVERGENCE: tl.constexpr, SAME: tl.cons
 
 
 @triton.jit
-def gradient_tile(
-    z, pair, column, row, temper, label, columns, smoothing, kd, ce, entropy, a, b,
-    WANT: tl.constexpr, CE: tl.constexpr, H: tl.constexpr, DIVERGENCE: tl.constexpr,
-    SAME: tl.constexpr,
-):  # fmt: skip
+def gradient_tile(z, pair, column, sides, asked, FACTS: tl.constexpr):
     """The gradient, its part that goes through the temperature, and the divergence's terms.
 
     pair: both sides as the divergence takes them, be it with or without the label.
     """
-    lp, lq, p, q, d, d2 = R.elements(pair[0], pair[1], row, temper, SAME)
+    row, temper = asked.row, sides.temper
+    lp, lq, p, q, d, d2 = R.elements(pair[0], pair[1], row, temper, FACTS.SAME)
     defined = row.alive & (tl.abs(row.c) != float("inf"))
-    value, slope = DIVERGENCE(lp, lq, p, q, d, d2, tl.where(defined, row.c, 0.0), a, b)
-    if records.REST & WANT:
+    c = tl.where(defined, row.c, 0.0)
+    value, slope = FACTS.DIVERGENCE(lp, lq, p, q, d, d2, c, sides.a, sides.b)
+    if records.REST & FACTS.WANT:
         slope -= q * row.rest
     value, slope = L.of_all(value, slope, q, column, row, temper)
-    scale_slope = tl.where(defined & (kd != 0), kd * row.scale_slope, 0.0)
-    kd = tl.where(defined, kd * temper.s_rate, 0.0)
+    scale_slope = tl.where(defined & (asked.kd != 0), asked.kd * row.scale_slope, 0.0)
+    kd = tl.where(defined, asked.kd * temper.s_rate, 0.0)
     gradient = kd * tl.where(kd != 0, slope, 0.0)
-    if H:
-        entropy = tl.where(row.alive, entropy, 0.0)
+    if FACTS.H:
+        entropy = tl.where(row.alive, asked.entropy, 0.0)
         scale_slope += entropy * row.entropy_slope
         # Finite, so that it counts 0 where q is.
         log2_exp = R.centred_log2_exp(z, row, temper)
@@ -298,16 +295,17 @@ def gradient_tile(
         log2_exp = tl.maximum(log2_exp, R.FLOOR)
         gradient -= (entropy * temper.s_rate * A.LN2) * q * log2_exp
     tempered = gradient
-    if records.STANDARDIZED & WANT:  # through the standard deviation
+    if records.STANDARDIZED & FACTS.WANT:  # through the standard deviation
         gradient -= tl.where(
             z != -float("inf"),
             (scale_slope * temper.width) * (temper.width_slope * (z - temper.mean)),
             0.0,
         )
-    if CE:
+    if FACTS.CE:
         unit = tl.exp2((z - row.unit_max) * A.LOG2E - row.unit_log)
-        ce = tl.where(label != L.NOWHERE, ce, float("nan"))
-        target = tl.where(column == label, 1.0 - smoothing, 0.0) + smoothing / columns
+        ce = tl.where(asked.label != L.NOWHERE, asked.ce, float("nan"))
+        target = tl.where(column == asked.label, 1.0 - asked.smoothing, 0.0)
+        target += asked.smoothing / asked.columns
         gradient += tl.where(row.alive, ce, 0.0) * (unit - target)
     return gradient, tempered, value, slope
 
@@ -334,10 +332,8 @@ def fold(x):
 
 
 @triton.jit
-def statistics_step(
-    stats, at, inside, sides, known, WANT: tl.constexpr, DIVERGENCE: tl.constexpr,
-    SAME: tl.constexpr,
-):  # fmt: skip
+def statistics_step(stats, tile, sides, known, FACTS: tl.constexpr):
+    at, inside = tile.at, tile.inside
     z = M.load(sides.student, at, inside, "evict_last")
     y = M.load_beside(z, sides.teacher, at, inside, "evict_last")
     z, y = L.others(z, y, at, sides.temper)
@@ -346,54 +342,41 @@ def statistics_step(
     inside = inside if inside is None else fold(inside)
     if sides.teacher is None:
         stats = R.of_one_side(stats)
-        stats = R.add(stats, fold(z), fold(z), inside, sides.temper, WANT)
+        stats = R.add(stats, fold(z), fold(z), inside, sides.temper, FACTS.WANT)
         return R.of_one_side(stats)
     else:
-        return R.add(stats, fold(z), fold(y), inside, sides.temper, WANT)
+        return R.add(stats, fold(z), fold(y), inside, sides.temper, FACTS.WANT)
 
 
 @triton.jit
-def sum_step(
-    sums, at, inside, sides, row, WANT: tl.constexpr, DIVERGENCE: tl.constexpr,
-    SAME: tl.constexpr,
-):  # fmt: skip
+def sum_step(sums, tile, sides, row, FACTS: tl.constexpr):
     # What the gradient reads again is to stay in the cache.
     # Where the gradient's sweep makes the sums, few rows want them before it.
     KEEP: tl.constexpr = "evict_first" if sides.gradient is None else "evict_last"
-    EVICT: tl.constexpr = "" if records.LATE & WANT else KEEP
-    z = M.load(sides.student, at, inside, EVICT)
-    y = M.load_beside(z, sides.teacher, at, inside, EVICT)
-    return sum_tile(sums, z, y, at, row, sides.temper, sides.a, sides.b, WANT,
-                    DIVERGENCE, SAME)  # fmt: skip
+    EVICT: tl.constexpr = "" if records.LATE & FACTS.WANT else KEEP
+    z = M.load(sides.student, tile.at, tile.inside, EVICT)
+    y = M.load_beside(z, sides.teacher, tile.at, tile.inside, EVICT)
+    return sum_tile(sums, z, y, tile.at, row, sides, FACTS)
 
 
 @triton.jit
-def rest_step(
-    lacking, at, inside, sides, row, WANT: tl.constexpr, DIVERGENCE: tl.constexpr,
-    SAME: tl.constexpr,
-):  # fmt: skip
-    z, y = M.load(sides.student, at, inside, ""), M.load(sides.teacher, at, inside, "")
-    return lacking + rest_of(z, y, at, row, sides.temper, sides.a, sides.b, DIVERGENCE,
-                             SAME)  # fmt: skip
+def rest_step(lacking, tile, sides, row, FACTS: tl.constexpr):
+    z = M.load(sides.student, tile.at, tile.inside, "")
+    y = M.load(sides.teacher, tile.at, tile.inside, "")
+    return lacking + rest_of(z, y, tile.at, row, sides, FACTS)
 
 
 @triton.jit
-def gradient_step(
-    gathered, at, inside, sides, wanted, WANT: tl.constexpr, DIVERGENCE: tl.constexpr,
-    SAME: tl.constexpr,
-):  # fmt: skip
-    z = M.load(sides.student, at, inside, "evict_first")
-    y = M.load_beside(z, sides.teacher, at, inside, "evict_first")
-    asked, row = wanted.asked, wanted.asked.row
-    g, tempered, value, slope = gradient_tile(
-        z, (z, y), at, row, sides.temper, asked.label, asked.columns, asked.smoothing, asked.kd,
-        asked.ce, asked.entropy, sides.a, sides.b, WANT, wanted.CE, wanted.H, DIVERGENCE, SAME,
-    )  # fmt: skip
+def gradient_step(gathered, tile, sides, asked, FACTS: tl.constexpr):
+    z = M.load(sides.student, tile.at, tile.inside, "evict_first")
+    y = M.load_beside(z, sides.teacher, tile.at, tile.inside, "evict_first")
+    g, tempered, value, slope = gradient_tile(z, (z, y), tile.at, sides, asked, FACTS)
     if sides.gradient is not None:
-        tl.store(sides.gradient + at, g.to(sides.gradient.dtype.element_ty), mask=inside)
+        g = g.to(sides.gradient.dtype.element_ty)
+        tl.store(sides.gradient + tile.at, g, mask=tile.inside)
     sums, temperature = gathered.sums, gathered.temperature
-    if wanted.VALUE:
-        sums = add_sums(sums, z, y, value, slope, row, WANT)
-    if wanted.TEMPERATURE:
-        temperature += temperature_term(tempered, z, row)
+    if FACTS.SUMS:
+        sums = add_sums(sums, z, y, value, slope, asked.row, FACTS.WANT)
+    if FACTS.TEMPERATURE:
+        temperature += temperature_term(tempered, z, asked.row)
     return records.Gathered(sums, temperature)

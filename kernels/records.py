@@ -148,11 +148,15 @@ class Asked(NamedTuple):
     entropy: Any
 
 
-class Wanted(NamedTuple):
-    """What the last sweep is to make of it, which the compiler knows."""
+class Facts(NamedTuple):
+    """What the compiler knows of a sweep."""
 
-    asked: Any
-    VALUE: Any
-    TEMPERATURE: Any
-    CE: Any
-    H: Any
+    WANT: Any  # bits
+    DIVERGENCE: Any  # of `divergences.py`
+    SAME: Any  # whether both sides have one temperature
+    # Of the gradient's sweep: whether it makes the sums, and the temperature's gradient; which of
+    # the other terms there are.
+    SUMS: Any = False
+    TEMPERATURE: Any = False
+    CE: Any = False
+    H: Any = False

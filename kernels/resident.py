@@ -63,13 +63,16 @@ def resident(
     FIRST: tl.constexpr, WANT: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """Whole rows, in parts, by pieces of columns; see `arguments.py`."""
-    DIVERGENCE: tl.constexpr = divergence.evaluate
     AT_LABEL: tl.constexpr = divergence.at_label
     CONSTANT: tl.constexpr = divergence.constant
     SAME: tl.constexpr = temperatures.teacher is None
     ALIGN: tl.constexpr = HELD.align
     LANES: tl.constexpr = HELD.lanes
     PARTS: tl.constexpr = HELD.parts
+    FACTS: tl.constexpr = records.Facts(
+        WANT, divergence.evaluate, SAME, SUMS=False, TEMPERATURE=outputs.temperature is not None,
+        CE=factors.ce is not None, H=factors.entropy is not None,
+    )  # fmt: skip
     a, b, smoothing = P.singles(divergence.a, divergence.b, targets.smoothing)
     rows = number(extent.rows)
     index = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)[:, None]
@@ -100,6 +103,7 @@ def resident(
             if AT_LABEL is not None:
                 teacher_logit += tl.sum(tl.where(hit, ys[i], 0.0), 1, keep_dims=True)
         temper = L.leave_out(temper, label, AT_LABEL)
+    sides = records.Sides(None, None, None, temper, a, b)
 
     if FIRST == P.GRADIENT:
         row = P.restore(outputs.state, index, rows, live, WANT, AT_LABEL)
@@ -139,18 +143,14 @@ def resident(
         hard = P.cross_entropy(stats, row, label, label_logit, columns, smoothing, WANT)
         sums = P.no_sums(LANES)
         for i in tl.static_range(len(PARTS)):
-            sums = P.sum_tile(
-                sums, zs[i], ys[i], columns_of(PARTS, i), row, temper, a, b, WANT, DIVERGENCE, SAME
-            )
+            sums = P.sum_tile(sums, zs[i], ys[i], columns_of(PARTS, i), row, sides, FACTS)
         row = P.with_sums(row, sums, CONSTANT, WANT)
         row = L.with_slopes(row, sums.value, a, b, WANT, AT_LABEL)
         if records.REST & WANT:
             rest = tl.zeros([LANES, 1], tl.float32)
             if found >= MANY:
                 for i in tl.static_range(len(PARTS)):
-                    rest += P.rest_of(
-                        zs[i], ys[i], columns_of(PARTS, i), row, temper, a, b, DIVERGENCE, SAME
-                    )
+                    rest += P.rest_of(zs[i], ys[i], columns_of(PARTS, i), row, sides, FACTS)
                 rest = tl.where(P.lacking(row, saturated), rest, 0.0)
             row = P.with_rest(row, rest)
         P.write_row(
@@ -160,14 +160,12 @@ def resident(
     if gradient.pointer is not None or outputs.temperature is not None:
         if gradient.pointer is not None:
             gradient_row = gradient.pointer + M.row_at(index, gradient, extent.inner, ALIGN)
+        asked = records.Asked(row, label, columns, smoothing, kd, ce, entropy)
         scale_grad = tl.zeros([LANES, 1], tl.float32)
         for i in tl.static_range(len(PARTS)):
             column = columns_of(PARTS, i)
             pair = L.others(zs[i], ys[i], column, temper)
-            g, tempered, _, _ = P.gradient_tile(
-                zs[i], pair, column, row, temper, label, columns, smoothing, kd, ce, entropy,
-                a, b, WANT, factors.ce is not None, factors.entropy is not None, DIVERGENCE, SAME,
-            )  # fmt: skip
+            g, tempered, _, _ = P.gradient_tile(zs[i], pair, column, sides, asked, FACTS)
             if gradient.pointer is not None:
                 g = tl.where(live & (column < columns), g, 0.0).to(gradient_row.dtype.element_ty)
                 store_part(gradient_row, g, exists, width, PARTS, i, HELD.stored)

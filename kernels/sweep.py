@@ -23,13 +23,10 @@ from fastkd.kernels.pieces import (
 
 
 @triton.jit
-def refined(
-    sides, row, stretch, LANES: tl.constexpr, WANT: tl.constexpr, DIVERGENCE: tl.constexpr,
-    SAME: tl.constexpr,
-):  # fmt: skip
+def refined(sides, row, stretch, LANES: tl.constexpr, FACTS: tl.constexpr):
     """The sum of the slopes about row.c, in a sweep of its own, which few rows need."""
     zero = tl.zeros([LANES, 1], tl.float32)
-    rest = W.walk(zero, sides, row, stretch, P.rest_step, WANT, DIVERGENCE, SAME, True)
+    rest = W.walk(zero, stretch, sides, row, FACTS, P.rest_step, True)
     return tl.sum(rest)
 
 
@@ -115,9 +112,7 @@ def phases(
     before these rows' first column, which has position `shift`; what is not alike moves in
     smaller pieces.
     """
-    DIVERGENCE: tl.constexpr = divergence.evaluate
     OUTER: tl.constexpr = divergence.outer
-    SLOPE: tl.constexpr = divergence.slope
     AT_LABEL: tl.constexpr = divergence.at_label
     CONSTANT: tl.constexpr = divergence.constant
     SAME: tl.constexpr = temperatures.teacher is None
@@ -162,15 +157,16 @@ def phases(
     all_columns = columns if owner is None else number(owner.all_columns)
 
     sides = records.Sides(student, teacher, gradient, temper, a, b)
+    FACTS: tl.constexpr = records.Facts(WANT, divergence.evaluate, SAME)
 
     if FIRST == P.STATISTICS:
         stats = R.empty(BLOCK // P.THREAD)
-        stats = W.walk(stats, sides, None, stretch, P.statistics_step, WANT, DIVERGENCE, SAME, True)
+        stats = W.walk(stats, stretch, sides, None, FACTS, P.statistics_step, True)
         stats = R.collapse(R.rebase(stats, temper, WANT), temper, WANT)
         rise, lift = D.by_sums(stats, WANT)
         if teacher is not None:
             if D.close(stats, lift, temper, WANT):
-                rise, lift = D.swept(sides, stats, stretch, LANES, WANT, SAME)
+                rise, lift = D.swept(sides, stats, stretch, LANES, FACTS)
         stats = R.with_differences(stats, rise, lift)
         if LAST == P.STATISTICS:
             write_statistics(
@@ -202,7 +198,7 @@ def phases(
         if records.KL & WANT:
             last = tl.where(clear, stretch.tail, stretch.end)
             left = W.with_tiles(stretch, tl.where(clear, 0, stretch.full), last)
-        sums = W.walk(P.no_sums(LANES), sides, row, left, P.sum_step, WANT, DIVERGENCE, SAME, False)
+        sums = W.walk(P.no_sums(LANES), left, sides, row, FACTS, P.sum_step, False)
         sums = P.collapse_sums(sums, WANT)
         if records.KL & WANT:
             sums = P.with_value(sums, tl.where(clear, known, sums.value))
@@ -213,7 +209,7 @@ def phases(
                 about = P.with_constant(row, sums.slope + row.c)
                 if P.lacking(about, R.saturated(stats) | R.huge(stats, temper)):
                     anchor = about.c
-                    slope = refined(sides, about, stretch, LANES, WANT, DIVERGENCE, SAME)
+                    slope = refined(sides, about, stretch, LANES, FACTS)
                     sums = P.with_slope(sums, slope)
             write_sums(pieces.sums, split, turn, rows, sums, anchor, TILE.pieces)
     elif FIRST > P.SUMS and not BACKWARD and not LATE:
@@ -239,7 +235,7 @@ def phases(
                     )
                     rest = rest_of_pieces(slopes, share, anchors, row, CONSTANT)
                 else:
-                    rest = refined(sides, row, stretch, LANES, WANT, DIVERGENCE, SAME)
+                    rest = refined(sides, row, stretch, LANES, FACTS)
             row = P.with_rest(row, rest)
 
     # Only now: scalars that lived through the sweeps above would be spilled.
@@ -262,17 +258,20 @@ def phases(
         left = stretch
         if records.KL & WANT:
             # Where the value is known, a loop of its own makes the gradient alone.
+            ALONE: tl.constexpr = records.Facts(
+                ~records.REST & WANT, divergence.slope, SAME,
+                SUMS=False, TEMPERATURE=TEMPERATURE, CE=CE, H=H,
+            )  # fmt: skip
             W.full_tiles(
-                gathered, sides, records.Wanted(asked, False, TEMPERATURE, CE, H),
-                W.with_tiles(stretch, tl.where(clear, stretch.full, 0), stretch.end),
-                P.gradient_step, ~records.REST & WANT, SLOPE, SAME, not LATE,
+                gathered, W.with_tiles(stretch, tl.where(clear, stretch.full, 0), stretch.end),
+                sides, asked, ALONE, P.gradient_step, not LATE,
             )  # fmt: skip
             left = W.with_tiles(stretch, tl.where(clear, 0, stretch.full), stretch.end)
+        WHOLE: tl.constexpr = records.Facts(
+            WANT, divergence.evaluate, SAME, SUMS=LATE, TEMPERATURE=TEMPERATURE, CE=CE, H=H
+        )
         # Against the sweep before this one.
-        gathered = W.walk(
-            gathered, sides, records.Wanted(asked, LATE, TEMPERATURE, CE, H), left,
-            P.gradient_step, WANT, DIVERGENCE, SAME, not LATE,
-        )  # fmt: skip
+        gathered = W.walk(gathered, left, sides, asked, WHOLE, P.gradient_step, not LATE)
         if TEMPERATURE:
             at = index * TILE.splits + split
             tl.store(outputs.temperature + at, -temper.s_rate * tl.sum(gathered.temperature))

@@ -17,8 +17,17 @@ class Stretch(NamedTuple):
     before: Any  # positions before the full tiles, in a tuple; (): never any
     full: Any  # tiles
     tail: Any
-    offsets: Any  # of a tile
+    lanes: Any  # of a tile, where each lane begins
+    offsets: Any  # and all of its positions
     block: Any  # their number
+
+
+class Tile(NamedTuple):
+    """Positions [lanes, vector]; a lane's lie side by side, from `first` on."""
+
+    at: Any
+    first: Any  # [lanes, 1]
+    inside: Any  # which of them are the row's; None: all
 
 
 @triton.jit
@@ -32,64 +41,63 @@ def stretch_of(split, span, shift, columns, LANES: tl.constexpr, VECTOR: tl.cons
         some = tl.where((shift > 0) & (split == 0), VECTOR, 0)
         first, before = first + some, (some,)  # type: ignore[assignment]  # none, or one
     full = tl.maximum(end - first, 0) // BLOCK
-    offsets = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    return Stretch(begin, end, shift, before, full, first + full * BLOCK, offsets, BLOCK)
+    lanes = tl.arange(0, LANES)[:, None] * VECTOR
+    offsets = lanes + tl.arange(0, VECTOR)[None, :]
+    return Stretch(
+        begin=begin, end=end, shift=shift, before=before, full=full, tail=first + full * BLOCK,
+        lanes=lanes, offsets=offsets, block=BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit
 def with_tiles(stretch, full, end):
     """The same with fewer tiles, or without its tail."""
     return Stretch(
-        stretch.begin, end, stretch.shift, stretch.before, full, stretch.tail, stretch.offsets,
-        stretch.block,
+        begin=stretch.begin, end=end, shift=stretch.shift, before=stretch.before, full=full,
+        tail=stretch.tail, lanes=stretch.lanes, offsets=stretch.offsets, block=stretch.block,
     )  # fmt: skip
 
 
 @triton.jit
-def walk(
-    state, sides, known, stretch, STEP: tl.constexpr, WANT: tl.constexpr,
-    DIVERGENCE: tl.constexpr, SAME: tl.constexpr, FORWARD: tl.constexpr,
-):  # fmt: skip
-    """STEP(state, at, inside, sides, known, WANT, DIVERGENCE, SAME) for each tile in turn.
-
-    at: its positions; inside: which are the row's, None: all.
-    """
-    state = _left_over(state, sides, known, stretch, STEP, WANT, DIVERGENCE, SAME)
-    return full_tiles(state, sides, known, stretch, STEP, WANT, DIVERGENCE, SAME, FORWARD)
+def walk(state, stretch, sides, known, FACTS: tl.constexpr, STEP: tl.constexpr,
+         FORWARD: tl.constexpr):  # fmt: skip
+    """STEP(state, tile, sides, known, FACTS) for each tile in turn."""
+    state = _left_over(state, stretch, sides, known, FACTS, STEP)
+    return full_tiles(state, stretch, sides, known, FACTS, STEP, FORWARD)
 
 
 @triton.jit
-def _left_over(
-    state, sides, known, stretch, STEP: tl.constexpr, WANT: tl.constexpr,
-    DIVERGENCE: tl.constexpr, SAME: tl.constexpr,
-):  # fmt: skip
+def _left_over(state, stretch, sides, known, FACTS: tl.constexpr, STEP: tl.constexpr):
     """The masked tile. Of a row that does not begin at position 0, the vector with its first
     columns stands before the last ones in it; where they do not fit there are two.
     """
     if len(stretch.before) == 0:
         if stretch.tail < stretch.end:
             at = stretch.tail + stretch.offsets
-            state = STEP(state, at, at < stretch.end, sides, known, WANT, DIVERGENCE, SAME)
+            tile = Tile(at, stretch.tail + stretch.lanes, at < stretch.end)
+            state = STEP(state, tile, sides, known, FACTS)
     else:
         first = stretch.tail - stretch.before[0]
         for i in range((stretch.end - first + stretch.block - 1) // stretch.block):
-            at = first + i * stretch.block + stretch.offsets
+            begin = first + i * stretch.block
+            lane, at = begin + stretch.lanes, begin + stretch.offsets
+            # Lanes before the tail hold the first columns, `stretch.begin` and those after it.
+            lane += tl.where(lane < stretch.tail, stretch.begin - first, 0)
             at += tl.where(at < stretch.tail, stretch.begin - first, 0)
             inside = (at >= stretch.shift) & (at < stretch.end)
-            state = STEP(state, at, inside, sides, known, WANT, DIVERGENCE, SAME)
+            state = STEP(state, Tile(at, lane, inside), sides, known, FACTS)
     return state
 
 
 @triton.jit
-def full_tiles(
-    state, sides, known, stretch, STEP: tl.constexpr, WANT: tl.constexpr,
-    DIVERGENCE: tl.constexpr, SAME: tl.constexpr, FORWARD: tl.constexpr,
-):  # fmt: skip
+def full_tiles(state, stretch, sides, known, FACTS: tl.constexpr, STEP: tl.constexpr,
+               FORWARD: tl.constexpr):  # fmt: skip
     if FORWARD:
         first, step = stretch.tail - stretch.full * stretch.block, stretch.block
     else:
         first, step = stretch.tail - stretch.block, -stretch.block
     for i in range(stretch.full):
-        at = first + i * step + stretch.offsets
-        state = STEP(state, at, None, sides, known, WANT, DIVERGENCE, SAME)
+        begin = first + i * step
+        at = begin + stretch.offsets
+        state = STEP(state, Tile(at, begin + stretch.lanes, None), sides, known, FACTS)
     return state
