@@ -20,10 +20,10 @@ from .forms import Head, Mixture
 from .operators import EXACT, PROBLEM, operator
 from .problem import Coefficients, Problem
 
-# Bytes of a chunk, and the part of them that is left to what a head converts, a CPU's library holds
-# for a product, and a backend beside logits. On a GPU products of thousands of rows run at its full
-# rate; on a CPU those of some hundred, and of more the logits would leave the cache before the loss
-# reads them.
+# Bytes of a chunk where nobody says how many, and the part of them that is left to what a head
+# converts, a CPU's library holds for a product, and a backend beside logits. On a GPU products of
+# thousands of rows run at its full rate; on a CPU those of some hundred, and of more the logits
+# would leave the cache before the loss reads them.
 GPU_BYTES, CPU_BYTES = 512 << 20, 80 << 20
 GPU_SPARE, CPU_SPARE = 1 / 8, 1 / 5
 LEAST_ROWS = 16
@@ -32,7 +32,8 @@ LEAST_ROWS = 16
 def rows_within(problem: Problem, buffers: int, least: int = 1) -> int:
     """The most rows, at least `least`, of which some buffers of logits keep to the budget."""
     on_gpu = problem.student_temperature.is_cuda
-    budget, spare = (GPU_BYTES, GPU_SPARE) if on_gpu else (CPU_BYTES, CPU_SPARE)
+    usual, spare = (GPU_BYTES, GPU_SPARE) if on_gpu else (CPU_BYTES, CPU_SPARE)
+    budget = problem.chunk_bytes or usual
     columns = -(-problem.columns // sharding.of(problem.merge).size)  # the same on all owners
     row = max(buffers * columns, 1) * problem.student_temperature.element_size()
     return max(1, min(problem.rows, max(least, int((1 - spare) * budget) // row)))

@@ -82,6 +82,7 @@ def distillation_loss(
     return_metrics: bool = False,
     dim: int = -1,
     group: ProcessGroup | sharding.Group | None = None,
+    chunk_bytes: int | None = None,
 ) -> Tensor | tuple[Tensor, Metrics]:
     r"""Knowledge-distillation loss of a student against a teacher.
 
@@ -155,6 +156,10 @@ def distillation_loss(
         dim: the classes' dimension. Dense predictions [B, C, H, W] have 1, and rows [B, H, W]; they
             are read without a copy in torch.channels_last.
         group: process group over which the vocabulary is sharded: see docs/sharded.md.
+        chunk_bytes: what may be held beside operands and gradients where logits are made in chunks
+            of rows, for a `LinearHead`, an `Ensemble`, a `TopK` or `Sampled` on a CPU. None: 512
+            MiB on a GPU, 80 MiB on a CPU. Fewer take less memory and more time; a chunk has at least
+            16 rows. Loss and gradients change by rounding alone.
 
     Returns:
         The loss, fp32 (fp64 for fp64 logits): 0-d, or [...] with reduction="none". With all rows
@@ -185,6 +190,7 @@ def distillation_loss(
         label_smoothing=label_smoothing, entropy_weight=entropy_weight, ignore_index=ignore_index,
         reduction=reduction, vocab_size=vocab_size, teacher_grad=teacher_grad, gradient=gradient,
         inplace=inplace, backend=backend, return_metrics=return_metrics, dim=dim, group=group,
+        chunk_bytes=chunk_bytes,
     )  # fmt: skip
     if dtensors.is_distributed(student) or dtensors.is_distributed(teacher):
         return dtensors.run(distillation_loss, student, teacher, labels, weight, num_items, given)

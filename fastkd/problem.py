@@ -113,6 +113,7 @@ class Problem(NamedTuple):
     merge: str = ""  # of sharding.py: who else holds columns of these rows
     standardize: bool = False  # whether moments are to come, chunk by chunk
     temperature_trains: bool = False  # whether a gradient to either temperature may be asked for
+    chunk_bytes: int | None = None  # of a chunk of rows; None: as chunks.py has it
 
     @staticmethod
     def of(
@@ -142,6 +143,7 @@ class Problem(NamedTuple):
             per_row(given.temperature, rows, dtype, device), teacher_temperature, labels, counted,
             given.label_smoothing, given.divergence.name, a, b, vocab_size, merge=merge,
             temperature_trains=any(map(tracing.trains, given.temperatures.values())),
+            chunk_bytes=given.chunk_bytes,
         )  # fmt: skip
 
     @property
@@ -229,7 +231,7 @@ class Problem(NamedTuple):
     def pack(self) -> Packed:
         sides = self.student, self.teacher
         scales = [x for side in sides for x in numbers_of(side)]
-        flags = f"{self.standardize:d}{self.temperature_trains:d}"
+        flags = f"{self.standardize:d}{self.temperature_trains:d}{self.chunk_bytes or ''}"
         spec = "|".join((*map(kind_of, sides), flags, self.merge, self.divergence))
         numbers = packed_numbers(self.label_smoothing, self.a, self.b, *scales)
         return Packed(self._tensors(), numbers, self.vocab_size, spec)
@@ -265,7 +267,7 @@ class Problem(NamedTuple):
         *rows, moments = found
         return Problem._make((
             *sides, *rows, label_smoothing, divergence, a, b, vocab_size, moments, merge,
-            flags[0] == "1", flags[1] == "1",
+            flags[0] == "1", flags[1] == "1", int(flags[2:]) if flags[2:] else None,
         ))  # fmt: skip
 
 

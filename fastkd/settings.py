@@ -14,6 +14,7 @@ from .sharding import Group
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+OPTIONAL = ("teacher_temperature", "vocab_size", "chunk_bytes")  # what may be None
 FLAGS = ("scale_by_temperature", "standardize", "teacher_grad", "inplace", "return_metrics")
 
 
@@ -39,6 +40,7 @@ class Keywords(TypedDict, total=False):
     backend: str
     dim: int
     group: ProcessGroup | Group | None
+    chunk_bytes: int | None
 
 
 class Settings(NamedTuple):
@@ -62,6 +64,7 @@ class Settings(NamedTuple):
     return_metrics: bool
     dim: int
     group: ProcessGroup | Group | None = None
+    chunk_bytes: int | None = None
 
     @staticmethod
     def of(**values: Any) -> Settings:
@@ -82,8 +85,9 @@ class Settings(NamedTuple):
             ("ignore_index", checks.whole),
             ("dim", checks.whole),
             ("vocab_size", checks.at_least_one),
+            ("chunk_bytes", checks.at_least_one),
         ):
-            if values[name] is not None or name not in ("teacher_temperature", "vocab_size"):
+            if values.get(name) is not None or name not in OPTIONAL:
                 values[name] = check(name, values[name])
         given = Settings(**values)
         if given.sigmoids:

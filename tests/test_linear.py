@@ -291,6 +291,34 @@ def test_compile(mode):
         assert_close(one, theirs, "gradient")
 
 
+@pytest.mark.parametrize("gradient", MODES)
+def test_the_bytes_of_a_chunk_are_an_argument_and_change_rounding_alone(gradient, monkeypatch):
+    monkeypatch.setattr(chunks, "LEAST_ROWS", 1)
+    sizes, made, find = [], {}, linear.logits
+    monkeypatch.setattr(
+        linear, "logits", lambda head, out: (sizes.append(len(out)), find(head, out))[1]
+    )
+    for rows in (1, 4, ROWS, None):
+        budget = None if rows is None else int(2.1 * rows * VOCAB * 4 / (1 - chunks.CPU_SPARE))
+        case = Case()
+        torch.manual_seed(0)
+        case.leaves = [x.detach().normal_().requires_grad_(x.requires_grad) for x in case.leaves]
+        loss = fastkd.distillation_loss(*case.operands(), gradient=gradient, chunk_bytes=budget)
+        loss.backward()
+        made[rows] = [loss, *case.gradients()]
+        assert max(sizes) == (3 if rows is None else rows)
+        sizes.clear()
+    for rows in (1, 4, None):
+        for ours, whole in zip(made[rows], made[ROWS], strict=True):
+            assert_close(ours, whole, "gradient" if ours.dim() else "value")
+
+
+@pytest.mark.parametrize("budget", [0, -1, 1.5, True, "8 MiB", float("nan")])
+def test_a_chunk_of_no_whole_number_of_bytes_is_refused(budget):
+    with pytest.raises((TypeError, ValueError), match="chunk_bytes must be"):
+        fastkd.distillation_loss(*Case().operands(), chunk_bytes=budget)
+
+
 def test_refusals():
     student, teacher = Case().operands()
     with pytest.raises(ValueError, match="LinearHead has none"):
@@ -302,7 +330,8 @@ def test_refusals():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_beside_inputs_and_gradients_is_that_of_a_chunk(dtype, monkeypatch):
+@pytest.mark.parametrize("budget", [None, 32 << 20])
+def test_memory_beside_inputs_and_gradients_is_that_of_a_chunk(dtype, budget, monkeypatch):
     """What the loss holds beside logits, and a weight that is converted, included."""
     monkeypatch.undo()
     rows, hidden, vocab = 400, 256, 32000
@@ -311,12 +340,13 @@ def test_memory_beside_inputs_and_gradients_is_that_of_a_chunk(dtype, monkeypatc
     weight = (torch.randn(vocab, hidden) / hidden**0.5).to(dtype)
 
     def call():
-        loss = fastkd.distillation_loss(LinearHead(leaf, weight), LinearHead(other, weight))
-        loss.backward()
+        heads = LinearHead(leaf, weight), LinearHead(other, weight)
+        fastkd.distillation_loss(*heads, chunk_bytes=budget).backward()
 
     call()
     peak = peak_memory(call, leaf.device)
-    assert 0.8 * chunks.CPU_BYTES < peak < 1.1 * chunks.CPU_BYTES
+    budget = budget or chunks.CPU_BYTES
+    assert 0.8 * budget < peak < 1.1 * budget
 
 
 SCRATCH = """

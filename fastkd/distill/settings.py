@@ -168,9 +168,8 @@ class UserModels(Common):
         "address of a server that writes in its place, by OpenAI's /v1/completions, as vLLM's: "
         "http://host:8000; it keeps the weights that it was started with",
     )
-    chunked_logits: bool = setting(
-        True, "make logits in chunks, from hidden states, where the models allow it"
-    )
+    chunked_logits: bool = setting(True, "make logits in chunks, where the models allow it")
+    chunk_mib: int = setting(0, "memory of a chunk; 0: 512 on a GPU, 80 on a CPU", "[0, 1048576]")
     steps: int = setting(0, "optimizer steps; 0: as many as --epochs takes", "[0, 2147483647]")
     epochs: float = setting(1.0, "passes over the data", "(0, 1000000]")
     batch_size: int = setting(4, "sequences in a batch, for each device", "[1, 65536]")
@@ -238,6 +237,9 @@ class UserModels(Common):
         known("precision", self.precision, ("auto", "bf16", "fp32"))
         known("save_precision", self.save_precision, ("auto", "bf16", "fp32"))
         known("loss_on", self.loss_on, ("completions", "last", "all"))
+
+    def loss(self, step: int, steps: int) -> dict[str, Any]:
+        return super().loss(step, steps) | {"chunk_bytes": self.chunk_mib << 20 or None}
 
     def own_teacher(self) -> bool:
         """Whether the student without its adapters is the teacher."""
