@@ -40,6 +40,8 @@ class Job:
         if chosen.threads:
             torch.set_num_threads(chosen.threads)
         self.device = pick(chosen.device)
+        if chosen.fsdp and int(os.environ.get("WORLD_SIZE", 1)) < 2:
+            raise Usage("fsdp: there is one process: start several by torchrun, or leave it out")
         quantised.check(chosen.teacher_precision, chosen.quantize)
         placement(chosen.teacher_device)
         self.dtype = precision(chosen.precision, self.device)
@@ -202,12 +204,17 @@ def _check_optimizer(chosen: settings.UserModels, arguments: TrainingArguments) 
 
     one = torch.nn.Linear(1, 1)
     try:
-        Trainer.get_optimizer_cls_and_kwargs(arguments)
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
         dummy = torch.optim.SGD(one.parameters(), arguments.learning_rate)
         get_scheduler(arguments.lr_scheduler_type, dummy, 0, 1)
     except (ImportError, TypeError, ValueError) as error:
         both = f"optimizer {chosen.optimizer}, lr_schedule {chosen.lr_schedule}"
         raise Usage(f"{both}: {one_line(error)}") from None
+    if chosen.fsdp and kind is torch.optim.SGD and not options.get("momentum"):
+        raise Usage(
+            f"optimizer {chosen.optimizer} keeps nothing of the steps before, and with --fsdp "
+            "PyTorch cannot load what is empty, so that no run goes on: take another"
+        )
 
 
 def _arguments(
@@ -248,10 +255,32 @@ def _arguments(
             remove_unused_columns=False,
             report_to=list(chosen.report_to) or "none",
             disable_tqdm=True,
+            fsdp="full_shard" if chosen.fsdp else None,
             **others,
         )
     except ValueError as error:  # a name that transformers does not know
         raise Usage(one_line(error)) from None
+    if chosen.fsdp:
+        _fsdp2(arguments, dtype)
     if "WORLD_SIZE" not in os.environ:
         arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for torchrun
     return arguments
+
+
+def _fsdp2(arguments: TrainingArguments, dtype: torch.dtype) -> None:
+    """What accelerate is told, the same by all versions of transformers."""
+    from accelerate.utils import DistributedType
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    arguments.fsdp_plugin_args = {
+        "fsdp_version": 2,
+        "auto_wrap_policy": "transformer_based_wrap",
+        "reshard_after_forward": True,
+        "state_dict_type": "FULL_STATE_DICT",  # saves are those of one process
+        "cpu_ram_efficient_loading": False,
+    }
+    if dtype != torch.float32:  # gradients are summed in fp32, as by DDP
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        arguments.fsdp_plugin_args["mixed_precision_policy"] = policy
+    if arguments.device.type == "cpu":  # there accelerate would take DDP in silence
+        arguments.distributed_state.distributed_type = DistributedType.MULTI_GPU

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fastkd.dtensors import is_distributed
+
 from . import quantised
 from .devices import out_of_memory, placement
 from .errors import RunError, Usage, needs, one_line
@@ -111,11 +113,15 @@ def recompute(model: Any) -> None:
 
 
 def fingerprint(model: Any) -> str:
-    """Changes with any weight but an adapter's, but for chance."""
+    """Changes with any weight but an adapter's, but for chance.
+
+    Of a model in shards all processes call it.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in model.state_dict().items():
         if ".lora_" in name:
             continue
+        weight = weight.full_tensor() if is_distributed(weight) else weight
         bits = [torch.hash_tensor(part).item() for part in _parts(weight) if part.numel()]
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {bits or 0}".encode())
     return digest.hexdigest()

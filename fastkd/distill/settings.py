@@ -206,6 +206,7 @@ class UserModels(Common):
     parse_special_tokens: bool = setting(
         False, "read special tokens that are spelt in the text as such; conversations always do"
     )
+    fsdp: bool = setting(False, "divide the models over the processes of torchrun, by FSDP2")
     precision: str = setting("auto", "bf16, fp32, or auto: bf16 where the device has it")
     save_precision: str = setting("auto", "bf16, fp32, or auto: as the student came")
     checkpointing: bool = setting(False, "recompute the student's activations, to save memory")

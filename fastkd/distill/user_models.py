@@ -37,6 +37,11 @@ def run(chosen: settings.UserModels, folder: Path, *, resume: bool = False) -> d
 
     Raises Interrupted, with a checkpoint in `folder`, on Ctrl-C.
     """
+    with _none_is_missed(folder):
+        return _run(chosen, folder, resume)
+
+
+def _run(chosen: settings.UserModels, folder: Path, resume: bool) -> dict[str, Any]:
     first = os.environ.get("RANK", "0") == "0"
     if first:
         teachers = ", ".join(chosen.teacher) or chosen.teacher_cache
@@ -66,8 +71,9 @@ def run(chosen: settings.UserModels, folder: Path, *, resume: bool = False) -> d
             eval_strategy="steps",
             eval_on_start=checkpoint is None,
         )
+    known = job.known_teacher(trainer.model)  # by all: each may have a shard
     if first:
-        _same_teacher(job.known_teacher(trainer.model), folder / INPUTS)
+        _same_teacher(known, folder / INPUTS)
     if state is not None and over:  # it was killed while the result was saved
         trainer.state = state
     else:
@@ -112,6 +118,27 @@ def _nothing_left_if_it_fails(folder: Path, new: bool) -> Iterator[None]:
             shutil.rmtree(folder / TOKENS, ignore_errors=True)
             (folder / storage.CONFIG).unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def _none_is_missed(folder: Path) -> Iterator[None]:
+    """A process that was killed ends the others, each by one line."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RunError) or not _another_ended(error):
+            raise
+        began = (folder / storage.CONFIG).exists()
+        way = f"go on with: fastkd distill --resume {folder}" if began else "start it again"
+        raise RunError(f"another process of this run ended; {way}") from None
+
+
+def _another_ended(error: Exception) -> bool:
+    """Whether a collective failed: NCCL has a kind of error for it, and gloo a RuntimeError."""
+    import torch.distributed as dist
+
+    kinds = getattr(dist, "DistError", ()), getattr(dist, "DistBackendError", ())
+    return isinstance(error, kinds) or "gloo" in str(error)
 
 
 def _announcement(
@@ -184,6 +211,8 @@ def _train(
     except (CacheError, ServerError) as error:
         raise RunError(str(error)) from None
     except Exception as error:
+        if _another_ended(error):
+            raise
         if checkpoint and not watch.began:  # each part of it fails in its own way
             raise _broken(checkpoint, error) from None
         if "overflow" in str(error):  # of the rate, in the optimizer
@@ -225,7 +254,8 @@ def _save(
 
     def student(temporary: Path) -> None:
         trainer.save_model(str(temporary))
-        _complete(temporary, job, text)
+        if trainer.is_world_process_zero():
+            _complete(temporary, job, text)
 
     _replace(folder / STUDENT, student, trainer.is_world_process_zero())
     if not trainer.is_world_process_zero():

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
+from fastkd.dtensors import is_distributed
+
 from . import report, storage
 from .errors import RunError
 from .methods import FASTKD
@@ -96,8 +98,9 @@ class Watch(TrainerCallback):
 
 
 def _finite(model: Any) -> torch.Tensor:
-    """Whether all weights are."""
-    return torch.stack([weight.isfinite().all() for weight in model.parameters()]).all()
+    """Whether all weights that are here are: of shards this process's."""
+    local = (w.to_local() if is_distributed(w) else w for w in model.parameters())
+    return torch.stack([weight.isfinite().all() for weight in local]).all()
 
 
 class Metrics:

@@ -95,6 +95,8 @@ class Head:
     def __call__(self, model: Any, inputs: Mapping[str, Any]) -> LinearHead:
         """As `model(**inputs).logits`, by way of the model's own forward, wrapped or not."""
         kept: list[Tensor] = []
+        for module in (self.layer, base(model)):
+            keep_gathered(module)
         hook = self.decoder.register_forward_hook(lambda *call: kept.append(_hidden(call[-1])))
         none = torch.empty(0, dtype=torch.long, device=self.layer.weight.device)
         try:
@@ -102,6 +104,16 @@ class Head:
         finally:
             hook.remove()
         return self.of(kept[0])
+
+
+def keep_gathered(module: Any) -> None:
+    """What FSDP2 gathered for the forward of this module stays until its backward.
+
+    A loss of hidden states reads the head for every chunk of rows, outside of that forward.
+    """
+    keep = getattr(module, "set_reshard_after_forward", None)
+    if keep is not None:
+        keep(False, recurse=False)
 
 
 @torch.no_grad()

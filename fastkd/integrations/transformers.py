@@ -20,7 +20,6 @@ from fastkd.functional import Metrics, distillation_loss  # noqa: E402
 from fastkd.operands import Ensemble, LinearHead, Sampled, TopK  # noqa: E402
 
 from .models import (  # noqa: E402
-    ROW,
     TARGETS,
     evaluating,
     freeze,
@@ -30,6 +29,7 @@ from .models import (  # noqa: E402
     targets,
 )
 from .on_policy import OnPolicy  # noqa: E402
+from .teachers import asked  # noqa: E402
 
 Settings = Callable[[int, int], Mapping[str, Any]]
 Operand = Tensor | LinearHead | TopK | Sampled | Ensemble
@@ -127,7 +127,13 @@ class DistillationTrainer(Trainer):
         self.on_policy, self.own_words = on_policy, False
         heads = heads and not self._sharded()
         self.student_head = head_of(self.model) if heads else None
-        self.teachers = [self._asked(each, heads) for each in teachers]
+        sharded = self._fsdp_version() == 2
+        self.teachers = [
+            self._without_adapters
+            if each is None
+            else asked(each, self.args.device, heads, sharded)
+            for each in teachers
+        ]
 
     def compute_loss(
         self,
@@ -182,29 +188,6 @@ class DistillationTrainer(Trainer):
         said = [teacher(inputs) for teacher in self.teachers]
         return said[0] if len(said) == 1 else Ensemble(said, self.teacher_weights)
 
-    def _asked(self, teacher: Any, heads: bool) -> Callable[[Mapping[str, Any]], Any]:
-        """What a teacher says of a batch."""
-        if teacher is None:
-            return self._without_adapters
-        if isinstance(teacher, TeacherCache):
-            cache = teacher.to(self.args.device)
-            return lambda inputs: cache[inputs[ROW].cpu()]
-        device = self.args.device
-        freeze(teacher, device)
-        here = all(weight.device == device for weight in teacher.parameters())
-        head = head_of(teacher) if heads and here else None
-
-        def ask(inputs: Mapping[str, Any]) -> Tensor | LinearHead:
-            others = model_inputs(inputs, teacher)
-            if head is not None:
-                return head(teacher, others)
-            if not here:
-                first = next(teacher.parameters()).device
-                others = {k: v.to(first) if isinstance(v, Tensor) else v for k, v in others.items()}
-            return teacher(**others).logits.to(device)
-
-        return ask
-
     def _without_adapters(self, inputs: Mapping[str, Any]) -> Tensor | LinearHead:
         student = self.accelerator.unwrap_model(self.model)
         with evaluating(student), student.disable_adapter():
@@ -215,10 +198,15 @@ class DistillationTrainer(Trainer):
         bf16 = self.accelerator.mixed_precision == "bf16" and not isinstance(of, Tensor)
         return torch.autocast(self.args.device.type, torch.bfloat16, enabled=bf16)
 
+    def _fsdp_version(self) -> int:
+        """0: without FSDP."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        return plugin.fsdp_version if plugin is not None else 0
+
     def _sharded(self) -> bool:
-        """Whether a weight may be in pieces outside of the model's own forward."""
-        wrapped = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1
-        return bool(wrapped or self.args.torch_compile)
+        """Whether the head may be in pieces outside of the model's own forward."""
+        wrapped = self.is_deepspeed_enabled or self.get_tp_size() > 1
+        return bool(wrapped or self._fsdp_version() == 1 or self.args.torch_compile)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """In a step on policy, what the student writes from prompts of these batches."""
@@ -258,6 +246,13 @@ class DistillationTrainer(Trainer):
             values = self.accelerator.reduce(figures, "mean").tolist()
             logs.update(zip(names, values, strict=True))
         super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Weights that are tied are saved once: gathered by FSDP they are no longer one tensor."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        if state_dict:
+            state_dict.update({k: state_dict[v] for k, v in tied.items() if v in state_dict})
+        super()._save(output_dir, state_dict)
 
     @torch.no_grad()
     def evaluate(

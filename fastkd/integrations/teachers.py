@@ -1,0 +1,62 @@
+"""What a teacher is asked, and where it lies: in whole, or in shards over all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.cache import TeacherCache
+
+from .models import ROW, base, freeze, head_of, model_inputs
+
+Asked = Callable[[Mapping[str, Any]], Any]
+
+
+def asked(teacher: Any, device: torch.device, heads: bool, sharded: bool) -> Asked:
+    """What a teacher says of a batch, by a function; `sharded`: over all processes, by FSDP2."""
+    if isinstance(teacher, TeacherCache):
+        cache = teacher.to(device)
+        return lambda inputs: cache[inputs[ROW].cpu()]
+    sharded = sharded and not stays_whole(teacher)
+    freeze(teacher, None if sharded else device)
+    here = sharded or all(weight.device == device for weight in teacher.parameters())
+    head = head_of(teacher) if heads and here else None
+    if sharded:
+        shard(teacher, device)
+
+    def ask(inputs: Mapping[str, Any]) -> Any:
+        others = model_inputs(inputs, teacher)
+        if head is not None:
+            return head(teacher, others)
+        if not here:
+            first = next(teacher.parameters()).device
+            others = {k: v.to(first) if isinstance(v, Tensor) else v for k, v in others.items()}
+        return teacher(**others).logits.to(device)
+
+    return ask
+
+
+def stays_whole(model: Any) -> bool:
+    """Whether a model has its place already, or weights that FSDP cannot divide."""
+    placed = getattr(model, "hf_device_map", None)
+    return bool(placed) or not all(type(weight) is nn.Parameter for weight in model.parameters())
+
+
+def shard(model: Any, device: torch.device) -> None:
+    """Divides the weights over all processes, which gather those of one block at a time.
+
+    What is outside of the blocks, the output head with it, is gathered once and stays.
+    """
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    blocks = set(getattr(base(model), "_no_split_modules", None) or ())
+    for module in reversed(list(model.modules())):  # those inside first
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
