@@ -255,7 +255,7 @@ def _arguments(
             remove_unused_columns=False,
             report_to=list(chosen.report_to) or "none",
             disable_tqdm=True,
-            fsdp="full_shard" if chosen.fsdp else None,
+            fsdp=chosen.fsdp or None,  # type: ignore[arg-type]  # True is the newer spelling
             **others,
         )
     except ValueError as error:  # a name that transformers does not know
