@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import sharding, tracing
+from .constants import constant
 from .divergences import Divergence
 from .forms import (
     Events,
@@ -287,12 +288,12 @@ def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> T
         if value.device == device:
             return value.to(dtype)
         # To copy from the CPU would wait for the device; as a factor the number goes along.
-        return torch.ones((), dtype=dtype, device=device) * value.to(dtype)
+        return constant(1.0, dtype, device) * value.to(dtype)
     if torch.compiler.is_compiling():  # torch.full would compile again for each value
         return torch.ones((), dtype=dtype, device=device) * value
     if abs(value) > torch.finfo(dtype).max:  # which torch.full refuses
         value = math.copysign(math.inf, value)
-    return torch.full((), value, dtype=dtype, device=device)
+    return constant(value, dtype, device)
 
 
 def packed_numbers(*values: float) -> Tensor:
