@@ -115,8 +115,8 @@ class Outputs(NamedTuple):
 class Pieces(NamedTuple):
     """What the launches of a row hand on: see `pieces.py`."""
 
-    statistics: Any
-    sums: Any
+    statistics: Any = None
+    sums: Any = None
     turn: Any = None  # of the row, where they are words: see `words.py`
 
 

@@ -124,7 +124,7 @@ def _launch(
     grid = rows, plan.splits
     with torch.cuda.device_of(student):
         if once or plan.splits == 1:
-            listed[grid](pieces=None, FIRST=first, LAST=P.GRADIENT, **arguments)
+            listed[grid](pieces=Pieces(), FIRST=first, LAST=P.GRADIENT, **arguments)
         else:
             shape = plan.splits, STATISTICS_FIELDS.value, rows
             statistics = student.new_empty(shape, dtype=torch.float32)

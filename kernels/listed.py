@@ -226,7 +226,7 @@ def listed(
     LANES: tl.constexpr = TILE.lanes
     VECTOR: tl.constexpr = TILE.vector
     T_GRAD: tl.constexpr = outputs.temperature is not None
-    BACKWARD: tl.constexpr = FIRST == P.GRADIENT and pieces is None
+    BACKWARD: tl.constexpr = FIRST == P.GRADIENT and pieces.statistics is None
     FACTS: tl.constexpr = records.Facts(
         WANT, P.nothing, True, SUMS=False, TEMPERATURE=T_GRAD, CE=factors.ce is not None,
         H=factors.entropy is not None,
@@ -262,7 +262,7 @@ def listed(
     place = tl.where(known, column, 0).to(tl.int32) + shift
     mine = known & (place >= stretch.begin) & (place < stretch.end)
     logits = student + place
-    if FIRST == P.GRADIENT and pieces is not None:  # another program may have written over them
+    if FIRST == P.GRADIENT and not BACKWARD:  # another program may have written over them
         logits = teacher.logits + entry
     z = tl.load(logits, mask=known, other=-float("inf")).to(tl.float32)
     marks = teacher.marks

@@ -276,7 +276,7 @@ def _sweeps(
     if merge.columns is not None:
         owner = Owner(varying(merge.first_column), varying(merge.columns))
 
-    def launch(begin: tl.constexpr, end: tl.constexpr, between: Pieces | None) -> None:
+    def launch(begin: tl.constexpr, end: tl.constexpr, between: Pieces) -> None:
         with torch.cuda.device_of(student):
             sweep[(rows, plan.splits)](
                 extent=extent, owner=owner, pieces=between,
@@ -284,7 +284,7 @@ def _sweeps(
             )  # fmt: skip
 
     if first.value == P.GRADIENT.value or (alone and plan.splits == 1):
-        launch(first, P.GRADIENT, None)
+        launch(first, P.GRADIENT, Pieces())
         return
     summed = _summed(arguments)
     statistics, sums = (

@@ -84,7 +84,7 @@ def sweep(
 ):  # fmt: skip
     """Phases FIRST to LAST of a piece of a row for each program."""
     index, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    BACKWARD: tl.constexpr = FIRST == P.GRADIENT and pieces is None
+    BACKWARD: tl.constexpr = FIRST == P.GRADIENT and pieces.statistics is None
     if not counts(index, targets, factors, BACKWARD):
         if LAST == P.GRADIENT:
             blank(index, split, student, teacher, gradient, extent, TILE)
@@ -124,11 +124,11 @@ def phases(
     SUMMED: tl.constexpr = (
         teacher.pointer is not None or (records.SCALE_SLOPE + records.TEACHER_ENTROPY) & WANT != 0
     )
-    BACKWARD: tl.constexpr = FIRST == P.GRADIENT and pieces is None
+    BACKWARD: tl.constexpr = FIRST == P.GRADIENT and pieces.statistics is None
     a, b, smoothing = P.singles(divergence.a, divergence.b, targets.smoothing)
     rows, columns = number(extent.rows), extent.columns
     turn = index
-    if pieces is not None and pieces.turn is not None:
+    if pieces.turn is not None:
         turn = pieces.turn
     student_at, teacher_at, gradient_at, shift = start(
         index, student, teacher, gradient, extent, TILE

@@ -28,7 +28,9 @@ DIVERGENCES = (
     fastkd.Renyi(0.5), fastkd.Bernoulli(1, 1), fastkd.DKD(), fastkd.NKD(), fastkd.TAID(),
     fastkd.AlphaBeta(0.2, 0.7), fastkd.ToDi(),
 )  # fmt: skip
-COLUMNS = (2, 3, 7, 10, 16, 17, 33, 64, 100, 250, 257, 1000, 2048, 4096, 5001)
+COLUMNS = (
+    2, 3, 7, 10, 16, 17, 33, 64, 100, 250, 257, 1000, 2048, 4096, 5001, 16387,  # the last in pieces
+)  # fmt: skip
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GRADIENTS = (None, "forward", "backward")
 KINDS = ("plain", "full", "std")
@@ -86,7 +88,8 @@ def few() -> list[Call]:
     """Those that stand for all, and those that Triton 3.6 did not compile once."""
     calls = list(every())
     ten = [c for c in calls if c[1:] == (10, torch.float16, None, "full", "plain")]
-    return calls[::IN_CI] + ten
+    split = Call(fastkd.JSD(0.3), 16387, torch.bfloat16, "forward", "full", "plain")
+    return [split, *calls[::IN_CI], *ten]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
