@@ -1,7 +1,9 @@
 """The user's data: which files, which rows, which tokens of them are learnt, in what sequences."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import random
 import subprocess
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 from fastkd import __main__
-from fastkd.distill import documents, files, sequences, settings
+from fastkd.distill import corpus, documents, files, sequences, settings
 from fastkd.distill.errors import RunError
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
@@ -101,7 +103,9 @@ def test_names_are_files_folders_and_patterns_and_a_file_is_meant_as_it_is_spelt
         with pytest.raises(RunError, match="there is no such file"):
             files.expand([missing])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RunError, match=r"holds no file that ends in \.jsonl, \.json"):
+    with pytest.raises(
+        RunError, match=r"that ends in \.jsonl, \.json, .*\.md, compressed \(\.gz, "
+    ):
         files.expand(["empty"])
 
 
@@ -175,6 +179,27 @@ def test_rows_of_every_kind_are_the_same(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.json", "lines.json", "a.parquet"):
         assert [row.values for row in files.rows(str(tmp_path / name))] == rows, name
+        for ending, compress in COMPRESSIONS.items():
+            (tmp_path / (name + ending)).write_bytes(compress((tmp_path / name).read_bytes()))
+            found = files.rows(str(tmp_path / (name + ending)))
+            assert [row.values for row in found] == rows, name + ending
+
+
+def test_a_folder_has_compressed_files_read_and_others_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("data")
+    for name in ("a.csv", "a.jsonl.zst", "b.gz"):
+        Path("data", name).write_text("")
+    for ending, compress in COMPRESSIONS.items():
+        Path(f"data/a.txt{ending}").write_bytes(compress(TEXT[:3000].encode()))
+    assert files.expand(["data"]) == ["data/a.txt.bz2", "data/a.txt.gz", "data/a.txt.xz"]
+    named = ["data/a.csv", "data/a.jsonl.zst", "data/b.gz"]
+    assert sorted(files.passed_over(["data", "data/a.csv"])) == named
+    assert corpus.read(["data"]) == [TEXT[:3000]] * 3
+    found = documents.Counts(passed_over=named)
+    assert f"3 files in folders of data left out, of no known kind: {', '.join(named)}" in (
+        found.remarks(16)
+    )
 
 
 @pytest.mark.parametrize(
@@ -191,13 +216,24 @@ def test_plain_text_in_blocks_is_all_there(tmp_path, monkeypatch, text, size):
 
 
 def table(**columns):
+    return parquet_of(pyarrow.table(columns))
+
+
+def parquet_of(rows):
     from pyarrow import parquet
 
     content = pyarrow.BufferOutputStream()
-    parquet.write_table(pyarrow.table(columns), content)
+    parquet.write_table(rows, content)
     return content.getvalue().to_pybytes()
 
 
+def cut(content):
+    return content[: len(content) // 2]
+
+
+LONG = b'{"text": "x"}\n' * 999
+COMPRESSIONS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+TWICE = pyarrow.table([["x"], ["y"]], names=["text", "text"])
 NOT_UTF8 = pyarrow.StringArray.from_buffers(
     1, pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")
 )
@@ -223,6 +259,15 @@ NOT_UTF8 = pyarrow.StringArray.from_buffers(
         ("a.jsonl", b'\xff\xfe{"text"', r"a\.jsonl is neither text in UTF-8"),
         ("a.json", b'[{"text": "x"}, 3]', r"a\.json, entry 2: expected an object"),
         ("a.json", b'[{"text": "x"}', r"a\.json: this is not JSON"),
+        ("a.jsonl", b'{"text": "x", "text": "y"}', r"line 1: an object has the key 'text' twice"),
+        ("a.json", b'[{"text": [{"a": 1, "a": 1}]}]', r"a\.json: an object has the key 'a' twice"),
+        ("a.parquet", parquet_of(TWICE), r"a\.parquet has the column 'text' twice"),
+        ("a.jsonl.gz", cut(gzip.compress(LONG)), r"cannot read .*a\.jsonl\.gz as \.gz"),
+        ("a.jsonl.xz", cut(lzma.compress(LONG)), r"cannot read .*a\.jsonl\.xz as \.xz"),
+        ("a.txt.bz2", cut(bz2.compress(LONG)), r"cannot read .*a\.txt\.bz2 as \.bz2"),
+        ("a.txt.gz", b"hello", r"cannot read .*a\.txt\.gz: "),
+        ("a.txt.xz", b"hello", r"cannot read .*a\.txt\.xz as \.xz: "),
+        ("a.json.gz", gzip.compress(LONG)[:-9] + b"x" * 9, r"cannot read .*a\.json\.gz"),
         ("a.parquet", b"PAR1 not parquet PAR1", r"cannot read .*a\.parquet as parquet"),
         ("a.parquet", b"", r"cannot read .*a\.parquet as parquet"),
         ("a.parquet", table(t=pyarrow.array([2**62], pyarrow.duration("s"))), "as parquet"),
@@ -425,7 +470,9 @@ def seeds_of_files(folder):
     rows += [{"messages": CHAT}, {"prompt": "a", "completion": "b"}]
     from pyarrow import parquet
 
-    yield "a.jsonl", "\n".join(json.dumps(row) for row in rows).encode()
+    lines = "\n".join(json.dumps(row) for row in rows).encode()
+    yield "a.jsonl", lines
+    yield from ((f"a.jsonl{end}", compress(lines)) for end, compress in COMPRESSIONS.items())
     yield "a.json", json.dumps(rows).encode()
     yield "a.txt", TEXT[:300].encode()
     parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "seed.parquet")

@@ -101,9 +101,11 @@ def run(chosen: settings.UserModels, kept: Layout, folder: Path) -> None:
     models.check_width("teacher", models.configuration(name), vocab_size, chosen.vocab_size)
     model = models.load(name, precision(chosen.precision, device)).to(device).eval()
     with tempfile.TemporaryDirectory() as temporary, report.bars() as bars:
-        training, held_out, _ = sequences.prepare(
+        training, held_out, counts = sequences.prepare(
             chosen, tokenizer, Path(temporary) / "tokens", lambda count: None
         )
+        for remark in counts.remarks(chosen.sequence_length):
+            report.say(remark)
         corpus = Corpus(training, held_out)
         teacher = Teacher(model, corpus, hidden=isinstance(kept, Hidden))
         about = {

@@ -6,7 +6,6 @@ import hashlib
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -89,9 +88,8 @@ def read(names: Sequence[str]) -> list[str]:
     texts = []
     for name in files.expand(names):
         try:
-            texts.append(Path(name).read_text(encoding="utf-8-sig"))
-        except OSError as error:
-            raise RunError(f"cannot read {name}: {error.strerror}") from None
+            with files.readable(name), files.opened(name) as file:
+                texts.append(file.read())
         except UnicodeDecodeError:
             raise RunError(f"{name} is not text in UTF-8") from None
     if not any(text.strip() for text in texts):

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from . import corpus, devices, report, storage
+from . import corpus, devices, files, report, storage
 from .corpus import Corpus
+from .documents import Counts
 from .errors import Interrupted, RunError, Usage, needs
 from .methods import EAGER, FASTKD, HARD, LONGER, TEACHER
 from .settings import DefaultJob, toml
@@ -54,6 +55,8 @@ def run(chosen: DefaultJob, folder: Path, *, resume: bool = False) -> report.Res
                 experiment.load(state)
         else:
             storage.write(folder / storage.CONFIG, toml(chosen))
+        for remark in Counts(passed_over=files.passed_over(chosen.data)).remarks(0):
+            report.say(remark)
         report.announce(experiment, folder)
         train(experiment, folder, stop)
         result = report.Result.of(experiment, TOLERANCE)

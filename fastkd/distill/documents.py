@@ -30,17 +30,23 @@ class Document(NamedTuple):
 
 @dataclass
 class Counts:
-    """What became of the rows."""
+    """What became of the rows, and which files in folders of data were none of ours."""
 
     documents: int = 0
     empty: int = 0
     untaught: int = 0
     truncated: int = 0
     spelt: int = 0
+    passed_over: list[str] = field(default_factory=list)
 
     def remarks(self, length: int) -> list[str]:
         """What was left out, as a user would want to know."""
+        others = ", ".join(self.passed_over[:3]) + ", ..." * (len(self.passed_over) > 3)
         said = (
+            (
+                len(self.passed_over),
+                f"files in folders of data left out, of no known kind: {others}",
+            ),
             (self.empty, "rows without text left out"),
             (self.untaught, "rows with nothing to learn, such as a completion, left out"),
             (self.truncated, f"tokens of conversations beyond their first {length} cut off"),

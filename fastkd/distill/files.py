@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import bz2
+import contextlib
 import glob
+import gzip
+import io
 import itertools
 import json
+import lzma
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from . import hub
 from .errors import RunError, needs, one_line
 
 # Characters of plain text that are handed on at once.
 BLOCK = 2**16
-# What a folder is searched for, besides the rows of READERS.
+# What a folder is searched for, besides the rows of READERS; each may be compressed.
 PLAIN = (".txt", ".text", ".md")
+OPENERS: dict[str, Callable[..., IO[bytes]]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+}
 
 
 @dataclass(frozen=True)
@@ -44,10 +55,12 @@ def expand(names: Sequence[str]) -> list[str]:
         if name.startswith(hub.PREFIX):
             inside = [name]
         elif os.path.isdir(name):
-            inside = sorted(_inside(name))
+            inside = [each for each in sorted(_inside(name)) if _kind(each) in KINDS]
             if not inside:
-                kinds = ", ".join((*READERS, *PLAIN))
-                raise RunError(f"--data {name}: the folder holds no file that ends in {kinds}")
+                raise RunError(
+                    f"--data {name}: the folder holds no file that ends in {', '.join(KINDS)}, "
+                    f"compressed ({', '.join(OPENERS)}) or not"
+                )
         elif os.path.exists(name):
             inside = [name]
         else:
@@ -61,8 +74,44 @@ def expand(names: Sequence[str]) -> list[str]:
     return list(found)
 
 
+def passed_over(names: Sequence[str]) -> list[str]:
+    """Files in the folders among these names that `expand` does not mean."""
+    folders = (name for name in names if os.path.isdir(name))
+    return [each for folder in folders for each in _inside(folder) if _kind(each) not in KINDS]
+
+
+def opened(file: str) -> IO[str]:
+    """Its text, out of a compressed file too."""
+    return io.TextIOWrapper(_binary(file), encoding="utf-8-sig")
+
+
+def _binary(file: str) -> IO[bytes]:
+    return OPENERS.get(_ending(file), open)(file, "rb")
+
+
+@contextlib.contextmanager
+def readable(file: str) -> Iterator[None]:
+    """A file that breaks off, or that the system does not give, is one line."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot read {file}: {error.strerror or one_line(error)}") from None
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise RunError(f"cannot read {file} as {_ending(file)}: {one_line(error)}") from None
+
+
+def _ending(file: str) -> str:
+    return Path(file).suffix.lower()
+
+
+def _kind(file: str) -> str:
+    """How the name ends, before the ending of what compressed it."""
+    ending = _ending(file)
+    return _ending(Path(file).stem) if ending in OPENERS else ending
+
+
 def _inside(folder: str) -> Iterator[str]:
-    """Data files at any depth, behind links too; one that cannot be read is not passed over."""
+    """Files at any depth, behind links too; one that cannot be read is not passed over."""
     seen = set()
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
         real = os.path.realpath(parent)
@@ -70,11 +119,7 @@ def _inside(folder: str) -> Iterator[str]:
             folders.clear()
             continue
         seen.add(real)
-        yield from (
-            os.path.join(parent, name)
-            for name in names
-            if Path(name).suffix.lower() in (*READERS, *PLAIN)
-        )
+        yield from (os.path.join(parent, name) for name in names)
 
 
 def _refuse(error: OSError) -> None:
@@ -95,13 +140,11 @@ def rows(file: str) -> Iterator[Row]:
         named = enumerate(hub.rows(file), 1)
         yield from (Row(values, f"{file}, row {number}") for number, values in named)
         return
-    reader = READERS.get(Path(file).suffix.lower(), _plain)
-    try:
-        yield from reader(file)
-    except UnicodeDecodeError:
-        raise RunError(f"{file} is neither text in UTF-8 nor .jsonl nor .parquet") from None
-    except OSError as error:
-        raise RunError(f"cannot read {file}: {error.strerror or one_line(error)}") from None
+    with readable(file):
+        try:
+            yield from READERS.get(_kind(file), _plain)(file)
+        except UnicodeDecodeError:
+            raise RunError(f"{file} is neither text in UTF-8 nor .jsonl nor .parquet") from None
 
 
 # --- the kinds -------------------------------------------------------------------------------
@@ -109,7 +152,7 @@ def rows(file: str) -> Iterator[Row]:
 
 def _plain(file: str) -> Iterator[Row]:
     """Blocks that end before a line or a word."""
-    with open(file, encoding="utf-8-sig") as lines:
+    with opened(file) as lines:
         held, continues = "", False
         while more := lines.read(BLOCK):
             held += more
@@ -134,36 +177,46 @@ def _boundary(text: str) -> int:
 
 
 def _lines(file: str) -> Iterator[Row]:
-    with open(file, encoding="utf-8-sig") as lines:
+    with opened(file) as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 where = f"{file}, line {number}"
-                yield _object(_parsed(json.loads, line, where), where)
+                yield _object(_parsed(line, where), where)
 
 
 def _json(file: str) -> Iterator[Row]:
     """A list of objects, or objects line by line."""
-    with open(file, encoding="utf-8-sig") as text:
+    with opened(file) as text:
         start = next((line.lstrip() for line in text if line.strip()), "")
         text.seek(0)
         if not start.startswith("["):
             yield from _lines(file)
             return
-        entries = _parsed(json.load, text, file)
+        entries = _parsed(text.read(), file)
     for number, entry in enumerate(entries, 1):
         where = f"{file}, entry {number}"
         yield _object(entry, where)
 
 
-def _parsed(read: Callable[[Any], Any], text: Any, where: str) -> Any:
+def _parsed(text: str, where: str) -> Any:
     try:
-        return read(text)
-    except UnicodeDecodeError:
-        raise
+        return json.loads(text, object_pairs_hook=_distinct)
+    except KeyError as error:
+        raise RunError(f"{where}: an object has the key {error.args[0]} twice") from None
     except RecursionError:
         raise RunError(f"{where}: JSON nested too deep") from None
     except ValueError as error:
         raise RunError(f"{where}: this is not JSON: {one_line(error)}") from None
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a key that is there twice the one value would be lost."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise KeyError(short(key))
+        found[key] = value
+    return found
 
 
 def _object(value: Any, where: str) -> Row:
@@ -178,7 +231,10 @@ def _parquet(file: str) -> Iterator[Row]:
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(file) as table:
+        with _binary(file) as binary, ParquetFile(binary) as table:
+            names = table.schema_arrow.names
+            if twice := [name for place, name in enumerate(names) if name in names[:place]]:
+                raise RunError(f"{file} has the column {short(twice[0])} twice")
             batches = (batch.to_pylist() for batch in table.iter_batches(batch_size=256))
             for number, values in enumerate(itertools.chain.from_iterable(batches), 1):
                 yield Row(values, f"{file}, row {number}")
@@ -191,6 +247,7 @@ READERS: dict[str, Callable[[str], Iterator[Row]]] = {
     ".json": _json,
     ".parquet": _parquet,
 }
+KINDS = (*READERS, *PLAIN)
 
 
 def short(value: Any) -> str:

@@ -60,6 +60,7 @@ def prepare(
         reader.counts = Counts(**found["counts"])
     else:
         folder.mkdir(exist_ok=True)
+        reader.counts.passed_over = files.passed_over([*chosen.data, *chosen.eval_data])
         for name, data in wanted.items():
             documents = reader.documents(row for file in data for row in files.rows(file))
             length = chosen.sequence_length
