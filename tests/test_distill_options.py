@@ -121,6 +121,7 @@ def test_numbers_of_a_file_neither(tmp_path, capsys, line):
             for name in ("cuda:", "cuda:x", "cuda:-1", "cuda:²", "cpu:0", "mps", "meta", "disk")
         ),
         ("--teacher-precision=nf4", "needs bitsandbytes"),
+        ("--teacher-precision=llm_int8", "needs bitsandbytes"),
         ("--teacher-precision=int8", "needs torchao"),
         ("--quantize=int4", "needs torchao"),
         ("--optimizer=adamw_anyprecision", "optimizer adamw_anyprecision"),

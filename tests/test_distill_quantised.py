@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from fastkd.distill.quantised import TEACHERS
 from tests.test_distill_students import figures, last_line
 from tests.test_distill_user_models import (
     TEXT,
@@ -33,7 +34,7 @@ def sharp(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("kind", "package"), [("int8", "torchao"), ("nf4", "bitsandbytes")])
+@pytest.mark.parametrize(("kind", "package"), TEACHERS.items())
 def test_a_teacher_of_few_bits_takes_less_and_teaches_nearly_the_same(
     sharp, home, tmp_path, kind, package, monkeypatch
 ):

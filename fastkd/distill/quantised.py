@@ -1,7 +1,8 @@
 """Weights of few bits: a teacher's, to save memory, and a student's, trained for them.
 
 Linear layers but the output head, one scale per row; of int4, one per 32 entries where these divide
-the row. int8 and int4 are torchao's, nf4 is bitsandbytes'.
+the row. int8 and int4 are torchao's; llm_int8, whose inputs are rounded too but for columns of
+outliers, and nf4 are bitsandbytes'.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import nn
 
 from .errors import needs
 
-TEACHERS = ("int8", "nf4")
+TEACHERS = {"int8": "torchao", "llm_int8": "bitsandbytes", "nf4": "bitsandbytes"}
 STUDENTS = ("int8", "int4")
 GROUP = 32
 
@@ -23,22 +24,25 @@ Filter = Callable[[nn.Module, str], bool]
 
 def check(teacher: str, student: str) -> None:
     """Refuses what this machine has no package for, before anything is read."""
-    if teacher == "nf4":
+    packages = {TEACHERS.get(teacher), "torchao" if student else None}
+    if "bitsandbytes" in packages:
         needs("bitsandbytes", extra="")
-    if teacher == "int8" or student:
+    if "torchao" in packages:
         needs("torchao", extra="recipes")
 
 
 def loading(kind: str, dtype: torch.dtype) -> dict[str, Any]:
     """Options of `from_pretrained` for what is quantised while it is read."""
-    if kind != "nf4":
+    if TEACHERS.get(kind) != "bitsandbytes":
         return {}
     from transformers import BitsAndBytesConfig
 
-    chosen = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-    )
-    return {"quantization_config": chosen}
+    options: dict[str, Any] = {"load_in_8bit": True}
+    if kind == "nf4":
+        options = {
+            "load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_compute_dtype": dtype
+        }  # fmt: skip
+    return {"quantization_config": BitsAndBytesConfig(**options)}
 
 
 def quantise(model: Any, kind: str) -> None:

@@ -130,7 +130,9 @@ class UserModels(Common):
     )
     teacher_weights: str = setting("", "of several teachers, as in 2,1; by default equal")
     teacher_precision: str = setting(
-        "auto", "bf16, fp32, int8 (by torchao), nf4 (by bitsandbytes), or auto: that of the student"
+        "auto",
+        "bf16, fp32, int8 (by torchao), llm_int8 or nf4 (by bitsandbytes), or auto: that of the "
+        "student",
     )
     teacher_device: str = setting(
         "", "cpu, cuda:1, or auto: over all GPUs; by default, the student's"
