@@ -24,7 +24,7 @@ from .errors import RunError, needs, one_line
 BLOCK = 2**16
 # What a folder is searched for, besides the rows of READERS; each may be compressed.
 PLAIN = (".txt", ".text", ".md")
-OPENERS: dict[str, Callable[..., IO[bytes]]] = {
+OPENERS: dict[str, Callable[..., Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
