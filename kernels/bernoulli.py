@@ -6,6 +6,8 @@ summed up by rows. `README.md` derives the forms.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,7 @@ from torch import Tensor
 from fastkd.kernels import arithmetic as A
 from fastkd.kernels import memory as M
 from fastkd.kernels import phases as P
+from fastkd.kernels import walk as W
 from fastkd.kernels.arguments import (
     Extent,
     Factors,
@@ -35,35 +38,79 @@ from fastkd.sharding import Phases, of
 APART = tl.constexpr(64.0)
 
 
+class Logistic(NamedTuple):
+    small: Any  # sigmoid(-|x|)
+    large: Any  # sigmoid(|x|)
+    log: Any  # log(1 + e^-|x|), which is minus the log of the latter
+
+
+class Sums(NamedTuple):
+    """Of a row, the first five as in `values`."""
+
+    kd: Any
+    ce: Any
+    entropy: Any
+    teacher_entropy: Any
+    agreement: Any
+    scale_grad: Any  # minus T times the gradient of T
+
+
+class Sides(NamedTuple):
+    """Pointers to a row, and the weights of forward and reverse divergence."""
+
+    student: Any
+    teacher: Any
+    gradient: Any
+    labels: Any
+    a: Any
+    b: Any
+
+
+class Row(NamedTuple):
+    s_rate: Any  # 1 / T
+    t_rate: Any
+    factors: Any
+
+
+class Facts(NamedTuple):
+    """What the compiler knows of a sweep."""
+
+    VALUES: Any  # how many of Sums are wanted, from the first on
+    REVERSE: Any
+    SAME: Any  # whether both sides have one temperature
+    CE: Any
+    H: Any
+    TEMPERATURE: Any  # whether its gradient is wanted
+
+
 @triton.jit
 def _logistic(x, DIGITS: tl.constexpr):
-    """sigmoid(-|x|), sigmoid(|x|), and log(1 + e^-|x|), which is minus the log of the latter.
-
-    DIGITS: the logarithm to a relative 1e-6, where it is summed up; else to an absolute 2e-7.
-    """
+    """DIGITS: the logarithm to a relative 1e-6, where it is summed up; else to an absolute 2e-7."""
     e = tl.exp2(tl.abs(x) * -A.LOG2E)
     large = A.reciprocal(1.0 + e)
     log = A.fast_log2(1.0 + e) * A.LN2
     if DIGITS:
         log = tl.where(e < NEAR_RATIO, e - e * (e * A.log1p_remainder(e)), log)
-    return e * large, large, log
+    return Logistic(e * large, large, log)
 
 
 @triton.jit
-def _divergence(z, y, h, q_log, q_small, q_large, p_log, s, a, b, REVERSE: tl.constexpr):
+def _divergence(z, y, h, student, teacher, a, b, REVERSE: tl.constexpr):
     """a KL(p || q) + b KL(q || p), its slope to the tempered logit z, and q (1 - q); h = z - y.
 
     Both are the same with yes and no exchanged: so that p of the first becomes s <= 1/2.
+    student, teacher: Logistic of z and of y.
     """
-    up = y > 0
+    s, up = teacher.small, y > 0
     z, y, h = tl.where(up, -z, z), -tl.abs(y), tl.where(up, -h, h)
-    q, rest = tl.where(z > 0, q_large, q_small), tl.where(z > 0, q_small, q_large)
+    q = tl.where(z > 0, student.large, student.small)
+    rest = tl.where(z > 0, student.small, student.large)
     near = tl.abs(h) < NEAR
     bent = h * (h * expm1_remainder(h))  # e^h - 1 - h
     r = tl.where(near, s * (h + bent), (q - s) * A.reciprocal(rest))  # s (e^h - 1)
     rise = tl.where(near, r * rest, q - s)
     excess = tl.where(near, s * bent, r - tl.where(s > 0, s * h, 0.0))
-    far = tl.where(z > 0, 1.0 - s, -s) * z + tl.where(s > 0, s * y, 0.0) + q_log - p_log
+    far = tl.where(z > 0, 1.0 - s, -s) * z + tl.where(s > 0, s * y, 0.0) + student.log - teacher.log
     forward = tl.where(tl.abs(r) < NEAR_RATIO, excess - r * (r * A.log1p_remainder(r)), far)
     # A weight of exactly 0 also removes an infinite term.
     value, slope, bell = tl.where(a > 0, a * forward, 0.0), a * rise, q * rest
@@ -71,18 +118,18 @@ def _divergence(z, y, h, q_log, q_small, q_large, p_log, s, a, b, REVERSE: tl.co
         certain = tl.abs(z) == float("inf")
         both = tl.where(rise != 0, rise * h, 0.0) - forward
         # Far apart, the two would cancel: q h + log(1 - q) - log(1 - s).
-        apart = tl.where(z > 0, -rest * z - q * y, tl.where(q != 0, q * h, 0.0)) - q_log
-        apart = tl.where(certain, tl.where(z > 0, -y, 0.0), apart) + p_log
+        apart = tl.where(z > 0, -rest * z - q * y, tl.where(q != 0, q * h, 0.0)) - student.log
+        apart = tl.where(certain, tl.where(z > 0, -y, 0.0), apart) + teacher.log
         value += b * tl.where(certain | (tl.abs(h) > APART), apart, both)
         slope += b * tl.where(tl.abs(h) < float("inf"), bell * h, 0.0)
     return value, tl.where(up, -slope, slope), bell
 
 
 @triton.jit
-def _cross_entropy(z, label, q_small, q_large, q_log):
+def _cross_entropy(z, label, unit):
     """At T = 1, and sigmoid(z); 0 * inf is 0."""
     sided = tl.where(z > 0, 1.0 - label, -label)
-    return tl.where(sided == 0, 0.0, sided * z) + q_log, tl.where(z > 0, q_large, q_small)
+    return tl.where(sided == 0, 0.0, sided * z) + unit.log, tl.where(z > 0, unit.large, unit.small)
 
 
 @triton.jit
@@ -97,52 +144,48 @@ def _row_sum(total, x, inside):
 
 
 @triton.jit
-def _step(
-    sums, student, teacher, labels, gradient, at, inside, s_rate, t_rate, kd, ce, entropy, a, b,
-    VALUES: tl.constexpr, REVERSE: tl.constexpr, CE: tl.constexpr, H: tl.constexpr,
-    T_GRAD: tl.constexpr, SAME: tl.constexpr,
-):  # fmt: skip
-    """Adds a tile to the sums of kd, ce, entropy, teacher entropy, agreement and scale_grad."""
+def _step(sums, tile, sides, row, FACTS: tl.constexpr):
+    """Adds a tile to the sums, and writes its gradient."""
     kd_sum, ce_sum, entropy_sum, teacher_sum, agreement_sum, scale_grad = sums
-    z = M.load(student, at, inside, "evict_first")
-    y = M.load_beside(z, teacher, at, inside, "evict_first")
-    tempered, tempered_teacher = z * s_rate, y * t_rate
-    h = (z - y) * s_rate if SAME else tempered - tempered_teacher
-    q_small, q_large, q_log = _logistic(tempered, VALUES > 1 or (REVERSE and VALUES > 0))
-    p_small, _, p_log = _logistic(tempered_teacher, VALUES > 3 or (REVERSE and VALUES > 0))
-    value, slope, bell = tl.zeros_like(z), tl.zeros_like(z), q_small * q_large
-    if teacher is not None:
+    VALUES: tl.constexpr = FACTS.VALUES
+    at, inside = tile.at, tile.inside
+    z = M.load(sides.student, at, inside, "evict_first")
+    y = M.load_beside(z, sides.teacher, at, inside, "evict_first")
+    tempered, tempered_teacher = z * row.s_rate, y * row.t_rate
+    h = (z - y) * row.s_rate if FACTS.SAME else tempered - tempered_teacher
+    q = _logistic(tempered, VALUES > 1 or (FACTS.REVERSE and VALUES > 0))
+    p = _logistic(tempered_teacher, VALUES > 3 or (FACTS.REVERSE and VALUES > 0))
+    value, slope, bell = tl.zeros_like(z), tl.zeros_like(z), q.small * q.large
+    if sides.teacher is not None:
         value, slope, bell = _divergence(
-            tempered, tempered_teacher, h, q_log, q_small, q_large, p_log, p_small, a, b,
-            REVERSE,
-        )  # fmt: skip
+            tempered, tempered_teacher, h, q, p, sides.a, sides.b, FACTS.REVERSE
+        )
     if VALUES > 0:
         kd_sum = _row_sum(kd_sum, value, inside)
     if VALUES > 1:
         # H = log(1 + e^-|z|) + |z| sigmoid(-|z|)
-        entropy_sum = _row_sum(entropy_sum, q_log + _times(q_small, tl.abs(tempered)), inside)
+        entropy_sum = _row_sum(entropy_sum, q.log + _times(q.small, tl.abs(tempered)), inside)
     if VALUES > 3:
-        teacher_entropy = p_log + _times(p_small, tl.abs(tempered_teacher))
+        teacher_entropy = p.log + _times(p.small, tl.abs(tempered_teacher))
         teacher_sum = _row_sum(teacher_sum, teacher_entropy, inside)
         agreement = tl.where((z > 0) == (y > 0), 1.0, 0.0)
         agreement_sum = _row_sum(agreement_sum, agreement, inside)
 
-    g = kd * slope
-    if H:
-        g -= entropy * _times(bell, tempered)
-    g *= s_rate
-    if T_GRAD:
+    g = row.factors.kd * slope
+    if FACTS.H:
+        g -= row.factors.entropy * _times(bell, tempered)
+    g *= row.s_rate
+    if FACTS.TEMPERATURE:
         scale_grad = _row_sum(scale_grad, _times(g, z), inside)
-    if labels is not None:
-        if CE or VALUES > 1:
-            label = tl.load(labels + at, mask=inside).to(tl.float32)
-            unit_small, unit_large, unit_log = _logistic(z, VALUES > 1)
-            hard, sigmoid = _cross_entropy(z, label, unit_small, unit_large, unit_log)
+    if sides.labels is not None:
+        if FACTS.CE or VALUES > 1:
+            label = tl.load(sides.labels + at, mask=inside).to(tl.float32)
+            hard, sigmoid = _cross_entropy(z, label, _logistic(z, VALUES > 1))
             ce_sum = _row_sum(ce_sum, hard, inside)
-            g += ce * (sigmoid - label)
-    if gradient is not None:
-        tl.store(gradient + at, g.to(gradient.dtype.element_ty), mask=inside)
-    return kd_sum, ce_sum, entropy_sum, teacher_sum, agreement_sum, scale_grad
+            g += row.factors.ce * (sigmoid - label)
+    if sides.gradient is not None:
+        tl.store(sides.gradient + at, g.to(sides.gradient.dtype.element_ty), mask=inside)
+    return Sums(kd_sum, ce_sum, entropy_sum, teacher_sum, agreement_sum, scale_grad)
 
 
 @triton.jit
@@ -151,36 +194,31 @@ def _bernoulli(
     VALUES: tl.constexpr, REVERSE: tl.constexpr, RESIDENT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """RESIDENT: a lane is a row, of up to VECTOR columns; else `extent.span` columns of one row."""
-    SAME: tl.constexpr = temperatures.teacher is None
-    CE: tl.constexpr = factors.ce is not None
-    H: tl.constexpr = factors.entropy is not None
-    T_GRAD: tl.constexpr = outputs.temperature is not None
+    FACTS: tl.constexpr = Facts(
+        VALUES, REVERSE, SAME=temperatures.teacher is None, CE=factors.ce is not None,
+        H=factors.entropy is not None, TEMPERATURE=outputs.temperature is not None,
+    )  # fmt: skip
     ALIGN: tl.constexpr = TILE.align
     LANES: tl.constexpr = TILE.lanes
     VECTOR: tl.constexpr = TILE.vector
-    SPLITS: tl.constexpr = TILE.splits
     rows, columns = number(extent.rows), extent.columns
-    labels, counted = targets.labels, targets.counted
+    counted, labels = targets.counted, targets.labels
     a, b, _ = P.singles(a, b, 0.0)
-    lane, vector = tl.arange(0, LANES)[:, None], tl.arange(0, VECTOR)[None, :]
     split = tl.program_id(1)
     if RESIDENT:
-        index = tl.program_id(0).to(tl.int64) * LANES + lane
+        index = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)[:, None]
         exists = index < rows
         live = exists
         if counted is not None:
             live &= tl.load(counted + index, mask=exists, other=0) != 0
     else:
         index = tl.program_id(0).to(tl.int64)
-        exists = None
-        live = None
+        exists, live = None, None
     s_rate = 1.0 / P.per_row(temperatures.student, index, live, 1.0)
     t_rate = s_rate
     if temperatures.teacher is not None:
         t_rate = 1.0 / P.per_row(temperatures.teacher, index, live, 1.0)
-    kd = P.per_row(factors.kd, index, live, 0.0)
-    ce = P.per_row(factors.ce, index, live, 0.0)
-    entropy = P.per_row(factors.entropy, index, live, 0.0)
+    row = Row(s_rate, t_rate, P.factors_of(factors, index, live))
     student_at = M.row_at(index, student, extent.inner, ALIGN)
     teacher_at = M.row_at(index, teacher, extent.inner, ALIGN)
     gradient_at = M.row_at(index, gradient, extent.inner, ALIGN)
@@ -192,53 +230,40 @@ def _bernoulli(
         gradient += gradient_at
     if labels is not None:
         labels += index * columns
+    sides = Sides(student, teacher, gradient, labels, a, b)
 
     zero = tl.zeros([LANES, 1], tl.float32)
-    sums = zero, zero, zero, zero, zero, zero
+    sums = Sums(zero, zero, zero, zero, zero, zero)
     if RESIDENT:
-        columns = M.aligned(columns, ALIGN)
-        sums = _step(
-            sums, student, teacher, labels, gradient, vector, live & (vector < columns),
-            s_rate, t_rate, kd, ce, entropy, a, b, VALUES, REVERSE, CE, H, T_GRAD, SAME,
-        )  # fmt: skip
+        columns, vector = M.aligned(columns, ALIGN), tl.arange(0, VECTOR)[None, :]
+        tile = W.Tile(vector, vector, live & (vector < columns))
+        sums = _step(sums, tile, sides, row, FACTS)
         if gradient is not None:
             nothing = tl.zeros([LANES, VECTOR], gradient.dtype.element_ty)
             blank = exists & (vector < M.aligned(extent.width, ALIGN))
             tl.store(gradient + vector, nothing, mask=blank & ((vector >= columns) | (live == 0)))
-        at = index * SPLITS
     else:
-        BLOCK: tl.constexpr = LANES * VECTOR
-        offsets = lane * VECTOR + vector
-        begin = tl.minimum(split * extent.span, columns)
-        end = tl.minimum(begin + extent.span, columns)
+        stretch = W.stretch_of(split, extent.span, 0, columns, LANES, VECTOR, 0)
+        left = stretch
         if gradient is not None:
             if split == 0:
-                M.fill_zero(gradient, columns, extent.width, BLOCK)
+                M.fill_zero(gradient, columns, extent.width, LANES * VECTOR)
         if counted is not None:
-            if tl.load(counted + index) == 0:
-                if gradient is not None:
-                    M.fill_zero(gradient, begin, end, BLOCK)
-                end = begin
-        full = (end - begin) // BLOCK
-        for i in range(full):
-            sums = _step(
-                sums, student, teacher, labels, gradient, begin + i * BLOCK + offsets, None,
-                s_rate, t_rate, kd, ce, entropy, a, b, VALUES, REVERSE, CE, H, T_GRAD, SAME,
-            )  # fmt: skip
-        tail = begin + full * BLOCK
-        if tail < end:
-            sums = _step(
-                sums, student, teacher, labels, gradient, tail + offsets, tail + offsets < end,
-                s_rate, t_rate, kd, ce, entropy, a, b, VALUES, REVERSE, CE, H, T_GRAD, SAME,
-            )  # fmt: skip
-        at = index * SPLITS + split
+            counts = tl.load(counted + index) != 0
+            if gradient is not None:
+                if counts == 0:
+                    M.fill_zero(gradient, stretch.begin, stretch.end, LANES * VECTOR)
+            end = tl.where(counts, stretch.end, stretch.begin)
+            left = W.with_tiles(stretch, tl.where(counts, stretch.full, 0), end)
+        sums = W.walk(sums, left, sides, row, FACTS, _step, True)
+    at = index * TILE.splits + split
     for kind in tl.static_range(VALUES):
         total = sums[kind] if RESIDENT else tl.sum(sums[kind])
         if kind == 4:
             total /= columns if owner is None else number(owner.all_columns)
-        tl.store(outputs.value + kind * rows * SPLITS + at, total, mask=exists)
-    if T_GRAD:
-        total = sums[5] if RESIDENT else tl.sum(sums[5])
+        tl.store(outputs.value + kind * rows * TILE.splits + at, total, mask=exists)
+    if FACTS.TEMPERATURE:
+        total = sums.scale_grad if RESIDENT else tl.sum(sums.scale_grad)
         tl.store(outputs.temperature + at, -s_rate * total, mask=exists)
 
 

@@ -19,7 +19,7 @@ from fastkd.kernels import phases as P
 from fastkd.kernels import records
 from fastkd.kernels import rows as R
 from fastkd.kernels import walk as W
-from fastkd.kernels.arguments import number
+from fastkd.kernels.arguments import Factors, number
 from fastkd.kernels.arithmetic import LOG2E, log2
 from fastkd.kernels.pieces import read_statistics, write_statistics
 from fastkd.kernels.sweep import blank, counts, start
@@ -304,9 +304,7 @@ def listed(
         z, known, last, lp, teacher.tilt, row, row.gap, temper, a, b, REST,
         divergence.evaluate, CONSTANT,
     )  # fmt: skip
-    k_kd = P.per_row(factors.kd, index, None, 0.0)
-    k_ce = P.per_row(factors.ce, index, None, 0.0)
-    k_entropy = P.per_row(factors.entropy, index, None, 0.0)
+    terms = P.factors_of(factors, index, None)
     if not BACKWARD:
         row = with_events(row, found)
         if split == 0:
@@ -314,14 +312,15 @@ def listed(
             zero = row.c * 0.0
             sums = records.Sums(found.value, zero, found.agreement, zero, zero)
             P.write_row(
-                index, rows, None, stats, row, sums, hard, k_kd, k_ce, k_entropy, a, b, outputs,
-                WANT, divergence.outer,
+                outputs, records.Found(stats, row, sums, hard), terms,
+                index=index, rows=rows, live=None, a=a, b=b, WANT=WANT, OUTER=divergence.outer,
             )  # fmt: skip
 
     if gradient is not None or T_GRAD:
-        slope = found.slope * tl.where(k_kd != 0, k_kd * temper.s_rate, 0.0)
-        slope = tl.where(k_kd != 0, slope, 0.0)
-        asked = records.Asked(row, label, columns, smoothing, row.s_max * 0.0, k_ce, k_entropy)
+        slope = found.slope * tl.where(terms.kd != 0, terms.kd * temper.s_rate, 0.0)
+        slope = tl.where(terms.kd != 0, slope, 0.0)
+        others = Factors(kd=row.s_max * 0.0, ce=terms.ce, entropy=terms.entropy)
+        asked = records.Asked(row, label, columns, smoothing, others)
         unlisted = Unlisted(
             marks, tl.sum(tl.where(last, slope, 0.0)), log2(R.positive(row.gap)), asked
         )

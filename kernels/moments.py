@@ -16,6 +16,8 @@ from torch import Tensor
 
 from fastkd import problem
 from fastkd.kernels import memory as M
+from fastkd.kernels import records
+from fastkd.kernels import walk as W
 from fastkd.kernels.arguments import Extent, number, varying
 from fastkd.kernels.launch import rows_in_memory
 from fastkd.kernels.pieces import read_fields, write_fields
@@ -95,6 +97,13 @@ def _add(piece, x):
 
 
 @triton.jit
+def _step(pieces, tile, sides, known, FACTS: tl.constexpr):
+    s = _add(pieces[0], M.load(sides.student, tile.at, tile.inside, "evict_last"))
+    t = _add(pieces[1], M.load(sides.teacher, tile.at, tile.inside, "evict_last"))
+    return s, t
+
+
+@triton.jit
 def _collapse(piece):
     """The whole from its lanes: scalars."""
     piece = _over(piece, tl.max(piece.exponent))
@@ -132,12 +141,11 @@ def _moments(
 
     pieces: in place of `out`, where other owners have columns of these rows.
     """
-    lane, vector = tl.arange(0, LANES)[:, None], tl.arange(0, VECTOR)[None, :]
     rows, columns = number(extent.rows), extent.columns
     index = tl.program_id(0).to(tl.int64)
     exists = None
     if RESIDENT:
-        index = index * LANES + lane
+        index = index * LANES + tl.arange(0, LANES)[:, None]
         exists = index < rows
     student = student.pointer + M.row_at(index, student, extent.inner, ALIGN)
     teacher = teacher.pointer + M.row_at(index, teacher, extent.inner, ALIGN)
@@ -146,22 +154,16 @@ def _moments(
         live = exists
         if counted is not None:
             live &= tl.load(counted + index, mask=exists, other=0) != 0
+        vector = tl.arange(0, VECTOR)[None, :]
         inside = live & (vector < M.aligned(columns, ALIGN))
         s = _add(s, M.load(student, vector, inside, ""))
         t = _add(t, M.load(teacher, vector, inside, ""))
     else:
-        BLOCK: tl.constexpr = LANES * VECTOR
         if counted is not None:
             columns = tl.where(tl.load(counted + index) != 0, columns, 0)
-        offsets, full = lane * VECTOR + vector, columns // BLOCK
-        for i in range(full):
-            at = i * BLOCK + offsets
-            s = _add(s, M.load(student, at, None, "evict_last"))
-            t = _add(t, M.load(teacher, at, None, "evict_last"))
-        if full * BLOCK < columns:
-            at = full * BLOCK + offsets
-            s = _add(s, M.load(student, at, at < columns, "evict_last"))
-            t = _add(t, M.load(teacher, at, at < columns, "evict_last"))
+        stretch = W.stretch_of(0, columns, 0, columns, LANES, VECTOR, 0)
+        sides = records.Sides(student, teacher)
+        s, t = W.walk((s, t), stretch, sides, None, None, _step, True)
         s, t = _collapse(s), _collapse(t)
     if pieces is None:
         _write(out, index, rows, s, exists)

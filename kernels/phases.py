@@ -10,7 +10,7 @@ from fastkd.kernels import labels as L
 from fastkd.kernels import memory as M
 from fastkd.kernels import records
 from fastkd.kernels import rows as R
-from fastkd.kernels.arguments import number
+from fastkd.kernels.arguments import Factors, number
 
 THREAD = tl.constexpr(16)  # entries of a tile per thread, as tuning.py has them
 # The phases of a row, in their order.
@@ -32,6 +32,21 @@ def per_row(given, index, live, other):
         return (index * 0).to(tl.float32) + other
     else:
         return M.row_load(given.pointer, index * number(given.stride), live, other)
+
+
+@triton.jit
+def factors_of(factors, index, live):
+    """The coefficients of a row's terms; 0 where a term is absent."""
+    return Factors(
+        kd=per_row(factors.kd, index, live, 0.0),
+        ce=per_row(factors.ce, index, live, 0.0),
+        entropy=per_row(factors.entropy, index, live, 0.0),
+    )
+
+
+@triton.jit
+def any_of(factors):
+    return (factors.kd != 0) | (factors.ce != 0) | (factors.entropy != 0)
 
 
 @triton.jit
@@ -102,14 +117,14 @@ def cross_entropy(stats, row, label, label_logit, columns, smoothing, WANT: tl.c
 
 @triton.jit
 def write_row(
-    index, rows, live, stats, row, sums, hard, kd, ce, entropy, a, b, outputs,
-    WANT: tl.constexpr, OUTER: tl.constexpr,
-):  # fmt: skip
+    outputs, found, factors, index, rows, live, a, b, WANT: tl.constexpr, OUTER: tl.constexpr
+):
     """The row's values, its state for the backward pass, and its loss, where wanted.
 
-    hard: the cross-entropy. A factor of exactly 0 removes its term, be it infinite.
+    A factor of exactly 0 removes its term, be it infinite.
     """
     values, state, loss = outputs.value, outputs.state, outputs.loss
+    stats, row, sums, hard = found
     kd_value = tl.where(row.alive, L.divergence(row, sums.value, a, b, OUTER), 0.0)
     student_entropy = L.student_entropy(row)
     if values is not None:
@@ -138,8 +153,9 @@ def write_row(
             M.row_store(state + 9 * rows, row.entropy_slope, index, live)
         L.write_label(state, index, rows, live, row)
     if loss is not None:
-        total = tl.where(kd != 0, kd * kd_value, 0.0) + tl.where(ce != 0, ce * hard, 0.0)
-        total += tl.where(entropy != 0, entropy * student_entropy, 0.0)
+        total = tl.where(factors.kd != 0, factors.kd * kd_value, 0.0)
+        total += tl.where(factors.ce != 0, factors.ce * hard, 0.0)
+        total += tl.where(factors.entropy != 0, factors.entropy * student_entropy, 0.0)
         M.row_store(loss, total, index, live)
 
 
@@ -283,11 +299,13 @@ def gradient_tile(z, pair, column, sides, asked, FACTS: tl.constexpr):
     if records.REST & FACTS.WANT:
         slope -= q * row.rest
     value, slope = L.of_all(value, slope, q, column, row, temper)
-    scale_slope = tl.where(defined & (asked.kd != 0), asked.kd * row.scale_slope, 0.0)
-    kd = tl.where(defined, asked.kd * temper.s_rate, 0.0)
+    scale_slope = tl.where(
+        defined & (asked.factors.kd != 0), asked.factors.kd * row.scale_slope, 0.0
+    )
+    kd = tl.where(defined, asked.factors.kd * temper.s_rate, 0.0)
     gradient = kd * tl.where(kd != 0, slope, 0.0)
     if FACTS.H:
-        entropy = tl.where(row.alive, asked.entropy, 0.0)
+        entropy = tl.where(row.alive, asked.factors.entropy, 0.0)
         scale_slope += entropy * row.entropy_slope
         # Finite, so that it counts 0 where q is.
         log2_exp = R.centred_log2_exp(z, row, temper)
@@ -303,7 +321,7 @@ def gradient_tile(z, pair, column, sides, asked, FACTS: tl.constexpr):
         )
     if FACTS.CE:
         unit = tl.exp2((z - row.unit_max) * A.LOG2E - row.unit_log)
-        ce = tl.where(asked.label != L.NOWHERE, asked.ce, float("nan"))
+        ce = tl.where(asked.label != L.NOWHERE, asked.factors.ce, float("nan"))
         target = tl.where(column == asked.label, 1.0 - asked.smoothing, 0.0)
         target += asked.smoothing / asked.columns
         gradient += tl.where(row.alive, ce, 0.0) * (unit - target)

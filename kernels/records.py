@@ -111,6 +111,15 @@ class Sums(NamedTuple):
     entropy_slope: Any
 
 
+class Found(NamedTuple):
+    """What is known of a row at its end."""
+
+    stats: Any  # Statistics
+    row: Any
+    sums: Any
+    cross_entropy: Any
+
+
 class Differences(NamedTuple):
     """Sums of a sweep that few rows need, by the names of Statistics."""
 
@@ -128,12 +137,12 @@ class Gathered(NamedTuple):
 class Sides(NamedTuple):
     """What every step of a sweep sees: pointers to the row's position 0, and its parameters."""
 
-    student: Any
-    teacher: Any
-    gradient: Any
-    temper: Any
-    a: Any
-    b: Any
+    student: Any = None
+    teacher: Any = None
+    gradient: Any = None
+    temper: Any = None
+    a: Any = None
+    b: Any = None
 
 
 class Asked(NamedTuple):
@@ -143,9 +152,7 @@ class Asked(NamedTuple):
     label: Any
     columns: Any  # of all owners
     smoothing: Any
-    kd: Any
-    ce: Any
-    entropy: Any
+    factors: Any  # of its terms
 
 
 class Facts(NamedTuple):

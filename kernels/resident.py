@@ -80,11 +80,9 @@ def resident(
     live = exists
     if targets.counted is not None:
         live &= tl.load(targets.counted + index, mask=exists, other=0) != 0
-    kd = P.per_row(factors.kd, index, live, 0.0)
-    ce = P.per_row(factors.ce, index, live, 0.0)
-    entropy = P.per_row(factors.entropy, index, live, 0.0)
+    terms = P.factors_of(factors, index, live)
     if FIRST == P.GRADIENT:
-        live &= (kd != 0) | (ce != 0) | (entropy != 0)
+        live &= P.any_of(terms)
     temper = P.temper_of(temperatures, index, rows, live, a)
     columns, width = M.aligned(extent.columns, ALIGN), M.aligned(extent.width, ALIGN)
     student_row = student.pointer + M.row_at(index, student, extent.inner, ALIGN)
@@ -103,7 +101,7 @@ def resident(
             if AT_LABEL is not None:
                 teacher_logit += tl.sum(tl.where(hit, ys[i], 0.0), 1, keep_dims=True)
         temper = L.leave_out(temper, label, AT_LABEL)
-    sides = records.Sides(None, None, None, temper, a, b)
+    sides = records.Sides(temper=temper, a=a, b=b)
 
     if FIRST == P.GRADIENT:
         row = P.restore(outputs.state, index, rows, live, WANT, AT_LABEL)
@@ -154,13 +152,13 @@ def resident(
                 rest = tl.where(P.lacking(row, saturated), rest, 0.0)
             row = P.with_rest(row, rest)
         P.write_row(
-            index, rows, live, stats, row, sums, hard, kd, ce, entropy, a, b, outputs,
-            WANT, divergence.outer,
+            outputs, records.Found(stats, row, sums, hard), terms,
+            index=index, rows=rows, live=live, a=a, b=b, WANT=WANT, OUTER=divergence.outer,
         )  # fmt: skip
     if gradient.pointer is not None or outputs.temperature is not None:
         if gradient.pointer is not None:
             gradient_row = gradient.pointer + M.row_at(index, gradient, extent.inner, ALIGN)
-        asked = records.Asked(row, label, columns, smoothing, kd, ce, entropy)
+        asked = records.Asked(row, label, columns, smoothing, terms)
         scale_grad = tl.zeros([LANES, 1], tl.float32)
         for i in tl.static_range(len(PARTS)):
             column = columns_of(PARTS, i)

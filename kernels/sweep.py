@@ -68,9 +68,7 @@ def counts(index, targets, factors, BACKWARD: tl.constexpr):
     """Whether a row counts, and where there is an upstream gradient, whether that is not 0."""
     live = True
     if BACKWARD:
-        live = P.per_row(factors.kd, index, None, 0.0) != 0
-        live = live | (P.per_row(factors.ce, index, None, 0.0) != 0)
-        live = live | (P.per_row(factors.entropy, index, None, 0.0) != 0)
+        live = P.any_of(P.factors_of(factors, index, None))
     if targets.counted is not None:
         live = live & (tl.load(targets.counted + index) != 0)
     return live
@@ -112,7 +110,6 @@ def phases(
     before these rows' first column, which has position `shift`; what is not alike moves in
     smaller pieces.
     """
-    OUTER: tl.constexpr = divergence.outer
     AT_LABEL: tl.constexpr = divergence.at_label
     CONSTANT: tl.constexpr = divergence.constant
     SAME: tl.constexpr = temperatures.teacher is None
@@ -239,14 +236,12 @@ def phases(
             row = P.with_rest(row, rest)
 
     # Only now: scalars that lived through the sweeps above would be spilled.
-    k_kd = P.per_row(factors.kd, index, None, 0.0)
-    k_ce = P.per_row(factors.ce, index, None, 0.0)
-    k_entropy = P.per_row(factors.entropy, index, None, 0.0)
+    terms = P.factors_of(factors, index, None)
     if LAST == P.GRADIENT and not BACKWARD and not LATE:
         if split == 0:
             P.write_row(
-                index, rows, None, stats, row, sums, hard,
-                k_kd, k_ce, k_entropy, a, b, outputs, WANT, OUTER,
+                outputs, records.Found(stats, row, sums, hard), terms,
+                index=index, rows=rows, live=None, a=a, b=b, WANT=WANT, OUTER=divergence.outer,
             )  # fmt: skip
 
     if LAST == P.GRADIENT and (gradient is not None or outputs.temperature is not None):
@@ -254,7 +249,7 @@ def phases(
         CE: tl.constexpr = factors.ce is not None
         H: tl.constexpr = factors.entropy is not None
         gathered = records.Gathered(P.no_sums(LANES), tl.zeros([LANES, 1], tl.float32))
-        asked = records.Asked(row, label, all_columns, smoothing, k_kd, k_ce, k_entropy)
+        asked = records.Asked(row, label, all_columns, smoothing, terms)
         left = stretch
         if records.KL & WANT:
             # Where the value is known, a loop of its own makes the gradient alone.
@@ -291,6 +286,6 @@ def phases(
                         pieces.sums, turn, rows, share, WANT, TILE.pieces, TILE.padded
                     )
                 P.write_row(
-                    index, rows, None, stats, row, sums, hard,
-                    k_kd, k_ce, k_entropy, a, b, outputs, WANT, OUTER,
+                    outputs, records.Found(stats, row, sums, hard), terms,
+                    index=index, rows=rows, live=None, a=a, b=b, WANT=WANT, OUTER=divergence.outer,
                 )  # fmt: skip
