@@ -15,17 +15,9 @@ from fastkd.kernels import tuning
 
 from . import cases, model, replay
 from .assembly import Binary
-from .compiled import (
-    NAMES,
-    Configuration,
-    Measured,
-    has_clusters,
-    measure,
-    tile_of,
-    traffic,
-    work,
-)
+from .configurations import NAMES, Configuration, Measured, has_clusters, measure
 from .report import table
+from .work import tile_of, traffic, work
 
 PREDICTED = (
     "case", "divergence", "pass", "schedule", "DRAM bytes", "instructions", "MUFU", "DRAM, ms",

@@ -14,15 +14,15 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import compiled, model
+from . import configurations, model
 from .assembly import SASS, _compiled, _count, _sass
 from .report import table
 
 TARGET = "sm_90"
 CANDIDATES = (0, 64, 80, 96, 128)  # 0: no cap
 SWEPT = (
-    *(one for one in (*compiled.MAIN, *compiled.MORE) if one.columns > 4096),
-    *(one for one in compiled.OTHERS if one.columns > 4096 and "multi" not in one.name),
+    *(one for one in (*configurations.MAIN, *configurations.MORE) if one.columns > 4096),
+    *(one for one in configurations.OTHERS if one.columns > 4096 and "multi" not in one.name),
 )
 
 
@@ -42,8 +42,8 @@ def assembled(ptx: str, cap: int) -> bytes:
         return cubin.read_bytes()
 
 
-def lines(name: str, one: compiled.Configuration) -> list[list[str]]:
-    gpu, call = model.GPUS[TARGET], compiled._call(name, one)
+def lines(name: str, one: configurations.Configuration) -> list[list[str]]:
+    gpu, call = model.GPUS[TARGET], configurations.call_of(name, one)
     found = []
     for kernel, kind, constants, _, metadata in _compiled(TARGET, call, gpu.processors, 0):
         if kind != "sweep":
@@ -69,7 +69,9 @@ HEAD = (
 
 def main(arguments: Sequence[str], show: Callable[[str], None] = print) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.registers", description=__doc__)
-    parser.add_argument("--divergence", nargs="+", default=compiled.NAMES, choices=compiled.NAMES)
+    parser.add_argument(
+        "--divergence", nargs="+", default=configurations.NAMES, choices=configurations.NAMES
+    )
     parser.add_argument("--only", nargs="+", default=[one.name for one in SWEPT])
     options = parser.parse_args(arguments)
     found = [

@@ -67,7 +67,7 @@ EDITS = [
 ]  # fmt: skip
 BENCHMARKED = """
 from benchmarks.cases import OTHERS
-from benchmarks.compiled import MAIN, measure, tasks
+from benchmarks.configurations import MAIN, measure, tasks
 from benchmarks.operators.logits import KINDS
 from tests.test_ahead_of_time import BUDGET, DEAREST
 assert ("sm_90", "hellinger") in tasks(quick=False)

@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="the kernels need triton")
 
 import triton
 
-from benchmarks.compiled import TARGETS, configurations, tasks
+from benchmarks.configurations import TARGETS, configurations, tasks
 from fastkd.divergences import SLOPE_SUM, Divergence
 
 ROOT = Path(__file__).parents[1]
