@@ -1,4 +1,4 @@
-"""Two processes that are started together: forked of one that has imported all, again and again."""
+"""Processes that are started together: forked of one that has imported all, again and again."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ NURSERY = """if True:
     from fastkd.distill import default_job, user_models, watch
     torch.set_num_threads(1)
 
-    def begin(rank, port, command, said):
+    def begin(rank, world, port, command, said):
         child = os.fork()
         if child:
             return child
         os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+            LOCAL_WORLD_SIZE=str(world),
             MASTER_ADDR="localhost", MASTER_PORT=str(port),
         )
         out = os.open(f"{said}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -45,26 +46,26 @@ NURSERY = """if True:
             os._exit(code)
 
     for line in sys.stdin:
-        command, said, event, ranks, number = json.loads(line)
+        command, said, event, ranks, number, world = json.loads(line)
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        children = [begin(rank, port, command, said) for rank in range(2)]
+        children = [begin(rank, world, port, command, said) for rank in range(world)]
         codes, began = {}, time.monotonic()
-        while len(codes) < 2:
+        while len(codes) < world:
             if event and Path(event).exists():
                 event = None
                 for rank in ranks:
                     os.kill(children[rank], number)
             if time.monotonic() - began > 120:
-                for rank in {0, 1} - set(codes):
+                for rank in set(range(world)) - set(codes):
                     os.kill(children[rank], signal.SIGKILL)
-            for rank in {0, 1} - set(codes):
+            for rank in set(range(world)) - set(codes):
                 ended, status = os.waitpid(children[rank], os.WNOHANG)
                 if ended:
                     codes[rank] = os.waitstatus_to_exitcode(status)
             time.sleep(0.002)
-        print(json.dumps([codes[0], codes[1]]), flush=True)
+        print(json.dumps([codes[rank] for rank in range(world)]), flush=True)
 """
 
 
@@ -76,12 +77,12 @@ class Nursery:
             env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
 
-    def run(self, command, said, event="", ranks=(), number=0):
-        """The exit codes of both: of `fastkd distill ...`, or of a function "module:name" with
-        strings. What they say is in `said`.0 and `said`.1; once there is a file `event` these
+    def run(self, command, said, event="", ranks=(), number=0, world=2):
+        """The exit codes of all: of `fastkd distill ...`, or of a function "module:name" with
+        strings. What they say is in `said`.0, `said`.1; once there is a file `event` these
         ranks get a signal.
         """
-        given = [[*map(str, command)], str(said), str(event), [*ranks], int(number)]
+        given = [[*map(str, command)], str(said), str(event), [*ranks], int(number), world]
         print(json.dumps(given), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
 

@@ -1,4 +1,4 @@
-"""`fastkd distill` on two processes over gloo, by FSDP2: as one process, whatever ends it."""
+"""`fastkd distill` over gloo, with divided weights and vocabularies: as one process, whatever ends it."""
 
 import copy
 import itertools
@@ -40,7 +40,7 @@ def alone(home, tmp_path_factory):
 
 
 def said(path):
-    return [Path(f"{path}.{rank}").read_text() for rank in range(2)]
+    return [each.read_text() for each in sorted(path.parent.glob(f"{path.name}.*"))]
 
 
 def as_one_process(folder, alone):
@@ -73,21 +73,52 @@ def test_a_kill_and_an_interrupt_change_nothing(home, alone, nursery, tmp_path):
     as_one_process(out, alone)
 
 
+def test_a_divided_vocabulary_changes_nothing(home, alone, nursery, tmp_path):
+    out, words = tmp_path / "out", tmp_path / "said"
+    new = ["distill", "--out", out, "--tensor-parallel=2", *options(home, **CHAIN)]
+    state = out / "checkpoint-6" / "trainer_state.json"
+    assert nursery.run(new, words, state, [0, 1], signal.SIGINT) == [130, 130], said(words)
+    assert nursery.run(["distill", "--resume", out], words) == [0, 0], said(words)
+    as_one_process(out, alone)
+
+
 def test_weights_are_divided_and_the_head_is_gathered_once(home, nursery, tmp_path):
-    words = tmp_path / "said"
-    command = [f"{__name__}:one_step", home, tmp_path, "fsdp"]
+    command, words = [f"{__name__}:divided_weights", home, tmp_path], tmp_path / "said"
     assert nursery.run(command, words) == [0, 0], said(words)
 
 
-def one_step(home, folder, *options):
-    """On a rank: its share of both models, the gathers of a step of many chunks of rows, and the
-    gradient, over two batches on each rank, against that of all of them by PyTorch alone.
-    """
+def divided_weights(home, folder):
+    """On a rank: its share of both models, and the gathers of a step of many chunks of rows."""
     from torch.distributed.fsdp import FSDPModule
 
+    trainer, job, gathers = one_step(home, folder, fsdp=True)
+    # Of either model its blocks and what is outside of them, some for the backward again.
+    assert len(gathers) == 2
+    assert max(gathers) <= 7
+    for model in (*job.teachers, trainer.model):
+        assert isinstance(model, FSDPModule)
+        model.reshard()
+        mine = sum(weight.to_local().numel() for weight in model.parameters())
+        assert mine < 0.6 * sum(weight.numel() for weight in model.parameters())
+
+
+def test_two_pairs_of_processes_divide_the_vocabulary(home, nursery, tmp_path):
+    command, words = [f"{__name__}:divided_vocabulary", home, tmp_path], tmp_path / "said"
+    assert nursery.run(command, words, world=4) == [0] * 4, said(words)
+
+
+def divided_vocabulary(home, folder):
+    for fsdp in (False, True):
+        trainer, _, _ = one_step(home, folder, tensor_parallel=2, fsdp=fsdp)
+        first = 200 * (dist.get_rank() % 2)
+        assert trainer.columns.mine == slice(first, first + 200)
+
+
+def one_step(home, folder, **options):
+    """The gradient, over two batches on each rank, is that of all of them by PyTorch alone."""
     from fastkd import chunks
 
-    trainer, job = trainer_of(home, Path(folder), *options)
+    trainer, job = trainer_of(home, Path(folder), **options)
     steps = Recorded()
     trainer.add_callback(steps)
     before = copy.deepcopy(trainer.model)
@@ -103,25 +134,18 @@ def one_step(home, folder, *options):
 
     trainer.training_step = counted
     trainer.train()
-    # Of either model its blocks and what is outside of them, some for the backward again.
-    assert len(gathers) == 2
-    assert max(gathers) <= 7
-    for model in (*job.teachers, trainer.model):
-        assert isinstance(model, FSDPModule)
-        model.reshard()
-        mine = sum(weight.to_local().numel() for weight in model.parameters())
-        assert mine < 0.6 * sum(weight.numel() for weight in model.parameters())
-    assert_right(steps, before, f"{home}/teacher")
+    assert_right(steps, before, f"{home}/teacher", options.get("tensor_parallel", 1))
+    return trainer, job, gathers
 
 
-def trainer_of(home, folder, *options):
+def trainer_of(home, folder, **options):
     from fastkd.distill import settings
     from fastkd.distill.job import Job
 
     chosen = settings.build(settings.UserModels, {
         "teacher": [f"{home}/teacher"], "student": f"{home}/student", "data": [f"{home}/text.txt"],
         "sequence_length": 16, "device": "cpu", "batch_size": 2, "accumulation": 2, "steps": 1,
-        "clip": 0, "alpha": 0.7, **dict.fromkeys(options, True),
+        "clip": 0, "alpha": 0.7, **options,
     })  # fmt: skip
     job = Job(chosen, folder / "tokens")
     return job.trainer(chosen, folder, save_strategy="no", eval_strategy="no"), job
@@ -145,10 +169,12 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
 
 
-def assert_right(steps, student, teacher):
+def assert_right(steps, student, teacher, sharing):
     """The gradient of the mean over the tokens of all ranks' batches, in fp64, at T = 2."""
     gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, steps.batches)
+    dist.all_gather_object(gathered, [dict(batch) for batch in steps.batches])
+    torch.testing.assert_close(gathered[::sharing], gathered[sharing - 1 :: sharing])
+    gathered = gathered[::sharing]
     student = student.double()
     teacher = transformers.AutoModelForCausalLM.from_pretrained(teacher).double()
     losses, tokens = [], 0
@@ -170,6 +196,29 @@ def assert_right(steps, student, teacher):
         assert_close(steps.gradients[name], weight.grad, "gradient")
 
 
-def test_fsdp_is_for_several_processes(home, tmp_path, capsys):
-    assert distil("--out", tmp_path / "out", "--fsdp", *options(home)) == 2
-    assert "start several by torchrun" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--fsdp"], "fsdp: there is one process: start several by torchrun"),
+        (["--tensor-parallel=2"], "tensor_parallel=2 must divide the number of processes, which"),
+        (["--tensor-parallel=2", "--cross-tokenizer=gold"], "uld sorts all probabilities"),
+    ],
+)
+def test_what_needs_other_processes_is_refused(more, message, home, tmp_path, capsys):
+    assert distil("--out", tmp_path / "out", *options(home), *more) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--tensor-parallel=2", "--no-chunked-logits"], "makes them whole"),
+        (["--fsdp", "--optimizer=sgd"], "PyTorch cannot load what is empty"),
+    ],
+)
+def test_what_several_processes_cannot_is_refused(more, message, home, tmp_path, nursery):
+    command = ["distill", "--out", tmp_path / "out", *options(home), *more]
+    codes = nursery.run(command, tmp_path / "said", world=2)
+    assert 2 in codes
+    assert message in said(tmp_path / "said")[0]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastkd.cross_tokenizer import shared_tokens
+from fastkd.integrations.models import head_of
 
 from . import aligned, cached, models, parsing, quantised, sequences, settings
 from .devices import pick, placement
@@ -40,8 +41,7 @@ class Job:
         if chosen.threads:
             torch.set_num_threads(chosen.threads)
         self.device = pick(chosen.device)
-        if chosen.fsdp and int(os.environ.get("WORLD_SIZE", 1)) < 2:
-            raise Usage("fsdp: there is one process: start several by torchrun, or leave it out")
+        _check_processes(chosen)
         quantised.check(chosen.teacher_precision, chosen.quantize)
         placement(chosen.teacher_device)
         self.dtype = precision(chosen.precision, self.device)
@@ -97,6 +97,11 @@ class Job:
         model, self.came_in = self.student(chosen)
         if checkpoint is not None:
             model, _ = self.student(chosen, checkpoint)
+        if chosen.tensor_parallel > 1 and not (chosen.chunked_logits and head_of(model)):
+            raise Usage(
+                "tensor_parallel divides an output head, and the student's logits are not those of "
+                "a linear head, or --no-chunked-logits makes them whole: leave one of them out"
+            )
         apart = self.cache is None or bool(self.cache.manifest.about.get(cached.APART))
         self.separate = apart and all(map(models.keeps_documents_apart, (*self.teachers, model)))
         common = {
@@ -125,6 +130,7 @@ class Job:
                 teacher_weights=parsing.weights(chosen.teacher_weights),
                 heads=chosen.chunked_logits,
                 on_policy=_on_policy(chosen, self.tokens.eos_token_id),
+                tensor_parallel=chosen.tensor_parallel,
                 data_collator=partial(sequences.collate, separate=self.separate),
                 **common,
             )
@@ -157,6 +163,17 @@ class Job:
         if self.cache is not None:
             return str(self.cache.manifest.key())
         return " ".join(map(models.fingerprint, self.teachers or [student]))
+
+
+def _check_processes(chosen: settings.UserModels) -> None:
+    processes, share = int(os.environ.get("WORLD_SIZE", 1)), chosen.tensor_parallel
+    if chosen.fsdp and processes == 1:
+        raise Usage("fsdp: there is one process: start several by torchrun, or leave it out")
+    if processes % share:
+        raise Usage(
+            f"tensor_parallel={share} must divide the number of processes, which is {processes}: "
+            "start as many by torchrun"
+        )
 
 
 def precision(wanted: str, device: torch.device) -> torch.dtype:

@@ -209,6 +209,7 @@ class UserModels(Common):
         False, "read special tokens that are spelt in the text as such; conversations always do"
     )
     fsdp: bool = setting(False, "divide the models over the processes of torchrun, by FSDP2")
+    tensor_parallel: int = setting(1, "processes that divide the vocabulary", "[1, 65536]")
     precision: str = setting("auto", "bf16, fp32, or auto: bf16 where the device has it")
     save_precision: str = setting("auto", "bf16, fp32, or auto: as the student came")
     checkpointing: bool = setting(False, "recompute the student's activations, to save memory")
@@ -280,7 +281,7 @@ class UserModels(Common):
             )
 
     def _check_cross_tokenizer(self) -> None:
-        known("cross_tokenizer", self.cross_tokenizer, ("", *CROSS_TOKENIZER))
+        known("cross_tokenizer", self.cross_tokenizer, ("", "uld", "gold"))
         if not self.cross_tokenizer:
             return
         default = {item.name: item.default for item in dataclasses.fields(self)}
@@ -289,6 +290,7 @@ class UserModels(Common):
             "on_policy": "the student writes in its own tokens",
             "standardize": "the losses are of probabilities",
             "entropy_weight": "the losses have no such term",
+            "tensor_parallel": "uld sorts all probabilities",
         }
         for name, why in refused.items():
             if getattr(self, name) != default[name]:
@@ -312,9 +314,6 @@ class Search:
     def check(self) -> None:
         known("sampler", self.sampler, ("grid", "random", "tpe"))
         check_ranges(self)
-
-
-CROSS_TOKENIZER = ("uld", "gold")
 
 
 # --- TOML ------------------------------------------------------------------------------------

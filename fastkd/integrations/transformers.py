@@ -29,13 +29,14 @@ from .models import (  # noqa: E402
     targets,
 )
 from .on_policy import OnPolicy  # noqa: E402
+from .processes import ProcessesTrainer  # noqa: E402
 from .teachers import asked  # noqa: E402
 
 Settings = Callable[[int, int], Mapping[str, Any]]
 Operand = Tensor | LinearHead | TopK | Sampled | Ensemble
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(ProcessesTrainer):
     r"""Trains a student against a teacher that sees the same inputs.
 
     The loss is that of `distillation_loss`, divided by the tokens that count in all batches of an
@@ -56,6 +57,8 @@ class DistillationTrainer(Trainer):
         heads: of models whose logits are a linear head's, hand on hidden states and head in place
             of logits, which then are never in memory as a whole.
         on_policy: a share of the steps, in which the student learns from what it writes itself.
+        tensor_parallel: so many neighbouring processes see the same batches, and divide the columns
+            of both output heads and all that is made of them; the weights stay whole, or FSDP's.
         shift: whether the logits at a place predict the next token, as those of causal language
             models do; None finds out. Batches with `shift_labels` are taken as they are.
         options: those of Trainer. `label_smoothing_factor` smooths the cross-entropy, if any.
@@ -94,6 +97,7 @@ class DistillationTrainer(Trainer):
         shift: bool | None = None,
         heads: bool = True,
         on_policy: OnPolicy | None = None,
+        tensor_parallel: int = 1,
         **options: Any,
     ) -> None:
         super().__init__(*arguments, **options)
@@ -127,6 +131,7 @@ class DistillationTrainer(Trainer):
         self.on_policy, self.own_words = on_policy, False
         heads = heads and not self._sharded()
         self.student_head = head_of(self.model) if heads else None
+        self._divide_vocabulary(tensor_parallel)
         sharded = self._fsdp_version() == 2
         self.teachers = [
             self._without_adapters
@@ -147,7 +152,7 @@ class DistillationTrainer(Trainer):
         outputs = self.student_outputs(model, inputs) if return_outputs else None
         student = self.student_logits(model, inputs) if outputs is None else outputs.logits
         settings = {
-            "vocab_size": self.vocab_size,
+            **self._vocabulary(),
             "num_items": num_items_in_batch,
             "label_smoothing": self.args.label_smoothing_factor,
             # Nobody reads the student's logits again; fp16 gradients wait for the loss scale.
@@ -160,18 +165,11 @@ class DistillationTrainer(Trainer):
         if self.own_words:
             settings["alpha"] = 1.0  # what the student wrote is no label
         with self._precision(of=student):
-            loss, metrics = distillation_loss(student, teacher, labels, **settings)
+            loss, metrics = distillation_loss(self._mine(student), teacher, labels, **settings)
         scale = self._divided(num_items_in_batch)
         self._keep(loss, metrics, labels, num_items_in_batch, scale)
         loss = loss * scale
         return (loss, outputs) if return_outputs else loss
-
-    def _divided(self, num_items_in_batch: Tensor | int | None) -> int:
-        """By what DistributedDataParallel divides what the count of tokens has divided before."""
-        if num_items_in_batch is None or not self.args.average_tokens_across_devices:
-            return 1
-        # Those of one tensor-parallel group see the same batch.
-        return self.accelerator.num_processes // self.get_tp_size()
 
     def student_outputs(self, model: Any, inputs: Mapping[str, Any]) -> Any:
         with self._precision():
@@ -185,7 +183,7 @@ class DistillationTrainer(Trainer):
 
     @torch.no_grad()
     def teacher_logits(self, inputs: Mapping[str, Any]) -> Operand:
-        said = [teacher(inputs) for teacher in self.teachers]
+        said = [self._mine(teacher(inputs)) for teacher in self.teachers]
         return said[0] if len(said) == 1 else Ensemble(said, self.teacher_weights)
 
     def _without_adapters(self, inputs: Mapping[str, Any]) -> Tensor | LinearHead:
@@ -198,16 +196,6 @@ class DistillationTrainer(Trainer):
         bf16 = self.accelerator.mixed_precision == "bf16" and not isinstance(of, Tensor)
         return torch.autocast(self.args.device.type, torch.bfloat16, enabled=bf16)
 
-    def _fsdp_version(self) -> int:
-        """0: without FSDP."""
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        return plugin.fsdp_version if plugin is not None else 0
-
-    def _sharded(self) -> bool:
-        """Whether the head may be in pieces outside of the model's own forward."""
-        wrapped = self.is_deepspeed_enabled or self.get_tp_size() > 1
-        return bool(wrapped or self._fsdp_version() == 1 or self.args.torch_compile)
-
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """In a step on policy, what the student writes from prompts of these batches."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -215,7 +203,7 @@ class DistillationTrainer(Trainer):
         self.own_words = self.on_policy is not None and self.on_policy.at(step, self.args.seed)
         if self.on_policy is not None and self.own_words and batches:
             student = self.accelerator.unwrap_model(self.model)
-            process = self.args.process_index
+            process = self.args.process_index // self._sharing()
             with self._precision(), self.on_policy.random(self.args.seed, step, process):
                 batches = [
                     self.on_policy.written(student, self._prepare_inputs(batch), self.vocab_size)
@@ -247,13 +235,6 @@ class DistillationTrainer(Trainer):
             logs.update(zip(names, values, strict=True))
         super().log(logs, start_time)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Weights that are tied are saved once: gathered by FSDP they are no longer one tensor."""
-        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
-        if state_dict:
-            state_dict.update({k: state_dict[v] for k, v in tied.items() if v in state_dict})
-        super()._save(output_dir, state_dict)
-
     @torch.no_grad()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -270,8 +251,7 @@ class DistillationTrainer(Trainer):
         with evaluating(model):
             for batch in self.get_eval_dataloader(eval_dataset):
                 sums = self._sums(model, self._prepare_inputs(batch))
-                # Sequences that only fill up the last batch of a process are dropped here.
-                rows.append(self.accelerator.gather_for_metrics(sums))
+                rows.append(self._gathered(sums))
         total = torch.cat(rows).double().sum(0)
         names = ("validation_loss", "kl_to_teacher", "agreement")
         means = (total[:3] / total[3]).tolist()
@@ -288,11 +268,11 @@ class DistillationTrainer(Trainer):
         student = self.student_logits(model, inputs)
         with self._precision(of=student):
             _, found = distillation_loss(
-                student,
+                self._mine(student),
                 self.teacher_logits(inputs),
                 labels,
-                vocab_size=self.vocab_size,
                 return_metrics=True,
+                **self._vocabulary(),
             )
         assert found.ce is not None  # since labels are given
         parts = (found.ce, found.kd, found.agreement, labels != -100)
