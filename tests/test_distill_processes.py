@@ -1,4 +1,4 @@
-"""`fastkd distill` over gloo, with divided weights and vocabularies: as one process, whatever ends it."""
+"""`fastkd distill` over gloo, weights or vocabulary divided: as one process, whatever ends it."""
 
 import copy
 import itertools
