@@ -29,7 +29,7 @@ class Rows(torch.autograd.Function):
         name: str,
         dual: str,
         dual_numbers: Tensor | None,
-        numbers: Tensor,
+        numbers: Tensor | Problem,
         vocab_size: int,
         spec: str,
         *tensors: Tensor | None,
@@ -43,8 +43,11 @@ class Rows(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.entropy, _, ctx.name, ctx.dual, dual_numbers = inputs[:5]
-        numbers, ctx.vocab_size, ctx.spec, *tensors = inputs[5:]
-        ctx.save_for_backward(dual_numbers, numbers, *output[1:], *tensors)
+        packed: Sequence[Any] = inputs[5:8]
+        if isinstance(packed[0], Problem):
+            _, *packed = packed[0].pack()
+        numbers, ctx.vocab_size, ctx.spec = packed
+        ctx.save_for_backward(dual_numbers, numbers, *output[1:], *inputs[8:])
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
@@ -114,15 +117,14 @@ def _listed(found: Any, side: Any, wanted: bool) -> list[Any]:
     if not wanted:
         return [None] * len(sources(side))
     if isinstance(found, Tensor):  # of logits, in the layout that the backend prefers
-        return [found.view(side.shape)]
+        return [found if found.shape == side.shape else found.view(side.shape)]
     return found
 
 
 class Fused(torch.autograd.Function):
     """gradient="forward": the weighted loss and its gradient at once; the backward only scales.
 
-    fused(inplace, metrics, backend, *coefficients, *problem.beside_tensors()) -> loss, values,
-    *gradients.
+    fused(inplace, metrics, backend, *coefficients, *problem.flat()) -> loss, values, *gradients.
     """
 
     @staticmethod
@@ -130,9 +132,9 @@ class Fused(torch.autograd.Function):
         inplace: bool,
         metrics: bool,
         name: str,
-        kd: Tensor,
-        ce: Tensor | None,
-        entropy: Tensor | None,
+        kd: float | Tensor,
+        ce: float | Tensor | None,
+        entropy: float | Tensor | None,
         numbers: Tensor | Problem,
         vocab_size: int,
         spec: str,
@@ -148,7 +150,7 @@ class Fused(torch.autograd.Function):
         )
         if out is not None and not tracing.watched():  # a kernel does not count a new version
             torch.autograd.graph.increment_version(out)
-        values = loss.new_empty(0) if values is None else values
+        values = loss if values is None else values
         return loss.sum(), values, *_listed(found, problem.student, True)  # type: ignore[return-value]
 
     @staticmethod

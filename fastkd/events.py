@@ -24,10 +24,9 @@ from torch import Tensor
 from . import checks, chunks, sharding, tracing
 from .divergences import LN2, Divergence, plogr
 from .eager.blocks import slices
-from .eager.solver import shared
 from .forms import Events
 from .operands import Sampled, TopK
-from .problem import AGREEMENT, KD, TEACHER_ENTROPY, Coefficients, Problem
+from .problem import AGREEMENT, KD, TEACHER_ENTROPY, Coefficients, Problem, shared
 from .settings import Settings
 
 NOTHING = -1  # an index where nothing is listed
@@ -157,6 +156,7 @@ class Listed(NamedTuple):
         self, problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         shares = sharding.run(problem.merge, _shares(problem))
+        coefficients = coefficients.rows(problem)
         base, loss = None, torch.zeros_like(coefficients.kd)
         values = loss.new_zeros(1, problem.rows)
         if metrics or coefficients.ce is not None or coefficients.entropy is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -15,7 +15,7 @@ from .divergences import Divergence
 from .labels import soft as is_soft
 from .operands import Ensemble, Student, Teacher
 from .operators import apply, readable
-from .problem import Problem, packed_numbers, per_row, scalar
+from .problem import Problem, packed_numbers, scalar
 from .reduction import Metrics, factor_of_rows, factors_of_terms, rows_that_count, weighted
 from .settings import Keywords, Settings
 
@@ -220,7 +220,7 @@ def distillation_loss(
     factor = factor_of_rows(reduction, num_items, counted, row_weight, outlines[0], dtype)
     if torch.compiler.is_compiling():
         factor = scalar(factor, dtype, outlines[0].device)
-    factors = factors_of_terms(given, row_weight)
+    factors = factors_of_terms(given, row_weight, factor)
     of_all = merge.columns or columns
     reads_teacher = _reads_teacher(given, outlines[1])
     problem = Problem.of(
@@ -240,9 +240,8 @@ def distillation_loss(
     shape = outlines[0].shape[:-1]
     if mode == "forward" and trains and backend != "reference":
         loss, values, *_ = apply(
-            autograd.Fused, inplace, return_metrics, backend,
-            *_coefficients(factors, factor, problem), *problem.beside_tensors(),
-        )  # fmt: skip
+            autograd.Fused, inplace, return_metrics, backend, *factors, *problem.flat()
+        )
     else:
         if backend == "reference":
             values = reference.losses(problem, entropy_weight != 0, return_metrics, standardize)
@@ -251,7 +250,7 @@ def distillation_loss(
                 autograd.Rows, entropy_weight != 0, return_metrics, backend,
                 *_dual(problem, given.divergence, others, backend), *problem.flat(),
             )  # fmt: skip
-        rows = weighted(values, factors) * factor
+        rows = weighted(values, factors)
         loss = rows.view(shape) if reduction == "none" else rows.sum()
     return (loss, Metrics.of(values, shape, labels)) if return_metrics else loss
 
@@ -276,16 +275,6 @@ def _reads_teacher(given: Settings, teacher: Tensor) -> bool:
     """Not where alpha is 0 and nobody asks for its figures or for a gradient that is 0."""
     trains = tracing.trains(teacher) or tracing.trains(given.teacher_temperature)
     return given.alpha > 0 or given.return_metrics or trains
-
-
-def _coefficients(
-    factors: Sequence[float | Tensor | None], factor: float | Tensor, problem: Problem
-) -> list[Tensor | None]:
-    device = problem.student_temperature.device
-    return [
-        None if term is None else per_row(term * factor, problem.rows, problem.dtype, device)
-        for term in factors
-    ]
 
 
 def _dual(

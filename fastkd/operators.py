@@ -112,7 +112,7 @@ class Traced(NamedTuple):
     def fused(
         self, problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
     ) -> tuple[Tensor, Tensor, Any]:
-        rest = (*coefficients, metrics, self.name)
+        rest = (*coefficients.rows(problem), metrics, self.name)
         if out is None:
             return _fused(*problem.pack(), *rest)
         tensors, *others = problem.pack()
@@ -347,6 +347,8 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """
     if tracing.traced():
         return function.apply(*arguments)
+    if not torch.is_grad_enabled():  # nothing is to be saved
+        return function.forward(*arguments)
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 

@@ -60,27 +60,38 @@ FLAT = 1e30
 
 
 class Coefficients(NamedTuple):
-    """Per-row factors of the three terms, fp32 [N], of any stride; None: the term is absent.
+    """Factors of the three terms; None: the term is absent.
 
-    As upstream gradients of a backward, or as the weights of the terms in a fused loss.
+    As upstream gradients of a backward, fp32 [N], of any stride; or as the weights of the terms in
+    a fused loss, which may be numbers and 0-d tensors too.
     """
 
-    kd: Tensor
-    ce: Tensor | None
-    entropy: Tensor | None
+    kd: Any
+    ce: Any
+    entropy: Any
+
+    def rows(self, problem: Problem) -> Coefficients:
+        """As [N]."""
+        of = problem.rows, problem.dtype, problem.student_temperature.device
+        return Coefficients._make(None if x is None else per_row(x, *of) for x in self)
+
+    def numbers(self) -> Coefficients:
+        """A number in place of a tensor where all rows share it, of which a device is asked."""
+        return Coefficients._make(_number(x) if isinstance(x, Tensor) else x for x in self)
 
     def part(self, rows: Any) -> Coefficients:
         """Of some rows, a slice or indices."""
-        return Coefficients._make(None if factor is None else factor[rows] for factor in self)
+        return Coefficients._make(x[rows] if isinstance(x, Tensor) and x.dim() else x for x in self)
 
-    def weigh(self, values: Tensor) -> Tensor:
+    def weigh(self, values: Sequence[Tensor] | Tensor) -> Tensor:
         """The weighted loss rows: a term whose factor is 0 is left out, were it infinite."""
-        loss, *terms = (
-            torch.where(factor == 0, 0.0, factor * values[kind])
-            for kind, factor in enumerate(self)
-            if factor is not None
-        )
-        return sum(terms, loss)
+        terms = [
+            torch.where(factor == 0, 0.0, factor * row) if isinstance(factor, Tensor)
+            else factor * row
+            for factor, row in zip(self, values, strict=False)
+            if isinstance(factor, Tensor) or factor
+        ]  # fmt: skip
+        return sum(terms[1:], terms[0]) if terms else torch.zeros_like(values[KD])
 
 
 class Packed(NamedTuple):
@@ -244,15 +255,13 @@ class Problem(NamedTuple):
         ]  # fmt: skip
 
     def flat(self) -> list[Any]:
-        """For an autograd Function, which looks for tensors one by one: they come last."""
+        """For an autograd Function, which looks for tensors one by one: they come last. The problem
+        goes along as it is where no transform changes its tensors on their way.
+        """
+        if not tracing.traced():
+            return [self, 0, "", *self._tensors()]
         tensors, *rest = self.pack()
         return [*rest, *tensors]
-
-    def beside_tensors(self) -> list[Any]:
-        """As `flat`, for a Function that makes nothing of them later: the problem goes along as it
-        is where no transform changes its tensors on their way.
-        """
-        return self.flat() if tracing.traced() else [self, 0, "", *self._tensors()]
 
     @staticmethod
     def unpack(
@@ -275,6 +284,17 @@ class Problem(NamedTuple):
 # --- rows and numbers ------------------------------------------------------------------------
 
 
+def shared(rows: Tensor) -> bool:
+    """Whether [N] is one number, expanded."""
+    return rows.stride(0) == 0 and len(rows) > 0
+
+
+def _number(factor: Tensor) -> float | Tensor:
+    if factor.dim():
+        return factor[0].item() if shared(factor) else factor
+    return factor.item()
+
+
 def per_row(value: float | Tensor, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A number, a 0-d tensor or one per row, as [N]."""
     if isinstance(value, Tensor) and value.dim():
@@ -291,9 +311,12 @@ def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> T
         return constant(1.0, dtype, device) * value.to(dtype)
     if torch.compiler.is_compiling():  # torch.full would compile again for each value
         return torch.ones((), dtype=dtype, device=device) * value
-    if abs(value) > torch.finfo(dtype).max:  # which torch.full refuses
-        value = math.copysign(math.inf, value)
-    return constant(value, dtype, device)
+    return constant(held_by(dtype, value), dtype, device)
+
+
+def held_by(dtype: torch.dtype, value: float) -> float:
+    """Infinite where it is beyond what the dtype holds, which PyTorch refuses of a number."""
+    return math.copysign(math.inf, value) if abs(value) > torch.finfo(dtype).max else value
 
 
 def packed_numbers(*values: float) -> Tensor:

@@ -95,8 +95,13 @@ def divisor(
     return torch.where((items == 0) & ~counted.any(), 1.0, divisor)
 
 
-def factors_of_terms(given: Settings, row_weight: Tensor | None) -> list[float | Tensor | None]:
-    """What the divergence, cross-entropy and entropy of a row are multiplied by; None: absent."""
+def factors_of_terms(
+    given: Settings, row_weight: Tensor | None, factor: float | Tensor
+) -> list[float | Tensor | None]:
+    """What the divergence, cross-entropy and entropy of a row are multiplied by; None: absent.
+
+    factor: of the rows.
+    """
     scale: float | Tensor = 1.0
     if given.scale_by_temperature:
         student, teacher = given.temperature, given.teacher_temperature
@@ -105,7 +110,7 @@ def factors_of_terms(given: Settings, row_weight: Tensor | None) -> list[float |
         power = given.divergence.temperature_power
         scale = scale if power == 2 else scale ** (power / 2)
         scale = scale.flatten() if isinstance(scale, Tensor) and scale.dim() else scale
-    weight = 1.0 if row_weight is None else row_weight
+    weight = factor if row_weight is None else factor * row_weight
     alpha, entropy_weight = given.alpha, given.entropy_weight
     return [
         alpha * scale * weight if alpha > 0 else 0.0,

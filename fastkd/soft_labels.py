@@ -63,6 +63,7 @@ class SoftLabels(NamedTuple):
         self, problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         labels = sharding.run(problem.merge, _of(problem))
+        coefficients = coefficients.rows(problem)
         ce = coefficients.ce
         loss, values, found = self.backend.fused(
             labels.problem, labels.scaled(coefficients), metrics, out

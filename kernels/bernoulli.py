@@ -302,6 +302,7 @@ def fused(
     problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     gradient = new_gradient(problem) if out is None else out
+    coefficients = coefficients.rows(problem)
     kinds = problem.kinds(coefficients.entropy is not None, metrics)
     values, _ = _run(problem, kinds, coefficients, gradient)
     if problem.merge:

@@ -74,6 +74,7 @@ def fused(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(loss rows [N], values or None, gradient of their sum); out may be the student's logits."""
     gradient = new_gradient(problem) if out is None else out
+    coefficients = coefficients.rows(problem)
     loss, values = new_rows(problem, 1)[0], new_rows(problem, 5) if metrics else None
     _launch(
         problem, P.STATISTICS, coefficients.entropy is not None, metrics, coefficients, gradient,

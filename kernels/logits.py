@@ -114,6 +114,7 @@ def fused(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(loss rows [N], values or None, gradient of their sum); out may be the student's logits."""
     gradient = new_gradient(problem) if out is None else out
+    coefficients = coefficients.rows(problem)
     loss = new_rows(problem, 1)[0]
     values = new_rows(problem, 5) if metrics else None
     together(of(problem.merge), _launches(

@@ -69,6 +69,7 @@ def fused(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Weighted loss rows, `values` with metrics, and the gradient of the sum of those rows."""
     target = new_gradient(problem) if out is None else out.view(problem.student.shape)
+    coefficients = coefficients.rows(problem)
     entropy = coefficients.entropy is not None
     values = new_values(problem, problem.kinds(entropy, metrics))
     if problem.merge:

@@ -39,6 +39,9 @@ class Rows(NamedTuple):
 
     def parts(self, step: int) -> Iterator[Rows]:
         """At most `step` rows each; the first are the largest."""
+        if 0 < self.size <= step:
+            yield self
+            return
         for some in slices(self.size, step):
             yield Rows(*(_some(index, some) for index in self))
 
@@ -82,6 +85,12 @@ def marked(problem: Problem, mask: Tensor, step: int) -> Iterator[Rows]:
     return Rows(flat // inner_rows, flat % inner_rows, flat).parts(step)
 
 
+def vocabulary(logits: Tensor, problem: Problem) -> Tensor:
+    """Without the columns that are padding."""
+    size = problem.vocab_size
+    return logits if logits.size(-1) == size else logits[..., :size]
+
+
 def new_values(problem: Problem, kinds: int) -> Tensor:
     return problem.student.new_zeros(kinds, problem.rows, dtype=problem.dtype)
 
@@ -112,7 +121,7 @@ class Store:
 
     def __init__(self, problem: Problem, dtype: torch.dtype) -> None:
         self.dtype, self.columns = dtype, problem.vocab_size
-        self.empty = problem.student.new_empty(0, dtype=dtype)
+        self.like = problem.student
         self.capacity = self.rows = self.taken = 0
         self.buffers: list[Tensor] = []  # [capacity, V]
         self.views: list[Tensor] = []  # of these, [rows, V]
@@ -127,8 +136,10 @@ class Store:
     def new(self) -> Tensor:
         if self.taken == len(self.buffers):
             count = 1 if self.buffers else AT_ONCE
-            more = self.empty.new_empty(count, self.capacity, self.columns).unbind()
+            shape = count, self.capacity, self.columns
+            more = self.like.new_empty(shape, dtype=self.dtype).unbind()
             self.buffers += more
-            self.views += [buffer[: self.rows] for buffer in more]
+            whole = self.rows == self.capacity
+            self.views += more if whole else [buffer[: self.rows] for buffer in more]
         self.taken += 1
         return self.views[self.taken - 1]

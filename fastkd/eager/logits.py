@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd.divergences import LN2, MASKED_BELOW
-from fastkd.problem import WIDTH, Coefficients, Problem
+from fastkd.problem import WIDTH, Coefficients, Problem, held_by
 from fastkd.sharding import Phases
 
-from .blocks import Rows, blank, new_gradient, new_values, place_of
-from .solver import Solver, Terms, of_rows, shared
+from .blocks import Rows, blank, new_gradient, new_values, place_of, vocabulary
+from .solver import Solver, Terms, of_rows
 
 
 def phases(problem: Problem, entropy: bool, metrics: bool) -> Phases[tuple[Tensor, Tensor]]:
@@ -30,7 +31,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradient of the student's logits, in their dtype, and of each row's temperature."""
     out = new_gradient(problem) if gradient else None
-    target = None if out is None else out[..., : problem.vocab_size]
+    target = None if out is None else vocabulary(out, problem)
     temperature_grad = upstream.kd.new_zeros(problem.rows) if temperature else None
     solver = Solver(problem, upstream.entropy is not None, False, gradient=True)
     weights = weights_of(upstream, solver.scales[0])
@@ -45,20 +46,21 @@ def fused(
     """Weighted loss rows, `values` with metrics, and the gradient of the sum of those rows."""
     inplace = out is not None
     out = new_gradient(problem) if out is None else out.view(problem.student.shape)
-    target = out[..., : problem.vocab_size]
-    alone = (coefficients.ce is None or problem.teacher is None) and coefficients.entropy is None
-    room = target if alone and not inplace else None
+    target = vocabulary(out, problem)
     entropy = coefficients.entropy is not None
+    alone = (coefficients.ce is None or problem.teacher is None) and not entropy
+    room = target if alone and not inplace else None
     values = new_values(problem, problem.kinds(entropy, metrics))
     kept = values.unbind()
     solver = Solver(problem, entropy, metrics, True, room, inplace)
+    coefficients = coefficients.numbers()
     weights = weights_of(coefficients, solver.scales[0])
     for rows, terms in solver:
         _store(kept, rows, terms)
         write_gradient(problem, rows, terms, weights, target, None)
     if inplace:
         blank(problem, out)
-    return coefficients.weigh(values), values if metrics else None, out
+    return coefficients.weigh(kept), values if metrics else None, out
 
 
 def scale_(gradient: Tensor, upstream: Tensor) -> None:
@@ -71,11 +73,8 @@ def scale_(gradient: Tensor, upstream: Tensor) -> None:
 
 
 def weights_of(upstream: Coefficients, scale: float | Tensor) -> Coefficients:
-    """For the gradient by logits: [N, 1], or 0-d where all rows share it; scale: the student's."""
-    kd, ce, entropy = (
-        rows if rows is None else rows[0] if shared(rows) else rows[:, None] for rows in upstream
-    )
-    assert kd is not None
+    """For the gradient by logits: [N, 1], or a number that all rows share; scale: the student's."""
+    kd, ce, entropy = (x[:, None] if isinstance(x, Tensor) else x for x in upstream.numbers())
     return Coefficients(kd * scale, ce, None if entropy is None else entropy * scale)
 
 
@@ -88,8 +87,8 @@ def write_gradient(
     temperature: Tensor | None,
 ) -> None:
     """Writes the block's gradient to the student's logits [O, I, V], and to its temperature."""
-    place = None
-    if out is not None and terms.counts is None:
+    place = terms.place
+    if place is None and out is not None and terms.counts is None:
         place = place_of(out, rows, terms.pair.student.exp.dtype)
     gradient = terms.pair.new() if place is None else place
     tempered = terms.descent is not None or weights.entropy is not None
@@ -125,11 +124,21 @@ def _tempered_gradient(rows: Rows, terms: Terms, weights: Coefficients, gradient
     else:
         weight = of_rows(weights.kd, rows)
         torch.mul(q.exp, weight * descent.total / q.sum_exp, out=gradient)
-        gradient.addcmul_(descent.terms, weight * descent.factor, value=-1)
+        _subtract(gradient, descent.terms, weight, descent.factor)
     if weights.entropy is not None:
         lq_plus_entropy = LN2 * (q.log2_exp - pair.mean_log2_exp(q))
         weight = of_rows(weights.entropy, rows) / q.sum_exp
         gradient.addcmul_(lq_plus_entropy.mul_(q.exp), weight, value=-1)
+
+
+def _subtract(rows: Tensor, terms: Tensor, weight: Any, factor: Any) -> None:
+    """terms * weight * factor, each [R, 1] or a number; a number costs no operation."""
+    if isinstance(weight, Tensor):
+        weight, factor = 1.0, weight * factor
+    if isinstance(factor, Tensor):
+        rows.addcmul_(terms, factor, value=held_by(rows.dtype, -weight))
+    else:
+        rows.add_(terms, alpha=held_by(rows.dtype, -weight * factor))
 
 
 def _temperature_grad(gradient: Tensor, terms: Terms) -> Tensor:
@@ -162,18 +171,18 @@ def _add_through_width(
 
 
 def _cross_entropy_gradient(
-    gradient: Tensor, problem: Problem, rows: Rows, terms: Terms, weights: Tensor, add: bool
+    gradient: Tensor, problem: Problem, rows: Rows, terms: Terms, weights: Any, add: bool
 ) -> None:
     """Adds it, or writes it."""
     assert terms.unit is not None
     assert problem.labels is not None
-    weight, smoothing = of_rows(weights, rows).to(gradient.dtype), problem.label_smoothing
+    weight, smoothing = of_rows(weights, rows), problem.label_smoothing
     size = (weight / terms.unit.sum_exp).to(gradient.dtype)
     if add:
         gradient.addcmul_(terms.unit.exp, size)
     else:
         torch.mul(terms.unit.exp, size, out=gradient)
-    at_labels = ((smoothing - 1) * weight).expand(len(gradient), 1)
+    at_labels = gradient.new_full((len(gradient), 1), smoothing - 1).mul_(weight)
     terms.pair.add_at_labels(gradient, at_labels[:, 0])
     if smoothing:
         gradient.sub_(weight * (smoothing / problem.columns))

@@ -243,7 +243,9 @@ class Sweeps(Columns):
         problem = self.problem
         target = None if out is None else out[..., : problem.vocab_size]
         weights = weights_of(upstream, self.exact_scales[0])
-        plain = Coefficients._make(None if x is None else x.to(problem.dtype) for x in weights)
+        plain = Coefficients._make(
+            x.to(problem.dtype) if isinstance(x, Tensor) else x for x in weights
+        )
         for rows in self._blocks():
             some = weights if self.store is self.exact_store else plain
             write_gradient(problem, rows, self._terms(rows, known), some, target, None)
@@ -254,7 +256,7 @@ class Sweeps(Columns):
         """The derivative to T of each row, the same on all owners."""
         slopes = (known.get("kd_slope"), None, known.get("entropy_slope"))
         found = sum(
-            -(weight[:, 0] if weight.dim() else weight) * slope
+            -(weight[:, 0] if isinstance(weight, Tensor) else weight) * slope
             for weight, slope in zip(weights, slopes, strict=True)
             if weight is not None and slope is not None
         )

@@ -7,15 +7,16 @@ small, or fail, because of a mask, show by their value, and are done again in fp
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastkd.divergences import LN2, MASKED, SEARCHED, Descent, Divergence, Pair, Softmax, total
-from fastkd.problem import AGREEMENT, CE, ENTROPY, KD, TEACHER_ENTROPY, WIDTH, Problem
+from fastkd.problem import AGREEMENT, CE, ENTROPY, KD, TEACHER_ENTROPY, WIDTH, Problem, shared
 
-from .blocks import Rows, Store, blocks, largest, marked, place_of
+from .blocks import Rows, Store, blocks, largest, marked, place_of, vocabulary
 
 # From here on a value is infinite: the largest of fp32. What stands for -inf is far beyond.
 FAR = torch.finfo(torch.float32).max
@@ -27,6 +28,8 @@ MOST_SUM_EXP = 2.0**64
 # certainty. So it may be where the divergence is above LARGE, or its slope this near to its bound.
 UNCERTAIN, LARGE, NEARLY = 2.0**-9, 256.0, 1 - 2.0**-6
 CERTAIN = 1 + UNCERTAIN
+# Logits of a problem that are few.
+FEW = 1 << 14
 # The least scale, 1 / T over the width of a row, at which fp32 has room for logits over it.
 LEAST_SCALE = 1e-30
 # In fp64, a divergence below CLOSE loses digits; where its log-ratios spread by less than SPREAD,
@@ -44,6 +47,7 @@ class Terms(NamedTuple):
     counts: Tensor | None  # [R, 1], bool: rows with a logit on either side; None: all
     # -T times the derivatives of divergence and entropy to T, [R, 1]; None: from the gradient.
     tempering: tuple[Tensor, Tensor] | None = None
+    place: Tensor | None = None  # of the gradient, where the student's `exp` are
 
 
 class Solver:
@@ -67,7 +71,9 @@ class Solver:
         self.room, self.inplace = room, inplace
         self.again: Tensor | None = None  # [N], bool: rows to come in fp64 when all others are done
         sides = (problem.student, problem.teacher)
-        self.sides = [x[..., : problem.vocab_size] for x in sides if x is not None]
+        self.sides = [vocabulary(x, problem) for x in sides if x is not None]
+        # To search all of few logits for their largest takes less than to look at the sums then.
+        self.few = problem.rows * problem.vocab_size <= FEW
         self.kind = Divergence.of_name(problem.divergence)
         # Against a student that is nearly certain.
         self.guarded = gradient and self.kind.cancels and problem.teacher is not None
@@ -76,9 +82,11 @@ class Solver:
             scale.to(problem.dtype) if isinstance(scale, Tensor) else scale
             for scale in self.exact_scales
         ]
-        self.store, self.exact_store = (
-            Store(problem, dtype) for dtype in (problem.dtype, torch.float64)
-        )
+        self.store = Store(problem, problem.dtype)
+
+    @cached_property
+    def exact_store(self) -> Store:
+        return Store(self.problem, torch.float64)
 
     def __iter__(self) -> Iterator[tuple[Rows, Terms]]:
         size = largest(self.problem)
@@ -127,11 +135,12 @@ class Solver:
         near, far = -torch.inf, LARGE if self.guarded else FAR
         if terms.descent is not None:
             near, sums = self.kind.least_in_fp32, terms.descent.total
-        sum_exp = torch.maximum(pair.student.sum_exp, pair.teacher.sum_exp)
-        if terms.unit is not None:
-            sum_exp = torch.maximum(sum_exp, terms.unit.sum_exp)
-        if not sum_exp.max().item() < MOST_SUM_EXP:
-            check = torch.where(sum_exp[:, 0] < MOST_SUM_EXP, check, torch.inf)
+        if not self.few:
+            sum_exp = torch.maximum(pair.student.sum_exp, pair.teacher.sum_exp)
+            if terms.unit is not None:
+                sum_exp = torch.maximum(sum_exp, terms.unit.sum_exp)
+            if not sum_exp.max().item() < MOST_SUM_EXP:
+                check = torch.where(sum_exp[:, 0] < MOST_SUM_EXP, check, torch.inf)
         if self.guarded and (certain := _certain(pair.student)) is not None:
             check = torch.where(certain, 0.0, check)
         if isinstance(pair.student_scale, Tensor):
@@ -180,14 +189,14 @@ class Solver:
             values[AGREEMENT] = agree.any(-1).to(z.dtype)
         at_one = isinstance(scales[0], float) and scales[0] == 1
         if problem.labels is not None and not at_one:
-            unit = Softmax.of(z, 1.0, store.new(), store.new())
+            unit = Softmax.of(z, 1.0, store.new(), store.new(), self.few)
 
         room = None if self.room is None else place_of(self.room, rows, store.dtype)
-        place = store.new() if room is None else room
-        q = Softmax.of(z, scales[0], log2_exps[0], place, whole=self.entropy)
+        exp = store.new() if room is None else room
+        q = Softmax.of(z, scales[0], log2_exps[0], exp, self.few or self.entropy)
         p = q
         if problem.teacher is not None:
-            p = Softmax.of(y, scales[-1], log2_exps[1], store.new())
+            p = Softmax.of(y, scales[-1], log2_exps[1], store.new(), self.few)
         if problem.labels is not None:
             unit = q if unit is None else unit
             values[CE] = _cross_entropy(unit, problem.labels[rows.flat], problem.label_smoothing)
@@ -199,10 +208,10 @@ class Solver:
         pair = Pair(q, p, scales[0], store.new, labels)
         if problem.teacher is None:
             values[KD] = torch.zeros_like(q.sum_exp[:, 0])
-            return Terms(values, pair, None, unit, None)
+            return Terms(values, pair, None, unit, None, place=room)
         value, descent = self.kind.value_and_descent(pair, problem.a, problem.b)
         values[KD] = value[:, 0]
-        return Terms(values, pair, descent, unit, None)
+        return Terms(values, pair, descent, unit, None, place=room)
 
     def exact_terms(self, rows: Rows) -> Terms:
         """The terms in fp64, with a number for -inf, which times 0 is 0; its traces are removed."""
@@ -283,11 +292,6 @@ def exact_scales(problem: Problem) -> list[float | Tensor]:
         widths = problem.moments[:, WIDTH].double()
         return [1 / (temperatures[i].double() * widths[i])[:, None] for i in (0, -1)]
     return [1 / (t[0].item() if shared(t) else t.double()[:, None]) for t in temperatures]
-
-
-def shared(rows: Tensor) -> bool:
-    """Whether [N] is one number, expanded."""
-    return rows.stride(0) == 0 and len(rows) > 0
 
 
 def _cross_entropy(unit: Softmax, labels: Tensor, smoothing: float) -> Tensor:
