@@ -159,8 +159,9 @@ def _forward(
 ) -> Tensor:
     """The values in `dtype`, or with `reduce` their sum; operands of one shape."""
     out = None if reduce else input.new_empty(input.shape, dtype=dtype)
-    x, t, o = _as_matrices(input, target, out)
-    total = _backend(x, t).forward(x, t, o, log_target)
+    backend = _backend(input, target)
+    x, t, o = _laid_out(backend, input, target, out)
+    total = backend.forward(x, t, o, log_target)
     return total if out is None else out
 
 
@@ -183,11 +184,12 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """Of the input, if `input_dtype` is given, and of the target, if `input` is, else empty."""
     to_input, to_target = _empty_gradients(upstream, input, target, log_target, input_dtype)
-    g, x, t, dx, dt = _as_matrices(
-        upstream.expand(target.shape), input, target,
+    backend = _backend(upstream, target)
+    g, x, t, dx, dt = _laid_out(
+        backend, upstream.expand(target.shape), input, target,
         None if input_dtype is None else to_input, None if input is None else to_target,
     )  # fmt: skip
-    _backend(g, t).backward(g, x, t, dx, dt, log_target)
+    backend.backward(g, x, t, dx, dt, log_target)
     return to_input, to_target
 
 
@@ -213,11 +215,14 @@ def _on_triton(*matrices: Tensor) -> bool:
     return checks.HAS_TRITON and matrices[0].is_cuda and not double
 
 
-def _as_matrices(*tensors: Tensor | None) -> list[Any]:
+def _laid_out(backend: Any, *tensors: Tensor | None) -> list[Any]:
     """[rows, columns] of each; a single row where all are contiguous or one value. Views, except
-    of operands whose leading dimensions do not collapse into one stride, which are copied.
+    of operands whose leading dimensions do not collapse into one stride, which are copied. PyTorch
+    takes what is one piece as it is.
     """
     given = [t for t in tensors if t is not None]
+    if backend is eager and eager.at_once(given[0]):
+        return list(tensors)
     shape = given[0].shape
     flat = all(t.is_contiguous() or not any(t.stride()) for t in given)
     split = 0 if flat else -1

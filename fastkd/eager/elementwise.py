@@ -21,7 +21,7 @@ def forward(input: Tensor, target: Tensor, out: Tensor | None, log_target: bool)
     dtype = at_least_fp32(torch.promote_types(input.dtype, target.dtype))
     if out is None:
         sums = [_total(xs, ts, log_target, dtype) for xs, ts in _pieces(input, target)]
-        return torch.stack(sums).sum()
+        return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
     for xs, ts, os in _pieces(input, target, out):
         os.copy_(_value(xs, ts, log_target, dtype))
     return out
@@ -33,24 +33,32 @@ def backward(
 ) -> None:  # fmt: skip
     """Gradients into `input_grad` and `target_grad`, where not None; `input` for the latter."""
     one = not any(upstream.stride())  # for all
-    minus = (-upstream[:1, :1]).expand(upstream.shape) if one else -upstream
-    for gs, xs, ts, dxs, dts in _pieces(minus, input, target, input_grad, target_grad):
+    minus = -(upstream.as_strided((), ()) if one else upstream)
+    for ts, gs, xs, dxs, dts in _pieces(target, minus, input, input_grad, target_grad):
         if dxs is not None:
             to_input(gs, ts, log_target, dxs)
         if dts is not None:
             dts.copy_(to_target(gs, xs, ts, log_target))
 
 
+def at_once(operand: Tensor) -> bool:
+    """Whether all is one piece, of any shape."""
+    return operand.device.type != "cpu" or operand.numel() <= PIECE
+
+
 def _pieces(*matrices: Any) -> Iterator[Sequence[Any]]:
-    """Blocks of rows, or of the only row, whose temporaries stay in the cache of a CPU."""
-    rows, columns = matrices[0].shape
-    if matrices[0].device.type != "cpu" or rows * columns <= PIECE:
+    """Blocks of rows, or of the only row, whose temporaries stay in the cache of a CPU; what is 0-d
+    goes with each.
+    """
+    if at_once(matrices[0]):
         yield matrices
-    elif rows == 1:
+        return
+    rows, columns = matrices[0].shape
+    if rows == 1:
         yield from _pieces(*(m if m is None else m.t() for m in matrices))
     else:
         for some in slices(rows, max(1, PIECE // columns)):
-            yield [m if m is None else m[some] for m in matrices]
+            yield [m[some] if m is not None and m.dim() else m for m in matrices]
 
 
 # --- the formulas ----------------------------------------------------------------------------
@@ -75,7 +83,7 @@ def _total(input: Tensor, target: Tensor, log_target: bool, dtype: torch.dtype) 
     if not t.is_cuda:
         p, values = (_exp(t), t - x) if log_target else (t, t.log().sub_(x))
         total = values.mul_(p).sum()
-        if total.isfinite():
+        if math.isfinite(total.item()):
             return total
     return _value(x, t, log_target, dtype).sum()
 
