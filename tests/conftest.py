@@ -71,6 +71,16 @@ def pytest_collection_modifyitems(config, items):
     items[:] = kept
 
 
+@pytest.fixture(scope="module")
+def as_of_many():
+    """The PyTorch path takes the few logits of a test as it takes many: see eager/solver.py."""
+    from fastkd.eager import solver
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solver, "FEW", 0)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -16,6 +16,8 @@ from tests.cases import DIVERGENCES, logits
 from tests.closeness import assert_close
 from tests.running import NO_TRITON, run, truth
 
+pytestmark = pytest.mark.usefixtures("as_of_many")
+
 BACKENDS = ["reference", "torch"]
 MODES = ["forward", "backward"]
 LOWEST = torch.finfo(torch.float32).min

@@ -8,6 +8,8 @@ import torch
 import fastkd
 from tests.running import FUSED, check, run
 
+pytestmark = pytest.mark.usefixtures("as_of_many")
+
 COLUMNS = [pytest.param(20, id="resident"), pytest.param(300, id="swept")]
 LOWEST = torch.finfo(torch.float32).min
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import fastkd
+from fastkd.eager import solver
 from tests.conftest import DEVICE
 from tests.running import NO_TRITON, everything
+
+pytestmark = pytest.mark.usefixtures("as_of_many")
 
 VALUE, GRADIENT = 1e-4, 1e-4  # relative; of a gradient to the row's largest entry
 LEAST = 1e-9  # of a value: below it there are no digits to promise
@@ -113,6 +117,14 @@ CASES = st.sampled_from(DIVERGENCES), rows(), temperatures(), st.booleans()
 @given(*CASES)
 def test_on_torch(divergence, sides, heat, standardize):
     check(divergence, sides, heat, standardize, "torch")
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(*CASES)
+def test_few_on_torch(divergence, sides, heat, standardize):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solver, "FEW", sides[0].numel())
+        check(divergence, sides, heat, standardize, "torch")
 
 
 @NO_TRITON

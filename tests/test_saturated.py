@@ -16,6 +16,8 @@ from tests.cases import DIVERGENCES
 from tests.closeness import assert_close
 from tests.running import NO_TRITON, check, run, truth
 
+pytestmark = pytest.mark.usefixtures("as_of_many")
+
 BACKENDS = ["reference", "torch"]
 TRITON = [pytest.param("triton", marks=NO_TRITON)]
 SCHEDULES = [
