@@ -189,14 +189,14 @@ def _launches(
     want |= records.SCALE_SLOPE.value * (
         problem.moments is not None or (apart and state is not None)
     )
-    local = not (once or resident_) and merge is LOCAL
+    local = not once and merge is LOCAL
     slope = SLOPES.get(problem.divergence) if teacher is not None else None
-    if local and slope is not None and problem.moments is None and not metrics:
+    if local and not resident_ and slope is not None and problem.moments is None and not metrics:
         want |= records.KL.value + records.AGAIN.value * (gradient is not None)
-    if local and (plan.kind == "shared" or plan.splits == 1) and gradient is not None:
-        want |= records.LATE.value * (
-            constant != SLOPE_SUM and not want & records.SCALE_SLOPE.value
-        )
+    if local and (plan.kind != "sweep" or plan.splits == 1) and gradient is not None:
+        # Rows in registers have too few of them where more lives as long as all parts do.
+        late = lean and not want & records.REST.value if resident_ else constant != SLOPE_SUM
+        want |= records.LATE.value * (late and not want & records.SCALE_SLOPE.value)
     arguments: dict[str, Any] = dict(  # noqa: C408
         student=operands.student, teacher=operands.teacher, gradient=operands.gradient,
         extent=Extent(varying(rows), problem.vocab_size, width, operands.inner),

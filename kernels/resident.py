@@ -66,6 +66,7 @@ def resident(
     AT_LABEL: tl.constexpr = divergence.at_label
     CONSTANT: tl.constexpr = divergence.constant
     SAME: tl.constexpr = temperatures.teacher is None
+    LATE: tl.constexpr = records.LATE & WANT != 0
     ALIGN: tl.constexpr = HELD.align
     LANES: tl.constexpr = HELD.lanes
     PARTS: tl.constexpr = HELD.parts
@@ -140,10 +141,13 @@ def resident(
         row = L.join(row, stats, label, label_logit, teacher_logit, temper, SAME, WANT, AT_LABEL)
         hard = P.cross_entropy(stats, row, label, label_logit, columns, smoothing, WANT)
         sums = P.no_sums(LANES)
-        for i in tl.static_range(len(PARTS)):
-            sums = P.sum_tile(sums, zs[i], ys[i], columns_of(PARTS, i), row, sides, FACTS)
-        row = P.with_sums(row, sums, CONSTANT, WANT)
-        row = L.with_slopes(row, sums.value, a, b, WANT, AT_LABEL)
+        if LATE:
+            row = L.with_slopes(row, float("nan"), a, b, WANT, AT_LABEL)
+        else:
+            for i in tl.static_range(len(PARTS)):
+                sums = P.sum_tile(sums, zs[i], ys[i], columns_of(PARTS, i), row, sides, FACTS)
+            row = P.with_sums(row, sums, CONSTANT, WANT)
+            row = L.with_slopes(row, sums.value, a, b, WANT, AT_LABEL)
         if records.REST & WANT:
             rest = tl.zeros([LANES, 1], tl.float32)
             if found >= MANY:
@@ -151,10 +155,6 @@ def resident(
                     rest += P.rest_of(zs[i], ys[i], columns_of(PARTS, i), row, sides, FACTS)
                 rest = tl.where(P.lacking(row, saturated), rest, 0.0)
             row = P.with_rest(row, rest)
-        P.write_row(
-            outputs, records.Found(stats, row, sums, hard), terms,
-            index=index, rows=rows, live=live, a=a, b=b, WANT=WANT, OUTER=divergence.outer,
-        )  # fmt: skip
     if gradient.pointer is not None or outputs.temperature is not None:
         if gradient.pointer is not None:
             gradient_row = gradient.pointer + M.row_at(index, gradient, extent.inner, ALIGN)
@@ -163,11 +163,18 @@ def resident(
         for i in tl.static_range(len(PARTS)):
             column = columns_of(PARTS, i)
             pair = L.others(zs[i], ys[i], column, temper)
-            g, tempered, _, _ = P.gradient_tile(zs[i], pair, column, sides, asked, FACTS)
+            g, tempered, value, slope = P.gradient_tile(zs[i], pair, column, sides, asked, FACTS)
             if gradient.pointer is not None:
                 g = tl.where(live & (column < columns), g, 0.0).to(gradient_row.dtype.element_ty)
                 store_part(gradient_row, g, exists, width, PARTS, i, HELD.stored)
+            if LATE:
+                sums = P.add_sums(sums, zs[i], ys[i], value, slope, row, WANT)
             if outputs.temperature is not None:
                 scale_grad += P.temperature_term(tempered, zs[i], row)
         if outputs.temperature is not None:
             M.row_store(outputs.temperature, -temper.s_rate * scale_grad, index, live)
+    if FIRST != P.GRADIENT:
+        P.write_row(
+            outputs, records.Found(stats, row, sums, hard), terms,
+            index=index, rows=rows, live=live, a=a, b=b, WANT=WANT, OUTER=divergence.outer,
+        )  # fmt: skip

@@ -52,10 +52,10 @@ ROW_BUDGET = {
 # A row in registers, by its width, per column that its parts hold: what is computed once per row
 # weighs more where it is short.
 RESIDENT = {
-    5: 120, 16: 50, 32: 46, 37: 70, 64: 47, 128: 47.5, 256: 50.5, 512: 50.5, 1024: 50.5,
-    2048: 54, 4096: 55,
+    5: 118, 16: 50, 32: 46, 37: 69, 64: 46.5, 128: 47, 256: 47.5, 512: 48, 1024: 48,
+    2048: 52, 4096: 53,
 }  # fmt: skip
-RESIDENT_JSD = 25.5  # more than forward KL
+RESIDENT_JSD = 24  # more than forward KL
 # Of 10 and of 100 columns; of Triton 3.6 and later, where there is a difference.
 NARROW = {
     "forward_kl": (71.5, 60), "reverse_kl": (72, 57), "jeffreys": (94, 76.5), "jsd": (91, 77),
