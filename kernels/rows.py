@@ -77,7 +77,9 @@ def shift(stats, s_max, t_max, ds, dt, temper, WANT: tl.constexpr):
     if GAP & WANT:
         gap = tl.where(fs > 0, fs * (gap + stats.s_sum * (ds - dt)), 0.0)
     elif KL & WANT:
-        gap = tl.where(ft > 0, ft * (gap + stats.t_sum * (dt - ds)), 0.0)
+        gap = ft * (gap + stats.t_sum * (dt - ds))
+        if AGAIN & WANT == 0:
+            gap = tl.where(ft > 0, gap, 0.0)
     if MIXTURE & WANT:
         moved = mixture_max + ds + temper.a * (dt - ds)
         mixture_max = tl.where(stats.mixture > 0, moved, FLOOR / 10)
@@ -151,7 +153,7 @@ def bounded(scale, most):
 
     Of logits beyond, neighbours differ by more than that, and a greater scale changes no sum.
     """
-    return tl.minimum(scale, reciprocal(tl.abs(most)) * HUGE)
+    return tl.minimum(scale, tl.abs(reciprocal(most)) * HUGE)
 
 
 @triton.jit
