@@ -71,7 +71,7 @@ def resident(
     LANES: tl.constexpr = HELD.lanes
     PARTS: tl.constexpr = HELD.parts
     FACTS: tl.constexpr = records.Facts(
-        WANT, divergence.evaluate, SAME, SUMS=False, TEMPERATURE=outputs.temperature is not None,
+        WANT, divergence.evaluate, SAME, SUMS=LATE, TEMPERATURE=outputs.temperature is not None,
         CE=factors.ce is not None, H=factors.entropy is not None,
     )  # fmt: skip
     a, b, smoothing = P.singles(divergence.a, divergence.b, targets.smoothing)
