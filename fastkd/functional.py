@@ -30,6 +30,8 @@ def distillation_loss(
     teacher: Teacher,
     labels: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
+    num_items: int | Tensor | None = None,
     return_metrics: Literal[False] = False,
     **settings: Unpack[Keywords],
 ) -> Tensor: ...
@@ -41,6 +43,8 @@ def distillation_loss(
     teacher: Teacher,
     labels: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
+    num_items: int | Tensor | None = None,
     return_metrics: Literal[True],
     **settings: Unpack[Keywords],
 ) -> tuple[Tensor, Metrics]: ...
@@ -52,6 +56,8 @@ def distillation_loss(
     teacher: Teacher,
     labels: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
+    num_items: int | Tensor | None = None,
     return_metrics: bool,
     **settings: Unpack[Keywords],
 ) -> Tensor | tuple[Tensor, Metrics]: ...
@@ -158,8 +164,8 @@ def distillation_loss(
         group: process group over which the vocabulary is sharded: see docs/sharded.md.
         chunk_bytes: what may be held beside operands and gradients where logits are made in chunks
             of rows, for a `LinearHead`, an `Ensemble`, a `TopK` or `Sampled` on a CPU. None: 512
-            MiB on a GPU, 80 MiB on a CPU. Fewer take less memory and more time; a chunk has at least
-            16 rows. Loss and gradients change by rounding alone.
+            MiB on a GPU, 80 MiB on a CPU. Fewer take less memory and more time; a chunk has 16 rows
+            at least. Loss and gradients change by rounding alone.
 
     Returns:
         The loss, fp32 (fp64 for fp64 logits): 0-d, or [...] with reduction="none". With all rows

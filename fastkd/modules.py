@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from .checks import REDUCTIONS, choice
 from .elementwise import kl_div
 from .functional import distillation_loss
-from .settings import Settings
+from .settings import Keywords, Settings
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _SETTINGS = {
-    name: parameter.default
+    name: parameter
     for name, parameter in inspect.signature(distillation_loss).parameters.items()
     if parameter.kind is parameter.KEYWORD_ONLY and name not in ("weight", "num_items")
 }
@@ -38,14 +41,18 @@ class DistillationLoss(nn.Module):
         >>> loss = criterion(torch.randn(4, 10), torch.randn(4, 10), torch.randint(10, (4,)))
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *, return_metrics: bool = False, **keywords: Unpack[Keywords]) -> None:
         super().__init__()
-        for name in settings:
+        for name in keywords:
             if name not in _SETTINGS:
                 raise TypeError(
                     f"DistillationLoss has no setting {name!r}; it takes {', '.join(_SETTINGS)}"
                 )
-        Settings.of(**{**_SETTINGS, **settings})
+        settings: dict[str, Any] = dict(keywords)
+        if return_metrics is not False:
+            settings["return_metrics"] = return_metrics
+        defaults = {name: parameter.default for name, parameter in _SETTINGS.items()}
+        Settings.of(**defaults | settings)
         for name, value in settings.items():
             if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)
@@ -75,6 +82,13 @@ class DistillationLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={_shown(value)}" for name, value in self.settings.items())
+
+
+# What help() and a notebook show: each keyword, with its type and default.
+_SELF = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+DistillationLoss.__init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [_SELF, *_SETTINGS.values()]
+)
 
 
 def _shown(value: Any) -> str:

@@ -19,7 +19,10 @@ FLAGS = ("scale_by_temperature", "standardize", "teacher_grad", "inplace", "retu
 
 
 class Keywords(TypedDict, total=False):
-    """The keywords of distillation_loss but for return_metrics, as a type checker sees them."""
+    """The keywords of distillation_loss that stay from batch to batch, as a type checker sees them.
+
+    But for return_metrics, by which overloads tell what is returned.
+    """
 
     divergence: str | Divergence
     temperature: float | Tensor
@@ -30,9 +33,7 @@ class Keywords(TypedDict, total=False):
     label_smoothing: float
     entropy_weight: float
     ignore_index: int
-    weight: Tensor | None
     reduction: str
-    num_items: int | Tensor | None
     vocab_size: int | None
     teacher_grad: bool
     gradient: str

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 
 import pytest
 import torch
 
 import fastkd
+from fastkd.settings import Keywords, Settings
 from tests.cases import logits
 
 
@@ -31,6 +33,18 @@ def test_module_is_the_function():
 def test_module_knows_its_settings():
     with pytest.raises(TypeError, match="no setting 'temprature'"):
         fastkd.DistillationLoss(temprature=2.0)
+
+
+def test_each_keyword_is_shown_and_typed():
+    of_function = inspect.signature(fastkd.distillation_loss).parameters
+    keywords = {x.name: x for x in of_function.values() if x.kind is x.KEYWORD_ONLY}
+    for name in ("weight", "num_items"):
+        del keywords[name]
+    assert inspect.signature(fastkd.DistillationLoss).parameters == keywords
+    assert set(Settings._fields) == set(keywords)
+    types = {name: of.__forward_arg__ for name, of in Keywords.__annotations__.items()}
+    del keywords["return_metrics"]
+    assert types == {n: x.annotation.replace("sharding.", "") for n, x in keywords.items()}
 
 
 @pytest.mark.parametrize("log_target", [False, True])
