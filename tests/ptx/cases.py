@@ -13,7 +13,8 @@ import torch
 
 import fastkd
 
-from .problems import Run, in_place, kl_div, listed, loss, shards, shared
+from .launches import in_place, kl_div, listed, replayed, shards, shared
+from .problems import Run, loss
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
@@ -263,6 +264,8 @@ def shared_rows() -> Iterator[Case]:
         columns, kind = (5000, 4099, 8200)[d % 3], ("plain", "full", "rows", "stdfull")[d % 4]
         mode, place = ("inplace", "forward")[d % 3 == 1], ("plain", "slice")[d % 3 == 1]
         yield _shared(divergence, (1, 7, columns), (BF16, FP32)[d % 2], mode, place, kind, d)
+    for divergence in (FORWARD_KL, JSD):
+        yield Case(f"shared rows replayed {divergence}", replayed(divergence, (1, 5, 4099)))
     for divergence in (DIVERGENCES[1], JSD):
         shape = (1, 6, 5000)
         yield _shared(divergence, shape, BF16, "inplace", "plain", "plain", 3, "saturated")
