@@ -21,84 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, chunks, sharding, tracing
+from . import chunks, sharding, tracing
 from .divergences import LN2, Divergence, plogr
-from .eager.blocks import slices
-from .forms import Events
-from .operands import Sampled, TopK
+from .eager.blocks import largest, slices
+from .listing import NOTHING
 from .problem import AGREEMENT, KD, TEACHER_ENTROPY, Coefficients, Problem, shared
-from .settings import Settings
-
-NOTHING = -1  # an index where nothing is listed
-
-
-def events_of(
-    teacher: TopK | Sampled, given: Settings, labels: Tensor | None, columns: int
-) -> Events:
-    """What a teacher lists, each id once, and the log-mass of all else, in fp64."""
-    indices = teacher.indices.flatten(0, -2).long()
-    if checks.may_read(indices) and (indices >= columns).any():
-        raise ValueError(
-            f"teacher lists id {indices.max().item()}, and the vocabulary has {columns} entries: "
-            "map its ids to the student's"
-        )
-    if isinstance(teacher, Sampled):
-        indices, counts = _added_up(indices, teacher.counts.flatten(0, -2).double())
-        lp = (counts / counts.sum(-1, keepdim=True)).log()
-        return _closed(indices, lp)
-    indices = torch.where(_repeated(indices), NOTHING, indices)
-    lp = teacher.log_probs.flatten(0, -2).double()
-    lp = torch.where(indices == NOTHING, -math.inf, lp)
-    if teacher.tail == "renormalize":
-        warm = given.temperature if given.teacher_temperature is None else given.teacher_temperature
-        if isinstance(warm, Tensor):
-            warm = warm.detach().double().reshape(-1, 1) if warm.dim() else warm.detach().double()
-        return _closed(indices, (lp / warm).log_softmax(-1))
-    if teacher.tail == "drop":
-        return Events(indices, lp, None)
-    if teacher.tail_log_prob is None:
-        rest = _log_of_rest(lp)
-    else:
-        rest = teacher.tail_log_prob.flatten().double()
-    if teacher.tail == "bucket":  # what was stored in few bits adds up to 1 again
-        total = torch.cat([lp, rest[:, None]], -1).logsumexp(-1)
-        return Events(indices, lp - total[:, None], rest - total)
-    assert labels is not None
-    label = labels.flatten().long()[:, None]
-    here = indices == label
-    lp = torch.cat([lp, rest[:, None]], -1)
-    lp[:, -1] = torch.logaddexp(rest, torch.where(here, lp[:, :-1], -math.inf).logsumexp(-1))
-    lp[:, :-1].masked_fill_(here, -math.inf)
-    indices = torch.cat([torch.where(here, NOTHING, indices), label.clamp(min=NOTHING)], -1)
-    return _closed(indices, lp)
-
-
-def _closed(indices: Tensor, lp: Tensor) -> Events:
-    """Nothing is left for the rest, but in rows where nothing is listed: there it is all."""
-    empty = (indices == NOTHING).all(-1)
-    return Events(indices, lp, torch.where(empty, 0.0, -math.inf).to(lp.dtype))
-
-
-def _log_of_rest(lp: Tensor) -> Tensor:
-    """log(1 - sum p), -inf where rounding leaves nothing."""
-    listed = lp.logsumexp(-1).clamp(max=0.0)
-    return torch.where(listed > -0.7, (-listed.expm1()).log(), (-listed.exp()).log1p())
-
-
-def _repeated(indices: Tensor) -> Tensor:
-    """Ids that stood in their row before, bool."""
-    ordered, order = indices.sort(dim=-1, stable=True)
-    same = F.pad(ordered.diff(dim=-1) == 0, (1, 0))
-    return torch.zeros_like(same).scatter_(-1, order, same)
-
-
-def _added_up(indices: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Each id once, with the sum of its counts."""
-    ordered, order = indices.sort(-1)
-    place = F.pad((ordered.diff(dim=-1) != 0).cumsum(-1), (1, 0))
-    counts = counts.gather(-1, order).where(ordered != NOTHING, 0.0)
-    sums = torch.zeros_like(counts).scatter_add_(-1, place, counts)
-    return torch.full_like(indices, NOTHING).scatter_(-1, place, ordered), sums
 
 
 class Listed(NamedTuple):
@@ -189,7 +116,8 @@ def _shares(problem: Problem) -> sharding.Phases[Tensor | None]:
     count = problem.teacher.indices.size(1)
     own = problem.student.new_zeros(count + SHARES, problem.rows, dtype=torch.float64)
     for rows, part in _chunks(problem):
-        z, logits, _, _ = _own_logits(part, None)
+        z = part.student_temperature.new_empty(part.rows, part.vocab_size)
+        logits = _own_logits(part, slice(None), *_places(part), z)
         T = part.student_temperature[:, None]
         own[:count, rows] = logits.t().double()
         largest = z.amax(-1, keepdim=True)
@@ -211,23 +139,24 @@ def _of_rows(shares: Tensor | None, rows: slice) -> Tensor | None:
     return None if shares is None else shares[:, rows].t()
 
 
-def _own_logits(part: Problem, room: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """This owner's logits, [R, V], -inf where listed; the listed ones, [R, K], their columns, and
-    whether each is there; what is listed nowhere, or by another owner, points at the first column.
-
-    room: where the logits may be written.
+def _places(part: Problem) -> tuple[Tensor, Tensor]:
+    """The columns of the listed entries, [R, K], and whether each is there; what is listed nowhere,
+    or by another owner, points at the first column.
     """
-    student = part.student[0, :, : part.vocab_size]
-    z = part.student_temperature.new_empty(student.shape) if room is None else room
-    z.copy_(student)
-    if part.counted is not None:  # what does not count may hold NaN
-        z.masked_fill_(~part.counted[:, None], 0.0)
     index = part.teacher.indices - sharding.of(part.merge).first_column
     own = (part.teacher.indices != NOTHING) & (index >= 0) & (index < part.vocab_size)
-    index = torch.where(own, index, 0)
+    return torch.where(own, index, 0), own
+
+
+def _own_logits(part: Problem, rows: slice, index: Tensor, own: Tensor, z: Tensor) -> Tensor:
+    """Writes this owner's logits of some rows, -inf where listed; gives the listed ones."""
+    z.copy_(part.student[0, rows, : part.vocab_size])
+    if part.counted is not None:  # what does not count may hold NaN
+        z.masked_fill_(~part.counted[rows, None], 0.0)
+    index, own = index[rows], own[rows]
     listed = z.gather(-1, index).masked_fill_(~own, -math.inf)
     z.scatter_add_(-1, index, _only(own, -math.inf, z.dtype))  # which adds 0 where it only points
-    return z, listed, index, own
+    return listed
 
 
 def _only(mask: Tensor, value: Any, dtype: torch.dtype) -> Tensor:
@@ -292,15 +221,19 @@ class _Terms(NamedTuple):
         """
         events = part.teacher
         counted = None if part.counted is None else part.counted[:, None]
-        z, logits, index, own = _own_logits(part, room)
-        highest = z.amax(-1, keepdim=True)
-        if shares is not None:
+        z = part.student_temperature.new_empty(part.rows, part.vocab_size) if room is None else room
+        index, own = _places(part)
+        bits = _bits(part, alone=shares is None)
+        if shares is None:
+            logits, highest, total = _rest(part, index, own, bits, None, z)
+        else:
             logits, highest = (x.to(z.dtype) for x in (shares[:, :-SHARES], shares[:, -3:-2]))
+            _rest(part, index, own, bits, highest, z)
+            total = shares[:, -2:-1]
         best = logits >= torch.maximum(highest, logits.amax(-1, keepdim=True))
         best = best & (events.indices != NOTHING)
-        shift = torch.where(highest == -math.inf, 0.0, highest)
-        rate, lift = _exponentials(z, shift, part.student_temperature, alone=shares is None)
-        total = z.sum(-1, keepdim=True).double() if shares is None else shares[:, -2:-1]
+        shift = _finite(highest)
+        rate, lift = _rate_and_lift(shift, part.student_temperature, bits)
 
         scores = torch.cat([logits.double() * rate, lift + total.log()], -1)
         dead = (scores == -math.inf).all(-1, keepdim=True)  # masked throughout: the row counts 0
@@ -361,20 +294,52 @@ class _Terms(NamedTuple):
         return -(unlisted.double() + listed) / T[:, 0]
 
 
-def _exponentials(z: Tensor, shift: Tensor, temperature: Tensor, alone: bool) -> tuple[Any, Tensor]:
-    """Makes exp((z - shift) / T) of z. The 1 / T it takes, in fp64, for the other scores; and what
-    its logarithms lack.
+def _rest(
+    part: Problem, index: Tensor, own: Tensor, bits: float | None, known: Tensor | None, z: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Writes exp((z - shift) / T) of what is not listed, 0 where it is, some rows at a time, whose
+    passes a CPU's cache holds. Gives the listed logits, [R, K], and of the rest the largest, the
+    shift but for -inf, and the sum of what is written, [R, 1].
 
-    On a CPU exp2 takes a quarter of the time of exp, and a product with a sum rounds once: what the
-    shift is rounded to is the same for all of a row. alone: no other owner makes such.
+    known: the largest of all owners.
     """
-    if alone and z.is_cpu and z.dtype == torch.float32 and shared(temperature):
-        bits = torch.tensor(1 / (temperature[0].item() * LN2), dtype=z.dtype, device="cpu").item()
-        lift = shift * -bits
-        torch.add(lift, z, alpha=bits, out=z).exp2_()
-        return bits * LN2, lift.double() * -LN2
-    z.sub_(shift).div_(temperature[:, None]).exp_()
-    return 1 / temperature[:, None].double(), shift / temperature[:, None].double()
+    logits = z.new_empty(index.shape)
+    highest = z.new_empty(part.rows, 1) if known is None else known
+    sums, T = z.new_empty(part.rows, 1), part.student_temperature[:, None]
+    for rows in slices(part.rows, largest(part) if z.is_cpu else max(part.rows, 1)):
+        some = z[rows]
+        logits[rows] = _own_logits(part, rows, index, own, some)
+        if known is None:
+            highest[rows] = some.amax(-1, keepdim=True)
+        shift = _finite(highest[rows])
+        if bits is None:
+            some.sub_(shift).div_(T[rows]).exp_()
+        else:
+            torch.add(shift * -bits, some, alpha=bits, out=some).exp2_()
+        sums[rows] = some.sum(-1, keepdim=True)
+    return logits, highest, sums.double()
+
+
+def _finite(highest: Tensor) -> Tensor:
+    return torch.where(highest == -math.inf, 0.0, highest)
+
+
+def _bits(part: Problem, alone: bool) -> float | None:
+    """1 / (T log 2) where exponentials are made by exp2, which on a CPU takes a quarter of the time
+    of exp, and where a product with a sum rounds once: what the shift is rounded to is the same for
+    all of a row. alone: no other owner makes such.
+    """
+    T = part.student_temperature
+    if not (alone and T.is_cpu and T.dtype == torch.float32 and shared(T)):
+        return None
+    return torch.tensor(1 / (T[0].item() * LN2), dtype=T.dtype, device="cpu").item()
+
+
+def _rate_and_lift(shift: Tensor, T: Tensor, bits: float | None) -> tuple[Any, Tensor]:
+    """The 1 / T of the exponentials, in fp64, for other scores; what their logarithms lack."""
+    if bits is None:
+        return 1 / T[:, None].double(), shift / T[:, None].double()
+    return bits * LN2, (shift * -bits).double() * -LN2
 
 
 def _value_and_slope(part: Problem, lp: Tensor, lq: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:

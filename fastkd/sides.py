@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from . import checks, tracing
-from .events import events_of
 from .forms import Mixture, sources
 from .labels import check as check_labels
 from .labels import soft as is_soft
 from .linear import head_of
+from .listing import events_of
 from .operands import Ensemble, LinearHead, Sampled, TopK
 from .operators import readable
 from .problem import per_row

@@ -1,0 +1,85 @@
+"""What a teacher lists, as events: each id once, and the log-mass of all others."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import checks
+from .forms import Events
+from .operands import Sampled, TopK
+from .settings import Settings
+
+NOTHING = -1  # an index where nothing is listed
+
+
+def events_of(
+    teacher: TopK | Sampled, given: Settings, labels: Tensor | None, columns: int
+) -> Events:
+    """What a teacher lists, each id once, and the log-mass of all else, in fp64."""
+    indices = teacher.indices.flatten(0, -2).long()
+    if checks.may_read(indices) and (indices >= columns).any():
+        raise ValueError(
+            f"teacher lists id {indices.max().item()}, and the vocabulary has {columns} entries: "
+            "map its ids to the student's"
+        )
+    if isinstance(teacher, Sampled):
+        indices, counts = _added_up(indices, teacher.counts.flatten(0, -2).double())
+        lp = (counts / counts.sum(-1, keepdim=True)).log()
+        return _closed(indices, lp)
+    indices = torch.where(_repeated(indices), NOTHING, indices)
+    lp = teacher.log_probs.flatten(0, -2).double()
+    lp = torch.where(indices == NOTHING, -math.inf, lp)
+    if teacher.tail == "renormalize":
+        warm = given.temperature if given.teacher_temperature is None else given.teacher_temperature
+        if isinstance(warm, Tensor):
+            warm = warm.detach().double().reshape(-1, 1) if warm.dim() else warm.detach().double()
+        return _closed(indices, (lp / warm).log_softmax(-1))
+    if teacher.tail == "drop":
+        return Events(indices, lp, None)
+    if teacher.tail_log_prob is None:
+        rest = _log_of_rest(lp)
+    else:
+        rest = teacher.tail_log_prob.flatten().double()
+    if teacher.tail == "bucket":  # what was stored in few bits adds up to 1 again
+        total = torch.cat([lp, rest[:, None]], -1).logsumexp(-1)
+        return Events(indices, lp - total[:, None], rest - total)
+    assert labels is not None
+    label = labels.flatten().long()[:, None]
+    here = indices == label
+    lp = torch.cat([lp, rest[:, None]], -1)
+    lp[:, -1] = torch.logaddexp(rest, torch.where(here, lp[:, :-1], -math.inf).logsumexp(-1))
+    lp[:, :-1].masked_fill_(here, -math.inf)
+    indices = torch.cat([torch.where(here, NOTHING, indices), label.clamp(min=NOTHING)], -1)
+    return _closed(indices, lp)
+
+
+def _closed(indices: Tensor, lp: Tensor) -> Events:
+    """Nothing is left for the rest, but in rows where nothing is listed: there it is all."""
+    empty = (indices == NOTHING).all(-1)
+    return Events(indices, lp, torch.where(empty, 0.0, -math.inf).to(lp.dtype))
+
+
+def _log_of_rest(lp: Tensor) -> Tensor:
+    """log(1 - sum p), -inf where rounding leaves nothing."""
+    listed = lp.logsumexp(-1).clamp(max=0.0)
+    return torch.where(listed > -0.7, (-listed.expm1()).log(), (-listed.exp()).log1p())
+
+
+def _repeated(indices: Tensor) -> Tensor:
+    """Ids that stood in their row before, bool."""
+    ordered, order = indices.sort(dim=-1, stable=True)
+    same = F.pad(ordered.diff(dim=-1) == 0, (1, 0))
+    return torch.zeros_like(same).scatter_(-1, order, same)
+
+
+def _added_up(indices: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Each id once, with the sum of its counts."""
+    ordered, order = indices.sort(-1)
+    place = F.pad((ordered.diff(dim=-1) != 0).cumsum(-1), (1, 0))
+    counts = counts.gather(-1, order).where(ordered != NOTHING, 0.0)
+    sums = torch.zeros_like(counts).scatter_add_(-1, place, counts)
+    return torch.full_like(indices, NOTHING).scatter_(-1, place, ordered), sums
