@@ -14,7 +14,19 @@ from .kullback_leibler import ForwardKL, Jeffreys, ReverseKL
 from .label_aware import DKD, NKD
 from .mixtures import JSD, TVD, SkewKL, SkewReverseKL
 from .orders import AlphaDivergence, Renyi
-from .pair import ALIKE, LN2, MASKED, MASKED_BELOW, SEARCHED, Descent, Pair, Softmax, plogr, total
+from .pair import (
+    ALIKE,
+    LN2,
+    MASKED,
+    MASKED_BELOW,
+    SEARCHED,
+    Descent,
+    Pair,
+    Softmax,
+    plogr,
+    top,
+    total,
+)
 
 # Row losses of the literature: tested and budgeted by themselves, not benchmarked.
 ROW_LOSSES = (AKL, DIST, DKD, NKD, TAID, AlphaBeta, ToDi)
@@ -61,5 +73,6 @@ __all__ = [
     "ToDi",
     "exchanged",
     "plogr",
+    "top",
     "total",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,8 @@ class ForwardKL(Divergence):
 
     @classmethod
     def value_and_descent(cls, pair, a, b):
-        return _forward(pair, pair.log2_ratio(pair.teacher.log2_exp).mul_(pair.teacher.exp))
+        p = pair.teacher
+        return _forward(pair, lambda: pair.log2_ratio(p.log2_exp).mul_(p.exp))
 
     def dual(self):
         return ReverseKL.name, self.parameters, 1.0
@@ -138,7 +140,9 @@ class Jeffreys(Divergence):
     @classmethod
     def value_and_descent(cls, pair, a, b):
         log2_ratio = pair.log2_ratio(pair.teacher.log2_exp)
-        forward, one = _forward(pair, torch.mul(log2_ratio, pair.teacher.exp, out=pair.new()))
+        forward, one = _forward(
+            pair, lambda: torch.mul(log2_ratio, pair.teacher.exp, out=pair.new())
+        )
         reverse, other = _reverse(pair, log2_ratio.mul_(pair.student.exp))
         terms = other.terms.mul_(other.factor / one.factor * b).add_(one.terms, alpha=a)
         return a * forward + b * reverse, Descent(
@@ -152,7 +156,7 @@ class Jeffreys(Divergence):
 # --- from the exponentials times `log2_ratio` --------------------------------------------------
 
 
-def _forward(pair: Pair, products: Tensor) -> tuple[Tensor, Descent]:
+def _forward(pair: Pair, products: Callable[[], Tensor]) -> tuple[Tensor, Descent]:
     """Forward KL; with the products of the teacher's terms."""
     p = pair.teacher
     factor = p.sum_exp.reciprocal()
@@ -163,5 +167,5 @@ def _forward(pair: Pair, products: Tensor) -> tuple[Tensor, Descent]:
 def _reverse(pair: Pair, products: Tensor) -> tuple[Tensor, Descent]:
     """Reverse KL; with the products of the student's terms."""
     factor = LN2 / pair.student.sum_exp
-    sums = pair.total_log2_ratio(pair.student, products) * factor
+    sums = pair.total_log2_ratio(pair.student, lambda: products) * factor
     return -(sums + pair.gap), Descent(products, factor, sums)

@@ -71,7 +71,9 @@ class JSD(Divergence):
         p_to_m, q_to_m = _log_shares(pair.d(p.log2_exp).clamp_(-MOST, MOST), a, pair.new())
         terms, factor = q_to_m.mul_(q.exp), (a - 1) / q.sum_exp
         sums = pair.total(terms) * factor
-        return a * pair.total(p_to_m.mul_(p.exp)) / p.sum_exp - sums, Descent(terms, factor, sums)
+        return a * pair.total_product(p_to_m, p.exp) / p.sum_exp - sums, Descent(
+            terms, factor, sums
+        )
 
     def dual(self):
         return self.name, (1 - self.beta, self.beta), 1.0
@@ -123,7 +125,7 @@ class SkewKL(Divergence):
             return ForwardKL.value_and_descent(pair, a, b)
         p = pair.teacher
         share, log_share = _shares(pair, p, pair.student, a)
-        value = pair.total(log_share.mul_(p.exp)) / p.sum_exp
+        value = pair.total_product(log_share, p.exp) / p.sum_exp
         terms = torch.addcmul(p.exp, share, p.exp, value=-a, out=share)
         return value, _descent(pair, terms, 1 / p.sum_exp)
 
@@ -183,7 +185,7 @@ class SkewReverseKL(Divergence):
         q = pair.student
         share, log_share = _shares(pair, q, pair.teacher, a)
         descent = _descent(pair, share.mul_(a).sub_(log_share).mul_(q.exp), 1 / q.sum_exp)
-        return pair.total(log_share.mul_(q.exp)) / q.sum_exp, descent
+        return pair.total_product(log_share, q.exp) / q.sum_exp, descent
 
     def dual(self):
         return SkewKL.name, self.parameters, 1.0

@@ -43,10 +43,7 @@ class Softmax(NamedTuple):
         whole: the largest logit of all is to be `shift`.
         """
         double, bits = logits.dtype == torch.float64, scale / LN2
-        some = logits
-        if not (whole or double):
-            some = logits[:, : SEARCHED if logits.size(1) >= SEARCHED else FEW]
-        shift = some.amax(-1, keepdim=True)
+        shift = top(logits, whole)
         if double or isinstance(bits, Tensor):  # a product by itself would round a common offset
             torch.sub(logits, shift, out=log2_exp).mul_(bits)
         else:
@@ -126,9 +123,13 @@ class Pair:
         """The sum of terms that depend on no other sum."""
         return total(terms)
 
-    def total_log2_ratio(self, side: Softmax, products: Tensor) -> Tensor:
-        """The sum of the products of a side's exp and `log2_ratio`."""
-        return total(products)
+    def total_product(self, x: Tensor, y: Tensor) -> Tensor:
+        """The sum of x * y, which go to the place of x, if they are needed."""
+        return total(x.mul_(y))
+
+    def total_log2_ratio(self, side: Softmax, products: Callable[[], Tensor]) -> Tensor:
+        """The sum of the products of a side's exp and `log2_ratio`, which it asks for if needed."""
+        return total(products())
 
     def total_growth(self, side: Softmax, order: float, terms: Tensor) -> Tensor:
         """The sum of side.exp * (exp(order * d) - 1)."""
@@ -161,6 +162,13 @@ class Pair:
     def mean_log2_exp(self, side: Softmax) -> Tensor:
         """The mean of log2_exp over a side's distribution."""
         return total(torch.mul(side.exp, side.log2_exp, out=self.new())) / side.sum_exp
+
+
+def top(logits: Tensor, whole: bool) -> Tensor:
+    """The largest logit, [R, 1], or, unless whole, one that mostly does."""
+    if not (whole or logits.dtype == torch.float64):
+        logits = logits[:, : SEARCHED if logits.size(1) >= SEARCHED else FEW]
+    return logits.amax(-1, keepdim=True)
 
 
 def _affine(x: Tensor, scale: float, shift: Tensor, out: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ gives bounds, says it before. Figures of rows are in fp64.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,12 +14,12 @@ import torch
 from torch import Tensor
 
 from fastkd import sharding
-from fastkd.divergences import LN2, MASKED, Divergence, Softmax, total
+from fastkd.divergences import LN2, MASKED, Divergence, Softmax, top, total
 from fastkd.problem import Problem
 
 from .blocks import Rows, Store, blocks, largest
-from .joins import SIDES, STUDENT, Known, Labels, Shard, asked, first_names, is_shift
-from .solver import CERTAIN, LARGE, LEAST_SCALE, exact_scales, of_rows
+from .joins import SIDES, STUDENT, Known, Labels, Shard, asked, empty, first_names, is_shift
+from .solver import CERTAIN, FAR, LARGE, LEAST_SCALE, MOST_SUM_EXP, exact_scales, of_rows
 
 # In a row whose log-ratios are smaller, the difference of the sums is formed entry by entry.
 SMALL = 1e-3
@@ -48,17 +47,24 @@ class Columns:
             single = single and find(*numbers, problem.dtype) == (self.first, self.later)
             # Of rows further apart than APART, by Pinsker's bound; a parameter may make it small.
             curvature = self.kind.curvature(problem.a, problem.b)
-            least = math.inf if curvature is None else 2 * curvature * APART**2
-            single = single and least > self.kind.least_in_fp32
+            if self.later and curvature is not None:
+                single = single and 2 * curvature * APART**2 > self.kind.least_in_fp32
         self.tempered = is_tempered(problem)
         self.means = entropy or metrics or self.tempered
         # Against a student that is nearly certain.
         self.guarded = self.means or (self.kind.cancels and problem.teacher is not None)
+        # Sides whose largest logits are to be known.
+        self.topped = SIDES[: len(self.sides)] if metrics else SIDES[: int(self.guarded)]
         self.exact_scales = exact_scales(problem)
         self.exact_store = Store(problem, torch.float64)
         self.plain_store = Store(problem, problem.dtype)
         # Rows that need fp64, as far as this owner's columns are concerned.
         self.exact = problem.student.new_full((problem.rows,), not single, dtype=torch.bool)
+        self.tables: dict[bool, Known] = {False: {}, True: {}}  # of rows, in fp64 or not
+        if problem.labels is not None:
+            columns = problem.labels.long() - self.merge.first_column
+            own = (columns >= 0) & (columns < problem.vocab_size)
+            self.at_labels = own, torch.where(own, columns, 0)
         self.begin(False)
 
     def begin(self, exact: bool) -> None:
@@ -69,66 +75,76 @@ class Columns:
             for scale in self.exact_scales
         ]
 
-    def _swept(self, names: Sequence[Any], find: Callable[[Rows], Known]) -> Tensor:
-        """What a sweep finds of this owner's columns, [F, N]; 0 in rows that do not count."""
-        problem = self.problem
-        fields = problem.student.new_zeros(len(names), problem.rows, dtype=torch.float64)
-        for index, name in enumerate(names):
+    def _swept(
+        self, names: Sequence[Any], find: Callable[[Rows], Known], own: Sequence[Any] = ()
+    ) -> Tensor:
+        """What a sweep finds of this owner's columns, [F, N]; 0 in rows that do not count.
+
+        own: names of what it finds for itself alone, to say which rows need fp64.
+        """
+        problem, every = self.problem, [*names, *own]
+        fields = problem.student.new_zeros(len(every), problem.rows, dtype=torch.float64)
+        for field, name in zip(fields, every, strict=True):
             if is_shift(name):
-                fields[index] = MASKED
-        for rows in self._blocks():
-            exact = self.store is self.exact_store
-            self._keep(fields, names, rows, found := find(rows))
-            if not exact and (lost := self._lost(found, rows)).any():
-                self.exact[rows.flat] = lost
-                for part in self._parts(rows.only(lost)):
-                    self._keep(fields, names, part, find(part))
-        return fields
+                field.fill_(MASKED)
+        for exact in (False, True):
+            found = [(rows, find(rows)) for rows in self._rows(exact)]
+            if not found:
+                continue
+            where = _together([rows for rows, _ in found], problem.rows, fields.device)
+            for field, name in zip(fields, every, strict=True):
+                field[where] = torch.cat([some[name].view(-1) for _, some in found]).double()
+            if not exact:
+                lost = self._lost(dict(zip(every, fields, strict=True)))
+                self.exact[where] |= lost[where]
+        return fields[: len(names)]
 
-    def _keep(self, fields: Tensor, names: Sequence[Any], rows: Rows, found: Known) -> None:
-        for field, name in zip(fields, names, strict=True):
-            field[rows.flat] = found[name].to(field.dtype)
-
-    def _blocks(self) -> Iterator[Rows]:
-        """All rows that count, in blocks, and the store made ready for them."""
-        if not self.problem.vocab_size:
+    def _rows(self, exact: bool) -> Iterator[Rows]:
+        """Those that count and need fp64, or do not, in blocks, and the store made ready."""
+        mask = self.exact if exact else ~self.exact
+        if not self.problem.vocab_size or not mask.any():
             return
-        for rows in blocks(self.problem.student, self.problem.counted, largest(self.problem)):
-            exact = self.exact[rows.flat]
-            some = bool(exact.any())
-            if not some or not exact.all():
-                kept = rows.only(~exact) if some else rows
-                self.begin(False)
-                self.store.start(kept.size)
-                yield kept
-            if some:
-                yield from self._parts(rows.only(exact))
+        self.begin(exact)
+        size, whole = largest(self.problem), bool(mask.all())
+        size = -(-size // 2) if exact else size  # fp64 takes twice the memory
+        for rows in blocks(self.problem.student, self.problem.counted, size):
+            some = rows if whole or mask[rows.flat].all() else rows.only(mask[rows.flat])
+            if some.size:
+                self.store.start(some.size)
+                yield some
 
-    def _parts(self, rows: Rows) -> Iterator[Rows]:
-        """Rows in fp64, which takes twice the memory."""
-        for part in rows.parts(-(-largest(self.problem) // 2)):
-            self.begin(True)
-            self.store.start(part.size)
-            yield part
-
-    def _lost(self, found: Known, rows: Rows) -> Tensor:
-        """Rows of which this owner's columns need fp64, [R]."""
-        figures = torch.stack([x.to(self.problem.dtype) for x in found.values()])
-        kept = figures.isfinite().all(0)
+    def _lost(self, found: Known) -> Tensor:
+        """Rows of which this owner's columns need fp64, [N]."""
+        kept = torch.stack(list(found.values())).isfinite().all(0)
         if "apart" in found:
             kept &= found["apart"] > APART_HERE
-        if self.guarded and (STUDENT, "sum_exp") in found:
-            kept &= found[STUDENT, "sum_exp"] > CERTAIN
-        for scale in self.scales:
+        if (STUDENT, "sum_exp") in found:
+            kept &= self._in_fp32(found)
+            if self.sides[1:] and not self.later:
+                value = self._value(found)
+                kept &= value > self.kind.least_in_fp32
+                kept &= value < (LARGE if self.guarded else FAR)
+        for scale in self.exact_scales:
             if isinstance(scale, Tensor):
-                kept &= of_rows(scale, rows)[:, 0] > LEAST_SCALE
+                kept &= scale[:, 0] > LEAST_SCALE
         if "saturated" in found:
             kept &= found["saturated"] == 0
         sums_exp = [found[name, "sum_exp"] for name in SIDES if (name, "sum_exp") in found]
-        size = torch.stack(sums_exp).amax(0) if sums_exp else self.sum_exp[rows.flat]
+        size = torch.stack(sums_exp).amax(0) if sums_exp else self.sum_exp
         for name in found.keys() & set(self._sums_of_columns()):
             kept &= found[name].abs() < LARGE * size
         return ~kept
+
+    def _value(self, found: Known) -> Tensor:
+        """The divergence of these columns alone, of which their sums say all, [N].
+
+        Each owner's share of it is a part of that of all columns, which is no smaller.
+        """
+        q, p = (found[name, "sum_exp"][:, None] for name in SIDES)
+        first = [found[name][:, None] for name in first_names(self.first)]
+        sides = (empty(q, q), empty(p, p))
+        pair = Shard(sides, 1.0, lambda: q.new_empty(len(q), 0), (q / p).log(), first, [])
+        return self.kind.value_and_descent(pair, self.problem.a, self.problem.b)[0][:, 0]
 
     def _sums_of_columns(self) -> list[Any]:
         return [name for name in first_names(self.first) if not is_shift(name)] + [
@@ -137,13 +153,24 @@ class Columns:
 
     def _mark(self, known: Known) -> None:
         """Marks the rows that need fp64 by what is known of all columns."""
-        kept = known[STUDENT, "sum_exp"] > (CERTAIN if self.guarded else 0)
-        if self.problem.teacher is not None:
+        kept = self._in_fp32(known)
+        if "apart" in known:
             kept &= known["apart"] > APART
         self.exact |= ~kept
         self.sum_exp = torch.stack(
             [known[name, "sum_exp"] for name in SIDES[: len(self.sides)]]
         ).amax(0)
+
+    def _in_fp32(self, known: Known) -> Tensor:
+        """Rows whose sums fp32 can hold, and whose student is not nearly certain."""
+        sums = [x for name, x in known.items() if name == "unit" or name[1:] == ("sum_exp",)]
+        kept = torch.stack(sums).amax(0) < MOST_SUM_EXP
+        if self.guarded:
+            scale = self.exact_scales[0]
+            scale = scale[:, 0] if isinstance(scale, Tensor) else scale
+            lower = known[STUDENT, "top"] - known[STUDENT, "shift"]
+            kept &= known[STUDENT, "sum_exp"] > CERTAIN * (lower * scale).exp()
+        return kept
 
     def _logits(self, rows: Rows) -> list[Tensor]:
         """Of both sides; in fp64 in buffers, and with a number for -inf, which times 0 is 0."""
@@ -154,37 +181,74 @@ class Columns:
         dtype = self.store.dtype
         return [x if x.dtype == dtype else self.store.new().copy_(x) for x in found]
 
+    # --- what the rows of a block are measured from ---
+    #
+    # A rounding common to an owner's columns would not cancel against those of others. Logits are
+    # therefore measured from their shift before they are scaled, or, in one pass, from that shift
+    # for which nothing is rounded but the result.
+
     def _softmax(
-        self,
-        x: Tensor,
-        scale: float | Tensor,
-        shift: Tensor | None = None,
-        sum_exp: Tensor | None = None,
+        self, x: Tensor, scale: float | Tensor, origin: Tensor, sum_exp: Tensor | None = None
     ) -> Softmax:
-        """With the shift and sum of all owners, or of these columns.
-
-        Logits are measured from the top before they are scaled: a rounding that is common to the
-        columns of one owner would not cancel against those of others.
-        """
-        shift = x.amax(-1, keepdim=True) if shift is None else shift
-        log2_exp = torch.sub(x, shift, out=self.store.new()).mul_(scale / LN2)
+        """With the sum of all owners, or of these columns; as `shift` it has the origin."""
+        log2_exp, bits = self.store.new(), self._bits(scale)
+        if bits is None:
+            torch.sub(x, origin, out=log2_exp).mul_(scale / LN2)
+        else:
+            torch.add(origin, x, alpha=bits, out=log2_exp)
         terms = torch.exp2(log2_exp, out=self.store.new())
-        return Softmax(shift, log2_exp, terms, total(terms) if sum_exp is None else sum_exp)
+        return Softmax(origin, log2_exp, terms, total(terms) if sum_exp is None else sum_exp)
 
-    def _of(self, known: Known, name: Any, rows: Rows) -> Tensor:
+    def _bits(self, scale: float | Tensor) -> float | None:
+        """By what logits are scaled, in fp32, where the origin, in bits, is added to them; None:
+        the origin is a logit.
+        """
+        if isinstance(scale, Tensor) or self.store.dtype != torch.float32:
+            return None
+        return torch.tensor(scale / LN2, dtype=torch.float32).item()
+
+    def _origin(self, shift: Tensor, scale: float | Tensor) -> Tensor:
+        bits = self._bits(scale)
+        return (shift if bits is None else shift * -bits).to(self.store.dtype)
+
+    def _shift(self, origin: Tensor, scale: float | Tensor) -> Tensor:
+        """What is measured from, in fp64."""
+        bits = self._bits(scale)
+        return origin.double() if bits is None else origin.double() / -bits
+
+    def measured(self, shift: Tensor, scale: float | Tensor) -> Tensor:
+        """The nearest shift that has an origin; it is left as it is where fp32 has no room."""
+        self.begin(False)
+        found = self._shift(self._origin(shift, scale), scale)
+        return torch.where(found.isfinite(), found, shift)
+
+    # --- what is known of all columns ---
+
+    def _table(self, known: Known) -> None:
+        """Makes it ready for blocks in either dtype, [N, 1]."""
+        every = torch.stack(list(known.values()))[..., None]
+        for exact in (False, True):
+            self.begin(exact)
+            found = dict(zip(known, every.to(self.store.dtype), strict=True))
+            for name, scale in zip(SIDES, (self.scales[0], self.scales[-1]), strict=True):
+                if (name, "shift") in known:
+                    shift = known[name, "shift"][:, None]
+                    found[name, "origin"] = self._origin(shift, scale)
+            self.tables[exact] = found
+
+    def _of(self, name: Any, rows: Rows) -> Tensor:
         """Of these rows, [R, 1], in the dtype of what is computed."""
-        return known[name][rows.flat, None].to(self.store.dtype)
+        return self.tables[self.store is self.exact_store][name][rows.flat]
 
     def _at_labels(self, logits: Tensor, labels: Labels) -> Tensor:
         """The labels' logits, 0 where another owner has them."""
         return torch.where(labels.own, logits.gather(-1, labels.columns[:, None])[:, 0], 0.0)
 
-    def _labels(self, rows: Rows, known: Known) -> Labels:
-        assert self.problem.labels is not None
-        columns = self.problem.labels[rows.flat].long() - self.merge.first_column
-        own = (columns >= 0) & (columns < self.problem.vocab_size)
-        logs = [known[name][rows.flat] if name in known else columns for name in ("lp", "lq")]
-        return Labels(own, torch.where(own, columns, 0), *logs)
+    def _labels(self, rows: Rows) -> Labels:
+        own, columns = (x[rows.flat] for x in self.at_labels)
+        known = "lp" in self.tables[True]
+        logs = [self._of(name, rows)[:, 0] if known else columns for name in ("lp", "lq")]
+        return Labels(own, columns, *logs)
 
     def _counts(self, known: Known) -> Tensor:
         """Rows with a logit on either side, [N]."""
@@ -195,40 +259,56 @@ class Columns:
         problem, new = self.problem, self.store.new
         logits = self._logits(rows)
         scales = [of_rows(scale, rows) for scale in self.scales]
-        found: Known = {}
+        scales = [scales[0], scales[-1]]
+        tops = [top(x, name in self.topped) for name, x in zip(SIDES, logits, strict=False)]
+        found: Known = {(name, "top"): x for name, x in zip(self.topped, tops, strict=False)}
         if self.metrics:
-            best = [x == x.amax(-1, keepdim=True) for x in (logits[0], logits[-1])]
-            found["agreement"] = (best[0] & best[1]).any(-1).to(logits[0].dtype)
+            best = [x == most for x, most in ((logits[0], tops[0]), (logits[-1], tops[-1]))]
+            found["agreement"] = (best[0] & best[1]).any(-1)
         if problem.labels is not None:
-            labels = self._labels(rows, {})
+            labels = self._labels(rows)
             found["label"] = self._at_labels(logits[0], labels)
-            found["sum"] = total(logits[0])
+            if problem.label_smoothing:
+                found["sum"] = total(logits[0])
             if self.kind.label_aware and self.sides[1:]:
                 found["teacher_label"] = self._at_labels(logits[-1], labels)
         softmaxes = [
-            self._softmax(x, scale)
-            for x, scale in zip(logits, (scales[0], scales[-1]), strict=False)
+            self._softmax(x, scale, self._origin(most, scale))
+            for x, scale, most in zip(logits, scales, tops, strict=False)
         ]
-        if problem.labels is not None:
-            at_one = isinstance(scales[0], float) and scales[0] == 1
-            unit = softmaxes[0] if at_one else self._softmax(logits[0], 1.0)
-            found["unit"] = unit.sum_exp
-        for name, side in zip(SIDES, softmaxes, strict=False):
-            found[name, "shift"], found[name, "sum_exp"] = side.shift, side.sum_exp
+        for name, side, scale in zip(SIDES, softmaxes, scales, strict=False):
+            found[name, "shift"] = self._shift(side.shift, scale)
+            found[name, "sum_exp"] = side.sum_exp
             if self.means:
                 products = torch.mul(side.exp, side.log2_exp, out=new())
                 found[name, "log2_exp"] = total(products)
                 if self.tempered and self.entropy and name == STUDENT:
                     found["log2_exp_square"] = total(products.mul_(side.log2_exp))
+        if problem.labels is not None:
+            found["unit"] = softmaxes[0].sum_exp
+            if not isinstance(scales[0], float) or scales[0] != 1:
+                unit = self._softmax(logits[0], 1.0, self._origin(tops[0], 1.0))
+                lower = self._shift(unit.shift, 1.0) - found[STUDENT, "shift"]
+                found["unit"] = unit.sum_exp * lower.exp()
         if softmaxes[1:]:
             q, p = softmaxes
-            found["apart"] = _apart(q, p, new())
+            if self.later:
+                found["apart"] = _apart(q, p, new())
             found |= _closeness(q, p, new, self.tempered)
             if self.first:
                 pair = Shard((q, p), scales[0], new, torch.zeros_like(q.sum_exp))
                 self.kind.value_and_descent(pair, problem.a, problem.b)
                 found |= zip(first_names(self.first), pair.found_first, strict=True)
-        return {name: x[:, 0] if x.dim() == 2 else x for name, x in found.items()}
+        return found
+
+
+def _together(blocks: Sequence[Rows], rows: int, device: torch.device) -> slice | Tensor:
+    """The indices in [N] of all blocks."""
+    if sum(some.size for some in blocks) == rows:
+        return slice(None)
+    flat = [x.flat for x in blocks]
+    every = torch.arange(rows, device=device)
+    return torch.cat([every[some] if isinstance(some, slice) else some for some in flat])
 
 
 def is_tempered(problem: Problem) -> bool:
@@ -239,8 +319,8 @@ def is_tempered(problem: Problem) -> bool:
 
 def _apart(q: Softmax, p: Softmax, spare: Tensor) -> Tensor:
     """The total variation of both sides over these columns alone, [R, 1]."""
-    apart = torch.mul(q.exp, p.sum_exp / q.sum_exp, out=spare).sub_(p.exp)
-    return torch.linalg.vector_norm(apart, 1, dim=-1, keepdim=True) / (2 * p.sum_exp)
+    apart = torch.addcmul(p.exp, q.exp, p.sum_exp / q.sum_exp, value=-1, out=spare)
+    return total(apart.abs_()) / (2 * p.sum_exp)
 
 
 def _closeness(
@@ -248,9 +328,10 @@ def _closeness(
 ) -> dict[Any, Tensor]:
     """How far apart the sides' terms are: their difference, and sums of their log-ratio d."""
     found = {"excess": p.sum_exp - q.sum_exp, "spread": torch.ones_like(q.sum_exp)}
-    found |= {name: torch.zeros_like(q.sum_exp) for name in ("mean", "square", "cross")}
+    found |= dict.fromkeys(("mean", "square", "cross"), torch.zeros_like(q.sum_exp))
     if q.log2_exp.dtype != torch.float64:  # not in rows that need it
         return found
+    found |= {name: found[name].clone() for name in ("square", "cross")}
     d = torch.sub(p.log2_exp, q.log2_exp, out=new()).mul_(LN2)
     d.masked_fill_((q.exp + p.exp) == 0, 0.0)
     spread = d.abs().amax(-1, keepdim=True)

@@ -66,13 +66,19 @@ class Shard(Pair):
         self.found_first += found
         return found
 
-    def total(self, terms: Tensor) -> Tensor:
-        found = total(terms) if self.later is None else self.later[len(self.found_later)]
+    def _later(self, find: Callable[[], Tensor]) -> Tensor:
+        found = find() if self.later is None else self.later[len(self.found_later)]
         self.found_later.append(found)
         return found
 
-    def total_log2_ratio(self, side: Softmax, products: Tensor) -> Tensor:
-        (found,) = self._first(("log2_ratio", self._name(side)), lambda: (total(products),))
+    def total(self, terms: Tensor) -> Tensor:
+        return self._later(lambda: total(terms))
+
+    def total_product(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._later(lambda: total(x.mul_(y)))
+
+    def total_log2_ratio(self, side: Softmax, products: Callable[[], Tensor]) -> Tensor:
+        (found,) = self._first(("log2_ratio", self._name(side)), lambda: (total(products()),))
         return found
 
     def total_growth(self, side: Softmax, order: float, terms: Tensor) -> Tensor:
@@ -150,7 +156,7 @@ def first_names(asked: Sequence[tuple[Any, ...]]) -> list[Any]:
 
 
 def is_shift(name: Any) -> bool:
-    return isinstance(name, tuple) and name[-1] == "shift"
+    return isinstance(name, tuple) and name[-1] in ("shift", "top")
 
 
 def statistics_names(sweeps: Columns) -> list[Any]:
@@ -159,13 +165,14 @@ def statistics_names(sweeps: Columns) -> list[Any]:
     for side in SIDES[: len(sweeps.sides)]:
         names += [(side, "shift"), (side, "sum_exp"), *[(side, "log2_exp")] * sweeps.means]
     if problem.labels is not None:
-        names += ["unit", "label", "sum"]
+        names += ["unit", "label", *["sum"] * bool(problem.label_smoothing)]
+    names += [(side, "top") for side in sweeps.topped]
     if sweeps.metrics:
         names.append("agreement")
     if sweeps.tempered and sweeps.entropy:
         names.append("log2_exp_square")
     if problem.teacher is not None:
-        names += ["apart", "excess", "mean", "square", "cross", "spread"]
+        names += ["excess", "mean", "square", "cross", "spread", *["apart"] * bool(sweeps.later)]
         names += first_names(sweeps.first)
         if sweeps.kind.label_aware:
             names.append("teacher_label")
@@ -183,7 +190,7 @@ def joined(sweeps: Columns, pieces: Known) -> Known:
     lower, weight = {}, {}  # of an owner's shift to the highest, in nats, and its exponential
     for side in SIDES[: len(sweeps.sides)]:
         shifts, sums_exp = pieces[side, "shift"], pieces[side, "sum_exp"]
-        known[side, "shift"] = shift = shifts.amax(0)
+        known[side, "shift"] = shift = sweeps.measured(shifts.amax(0), scale[side])
         lower[side] = (shifts - shift) * scale[side]
         weight[side] = lower[side].exp()
         known[side, "sum_exp"] = sum_exp = (weight[side] * sums_exp).sum(0)
@@ -203,9 +210,12 @@ def joined(sweeps: Columns, pieces: Known) -> Known:
         to_top = pieces[STUDENT, "shift"] - known[STUDENT, "shift"]
         known["unit"] = (to_top.exp() * pieces["unit"]).sum(0)
         known["label"] = pieces["label"].sum(0)
+    if "sum" in pieces:
         known["sum"] = pieces["sum"].sum(0)
+    for side in sweeps.topped:
+        known[side, "top"] = pieces[side, "top"].amax(0)
     if sweeps.metrics:
-        best = [pieces[side, "shift"] == known[side, "shift"] for side in lower]
+        best = [pieces[side, "top"] == known[side, "top"] for side in sweeps.topped]
         both = best[0] & best[-1] & (pieces["agreement"] > 0)
         known["agreement"] = both.any(0).double()
     if problem.teacher is not None:
@@ -238,9 +248,10 @@ def _join_sides(sweeps: Columns, pieces: Known, known: Known, lower: Known, weig
     mean, square, cross = (_weighted(own, x).sum(0) / sum_exp for x in (mean, square, cross))
     known["mean"], known["variance"] = mean, square - mean * mean
     known["covariance"] = cross - mean * known.get((STUDENT, "log2_exp"), 0.0)
-    shares = weight[TEACHER] * pieces[TEACHER, "sum_exp"] / known[TEACHER, "sum_exp"]
-    between, within = (shares - own * sums_exp / sum_exp).abs(), 2 * shares * pieces["apart"]
-    known["apart"] = torch.maximum(between, within - between).sum(0) / 2  # at least
+    if "apart" in pieces:
+        shares = weight[TEACHER] * pieces[TEACHER, "sum_exp"] / known[TEACHER, "sum_exp"]
+        between, within = (shares - own * sums_exp / sum_exp).abs(), 2 * shares * pieces["apart"]
+        known["apart"] = torch.maximum(between, within - between).sum(0) / 2  # at least
 
     nothing = (own == 0) & (weight[TEACHER] == 0)
     spread = torch.where(nothing, 0.0, pieces["spread"] + apart.abs())

@@ -92,7 +92,7 @@ def fused(
 # --- sweeps -----------------------------------------------------------------------------------
 
 
-PARTS = ("shift", "sum_exp")
+PARTS = ("origin", "sum_exp")
 
 
 class Sweeps(Columns):
@@ -108,55 +108,61 @@ class Sweeps(Columns):
         if self.tempered and self.sides[1:]:
             later.append(("later", "log2_exp"))
         if later:
-            pieces = yield self._swept(later, lambda rows: self._sums(rows, known))
+            self._table(known)
+            own = ["saturated"] * (self.bound < torch.inf)
+            pieces = yield self._swept(later, self._sums, own)
             known.update(zip(later, pieces.sum(0), strict=True))
         self._divergence(known)
         return known
 
     # --- the second and third ---
 
-    def _pair(self, rows: Rows, known: Known, later: bool) -> Shard:
+    def _pair(self, rows: Rows, later: bool) -> Shard:
         """Of these rows, with the shifts and sums of all owners, and with their later sums."""
         scales = [of_rows(scale, rows) for scale in self.scales]
-        scales = [scales[0], scales[-1]]
         sides = [
-            self._softmax(x, scale, *(self._of(known, (name, part), rows) for part in PARTS))
-            for name, x, scale in zip(SIDES, self._logits(rows), scales, strict=False)
+            self._softmax(x, scale, *(self._of((name, part), rows) for part in PARTS))
+            for name, x, scale in zip(
+                SIDES, self._logits(rows), (scales[0], scales[-1]), strict=False
+            )
         ]
-        return self._shard(sides, rows, known, scales[0], self.store.new, later)
+        return self._shard(sides, rows, scales[0], self.store.new, later)
 
     def _shard(
         self,
         sides: list[Softmax],
         rows: Rows,
-        known: Known,
         scale: float | Tensor,
         new: Callable[[], Tensor],
         later: bool,
     ) -> Shard:
-        def of(name: Any) -> Tensor:
-            return self._of(known, name, rows)
-
-        first = [of(name) for name in first_names(self.first)]
-        sums = [of(("later", i)) for i in range(self.later)] if later else None
-        labels = None if self.problem.labels is None else self._labels(rows, known)
-        gap = of("gap") if sides[1:] else torch.zeros_like(sides[0].sum_exp)
-        mean = of((STUDENT, "log2_exp")) if (STUDENT, "log2_exp") in known else None
+        known = self.tables[True]
+        first = [self._of(name, rows) for name in first_names(self.first)]
+        sums = [self._of(("later", i), rows) for i in range(self.later)] if later else None
+        labels = None if self.problem.labels is None else self._labels(rows)
+        gap = self._of("gap", rows) if sides[1:] else torch.zeros_like(sides[0].sum_exp)
+        mean = (STUDENT, "log2_exp")
+        student_mean = self._of(mean, rows) if mean in known else None
         pair = (sides[0], sides[-1])
-        return Shard(pair, scale, new, gap, first, sums, labels, mean)
+        return Shard(pair, scale, new, gap, first, sums, labels, student_mean)
 
-    def _sums(self, rows: Rows, known: Known) -> Known:
+    @property
+    def bound(self) -> float:
+        """Of the slopes of a row, beyond which its gradient is a small difference."""
+        guarded = self.guarded and self.later
+        return self.kind.most(self.problem.a, self.problem.b) if guarded else torch.inf
+
+    def _sums(self, rows: Rows) -> Known:
         """The sums that need the sums of the exponentials of all."""
-        pair = self._pair(rows, known, later=False)
+        pair = self._pair(rows, later=False)
         _, descent = self.kind.value_and_descent(pair, self.problem.a, self.problem.b)
-        found: Known = {("later", i): sums[:, 0] for i, sums in enumerate(pair.found_later)}
-        bound = self.kind.most(self.problem.a, self.problem.b)
-        if self.guarded and bound < torch.inf:  # of this owner's share of the student's mass
+        found: Known = {("later", i): sums for i, sums in enumerate(pair.found_later)}
+        if self.bound < torch.inf:  # of this owner's share of the student's mass
             share = total(pair.student.exp) / pair.student.sum_exp
             slopes = torch.as_tensor(descent.total)
-            found["saturated"] = (slopes.abs() > NEARLY_HERE * bound * share)[:, 0]
+            found["saturated"] = slopes.abs() > NEARLY_HERE * self.bound * share
         if self.tempered:
-            found["later", "log2_exp"] = total(_times_log2_exp(descent.terms, pair))[:, 0]
+            found["later", "log2_exp"] = total(_times_log2_exp(descent.terms, pair))
         return found
 
     def _divergence(self, known: Known) -> None:
@@ -165,13 +171,14 @@ class Sweeps(Columns):
         if problem.teacher is None:
             return
         rows = Rows(0, slice(0, problem.rows), slice(0, problem.rows))
+        self._table(known)
         self.begin(True)
         sides = [
             empty(known[name, "shift"][:, None], known[name, "sum_exp"][:, None]) for name in SIDES
         ]
         none = sides[0].exp
         scale = self.scales[0]
-        pair = self._shard(sides, rows, known, scale, lambda: torch.empty_like(none), later=True)
+        pair = self._shard(sides, rows, scale, lambda: torch.empty_like(none), later=True)
         value, descent = self.kind.value_and_descent(pair, problem.a, problem.b)
         kd = value[:, 0].clone()
         close = kd.abs() < CLOSE
@@ -246,9 +253,14 @@ class Sweeps(Columns):
         plain = Coefficients._make(
             x.to(problem.dtype) if isinstance(x, Tensor) else x for x in weights
         )
-        for rows in self._blocks():
-            some = weights if self.store is self.exact_store else plain
-            write_gradient(problem, rows, self._terms(rows, known), some, target, None)
+        self._table(known)
+        counts, odd = self._counts(known), None
+        if problem.teacher is not None:
+            odd = ~counts | (known["kd"].abs() < FAR).logical_not_() | (known["close"] > 0)
+        for exact, some in ((False, plain), (True, weights)):
+            for rows in self._rows(exact):
+                terms = self._terms(rows, known, counts[rows.flat], odd)
+                write_gradient(problem, rows, terms, some, target, None)
         if degrees is not None:
             degrees.copy_(self._temperature(known, weights))
 
@@ -267,33 +279,41 @@ class Sweeps(Columns):
             found = found * self.problem.moments[0, WIDTH]
         return torch.where(kept, found, 0.0)
 
-    def _terms(self, rows: Rows, known: Known) -> Terms:
+    def _terms(self, rows: Rows, known: Known, counts: Tensor, odd: Tensor | None) -> Terms:
+        """odd: [N], rows whose descent is none, or not that of the formulas."""
         problem, tempering = self.problem, None
-        counts = self._counts(known)[rows.flat]
-        pair, unit = self._pair(rows, known, later=True), None
+        pair, unit = self._pair(rows, later=True), None
         if problem.labels is not None:
-            shift, sum_exp = (self._of(known, name, rows) for name in ((STUDENT, "shift"), "unit"))
             unit = pair.student
             if not isinstance(pair.student_scale, float) or pair.student_scale != 1:
-                unit = self._softmax(self._logits(rows)[0], 1.0, shift, sum_exp)
+                unit = self._unit(rows)
         if self.tempered:
             zero = torch.zeros_like(pair.student.sum_exp)
             slopes = [
-                self._of(known, name, rows) if name in known else zero
+                self._of(name, rows) if name in known else zero
                 for name in ("kd_slope", "entropy_slope")
             ]
             tempering = slopes[0], slopes[1]
         descent = None
         if problem.teacher is not None:
             _, descent = self.kind.value_and_descent(pair, problem.a, problem.b)
-            descent = self._mended(rows, known, pair, descent, ~counts)
+            if odd is not None and odd[rows.flat].any():
+                descent = self._mended(rows, known, pair, descent, ~counts)
         return Terms({}, pair, descent, unit, None if counts.all() else counts[:, None], tempering)
+
+    def _unit(self, rows: Rows) -> Softmax:
+        """The student's at temperature 1."""
+        shift = self.tables[True][STUDENT, "shift"][rows.flat]
+        origin = self._origin(shift, 1.0)
+        lower = shift - self._shift(origin, 1.0)
+        sum_exp = self.tables[True]["unit"][rows.flat] * lower.exp()
+        return self._softmax(self._logits(rows)[0], 1.0, origin, sum_exp.to(self.store.dtype))
 
     def _mended(
         self, rows: Rows, known: Known, pair: Shard, descent: Descent, dead: Tensor
     ) -> Descent:
         """See `Solver.mended`: but what says so is known of all columns."""
-        values, close = self._of(known, "kd", rows)[:, 0], known["close"][rows.flat] > 0
+        values, close = self._of("kd", rows)[:, 0], known["close"][rows.flat] > 0
         infinite = values.abs() >= FAR
         if infinite.any():
             dead = dead | infinite & ~_finite(descent)[:, 0]
