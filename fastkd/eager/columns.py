@@ -60,6 +60,7 @@ class Columns:
         self.plain_store = Store(problem, problem.dtype)
         # Rows that need fp64, as far as this owner's columns are concerned.
         self.exact = problem.student.new_full((problem.rows,), not single, dtype=torch.bool)
+        self.exact |= not problem.vocab_size
         self.tables: dict[bool, Known] = {False: {}, True: {}}  # of rows, in fp64 or not
         if problem.labels is not None:
             columns = problem.labels.long() - self.merge.first_column
@@ -181,11 +182,11 @@ class Columns:
         dtype = self.store.dtype
         return [x if x.dtype == dtype else self.store.new().copy_(x) for x in found]
 
-    # --- what the rows of a block are measured from ---
+    # --- what the logits of a block are measured from ---
     #
     # A rounding common to an owner's columns would not cancel against those of others. Logits are
-    # therefore measured from their shift before they are scaled, or, in one pass, from that shift
-    # for which nothing is rounded but the result.
+    # therefore measured from a shift before they are scaled. Where all rows share the scale, fp32
+    # does both at once, and as shifts serve those of which the product with the scale is exact.
 
     def _softmax(
         self, x: Tensor, scale: float | Tensor, origin: Tensor, sum_exp: Tensor | None = None
@@ -200,27 +201,27 @@ class Columns:
         return Softmax(origin, log2_exp, terms, total(terms) if sum_exp is None else sum_exp)
 
     def _bits(self, scale: float | Tensor) -> float | None:
-        """By what logits are scaled, in fp32, where the origin, in bits, is added to them; None:
-        the origin is a logit.
-        """
+        """The scale, in bits, where fp32 scales and adds at once."""
         if isinstance(scale, Tensor) or self.store.dtype != torch.float32:
             return None
         return torch.tensor(scale / LN2, dtype=torch.float32).item()
 
     def _origin(self, shift: Tensor, scale: float | Tensor) -> Tensor:
+        """The shift; for fp32 what is added to the scaled logits."""
         bits = self._bits(scale)
         return (shift if bits is None else shift * -bits).to(self.store.dtype)
 
     def _shift(self, origin: Tensor, scale: float | Tensor) -> Tensor:
-        """What is measured from, in fp64."""
+        """In fp64."""
         bits = self._bits(scale)
         return origin.double() if bits is None else origin.double() / -bits
 
-    def measured(self, shift: Tensor, scale: float | Tensor) -> Tensor:
-        """The nearest shift that has an origin; it is left as it is where fp32 has no room."""
+    def measured(self, shifts: Tensor, scale: float | Tensor, exact: Tensor) -> Tensor:
+        """The highest shift of all owners; if not all are exact, one near to it that fp32 has."""
         self.begin(False)
-        found = self._shift(self._origin(shift, scale), scale)
-        return torch.where(found.isfinite(), found, shift)
+        shift = shifts.amax(0)
+        near = self._shift(self._origin(shift, scale), scale)
+        return torch.where(near.isfinite() & ~exact.all(0), near, shift)
 
     # --- what is known of all columns ---
 

@@ -190,7 +190,7 @@ def joined(sweeps: Columns, pieces: Known) -> Known:
     lower, weight = {}, {}  # of an owner's shift to the highest, in nats, and its exponential
     for side in SIDES[: len(sweeps.sides)]:
         shifts, sums_exp = pieces[side, "shift"], pieces[side, "sum_exp"]
-        known[side, "shift"] = shift = sweeps.measured(shifts.amax(0), scale[side])
+        known[side, "shift"] = shift = sweeps.measured(shifts, scale[side], pieces["exact"])
         lower[side] = (shifts - shift) * scale[side]
         weight[side] = lower[side].exp()
         known[side, "sum_exp"] = sum_exp = (weight[side] * sums_exp).sum(0)

@@ -101,8 +101,9 @@ class Sweeps(Columns):
     def known(self) -> sharding.Phases[Known]:
         """All that is known of the rows when both sweeps are done."""
         names = statistics_names(self)
-        pieces = yield self._swept(names, self._statistics)
-        known = joined(self, dict(zip(names, pieces.unbind(1), strict=True)))
+        fields = self._swept(names, self._statistics)
+        pieces = yield torch.cat([fields, self.exact[None].double()])
+        known = joined(self, dict(zip([*names, "exact"], pieces.unbind(1), strict=True)))
         self._mark(known)
         later: list[Any] = [("later", i) for i in range(self.later)]
         if self.tempered and self.sides[1:]:
