@@ -236,7 +236,7 @@ def _bernoulli(
     sums = Sums(zero, zero, zero, zero, zero, zero)
     if RESIDENT:
         columns, vector = M.aligned(columns, ALIGN), tl.arange(0, VECTOR)[None, :]
-        tile = W.Tile(vector, vector, live & (vector < columns))
+        tile = W.Tile(vector, live & (vector < columns))
         sums = _step(sums, tile, sides, row, FACTS)
         if gradient is not None:
             nothing = tl.zeros([LANES, VECTOR], gradient.dtype.element_ty)

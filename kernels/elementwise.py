@@ -7,37 +7,63 @@ they can, so that tiles are full.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import is_cuda
 
+from fastkd.kernels import walk as W
 from fastkd.kernels.arithmetic import INTERPRETED, LN2
 from fastkd.kernels.tuning import elementwise
 
 __all__ = ["backward", "forward"]
 
 
+class Matrix(NamedTuple):
+    """[rows, columns] in memory; none by default."""
+
+    pointer: Any = None
+    stride: Any = None  # of rows
+    STEP: Any = None  # of columns: 1, or 0 where a row is one value repeated
+
+
+class Operands(NamedTuple):
+    """A Matrix each, where it is read or written."""
+
+    input: Any
+    target: Any
+    upstream: Any = None
+    value: Any = None
+    input_grad: Any = None
+    target_grad: Any = None
+
+
+class Facts(NamedTuple):
+    """What the compiler knows."""
+
+    LOG_TARGET: Any
+    REDUCE: Any = False
+
+
 @triton.jit
-def _load(pointer, column, columns, STEP: tl.constexpr, WHOLE: tl.constexpr):
-    """A tile in fp32; only tiles that are not WHOLE are masked, which would narrow the loads."""
-    if STEP == 0:
-        values = tl.broadcast_to(tl.load(pointer), column.shape)
-    elif WHOLE:
-        values = tl.load(pointer + column)
+def _load(matrix, tile):
+    """A tile in fp32; only tiles that are not full are masked, which would narrow the loads."""
+    if matrix.STEP == 0:
+        values = tl.broadcast_to(tl.load(matrix.pointer), tile.at.shape)
+    elif tile.inside is None:
+        values = tl.load(matrix.pointer + tile.at)
     else:
-        values = tl.load(pointer + column, mask=column < columns, other=0.0)
+        values = tl.load(matrix.pointer + tile.at, mask=tile.inside, other=0.0)
     return values.to(tl.float32)
 
 
 @triton.jit
-def _store(pointer, values, column, columns, WHOLE: tl.constexpr):
-    values = values.to(pointer.dtype.element_ty)
-    if WHOLE:
-        tl.store(pointer + column, values)
-    else:
-        tl.store(pointer + column, values, mask=column < columns)
+def _store(matrix, values, tile):
+    values = values.to(matrix.pointer.dtype.element_ty)
+    tl.store(matrix.pointer + tile.at, values, mask=tile.inside)
 
 
 @triton.jit
@@ -52,9 +78,10 @@ def _log(t, FAST: tl.constexpr):
 
 
 @triton.jit
-def _narrow(X, T):
+def _narrow(input, target):
     """Whether both have 16 bits: reading them then takes less time than tl.log does."""
-    return X.dtype.element_ty.primitive_bitwidth + T.dtype.element_ty.primitive_bitwidth == 32
+    x: tl.constexpr = input.pointer.dtype.element_ty.primitive_bitwidth
+    return x + target.pointer.dtype.element_ty.primitive_bitwidth == 32
 
 
 @triton.jit
@@ -70,82 +97,83 @@ def _log_ratio(x, t, LOG_TARGET: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def _forward_tile(
-    X, T, Out, columns,
-    X_STEP: tl.constexpr, T_STEP: tl.constexpr, LOG_TARGET: tl.constexpr, REDUCE: tl.constexpr,
-    BLOCK: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    column = tl.arange(0, BLOCK)
-    x = _load(X, column, columns, X_STEP, WHOLE)
-    t = _load(T, column, columns, T_STEP, WHOLE)
-    p, log_ratio = _log_ratio(x, t, LOG_TARGET, _narrow(X, T))
+def _from(matrix, blocks, BLOCK: tl.constexpr):
+    """A Matrix from the program's tile on, of which a row has `blocks`."""
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
+    pointer = matrix.pointer + (row * matrix.stride + column * matrix.STEP)
+    return Matrix(pointer, matrix.stride, matrix.STEP)
+
+
+@triton.jit
+def _left(columns, blocks, BLOCK: tl.constexpr):
+    """Of a row, from that tile on."""
+    return columns - (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
+
+
+@triton.jit
+def _value(tile, operands, known, FACTS: tl.constexpr):
+    x, t = _load(operands.input, tile), _load(operands.target, tile)
+    fast: tl.constexpr = _narrow(operands.input, operands.target)
+    p, log_ratio = _log_ratio(x, t, FACTS.LOG_TARGET, fast)
     value = p * log_ratio
-    if REDUCE:
-        if not WHOLE:
-            value = tl.where(column < columns, value, 0.0)
-        tl.store(Out, tl.sum(value))
+    if FACTS.REDUCE:
+        if tile.inside is not None:
+            value = tl.where(tile.inside, value, 0.0)
+        tl.store(operands.value.pointer + tl.program_id(0), tl.sum(value))
     else:
-        _store(Out, value, column, columns, WHOLE)
+        _store(operands.value, value, tile)
+
+
+@triton.jit
+def _gradient(tile, operands, known, FACTS: tl.constexpr):
+    g, t = _load(operands.upstream, tile), _load(operands.target, tile)
+    if operands.input_grad.pointer is not None:
+        p = tl.exp(t) if FACTS.LOG_TARGET else t
+        _store(operands.input_grad, -p * g, tile)
+    if operands.target_grad.pointer is not None:
+        x = _load(operands.input, tile)
+        fast: tl.constexpr = _narrow(operands.input, operands.target)
+        p, log_ratio = _log_ratio(x, t, FACTS.LOG_TARGET, fast)
+        slope = p * (log_ratio + 1) if FACTS.LOG_TARGET else tl.where(p == 0, 0.0, log_ratio + 1)
+        _store(operands.target_grad, slope * g, tile)
 
 
 @triton.jit
 def _forward(
-    X, T, Out, blocks, columns, x_stride, t_stride, out_stride,
-    X_STEP: tl.constexpr, T_STEP: tl.constexpr, LOG_TARGET: tl.constexpr, REDUCE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    input, target, value, blocks, columns,
+    LOG_TARGET: tl.constexpr, REDUCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Out: a value per entry, or with REDUCE the sum of each tile, [rows * blocks]."""
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
-    X += row * x_stride + start * X_STEP
-    T += row * t_stride + start * T_STEP
-    Out += tl.program_id(0) if REDUCE else row * out_stride + start
-    left = columns - start
-    if left >= BLOCK:
-        _forward_tile(X, T, Out, left, X_STEP, T_STEP, LOG_TARGET, REDUCE, BLOCK, True)
-    else:
-        _forward_tile(X, T, Out, left, X_STEP, T_STEP, LOG_TARGET, REDUCE, BLOCK, False)
-
-
-@triton.jit
-def _backward_tile(
-    G, X, T, DX, DT, columns,
-    G_STEP: tl.constexpr, X_STEP: tl.constexpr, T_STEP: tl.constexpr, LOG_TARGET: tl.constexpr,
-    BLOCK: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    column = tl.arange(0, BLOCK)
-    g = _load(G, column, columns, G_STEP, WHOLE)
-    t = _load(T, column, columns, T_STEP, WHOLE)
-    if DX is not None:
-        _store(DX, -(tl.exp(t) if LOG_TARGET else t) * g, column, columns, WHOLE)
-    if DT is not None:
-        x = _load(X, column, columns, X_STEP, WHOLE)
-        p, log_ratio = _log_ratio(x, t, LOG_TARGET, _narrow(X, T))
-        slope = p * (log_ratio + 1) if LOG_TARGET else tl.where(p == 0, 0.0, log_ratio + 1)
-        _store(DT, slope * g, column, columns, WHOLE)
+    """A value per entry, or with REDUCE the sum of each tile, [rows * blocks]."""
+    W.only_tile(
+        _left(columns, blocks, BLOCK),
+        Operands(
+            _from(input, blocks, BLOCK), _from(target, blocks, BLOCK),
+            value=value if REDUCE else _from(value, blocks, BLOCK),
+        ),
+        None, Facts(LOG_TARGET, REDUCE), _value, BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit
 def _backward(
-    G, X, T, DX, DT, blocks, columns, g_stride, x_stride, t_stride, out_stride,
-    G_STEP: tl.constexpr, X_STEP: tl.constexpr, T_STEP: tl.constexpr, LOG_TARGET: tl.constexpr,
-    BLOCK: tl.constexpr,
+    upstream, input, target, input_grad, target_grad, blocks, columns,
+    LOG_TARGET: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """DX, DT: the gradients of input and target under the upstream gradient G; None: not wanted."""
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
-    G += row * g_stride + start * G_STEP
-    T += row * t_stride + start * T_STEP
-    if DX is not None:
-        DX += row * out_stride + start
-    if DT is not None:
-        X += row * x_stride + start * X_STEP
-        DT += row * out_stride + start
-    left = columns - start
-    if left >= BLOCK:
-        _backward_tile(G, X, T, DX, DT, left, G_STEP, X_STEP, T_STEP, LOG_TARGET, BLOCK, True)
-    else:
-        _backward_tile(G, X, T, DX, DT, left, G_STEP, X_STEP, T_STEP, LOG_TARGET, BLOCK, False)
+    """The gradients of input and target, each where it has a pointer; input for the latter."""
+    W.only_tile(
+        _left(columns, blocks, BLOCK),
+        Operands(
+            input if input.pointer is None else _from(input, blocks, BLOCK),
+            _from(target, blocks, BLOCK),
+            upstream=_from(upstream, blocks, BLOCK),
+            input_grad=input_grad if input_grad.pointer is None
+            else _from(input_grad, blocks, BLOCK),
+            target_grad=target_grad if target_grad.pointer is None
+            else _from(target_grad, blocks, BLOCK),
+        ),
+        None, Facts(LOG_TARGET), _gradient, BLOCK,
+    )  # fmt: skip
 
 
 def forward(input: Tensor, target: Tensor, out: Tensor | None, log_target: bool) -> Tensor:
@@ -157,13 +185,11 @@ def forward(input: Tensor, target: Tensor, out: Tensor | None, log_target: bool)
     result = (
         torch.empty(rows * blocks, dtype=torch.float32, device=input.device) if out is None else out
     )
-    (x, x_stride, x_step), (t, t_stride, t_step) = _operand(input), _operand(target)
     if rows * blocks:
         with torch.cuda.device_of(input):
             _forward[(rows * blocks,)](
-                x, t, result, blocks, columns,
-                x_stride, t_stride, columns if rows > 1 else 0,
-                x_step, t_step, log_target, out is None, block,
+                _read(input), _read(target), _written(result, rows, columns), blocks, columns,
+                LOG_TARGET=log_target, REDUCE=out is None, BLOCK=block,
                 num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
     return result.sum() if out is None else out
@@ -177,23 +203,30 @@ def backward(
     rows, columns = target.shape
     block, warps = elementwise(target.device)
     blocks = triton.cdiv(columns, block)
-    (g, g_stride, g_step), (t, t_stride, t_step) = _operand(upstream), _operand(target)
-    x, x_stride, x_step = (None, 0, 0) if input is None else _operand(input)
     if rows * blocks:
         with torch.cuda.device_of(target):
             _backward[(rows * blocks,)](
-                g, x, t, input_grad, target_grad, blocks, columns,
-                g_stride, x_stride, t_stride, columns if rows > 1 else 0,
-                g_step, x_step, t_step, log_target, block,
+                _read(upstream), _read(input), _read(target),
+                _written(input_grad, rows, columns), _written(target_grad, rows, columns),
+                blocks, columns, LOG_TARGET=log_target, BLOCK=block,
                 num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
 
 
-def _operand(matrix: Tensor) -> tuple[Tensor, int, int]:
-    """The matrix, copied if its columns lie apart, its row stride and its column step, 0 or 1."""
+def _read(matrix: Tensor | None) -> Matrix:
+    """An operand, copied if its columns lie apart."""
+    if matrix is None:
+        return Matrix()
     rows, columns = matrix.shape
     if columns > 1 and matrix.stride(1) > 1:
         matrix = matrix.contiguous()
     # A single row has stride 0, which is divisible by 16 and keeps the loads wide.
     row_stride = matrix.stride(0) if rows > 1 else 0
-    return matrix, row_stride, int(columns == 1 or matrix.stride(1) == 1)
+    return Matrix(matrix, row_stride, tl.constexpr(int(columns == 1 or matrix.stride(1) == 1)))
+
+
+def _written(result: Tensor | None, rows: int, columns: int) -> Matrix:
+    """Contiguous."""
+    return (
+        Matrix() if result is None else Matrix(result, columns if rows > 1 else 0, tl.constexpr(1))
+    )

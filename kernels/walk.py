@@ -26,8 +26,8 @@ class Tile(NamedTuple):
     """Positions [lanes, vector]; a lane's lie side by side, from `first` on."""
 
     at: Any
-    first: Any  # [lanes, 1]
     inside: Any  # which of them are the row's; None: all
+    first: Any = None  # [lanes, 1]
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def _left_over(state, stretch, sides, known, FACTS: tl.constexpr, STEP: tl.const
     if len(stretch.before) == 0:
         if stretch.tail < stretch.end:
             at = stretch.tail + stretch.offsets
-            tile = Tile(at, stretch.tail + stretch.lanes, at < stretch.end)
+            tile = Tile(at, at < stretch.end, stretch.tail + stretch.lanes)
             state = STEP(state, tile, sides, known, FACTS)
     else:
         first = stretch.tail - stretch.before[0]
@@ -85,7 +85,7 @@ def _left_over(state, stretch, sides, known, FACTS: tl.constexpr, STEP: tl.const
             lane += tl.where(lane < stretch.tail, stretch.begin - first, 0)
             at += tl.where(at < stretch.tail, stretch.begin - first, 0)
             inside = (at >= stretch.shift) & (at < stretch.end)
-            state = STEP(state, Tile(at, lane, inside), sides, known, FACTS)
+            state = STEP(state, Tile(at, inside, lane), sides, known, FACTS)
     return state
 
 
@@ -99,5 +99,15 @@ def full_tiles(state, stretch, sides, known, FACTS: tl.constexpr, STEP: tl.const
     for i in range(stretch.full):
         begin = first + i * step
         at = begin + stretch.offsets
-        state = STEP(state, Tile(at, begin + stretch.lanes, None), sides, known, FACTS)
+        state = STEP(state, Tile(at, None, begin + stretch.lanes), sides, known, FACTS)
     return state
+
+
+@triton.jit
+def only_tile(columns, sides, known, FACTS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr):
+    """STEP(tile, sides, known, FACTS) for the first BLOCK columns, or all where they are fewer."""
+    at = tl.arange(0, BLOCK)
+    if columns >= BLOCK:
+        STEP(Tile(at, None), sides, known, FACTS)
+    else:
+        STEP(Tile(at, at < columns), sides, known, FACTS)
