@@ -150,12 +150,6 @@ def run(
     if given.dim not in (-1, student.dim() - 1):
         raise ValueError(f"dim={given.dim} of a DTensor: move the classes last, by movedim")
     layout = Layout.of(student)
-    if layout.vocabulary is not None and torch.compiler.is_compiling():
-        raise NotImplementedError(
-            "a DTensor whose vocabulary is sharded inside torch.compile, which does not know its "
-            "group by name: pass student.to_local() and teacher.to_local() with "
-            "group=student.device_mesh.get_group(dim), of the dimension that shards it"
-        )
     settings = given._asdict() | {"group": layout.group, "dim": -1}
     for name in given.temperatures:
         settings[name] = layout.per_row(name, settings[name])

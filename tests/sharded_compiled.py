@@ -6,12 +6,16 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_utils import CrossRefFakeMode
-from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import (
+    Replicate,
+    Shard,
+    distribute_tensor,
+    init_device_mesh,
+)
 
 import fastkd
 from fastkd import checks, sharding
@@ -108,11 +112,26 @@ def shapes_that_a_compiler_sees() -> None:
 
 
 def compiled_dtensors() -> None:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    student = distribute_tensor(torch.randn(N, V), mesh, [Shard(1)])
-    function = torch.compile(fastkd.distillation_loss, fullgraph=True, backend="eager")
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"pass student\.to_local\(\)"):
-        function(student, student)
+    """Logits as leaves, and as products of a sharded head in the function that is compiled."""
+    mesh = init_device_mesh("cpu", (1, dist.get_world_size()))
+    student, teacher = torch.randn(2, N, V)
+    hidden, weight = torch.randn(N, H), torch.randn(V, H)
+    rows, both = (Shard(0), Replicate()), (Shard(0), Shard(1))
+    y, labels = distribute_tensor(teacher, mesh, both), distribute_tensor(LABELS, mesh, rows)
+
+    def loss(z: Tensor, *others: Any, **settings: Any) -> Tensor:
+        found: Any = fastkd.distillation_loss(z, *others, num_items=7, **settings)
+        return found.to_local()
+
+    z, whole = distribute_tensor(student, mesh, both), distribute_tensor(teacher, mesh, rows)
+    jsd = fastkd.JSD(beta=0.3)
+    same(
+        lambda z, y: loss(z, y, labels, alpha=0.4, divergence=jsd, teacher_grad=True), (2, 0), z, y
+    )
+    same(lambda z: loss(z, whole), (1, 0), z)
+    h = distribute_tensor(hidden, mesh, rows)
+    w = distribute_tensor(weight, mesh, (Replicate(), Shard(0)))
+    same(lambda h, w: loss(h @ w.t(), y, labels, alpha=0.4, temperature=2.0), (1, 0), h, w)
 
 
 CASES = {case.__name__: case for case in (compiled, compiled_dtensors, shapes_that_a_compiler_sees)}
