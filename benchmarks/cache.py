@@ -8,8 +8,10 @@ for. It loads them if it is the same build for the same Python; else all still w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
+import math
 import os
 import platform
 import subprocess
@@ -27,12 +29,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .assembly import replaced
+
 ABOUT = "about.json"
 GROUP = "__grp__"
 # What a launch needs; the rest is how the compiler came to it.
 KEPT = (".cubin", ".json", ".so")
-# Operators whose products would be computed here, or whose operands are read: compiled there.
-COMPUTED = ("linear", "topk")
 
 
 def enter(folder: Path) -> None:
@@ -159,8 +161,6 @@ def _table() -> Iterator[tuple[str, Launch]]:
     from .run import groups_of
 
     for group in groups_of(cases.GPU):
-        if group.operator.name in COMPUTED:
-            continue
         for provider in group.providers:
             if provider.ours:
                 for part in group.parts:
@@ -172,16 +172,47 @@ def _row(group: Any, provider: Any, part: str) -> None:
     from .truth import UPSTREAM, leaves
 
     dtype = DTYPES[group.dtype]
-    with Outlines():
-        given = group.operator.operands(group.case, group.divergence, dtype, torch.Generator())
-    operands = tuple(map(untouched, given))
+    if group.operator.name == "topk":
+        operands = _listed(group.case, dtype)
+    else:
+        with Outlines():
+            given = group.operator.operands(group.case, group.divergence, dtype, torch.Generator())
+        operands = tuple(map(untouched, given))
     loss = provider.bind(group.operator.options(group.divergence, 2.0))
-    if part == "forward":
-        with torch.no_grad():
-            loss(*operands)
-        return
-    value = loss(*operands)
-    torch.autograd.grad(value, leaves(operands), torch.full_like(value, UPSTREAM.get(dtype, 1.0)))
+    with _no_products():
+        if part == "forward":
+            with torch.no_grad():
+                loss(*operands)
+            return
+        value = loss(*operands)
+        upstream = torch.full_like(value, UPSTREAM.get(dtype, 1.0))
+        torch.autograd.grad(value, leaves(operands), upstream)
+
+
+def _listed(case: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Student, and what a teacher lists, which is checked by what it holds."""
+    from .operators.topk import K
+
+    listed = min(K, case.vocab - 1)
+    indices = torch.arange(listed).expand(case.rows, -1).contiguous()
+    log_probs = torch.full((case.rows, listed), -math.log(listed + 1))
+    student = torch.empty(case.rows, case.vocab, dtype=dtype, requires_grad=True)
+    return student, indices, log_probs, log_probs[:, 0].clone()
+
+
+@contextlib.contextmanager
+def _no_products() -> Iterator[None]:
+    """Heads make no logits, in chunks as large as on a GPU."""
+    from fastkd import chunks, linear
+
+    with (
+        replaced(chunks, "CPU_BYTES", chunks.GPU_BYTES),
+        replaced(chunks, "CPU_SPARE", chunks.GPU_SPARE),
+        replaced(linear, "_converted", lambda head, n: [(slice(0, n), head.weight[:n])]),
+        replaced(linear, "_product", lambda *_: None),
+        replaced(linear, "_add_product", lambda *_: None),
+    ):
+        yield
 
 
 def _choice(divergence: str, case: str, choice: Any) -> None:

@@ -83,7 +83,8 @@ def test_every_launch_of_the_suite_is_made_without_a_gpu():
     assert done.returncode == 0, done.stdout[-300:] + done.stderr[-3000:]
     said = done.stdout.splitlines()
     assert len(set(said)) > 200
-    for word in ("verify jsd", "kl_div log_target", "cap 64", "ceilings", "training"):
+    heads, shared = ("linear", "topk"), ("cap 64", "shared 8")
+    for word in ("verify jsd", "kl_div log_target", *shared, *heads, "ceilings", "training"):
         assert any(word in line for line in said), word
 
 
