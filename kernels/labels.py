@@ -131,10 +131,9 @@ def with_label(row, label, unit, t_entropy, alive):
     unit_max = tl.maximum(row.s_max, label.s_logit)
     unit *= tl.exp2((row.s_max - unit_max) * LOG2E)
     unit += tl.exp2((label.s_logit - unit_max) * LOG2E)
-    return records.Row(
-        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, row.c, row.rest, row.mean_log2_exp,
-        t_entropy, log2(R.positive(unit)), alive, row.scale_slope, row.entropy_slope, unit_max,
-        label,
+    return records.row_with(
+        row, t_entropy=t_entropy, unit_log=log2(R.positive(unit)), alive=alive, unit_max=unit_max,
+        label=label,
     )  # fmt: skip
 
 
@@ -158,10 +157,9 @@ def with_slopes(row, total, a, b, WANT: tl.constexpr, AT_LABEL: tl.constexpr):
         label = records.Label(
             label.s_logit, label.t_logit, label.s_odds, label.t_odds, label.d, factor, slope
         )
-        return records.Row(
-            row.s_max, row.t_max, row.s_log, row.t_log, row.gap, row.c, row.rest, row.mean_log2_exp,
-            row.t_entropy, row.unit_log, row.alive, scale_slope, entropy_slope, row.unit_max, label,
-        )  # fmt: skip
+        return records.row_with(
+            row, scale_slope=scale_slope, entropy_slope=entropy_slope, label=label
+        )
 
 
 @triton.jit

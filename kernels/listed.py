@@ -182,26 +182,6 @@ def events_of(z, listed, last, lp, tilt, row, rest_sum, temper, a, b, REST: tl.c
 
 
 @triton.jit
-def with_rest_of_row(row, rest_max, rest_sum):
-    """The row, with what is not listed in the place of the teacher: see `problem.py`."""
-    return records.Row(
-        row.s_max, rest_max, row.s_log, row.t_log, rest_sum, row.c, row.rest, row.mean_log2_exp,
-        row.t_entropy, row.unit_log, row.alive, row.scale_slope, row.entropy_slope, row.unit_max,
-        row.label,
-    )  # fmt: skip
-
-
-@triton.jit
-def with_events(row, events):
-    return records.Row(
-        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, events.c, row.rest, row.mean_log2_exp,
-        events.entropy, row.unit_log, events.alive, row.scale_slope, row.entropy_slope,
-        row.unit_max,
-        row.label,
-    )  # fmt: skip
-
-
-@triton.jit
 def both_parts(unlisted, z, listed, temper, WANT: tl.constexpr):
     """The statistics of all of a row."""
     most = R.highest(z, unlisted.s_max)
@@ -293,7 +273,8 @@ def listed(
         rest_max, rest_sum = stats.s_max, stats.s_sum
         stats = both_parts(stats, z, known, temper, WANT)
         row = R.summarize(stats, temper, "none", WANT)
-        row = with_rest_of_row(row, rest_max, rest_sum)
+        # What is not listed is in the place of the teacher: see `problem.py`.
+        row = records.row_with(row, t_max=rest_max, gap=rest_sum)
     REST: tl.constexpr = teacher.rest is not None
     lp = tl.load(teacher.log_probs + entry, mask=(event < count) & (column >= 0),
                  other=-float("inf"))  # fmt: skip
@@ -306,7 +287,7 @@ def listed(
     )  # fmt: skip
     terms = P.factors_of(factors, index, None)
     if not BACKWARD:
-        row = with_events(row, found)
+        row = records.row_with(row, c=found.c, t_entropy=found.entropy, alive=found.alive)
         if split == 0:
             hard = P.cross_entropy(stats, row, label, label_logit, columns, smoothing, WANT)
             zero = row.c * 0.0

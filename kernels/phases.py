@@ -92,10 +92,12 @@ def restore(state, index, rows, live, WANT: tl.constexpr, AT_LABEL: tl.constexpr
     t_log = s_log + gap * A.LOG2E
     row = R.row_of(s_max, t_max, s_log, t_log, gap, alive, c, mean_log2_exp, unit)
     if records.REST & WANT:
-        row = with_rest(row, M.row_load(state, 5 * rows, live, 0.0))
+        row = records.row_with(row, rest=M.row_load(state, 5 * rows, live, 0.0))
     if records.STANDARDIZED & WANT:
-        scale_slope = M.row_load(state, 8 * rows, live, 0.0)
-        row = with_scale_slopes(row, scale_slope, M.row_load(state, 9 * rows, live, 0.0))
+        row = records.row_with(
+            row, scale_slope=M.row_load(state, 8 * rows, live, 0.0),
+            entropy_slope=M.row_load(state, 9 * rows, live, 0.0),
+        )  # fmt: skip
     return L.restore_label(state, rows, row, unit, live, AT_LABEL)
 
 
@@ -176,9 +178,9 @@ def add_sums(sums, z, y, value, slope, row, WANT: tl.constexpr):
         both = tl.where((z == row.s_max) & (y == row.t_max), 1.0, 0.0)
         agreement = tl.maximum(agreement, tl.max(both, 1, keep_dims=True))
     return records.Sums(
-        sums.value + tl.sum(value, 1, keep_dims=True),
-        sums.slope + tl.sum(slope, 1, keep_dims=True),
-        agreement, sums.scale_slope, sums.entropy_slope,
+        value=sums.value + tl.sum(value, 1, keep_dims=True),
+        slope=sums.slope + tl.sum(slope, 1, keep_dims=True),
+        agreement=agreement, scale_slope=sums.scale_slope, entropy_slope=sums.entropy_slope,
     )  # fmt: skip
 
 
@@ -190,7 +192,7 @@ def add_scale_slopes(sums, z, slope, q, lq, row, temper, WANT: tl.constexpr):
         log2_exp = tl.where(lq > -float("inf"), R.centred_log2_exp(z, row, temper), 0.0)
         scale_slope += A.LN2 * tl.sum(slope * log2_exp, 1, keep_dims=True)
         entropy_slope -= (A.LN2 * A.LN2) * tl.sum(q * log2_exp * log2_exp, 1, keep_dims=True)
-    return records.Sums(sums.value, sums.slope, sums.agreement, scale_slope, entropy_slope)
+    return records.sums_with(sums, scale_slope=scale_slope, entropy_slope=entropy_slope)
 
 
 @triton.jit
@@ -219,51 +221,12 @@ def collapse_sums(sums, WANT: tl.constexpr):
 
 
 @triton.jit
-def with_constant(row, c):
-    return records.Row(
-        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, c, row.rest,
-        row.mean_log2_exp, row.t_entropy, row.unit_log, row.alive, row.scale_slope,
-        row.entropy_slope,
-        row.unit_max, row.label,
-    )  # fmt: skip
-
-
-@triton.jit
-def with_scale_slopes(row, scale_slope, entropy_slope):
-    return records.Row(
-        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, row.c, row.rest,
-        row.mean_log2_exp, row.t_entropy, row.unit_log, row.alive, scale_slope, entropy_slope,
-        row.unit_max, row.label,
-    )  # fmt: skip
-
-
-@triton.jit
-def with_rest(row, rest):
-    return records.Row(
-        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, row.c, rest,
-        row.mean_log2_exp, row.t_entropy, row.unit_log, row.alive, row.scale_slope,
-        row.entropy_slope,
-        row.unit_max, row.label,
-    )  # fmt: skip
-
-
-@triton.jit
-def with_value(sums, value):
-    return records.Sums(value, sums.slope, sums.agreement, sums.scale_slope, sums.entropy_slope)
-
-
-@triton.jit
-def with_slope(sums, slope):
-    return records.Sums(sums.value, slope, sums.agreement, sums.scale_slope, sums.entropy_slope)
-
-
-@triton.jit
 def with_sums(row, sums, CONSTANT: tl.constexpr, WANT: tl.constexpr):
     """The row with what the sweep of sums gives."""
     if CONSTANT == "slope_sum":
-        row = with_constant(row, sums.slope + row.c)
+        row = records.row_with(row, c=sums.slope + row.c)
     if records.SCALE_SLOPE & WANT:
-        row = with_scale_slopes(row, sums.scale_slope, sums.entropy_slope)
+        row = records.row_with(row, scale_slope=sums.scale_slope, entropy_slope=sums.entropy_slope)
     return row
 
 

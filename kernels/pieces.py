@@ -80,8 +80,8 @@ def read_sums(pieces, turn, rows, share, WANT: tl.constexpr, PIECES: tl.constexp
     nothing = P.no_sums(PADDED)
     found = read_fields(pieces, turn, rows, nothing + (nothing.value,), SUMS_FIELDS, PIECES)
     each, anchor = records.Sums(*found[:ANCHOR]), found[ANCHOR]
-    sums = P.collapse_sums(P.with_slope(each, each.slope + share * anchor), WANT)
-    return sums, each.slope, anchor
+    shifted = records.sums_with(each, slope=each.slope + share * anchor)
+    return P.collapse_sums(shifted, WANT), each.slope, anchor
 
 
 @triton.jit

@@ -22,6 +22,8 @@ from fastkd.kernels.records import (
     UNIT,
     Row,
     Statistics,
+    row_with,
+    statistics_with,
 )
 from fastkd.kernels.terms import gain
 
@@ -65,7 +67,7 @@ def move(stats, s_max, t_max, temper, WANT: tl.constexpr):
         dw = temper.a * (dt - ds)
         factor = tl.exp2(ds + dw)
         lift = lift * factor + gain(moved.s_sum, dw * LN2, stats.s_sum * factor)
-    return with_differences(moved, rise, lift)
+    return statistics_with(moved, rise=rise, lift=lift)
 
 
 @triton.jit
@@ -191,11 +193,7 @@ def both(old, new, WANT: tl.constexpr):
 @triton.jit
 def of_one_side(stats):
     """Where there is no teacher, its figures are the student's, and the compiler sees it."""
-    return Statistics(
-        stats.s_max, stats.s_max, stats.mixture_max, stats.s_sum, stats.s_sum, stats.mixture,
-        stats.gap, stats.s_entropy, stats.s_entropy, stats.unit, stats.total, stats.share,
-        stats.rise, stats.lift,
-    )  # fmt: skip
+    return statistics_with(stats, t_max=stats.s_max, t_sum=stats.s_sum, t_entropy=stats.s_entropy)
 
 
 @triton.jit
@@ -210,10 +208,9 @@ def rebase(stats, temper, WANT: tl.constexpr):
     mixture = stats.mixture
     if MIXTURE & WANT:  # whose maximum stays a whole number
         mixture *= tl.exp2(ds + temper.a * (dt - ds))
-    return Statistics(
-        stats.s_max, stats.t_max, stats.mixture_max, moved.s_sum, moved.t_sum, mixture,
-        moved.gap, moved.s_entropy, moved.t_entropy, stats.unit, stats.total, stats.share,
-        stats.rise, stats.lift,
+    return statistics_with(
+        stats, s_sum=moved.s_sum, t_sum=moved.t_sum, mixture=mixture, gap=moved.gap,
+        s_entropy=moved.s_entropy, t_entropy=moved.t_entropy,
     )  # fmt: skip
 
 
@@ -269,15 +266,6 @@ def gather(stats, WANT: tl.constexpr):
     )  # fmt: skip
 
 
-@triton.jit
-def with_differences(stats, rise, lift):
-    return Statistics(
-        stats.s_max, stats.t_max, stats.mixture_max, stats.s_sum, stats.t_sum, stats.mixture,
-        stats.gap, stats.s_entropy, stats.t_entropy, stats.unit, stats.total, stats.share, rise,
-        lift,
-    )  # fmt: skip
-
-
 # --- what follows from them ------------------------------------------------------------------
 
 
@@ -328,10 +316,7 @@ def summarize(stats, temper, CONSTANT: tl.constexpr, WANT: tl.constexpr):
     if TEACHER_ENTROPY & WANT:
         t_entropy = (row.t_log - stats.t_entropy / positive(stats.t_sum)) * LN2
         t_entropy = tl.where(row.alive, t_entropy, 0.0)
-    return Row(
-        row.s_max, row.t_max, row.s_log, row.t_log, row.gap, c, row.rest, mean_log2_exp, t_entropy,
-        row.unit_log, row.alive, row.scale_slope, row.entropy_slope, row.unit_max, row.label,
-    )  # fmt: skip
+    return row_with(row, c=c, mean_log2_exp=mean_log2_exp, t_entropy=t_entropy)
 
 
 @triton.jit

@@ -164,7 +164,7 @@ def phases(
         if teacher is not None:
             if D.close(stats, lift, temper, WANT):
                 rise, lift = D.swept(sides, stats, stretch, LANES, FACTS)
-        stats = R.with_differences(stats, rise, lift)
+        stats = records.statistics_with(stats, rise=rise, lift=lift)
         if LAST == P.STATISTICS:
             write_statistics(
                 pieces.statistics, split, turn, rows, stats, label_logit, teacher_logit, TILE.pieces
@@ -198,16 +198,16 @@ def phases(
         sums = W.walk(P.no_sums(LANES), left, sides, row, FACTS, P.sum_step, False)
         sums = P.collapse_sums(sums, WANT)
         if records.KL & WANT:
-            sums = P.with_value(sums, tl.where(clear, known, sums.value))
+            sums = records.sums_with(sums, value=tl.where(clear, known, sums.value))
         if LAST == P.SUMS:
             anchor = 0.0
             if CONSTANT == "slope_sum":
                 # The piece's own mean slope, if it were the whole row, in the place of c.
-                about = P.with_constant(row, sums.slope + row.c)
+                about = records.row_with(row, c=sums.slope + row.c)
                 if P.lacking(about, R.saturated(stats) | R.huge(stats, temper)):
                     anchor = about.c
                     slope = refined(sides, about, stretch, LANES, FACTS)
-                    sums = P.with_slope(sums, slope)
+                    sums = records.sums_with(sums, slope=slope)
             write_sums(pieces.sums, split, turn, rows, sums, anchor, TILE.pieces)
     elif FIRST > P.SUMS and not BACKWARD and not LATE:
         sums, slopes, anchors = read_sums(
@@ -233,7 +233,7 @@ def phases(
                     rest = rest_of_pieces(slopes, share, anchors, row, CONSTANT)
                 else:
                     rest = refined(sides, row, stretch, LANES, FACTS)
-            row = P.with_rest(row, rest)
+            row = records.row_with(row, rest=rest)
 
     # Only now: scalars that lived through the sweeps above would be spilled.
     terms = P.factors_of(factors, index, None)
@@ -273,7 +273,7 @@ def phases(
         if LATE:
             sums = P.collapse_sums(gathered.sums, WANT)
             if records.KL & WANT:
-                sums = P.with_value(sums, tl.where(clear, known, sums.value))
+                sums = records.sums_with(sums, value=tl.where(clear, known, sums.value))
             if FIRST == P.GRADIENT:
                 made, anchor = False, 0.0
                 if records.REST & WANT:
