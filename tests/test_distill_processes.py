@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from unittest.mock import patch
 
@@ -100,6 +101,15 @@ def divided_weights(home, folder):
         model.reshard()
         mine = sum(weight.to_local().numel() for weight in model.parameters())
         assert mine < 0.6 * sum(weight.numel() for weight in model.parameters())
+    save = torch.save
+
+    def slow(*arguments):
+        time.sleep(0.3 * dist.get_rank())
+        save(*arguments)
+
+    with patch.object(torch, "save", slow):
+        trainer._save_rng_state(str(folder))
+    assert (Path(folder) / "rng_state_1.pth").exists()  # on all, before the state of the run
 
 
 def test_two_pairs_of_processes_divide_the_vocabulary(home, nursery, tmp_path):

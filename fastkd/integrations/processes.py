@@ -88,6 +88,11 @@ class ProcessesTrainer(Trainer):
         fills = state.end_of_dataloader and state.remainder > 0
         return found[: state.remainder] if fills else found
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """That of all processes is there before the file which says that a save is whole."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Weights that are tied are saved once: gathered by FSDP they are no longer one tensor."""
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
