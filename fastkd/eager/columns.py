@@ -18,7 +18,21 @@ from fastkd.divergences import LN2, MASKED, Divergence, Softmax, top, total
 from fastkd.problem import Problem
 
 from .blocks import Rows, Store, blocks, largest
-from .joins import SIDES, STUDENT, Known, Labels, Shard, asked, empty, first_names, is_shift
+from .joins import (
+    SIDES,
+    STUDENT,
+    TEACHER,
+    Asked,
+    Known,
+    Labels,
+    Shard,
+    asked,
+    by_asked,
+    empty,
+    first_names,
+    is_shift,
+    with_gap,
+)
 from .solver import CERTAIN, FAR, LARGE, LEAST_SCALE, MOST_SUM_EXP, exact_scales, of_rows
 
 # In a row whose log-ratios are smaller, the difference of the sums is formed entry by entry.
@@ -37,19 +51,22 @@ class Columns:
         self.merge = sharding.of(problem.merge)
         self.sides = [problem.student] + [problem.teacher] * (problem.teacher is not None)
         self.kind = Divergence.of_name(problem.divergence)
-        self.first: tuple[tuple[Any, ...], ...] = ()
+        self.first: tuple[Asked, ...] = ()
         self.later = 0
+        self.tempered = is_tempered(problem)
         single = problem.dtype != torch.float64
         if problem.teacher is not None:
             find: Any = asked
             numbers = self.kind, problem.a, problem.b
             self.first, self.later = find(*numbers, torch.float64)
-            single = single and find(*numbers, problem.dtype) == (self.first, self.later)
+            first, later = find(*numbers, problem.dtype)
+            single = single and set(first) <= set(self.first) and later == self.later
+            # Of other sums come other terms, which differ by some q: a sum of these does not join.
+            single = single and (first == self.first or not self.tempered)
             # Of rows further apart than APART, by Pinsker's bound; a parameter may make it small.
             curvature = self.kind.curvature(problem.a, problem.b)
             if self.later and curvature is not None:
                 single = single and 2 * curvature * APART**2 > self.kind.least_in_fp32
-        self.tempered = is_tempered(problem)
         self.means = entropy or metrics or self.tempered
         # Against a student that is nearly certain.
         self.guarded = self.means or (self.kind.cancels and problem.teacher is not None)
@@ -142,9 +159,14 @@ class Columns:
         Each owner's share of it is a part of that of all columns, which is no smaller.
         """
         q, p = (found[name, "sum_exp"][:, None] for name in SIDES)
-        first = [found[name][:, None] for name in first_names(self.first)]
+        sums, gap = {STUDENT: q, TEACHER: p}, (q / p).log()
+        first = by_asked(self.first, lambda name: found[name][:, None])
+        for one in self.first:
+            if one[0] == "growth":
+                (growth,), (side, order) = first[one], one[1:]
+                first[one] = (with_gap(growth, sums[side], order, gap),)
         sides = (empty(q, q), empty(p, p))
-        pair = Shard(sides, 1.0, lambda: q.new_empty(len(q), 0), (q / p).log(), first, [])
+        pair = Shard(sides, 1.0, lambda: q.new_empty(len(q), 0), gap, first, [])
         return self.kind.value_and_descent(pair, self.problem.a, self.problem.b)[0][:, 0]
 
     def _sums_of_columns(self) -> list[Any]:
@@ -299,8 +321,21 @@ class Columns:
             if self.first:
                 pair = Shard((q, p), scales[0], new, torch.zeros_like(q.sum_exp))
                 self.kind.value_and_descent(pair, problem.a, problem.b)
-                found |= zip(first_names(self.first), pair.found_first, strict=True)
+                sums = pair.found_first
+                for one in self.first:
+                    if one not in sums:  # fp32 asks for no growth
+                        sums[one] = (_growth(pair, *one[1:]),)
+                every = [x for one in self.first for x in sums[one]]
+                found |= zip(first_names(self.first), every, strict=True)
         return found
+
+
+def _growth(pair: Shard, side: str, order: float) -> Tensor:
+    """The sum of a growth, from that of the blend with the same terms, [R, 1] in fp64."""
+    a = order if side == STUDENT else order + 1
+    shift, sum_exp = pair.found_first["blend", a]
+    own = pair.student if side == STUDENT else pair.teacher
+    return sum_exp.double() * shift.double().exp2() - own.sum_exp
 
 
 def _together(blocks: Sequence[Rows], rows: int, device: torch.device) -> slice | Tensor:

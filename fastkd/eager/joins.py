@@ -27,15 +27,19 @@ NEAR = 1.0
 Known = dict[Any, Tensor]  # what the owners know of each row, [N], by names
 
 
+Asked = tuple[Any, ...]  # a kind of sum, and of what
+First = dict[Asked, tuple[Tensor, ...]]  # the sums, and before those of blends their shifts, [R, 1]
+
+
 # --- the sums that a divergence asks for ------------------------------------------------------
 
 
 class Shard(Pair):
     """A Pair of this owner's columns, whose sums over a row are those of all owners.
 
-    first: those of the first sweep, in the order in which they are asked for; None: they are found,
-        of these columns alone.
-    later: those that need the masses of all, likewise.
+    first: those of the first sweep, by what is asked for; None: they are found, of these columns
+        alone.
+    later: those that need the masses of all, in the order in which they are asked for; likewise.
     """
 
     def __init__(
@@ -44,7 +48,7 @@ class Shard(Pair):
         scale: float | Tensor,
         new: Callable[[], Tensor],
         gap: Tensor,
-        first: list[Tensor] | None = None,
+        first: First | None = None,
         later: list[Tensor] | None = None,
         labels: Labels | None = None,
         student_mean: Tensor | None = None,
@@ -52,18 +56,12 @@ class Shard(Pair):
         super().__init__(*sides, scale, new, gap=gap)
         self.first, self.later, self.own_labels = first, later, labels
         self.student_mean = student_mean  # of its log2_exp
-        self.asked: list[tuple[Any, ...]] = []  # what is asked for in the first sweep
-        self.found_first: list[Tensor] = []
+        self.found_first: First = {}
         self.found_later: list[Tensor] = []
 
-    def _first(self, asked: tuple[Any, ...], find: Callable[[], tuple[Tensor, ...]]) -> Any:
-        self.asked.append(asked)
-        if self.first is None:
-            found = find()
-        else:
-            start = len(self.found_first)
-            found = tuple(self.first[start : start + _width(asked)])
-        self.found_first += found
+    def _first(self, asked: Asked, find: Callable[[], tuple[Tensor, ...]]) -> Any:
+        found = find() if self.first is None else self.first[asked]
+        self.found_first[asked] = found
         return found
 
     def _later(self, find: Callable[[], Tensor]) -> Tensor:
@@ -123,14 +121,14 @@ class Labels(NamedTuple):
     lq: Tensor
 
 
-def _width(asked: tuple[Any, ...]) -> int:
+def _width(asked: Asked) -> int:
     return 2 if asked[0] == "blend" else 1
 
 
 @cache
 def asked(
     kind: type[Divergence], a: float, b: float, dtype: torch.dtype
-) -> tuple[tuple[tuple[Any, ...], ...], int]:
+) -> tuple[tuple[Asked, ...], int]:
     """What a divergence asks for: its sums of the first sweep, and how many need another."""
     row = torch.zeros(1, 1, dtype=dtype)
     none = row.new_zeros(1, 0)
@@ -138,7 +136,7 @@ def asked(
     sides = (empty(row, row + 1), empty(row, row + 1))
     pair = Shard(sides, 1.0, lambda: none.clone(), row, labels=labels)
     kind.value_and_descent(pair, a, b)
-    return tuple(pair.asked), len(pair.found_later)
+    return tuple(pair.found_first), len(pair.found_later)
 
 
 def empty(shift: Tensor, sum_exp: Tensor) -> Softmax:
@@ -149,10 +147,16 @@ def empty(shift: Tensor, sum_exp: Tensor) -> Softmax:
 # --- names of fields --------------------------------------------------------------------------
 
 
-def first_names(asked: Sequence[tuple[Any, ...]]) -> list[Any]:
+def first_names(asked: Sequence[Asked]) -> list[Any]:
     names = (("first", i) for i in range(sum(map(_width, asked))))
     shifts = [part for one in asked for part in (["shift", ""] if one[0] == "blend" else [""])]
     return [(*name, shift) for name, shift in zip(names, shifts, strict=True)]
+
+
+def by_asked(asked: Sequence[Asked], of: Callable[[Any], Tensor]) -> First:
+    """The sums of the first sweep, each of which goes by a name."""
+    names = iter(first_names(asked))
+    return {one: tuple(of(next(names)) for _ in range(_width(one))) for one in asked}
 
 
 def is_shift(name: Any) -> bool:
@@ -268,8 +272,8 @@ def _join_sides(sweeps: Columns, pieces: Known, known: Known, lower: Known, weig
             side, order = what
             move, sums_exp = order * apart, pieces[side, "sum_exp"]
             growth = pieces[name] * move.exp() + sums_exp * move.expm1()
-            share = _weighted(weight[side], growth).sum(0) / known[side, "sum_exp"]
-            known[name] = known[side, "sum_exp"] * (order * known["gap"] + share.log1p()).expm1()
+            growth = _weighted(weight[side], growth).sum(0)
+            known[name] = with_gap(growth, known[side, "sum_exp"], order, known["gap"])
         else:
             (a,), sums_exp = what, pieces[next(names)]
             masked = (pieces[STUDENT, "shift"] == MASKED) & (pieces[TEACHER, "shift"] == MASKED)
@@ -279,6 +283,11 @@ def _join_sides(sweeps: Columns, pieces: Known, known: Known, lower: Known, weig
             known[(*name[:1], name[1] + 1, "")] = _weighted((shifts - shift).exp2(), sums_exp).sum(
                 0
             )
+
+
+def with_gap(growth: Tensor, sum_exp: Tensor, order: float, gap: Tensor) -> Tensor:
+    """A growth of `d`, of one with `log2_ratio` in its place."""
+    return sum_exp * (order * gap + (growth / sum_exp).log1p()).expm1()
 
 
 def _weighted(weight: Tensor, x: Tensor) -> Tensor:

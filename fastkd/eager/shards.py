@@ -34,6 +34,7 @@ from .joins import (
     TEACHER,
     Known,
     Shard,
+    by_asked,
     empty,
     first_names,
     joined,
@@ -138,7 +139,7 @@ class Sweeps(Columns):
         later: bool,
     ) -> Shard:
         known = self.tables[True]
-        first = [self._of(name, rows) for name in first_names(self.first)]
+        first = by_asked(self.first, lambda name: self._of(name, rows))
         sums = [self._of(("later", i), rows) for i in range(self.later)] if later else None
         labels = None if self.problem.labels is None else self._labels(rows)
         gap = self._of("gap", rows) if sides[1:] else torch.zeros_like(sides[0].sum_exp)
