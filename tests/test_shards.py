@@ -17,7 +17,8 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the kernels need triton")
 
 import fastkd
-from fastkd import autograd, moments
+from fastkd import autograd, moments, sharding
+from fastkd.eager import shards
 from fastkd.kernels import tuning
 from fastkd.problem import CE, KD, Coefficients, Problem, packed_numbers
 from fastkd.sharding import Merge, registered
@@ -306,6 +307,38 @@ def test_saturated(divergence, backend, force):
     student, teacher, _ = rows(3)
     student[torch.arange(3), torch.tensor([2, 30, 44])] += 14.0
     hold(Case(divergence, student, teacher, torch.ones(3)), EDGES["two"], backend)
+
+
+ONE_SWEEP = [
+    fastkd.ForwardKL(), fastkd.ReverseKL(), fastkd.Jeffreys(0.7, 0.3), fastkd.AlphaDivergence(0.5),
+    fastkd.AlphaDivergence(0.1), fastkd.Renyi(2.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("divergence", ONE_SWEEP, ids=str)
+def test_rows_in_fp64(divergence):
+    """Those whose sides are near to each other, of an owner that finds so; far from 0 all join."""
+    teacher = 2 * torch.randn(3, V)
+    student = teacher + torch.randn(3, V)
+    student[1] = teacher[1] + 1e-2 * torch.randn(V)
+    student[2, :20] = teacher[2, :20] + 1e-2 * torch.randn(20)
+    case = Case(divergence, student - 3000, teacher - 2000, torch.full((3,), 0.5))
+    true = case.truth()
+
+    def found(shard: Shard) -> dict[str, Any]:
+        leaves = [None if x is None else x.detach() for x in case.leaves(shard)]
+        problem = case.problem(shard, "torch", leaves)
+        shared = leaves[2][:1].expand(3)  # of all rows: fp32 scales and shifts at once
+        problem = problem._replace(student_temperature=shared, temperature_trains=False)
+        values, state = sharding.run(problem.merge, shards.phases(problem, False, False))
+        student, _ = shards.backward(problem, state, case.coefficients, True, False)
+        return {"exact": state[0].tolist(), "values": values[KD], "student": student[0]}
+
+    owners = on_shards(EDGES["two"], found)
+    assert [one["exact"] for one in owners] == [[0, 1, 1], [0, 1, 0]]
+    rows = case.coefficients.kd
+    assert_close(owners[0]["values"] * rows, true["loss"])
+    close_by_rows(_whole(owners, "student"), true["student"])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -147,10 +147,9 @@ class Columns:
                 kept &= scale[:, 0] > LEAST_SCALE
         if "saturated" in found:
             kept &= found["saturated"] == 0
-        sums_exp = [found[name, "sum_exp"] for name in SIDES if (name, "sum_exp") in found]
-        size = torch.stack(sums_exp).amax(0) if sums_exp else self.sum_exp
-        for name in found.keys() & set(self._sums_of_columns()):
-            kept &= found[name].abs() < LARGE * size
+        for i in range(self.later):
+            if ("later", i) in found:
+                kept &= found["later", i].abs() < LARGE * self.sum_exp
         return ~kept
 
     def _value(self, found: Known) -> Tensor:
@@ -168,11 +167,6 @@ class Columns:
         sides = (empty(q, q), empty(p, p))
         pair = Shard(sides, 1.0, lambda: q.new_empty(len(q), 0), gap, first, [])
         return self.kind.value_and_descent(pair, self.problem.a, self.problem.b)[0][:, 0]
-
-    def _sums_of_columns(self) -> list[Any]:
-        return [name for name in first_names(self.first) if not is_shift(name)] + [
-            ("later", i) for i in range(self.later)
-        ]
 
     def _mark(self, known: Known) -> None:
         """Marks the rows that need fp64 by what is known of all columns."""
