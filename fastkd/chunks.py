@@ -119,7 +119,7 @@ class Chunked(NamedTuple):
         entropy = coefficients.entropy is not None
         for rows, part, (figures, state) in self._forwards(problem, entropy, metrics):
             weights = coefficients.part(rows)
-            found, _ = self.backend.backward(part, state, weights, True, False)
+            found, _ = self.backend.backward(part, state, weights.rows(part), True, False)
             losses.add(rows, weights.weigh(figures)[None])
             values.add(rows, figures)
             sums.add(rows, part, found)
