@@ -1,8 +1,9 @@
 """One owner's columns of rows that several share: blocks of rows, each in the dtype that it needs.
 
 Rows are computed in the dtype of the problem, and in fp64 where that may lose digits. Which these
-are the divergence itself says too late; the total variation of both sides, of which the first sweep
-gives bounds, says it before. Figures of rows are in fp64.
+are the divergence of an owner's columns alone says after the first sweep, where its sums are all of
+the first; otherwise the total variation of both sides, of which that sweep gives bounds, says it
+before. Figures of rows are in fp64.
 """
 
 from __future__ import annotations
@@ -256,6 +257,14 @@ class Columns:
     def _of(self, name: Any, rows: Rows) -> Tensor:
         """Of these rows, [R, 1], in the dtype of what is computed."""
         return self.tables[self.store is self.exact_store][name][rows.flat]
+
+    def _unit(self, rows: Rows) -> Softmax:
+        """The student's at temperature 1."""
+        shift = self.tables[True][STUDENT, "shift"][rows.flat]
+        origin = self._origin(shift, 1.0)
+        lower = shift - self._shift(origin, 1.0)
+        sum_exp = self.tables[True]["unit"][rows.flat] * lower.exp()
+        return self._softmax(self._logits(rows)[0], 1.0, origin, sum_exp.to(self.store.dtype))
 
     def _at_labels(self, logits: Tensor, labels: Labels) -> Tensor:
         """The labels' logits, 0 where another owner has them."""

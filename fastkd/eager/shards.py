@@ -303,14 +303,6 @@ class Sweeps(Columns):
                 descent = self._mended(rows, known, pair, descent, ~counts)
         return Terms({}, pair, descent, unit, None if counts.all() else counts[:, None], tempering)
 
-    def _unit(self, rows: Rows) -> Softmax:
-        """The student's at temperature 1."""
-        shift = self.tables[True][STUDENT, "shift"][rows.flat]
-        origin = self._origin(shift, 1.0)
-        lower = shift - self._shift(origin, 1.0)
-        sum_exp = self.tables[True]["unit"][rows.flat] * lower.exp()
-        return self._softmax(self._logits(rows)[0], 1.0, origin, sum_exp.to(self.store.dtype))
-
     def _mended(
         self, rows: Rows, known: Known, pair: Shard, descent: Descent, dead: Tensor
     ) -> Descent:
