@@ -29,7 +29,7 @@ from fastkd.kernels.arguments import (
     varying,
 )
 from fastkd.kernels.launch import new_gradient, per_row, rows_in_memory
-from fastkd.kernels.terms import NEAR, NEAR_RATIO, expm1_remainder
+from fastkd.kernels.terms import EXPM1_RADIUS, LOG1P_RADIUS, expm1_remainder
 from fastkd.kernels.tuning import schedule
 from fastkd.problem import Coefficients, Problem
 from fastkd.sharding import Phases, of
@@ -90,7 +90,7 @@ def _logistic(x, DIGITS: tl.constexpr):
     large = A.reciprocal(1.0 + e)
     log = A.fast_log2(1.0 + e) * A.LN2
     if DIGITS:
-        log = tl.where(e < NEAR_RATIO, e - e * (e * A.log1p_remainder(e)), log)
+        log = tl.where(e < LOG1P_RADIUS, e - e * (e * A.log1p_remainder(e)), log)
     return Logistic(e * large, large, log)
 
 
@@ -105,13 +105,13 @@ def _divergence(z, y, h, student, teacher, a, b, REVERSE: tl.constexpr):
     z, y, h = tl.where(up, -z, z), -tl.abs(y), tl.where(up, -h, h)
     q = tl.where(z > 0, student.large, student.small)
     rest = tl.where(z > 0, student.small, student.large)
-    near = tl.abs(h) < NEAR
+    near = tl.abs(h) < EXPM1_RADIUS
     bent = h * (h * expm1_remainder(h))  # e^h - 1 - h
     r = tl.where(near, s * (h + bent), (q - s) * A.reciprocal(rest))  # s (e^h - 1)
     rise = tl.where(near, r * rest, q - s)
     excess = tl.where(near, s * bent, r - tl.where(s > 0, s * h, 0.0))
     far = tl.where(z > 0, 1.0 - s, -s) * z + tl.where(s > 0, s * y, 0.0) + student.log - teacher.log
-    forward = tl.where(tl.abs(r) < NEAR_RATIO, excess - r * (r * A.log1p_remainder(r)), far)
+    forward = tl.where(tl.abs(r) < LOG1P_RADIUS, excess - r * (r * A.log1p_remainder(r)), far)
     # A weight of exactly 0 also removes an infinite term.
     value, slope, bell = tl.where(a > 0, a * forward, 0.0), a * rise, q * rest
     if REVERSE:

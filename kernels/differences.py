@@ -13,7 +13,7 @@ from fastkd.kernels import memory as M
 from fastkd.kernels import records
 from fastkd.kernels import rows as R
 from fastkd.kernels import walk as W
-from fastkd.kernels.terms import exp, gain
+from fastkd.kernels.terms import exp, expm1_times
 
 # A difference of both sides' sums below this share of them is summed up by itself: of the sums it
 # has three digits at most, and d is then no larger where the student's mass is.
@@ -50,12 +50,12 @@ def of_tile(z, y, stats, temper, SAME: tl.constexpr, WANT: tl.constexpr):
     u, v = dz * temper.s_rate, dy * temper.t_rate
     x = (dz - dy) * -temper.s_rate if SAME else v - u
     q = exp(u)
-    rise = tl.sum(gain(q, x, exp(v)), 1, keep_dims=True)
+    rise = tl.sum(expm1_times(q, x, exp(v)), 1, keep_dims=True)
     lift = tl.zeros_like(rise)
     if records.MIXTURE & WANT:
         low = tl.maximum(u, R.FLOOR)
         w = low + temper.a * (tl.maximum(v, R.FLOOR) - low)
-        lift = tl.sum(gain(q, temper.a * x, exp(w)), 1, keep_dims=True)
+        lift = tl.sum(expm1_times(q, temper.a * x, exp(w)), 1, keep_dims=True)
     return rise, lift
 
 

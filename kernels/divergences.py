@@ -37,10 +37,10 @@ from fastkd.kernels.label_aware import (
     nkd_outer,
 )
 from fastkd.kernels.terms import (
-    NEAR,
-    NEAR2,
-    NEAR_LOG,
-    NEAR_RATIO,
+    EXP2M1_RADIUS,
+    EXPM1_RADIUS,
+    LOG1P_RADIUS,
+    LOG_MIXTURE_RADIUS,
     at_most,
     exp,
     exp2m1_remainder,
@@ -97,7 +97,7 @@ def jeffreys(lp, lq, p, q, d, d2, c, a, b):
     forward, rise = kl_terms(p, q, log_ratio(p, d * -1.0))
     linear = q * x
     # The two add up to rise * log(q / p).
-    near = tl.abs(x) < NEAR
+    near = tl.abs(x) < EXPM1_RADIUS
     reverse = tl.where(near, rise * x, rise + linear) * -1.0 - tl.where(near, forward, 0.0)
     # A weight of exactly 0 also removes an infinite term.
     value = tl.where(a > 0, a * forward, 0.0) + tl.where(b > 0, b * reverse, 0.0)
@@ -123,8 +123,8 @@ def jsd_ends(lp, lq, p, q, d, d2, c, a, b):
     w, rest = tl.minimum(a, b), tl.maximum(a, b)
     x = tl.maximum(at_most(tl.where(swap, -d2, d2), 60.0), -60.0)
     few, many = tl.where(swap, q, p), tl.where(swap, p, q)
-    y = w * tl.where(tl.abs(x) < NEAR2, exp2m1_times(1.0, x), tl.exp2(x) - 1.0)
-    near = tl.abs(y) < NEAR_RATIO
+    y = w * tl.where(tl.abs(x) < EXP2M1_RADIUS, exp2m1_times(1.0, x), tl.exp2(x) - 1.0)
+    near = tl.abs(y) < LOG1P_RADIUS
     log_m = log1p(y)  # of m over the side of most weight
     excess = tl.where(near, y * (y * log1p_remainder(y)), y - log_m)
     first, _ = kl_terms(few, many, log_ratio(few, x * -LN2))
@@ -138,10 +138,10 @@ def jsd_ends(lp, lq, p, q, d, d2, c, a, b):
 def skew_kl(lp, lq, p, q, d, d2, c, a, b):
     x = log_ratio(p, d2 * -1.0)
     e, rise, m = powers(x, a, b)
-    gap = tl.where(tl.abs(x) < NEAR2, p * rise, q - p)
+    gap = tl.where(tl.abs(x) < EXP2M1_RADIUS, p * rise, q - p)
     rise *= b
     far = b * gap - LN2 * (p * log_of(m, x, a))
-    value = tl.where(tl.abs(rise) < NEAR_RATIO, (p * rise) * (rise * log1p_remainder(rise)), far)
+    value = tl.where(tl.abs(rise) < LOG1P_RADIUS, (p * rise) * (rise * log1p_remainder(rise)), far)
     return value, b * b * (gap * (e * reciprocal(m))) - q * c
 
 
@@ -152,7 +152,7 @@ def skew_reverse_kl(lp, lq, p, q, d, d2, c, a, b):
     rise *= b
     log_m = log_of(m, x, a)
     far = b * (p - q) - LN2 * (q * log_m)
-    value = tl.where(tl.abs(rise) < NEAR_RATIO, (q * rise) * (rise * log1p_remainder(rise)), far)
+    value = tl.where(tl.abs(rise) < LOG1P_RADIUS, (q * rise) * (rise * log1p_remainder(rise)), far)
     # log(m / q) + a (q / m - 1); near 0 by the cumulants of a coin, as K(x) - K'(x) + K'(0).
     k = a * b
     skew = 2.0 * a - 1.0
@@ -162,7 +162,7 @@ def skew_reverse_kl(lp, lq, p, q, d, d2, c, a, b):
     S: tl.constexpr = LN2 * LN2
     y = S * LN2 / 6 * (k3 - k4) + x * (S * S / 24 * (k4 - k5))
     y = x * (LN2 * (b * b) + x * (S / 2 * (k - k3) + x * y))
-    slope = tl.where(tl.abs(x) < NEAR_LOG, y, LN2 * log_m + a * (reciprocal(m) - 1.0))
+    slope = tl.where(tl.abs(x) < LOG_MIXTURE_RADIUS, y, LN2 * log_m + a * (reciprocal(m) - 1.0))
     return value, q * (slope * -1.0 - c)
 
 
@@ -173,7 +173,7 @@ def skew_reverse_kl_near_one(lp, lq, p, q, d, d2, c, a, b):
     e, rise, m = powers(x, a, b)
     rise *= b
     log_m = fast_log2(m)
-    near = tl.abs(rise) < NEAR_RATIO
+    near = tl.abs(rise) < LOG1P_RADIUS
     bent = rise * log1p_remainder(rise)
     value = tl.where(near, (q * rise) * bent, b * (p - q) - LN2 * (q * log_m))
     # log(m / q) + a (q / m - 1), whose first orders in rise cancel.
@@ -193,7 +193,7 @@ def tvd(lp, lq, p, q, d, d2, c, a, b):
 def alpha_terms(lp, lq, p, q, d2, c, a, b):
     """Terms of the alpha divergence, and q - w / sum w with w = p^a q^b, c = log sum w."""
     x = a * d2
-    near = tl.maximum(tl.abs(d2), tl.abs(x)) < NEAR2
+    near = tl.maximum(tl.abs(d2), tl.abs(x)) < EXP2M1_RADIUS
     log_w = tl.where(tl.maximum(lp, lq) > -float("inf"), a * lp + b * lq, -float("inf"))
     one_a, one_b = 1.0 / a, 1.0 / b
     series = q * d2 * d2 * (exp2m1_remainder(d2) - a * exp2m1_remainder(x)) * one_b
@@ -204,7 +204,7 @@ def alpha_terms(lp, lq, p, q, d2, c, a, b):
     x -= c
     # w is at most its sum, which rounding of huge logarithms forgets; a NaN stays.
     share = tl.exp2(tl.minimum(log_w - c, 0.0, tl.PropagateNan.ALL))
-    slope = tl.where(tl.abs(x) < NEAR2, -exp2m1_times(q, x), q - share)
+    slope = tl.where(tl.abs(x) < EXP2M1_RADIUS, -exp2m1_times(q, x), q - share)
     return tl.where(near, series, value), slope
 
 
@@ -229,7 +229,7 @@ def alpha_near_zero(lp, lq, p, q, d, d2, c, a, b):
     far, _ = alpha_terms(lp, lq, p, q, d2, 0.0, a, b)
     x = log_ratio(q, d)
     t = a * x
-    near, curve = tl.abs(t) < NEAR, expm1_remainder(t)
+    near, curve = tl.abs(t) < EXPM1_RADIUS, expm1_remainder(t)
     first, _ = kl_terms(q, p, x)
     value = (first - a * ((q * x) * (x * curve))) * (1.0 / b)
     slope = tl.where(near, x * (-1.0 - t * curve), (1.0 - exp(t)) * (1.0 / a))
@@ -256,7 +256,7 @@ def renyi_near_one(lp, lq, p, q, d, d2, c, a, b):
     t = d * -b
     first, _ = kl_terms(p, q, log_ratio(p, d * -1.0))
     value = (first - b * ((p * d) * (d * expm1_remainder(t)))) * (1.0 / a)
-    return tl.where(tl.abs(t) < NEAR, value, far), slope
+    return tl.where(tl.abs(t) < EXPM1_RADIUS, value, far), slope
 
 
 @triton.jit
@@ -290,7 +290,7 @@ def taid(lp, lq, p, q, d, d2, c, a, b):
     m = tl.exp2(log_w - c)
     x = a * d2 - c  # log2(m / q)
     value, _ = kl_terms(m, q, log_ratio(m, x * -LN2))
-    return value, tl.where(tl.abs(x) < NEAR2, -exp2m1_times(q, x), q - m)
+    return value, tl.where(tl.abs(x) < EXP2M1_RADIUS, -exp2m1_times(q, x), q - m)
 
 
 @triton.jit
@@ -304,7 +304,7 @@ def growth(lp, lq, d2, x, s):
     q = tl.exp2(times(s, lq))
     limit = LN2 * tl.where(q > 0, q * d2, 0.0)
     far = tl.exp2(times(x, lp) + times(s - x, lq)) - q
-    rise = tl.where(tl.abs(x * d2) < NEAR2, exp2m1_times(q, x * d2), far)
+    rise = tl.where(tl.abs(x * d2) < EXP2M1_RADIUS, exp2m1_times(q, x * d2), far)
     return tl.where(x == 0, limit, rise / tl.where(x == 0, 1.0, x))
 
 
@@ -322,7 +322,7 @@ def alpha_beta(lp, lq, p, q, d, d2, c, a, b):
     lm, lo = tl.where(swap, lq, lp), tl.where(swap, lp, lq)
     far = (growth(lm, lo, x, s, s) - growth(lm, lo, x, low, s)) / high
     far = tl.where(far == far, far, float("inf"))  # of infinite terms the larger
-    near = tl.maximum(tl.abs(s * x), tl.abs(low * x)) < NEAR2
+    near = tl.maximum(tl.abs(s * x), tl.abs(low * x)) < EXP2M1_RADIUS
     bent = (s * exp2m1_remainder(s * x) - low * exp2m1_remainder(low * x)) / high
     value = tl.where(near, tl.exp2(times(s, lo)) * (x * x) * bent, far)
     slope = -growth(lp, lq, d2, a, a + b)

@@ -9,30 +9,30 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels.arithmetic import LN2
-from fastkd.kernels.terms import coin, coin_kl, kl_terms, log_ratio, surprise, times
+from fastkd.kernels.terms import binary_kl, kl_terms, log_ratio, probabilities, surprisal, times
 
 
 @triton.jit
 def dkd_outer(total, c, a, b, label):
-    value, _ = coin_kl(label.t_odds, label.s_odds, label.d)
+    value, _ = binary_kl(label.t_odds, label.s_odds, label.d)
     return tl.where(a > 0, a * value, 0.0) + tl.where(b > 0, b * total, 0.0)
 
 
 @triton.jit
 def dkd_at_label(total, c, a, b, label):
-    _, slope = coin_kl(label.t_odds, label.s_odds, label.d)
+    _, slope = binary_kl(label.t_odds, label.s_odds, label.d)
     return b, a * slope
 
 
 @triton.jit
 def dkd_exchanged_outer(total, c, a, b, label):
-    value, _ = coin_kl(label.s_odds, label.t_odds, -label.d)
+    value, _ = binary_kl(label.s_odds, label.t_odds, -label.d)
     return tl.where(a > 0, a * value, 0.0) + tl.where(b > 0, b * total, 0.0)
 
 
 @triton.jit
 def dkd_exchanged_at_label(total, c, a, b, label):
-    q, rest = coin(label.s_odds)
+    q, rest = probabilities(label.s_odds)
     return b, tl.where(tl.abs(label.d) < float("inf"), a * (q * rest) * -label.d, 0.0)
 
 
@@ -44,14 +44,14 @@ def cross_entropy(lp, lq, p, q, d, d2, c, a, b):
 
 @triton.jit
 def nkd_outer(total, c, a, b, label):
-    p, _ = coin(label.t_odds)
-    return times(p, surprise(label.s_odds)) + tl.where(a > 0, a * total, 0.0)
+    p, _ = probabilities(label.t_odds)
+    return times(p, surprisal(label.s_odds)) + tl.where(a > 0, a * total, 0.0)
 
 
 @triton.jit
 def nkd_at_label(total, c, a, b, label):
-    p, _ = coin(label.t_odds)
-    _, rest = coin(label.s_odds)
+    p, _ = probabilities(label.t_odds)
+    _, rest = probabilities(label.s_odds)
     return a, -p * rest
 
 
@@ -63,12 +63,12 @@ def cross_entropy_exchanged(lp, lq, p, q, d, d2, c, a, b):
 
 @triton.jit
 def nkd_exchanged_outer(total, c, a, b, label):
-    q, _ = coin(label.s_odds)
-    return times(q, surprise(label.t_odds)) + tl.where(a > 0, a * total, 0.0)
+    q, _ = probabilities(label.s_odds)
+    return times(q, surprisal(label.t_odds)) + tl.where(a > 0, a * total, 0.0)
 
 
 @triton.jit
 def nkd_exchanged_at_label(total, c, a, b, label):
-    q, rest = coin(label.s_odds)
-    size = surprise(label.t_odds)
+    q, rest = probabilities(label.s_odds)
+    size = surprisal(label.t_odds)
     return a, tl.where(size == float("inf"), 0.0, q * rest * size)

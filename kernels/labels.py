@@ -17,7 +17,7 @@ from fastkd.kernels import records
 from fastkd.kernels import rows as R
 from fastkd.kernels.arguments import number
 from fastkd.kernels.arithmetic import LN2, LOG2E, log2
-from fastkd.kernels.terms import coin, coin_entropy, times
+from fastkd.kernels.terms import binary_entropy, probabilities, times
 
 # In place of a label's column: it is in no owner's columns, or in another's.
 NOWHERE, ELSEWHERE = tl.constexpr(-1), tl.constexpr(-2)
@@ -89,7 +89,7 @@ def entropy_terms(q, log2_exp, at, row, temper):
     if len(row.label) == 0:
         return q, log2_exp
     else:
-        mine, rest = coin(row.label.s_odds)
+        mine, rest = probabilities(row.label.s_odds)
         apart = distance(row)
         label = at == temper.label[0]
         q = tl.where(label, mine, q * rest)
@@ -150,7 +150,7 @@ def with_slopes(row, total, a, b, WANT: tl.constexpr, AT_LABEL: tl.constexpr):
         factor, slope = AT_LABEL(total_of(row, total), row.c, a, b, label)
         factor = tl.where(beside_others(label), factor, 0.0)
         if records.SCALE_SLOPE & WANT:
-            mine, rest = coin(label.s_odds)
+            mine, rest = probabilities(label.s_odds)
             apart = distance(row) * LN2
             scale_slope = factor * scale_slope + times(slope, apart)
             entropy_slope = rest * entropy_slope - times(mine * rest, apart * apart)
@@ -191,8 +191,8 @@ def distance(row):
 @triton.jit
 def entropy_of_all(odds, entropy):
     """From that of the others."""
-    _, rest = coin(odds)
-    return coin_entropy(odds) + rest * entropy
+    _, rest = probabilities(odds)
+    return binary_entropy(odds) + rest * entropy
 
 
 @triton.jit

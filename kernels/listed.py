@@ -43,6 +43,15 @@ class List(NamedTuple):
     tilt: Any  # where the rest is left out: value - tilt * (p - q) is the textbook's
 
 
+class Entries(NamedTuple):
+    """Of a row, tiles [1, EVENTS]."""
+
+    logit: Any
+    listed: Any  # where there is one
+    last: Any  # the place of all others, which are one event
+    log_prob: Any  # of the teacher
+
+
 class Events(NamedTuple):
     """Of a row, tiles [1, EVENTS]."""
 
@@ -130,14 +139,15 @@ def log_mixture(lp, lq, a):
 
 
 @triton.jit
-def events_of(z, listed, last, lp, tilt, row, rest_sum, temper, a, b, REST: tl.constexpr,
-              DIVERGENCE: tl.constexpr, CONSTANT: tl.constexpr):  # fmt: skip
-    """From the listed logits, the place of the rest, log p, and the sum of what is not listed.
+def events_of(entries, tilt, row, temper, a, b, REST: tl.constexpr, DIVERGENCE: tl.constexpr,
+              CONSTANT: tl.constexpr):  # fmt: skip
+    """row.t_max and row.gap: the maximum of what is not listed, and the sum of its exponentials.
 
     In fp64 up to the divergence's terms: there are few, and d is a difference of logarithms.
     """
+    z, listed, last, lp = entries
     rate, s_max = temper.s_rate.to(tl.float64), row.s_max.to(tl.float64)
-    rest = (row.t_max.to(tl.float64) - s_max) * rate + tl.log(rest_sum.to(tl.float64))
+    rest = (row.t_max.to(tl.float64) - s_max) * rate + tl.log(row.gap.to(tl.float64))
     score = tl.where(listed, (z.to(tl.float64) - s_max) * rate, -float("inf"))
     score = tl.where(last, rest, score)
     total = tl.sum(tl.exp(score))
@@ -282,8 +292,8 @@ def listed(
     if REST:
         lp = tl.where(last, tl.load(teacher.rest + index), lp)
     found = events_of(
-        z, known, last, lp, teacher.tilt, row, row.gap, temper, a, b, REST,
-        divergence.evaluate, CONSTANT,
+        Entries(z, listed=known, last=last, log_prob=lp), teacher.tilt, row, temper, a, b,
+        REST=REST, DIVERGENCE=divergence.evaluate, CONSTANT=CONSTANT,
     )  # fmt: skip
     terms = P.factors_of(factors, index, None)
     if not BACKWARD:

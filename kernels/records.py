@@ -196,23 +196,23 @@ def row_with(
 
 @triton.jit
 def statistics_with(
-    stats, t_max=None, s_sum=None, t_sum=None, mixture=None, gap=None, s_entropy=None,
-    t_entropy=None, rise=None, lift=None,
+    stats, s_max=None, t_max=None, mixture_max=None, s_sum=None, t_sum=None, mixture=None, gap=None,
+    s_entropy=None, t_entropy=None, unit=None, total=None, share=None, rise=None, lift=None,
 ):  # fmt: skip
     """See `row_with`."""
     return Statistics(
-        s_max=stats.s_max,
+        s_max=stats.s_max if s_max is None else s_max,
         t_max=stats.t_max if t_max is None else t_max,
-        mixture_max=stats.mixture_max,
+        mixture_max=stats.mixture_max if mixture_max is None else mixture_max,
         s_sum=stats.s_sum if s_sum is None else s_sum,
         t_sum=stats.t_sum if t_sum is None else t_sum,
         mixture=stats.mixture if mixture is None else mixture,
         gap=stats.gap if gap is None else gap,
         s_entropy=stats.s_entropy if s_entropy is None else s_entropy,
         t_entropy=stats.t_entropy if t_entropy is None else t_entropy,
-        unit=stats.unit,
-        total=stats.total,
-        share=stats.share,
+        unit=stats.unit if unit is None else unit,
+        total=stats.total if total is None else total,
+        share=stats.share if share is None else share,
         rise=stats.rise if rise is None else rise,
         lift=stats.lift if lift is None else lift,
     )

@@ -25,7 +25,7 @@ from fastkd.kernels.records import (
     row_with,
     statistics_with,
 )
-from fastkd.kernels.terms import gain
+from fastkd.kernels.terms import expm1_times
 
 # Below every maximum: a piece of a row that is masked throughout has exponentials of 0, not NaN.
 FLOOR = tl.constexpr(-1e30)
@@ -61,12 +61,13 @@ def move(stats, s_max, t_max, temper, WANT: tl.constexpr):
     """The same sums relative to maxima that are as high or higher."""
     ds, dt = (stats.s_max - s_max) * temper.s_scale, (stats.t_max - t_max) * temper.t_scale
     moved = shift(stats, s_max, t_max, ds, dt, temper, WANT)
-    rise = stats.rise * tl.exp2(dt) + gain(moved.s_sum, (dt - ds) * LN2, stats.s_sum * tl.exp2(dt))
+    rise = stats.rise * tl.exp2(dt)
+    rise += expm1_times(moved.s_sum, (dt - ds) * LN2, stats.s_sum * tl.exp2(dt))
     lift = stats.lift
     if MIXTURE & WANT:
         dw = temper.a * (dt - ds)
         factor = tl.exp2(ds + dw)
-        lift = lift * factor + gain(moved.s_sum, dw * LN2, stats.s_sum * factor)
+        lift = lift * factor + expm1_times(moved.s_sum, dw * LN2, stats.s_sum * factor)
     return statistics_with(moved, rise=rise, lift=lift)
 
 
@@ -93,9 +94,10 @@ def shift(stats, s_max, t_max, ds, dt, temper, WANT: tl.constexpr):
         s_entropy = tl.where(fs > 0, fs * (s_entropy + stats.s_sum * ds), 0.0)
     if TEACHER_ENTROPY & WANT:
         t_entropy = tl.where(ft > 0, ft * (t_entropy + stats.t_sum * dt), 0.0)
-    return Statistics(
-        s_max, t_max, mixture_max, stats.s_sum * fs, stats.t_sum * ft, stats.mixture,
-        gap, s_entropy, t_entropy, unit, total, stats.share, stats.rise, stats.lift,
+    return statistics_with(
+        stats, s_max=s_max, t_max=t_max, mixture_max=mixture_max, s_sum=stats.s_sum * fs,
+        t_sum=stats.t_sum * ft, gap=gap, s_entropy=s_entropy, t_entropy=t_entropy, unit=unit,
+        total=total,
     )  # fmt: skip
 
 
@@ -138,8 +140,9 @@ def measure(z, u, v, inside, s_max, t_max, mixture_max, temper, WANT: tl.constex
     if TEACHER_ENTROPY & WANT:
         t_entropy = tl.sum(tl.where(p > 0, p * v, 0.0), 1, keep_dims=True)
     return Statistics(
-        s_max, t_max, mixture_max, tl.sum(q, 1, keep_dims=True), tl.sum(p, 1, keep_dims=True),
-        mixture, gap, s_entropy, t_entropy, unit, total, share, zero, zero,
+        s_max=s_max, t_max=t_max, mixture_max=mixture_max, s_sum=tl.sum(q, 1, keep_dims=True),
+        t_sum=tl.sum(p, 1, keep_dims=True), mixture=mixture, gap=gap, s_entropy=s_entropy,
+        t_entropy=t_entropy, unit=unit, total=total, share=share, rise=zero, lift=zero,
     )  # fmt: skip
 
 
@@ -183,10 +186,11 @@ def both(old, new, WANT: tl.constexpr):
     mixture = new.mixture
     if MIXTURE & WANT:
         mixture += old.mixture * tl.exp2(old.mixture_max - new.mixture_max)
-    return Statistics(
-        new.s_max, new.t_max, new.mixture_max, old.s_sum + new.s_sum, old.t_sum + new.t_sum,
-        mixture, old.gap + new.gap, old.s_entropy + new.s_entropy, old.t_entropy + new.t_entropy,
-        old.unit + new.unit, old.total + new.total, old.share + new.share, new.rise, new.lift,
+    return statistics_with(
+        new, s_sum=old.s_sum + new.s_sum, t_sum=old.t_sum + new.t_sum, mixture=mixture,
+        gap=old.gap + new.gap, s_entropy=old.s_entropy + new.s_entropy,
+        t_entropy=old.t_entropy + new.t_entropy, unit=old.unit + new.unit,
+        total=old.total + new.total, share=old.share + new.share,
     )  # fmt: skip
 
 
@@ -260,9 +264,10 @@ def gather(stats, WANT: tl.constexpr):
     if TEACHER_ENTROPY & WANT:
         t_entropy = tl.sum(stats.t_entropy)
     return Statistics(
-        stats.s_max, stats.t_max, mixture_max, tl.sum(stats.s_sum),
-        tl.sum(stats.t_sum), mixture, gap, s_entropy, t_entropy, unit, total, share,
-        tl.sum(stats.rise), lift,
+        s_max=stats.s_max, t_max=stats.t_max, mixture_max=mixture_max, s_sum=tl.sum(stats.s_sum),
+        t_sum=tl.sum(stats.t_sum), mixture=mixture, gap=gap, s_entropy=s_entropy,
+        t_entropy=t_entropy, unit=unit, total=total, share=share, rise=tl.sum(stats.rise),
+        lift=lift,
     )  # fmt: skip
 
 

@@ -7,13 +7,12 @@ import triton.language as tl
 
 from fastkd.kernels.arithmetic import INTERPRETED, LN2, LOG2E, fast_log2, log1p, reciprocal
 
-# Below these a series replaces the direct form: e^x - 1 - x, also to base 2; the logarithm of a
-# mixture, and the value of JSD, which needs more digits of that logarithm, by x to base 2;
-# y - log(1 + y) with y = m/p - 1, likewise.
-NEAR, NEAR2 = tl.constexpr(0.5), tl.constexpr(0.72)
-NEAR_LOG = tl.constexpr(0.18)
-NEAR_VALUE = tl.constexpr(0.866)
-NEAR_RATIO = tl.constexpr(0.25)
+# Where |x| is below these a series replaces the direct form:
+EXPM1_RADIUS = tl.constexpr(0.5)  # of e^x - 1 - x,
+EXP2M1_RADIUS = tl.constexpr(0.72)  # of 2^x - 1 - x log 2,
+LOG1P_RADIUS = tl.constexpr(0.25)  # of x - log(1 + x),
+LOG_MIXTURE_RADIUS = tl.constexpr(0.18)  # of the logarithm of a mixture, x = log2(p / q),
+MIXTURE_VALUE_RADIUS = tl.constexpr(0.866)  # and of the value of JSD, which needs more digits.
 
 
 @triton.jit
@@ -47,7 +46,7 @@ def log_ratio(p, x):
 @triton.jit
 def kl_terms(p, m, x):
     """(m - p - p x, m - p) where m = p e^x, without cancellation; x not infinite where p is 0."""
-    near = tl.abs(x) < NEAR
+    near = tl.abs(x) < EXPM1_RADIUS
     linear = p * x
     curved = linear * (x * expm1_remainder(x))
     rise = m - p
@@ -60,9 +59,9 @@ def exp(x):
 
 
 @triton.jit
-def gain(q, x, p):
+def expm1_times(q, x, p):
     """p - q where p = q e^x, without cancellation."""
-    return tl.where(tl.abs(x) < NEAR, (q * x) * (1.0 + x * expm1_remainder(x)), p - q)
+    return tl.where(tl.abs(x) < EXPM1_RADIUS, (q * x) * (1.0 + x * expm1_remainder(x)), p - q)
 
 
 @triton.jit
@@ -85,9 +84,9 @@ def log2_mixture_ratio(x, a):
     """
     k = a * (1.0 - a)
     fourth = LN2 * LN2 * LN2 / 24 * k * (1.0 - 6.0 * k)
-    y = LN2 / 2 * k + 0.75 * NEAR_LOG * NEAR_LOG * fourth
+    y = LN2 / 2 * k + 0.75 * LOG_MIXTURE_RADIUS * LOG_MIXTURE_RADIUS * fourth
     y = a + x * (y + x * (LN2 * LN2 / 6 * k * (1.0 - 2.0 * a)))
-    return tl.where(tl.abs(x) < NEAR_LOG, x * y, fast_log2(1.0 - a + a * tl.exp2(x)))
+    return tl.where(tl.abs(x) < LOG_MIXTURE_RADIUS, x * y, fast_log2(1.0 - a + a * tl.exp2(x)))
 
 
 @triton.jit
@@ -101,7 +100,7 @@ def mixture_value(p, q, x, r, linear, a):
     m = from_p + ((1.0 - a) * LN2) * q
     k = a * (1.0 - a)
     skew = 1.0 - 2.0 * a
-    H: tl.constexpr = (NEAR_VALUE * LN2) * (NEAR_VALUE * LN2)
+    H: tl.constexpr = (MIXTURE_VALUE_RADIUS * LN2) * (MIXTURE_VALUE_RADIUS * LN2)
     k8 = k * (1.0 - k * (126.0 - k * (1680.0 - 5040.0 * k))) / 5760
     k7 = k * skew * (1.0 - k * (60.0 - 360.0 * k)) / 840
     k6 = k * (1.0 - k * (30.0 - 120.0 * k)) / 144 + 1.5 * H * k8
@@ -112,7 +111,7 @@ def mixture_value(p, q, x, r, linear, a):
     y = S * S * LN2 * k6 + x * (S * S * S * k7)
     y = S * (k * skew / 3) + x * (S * LN2 * k4 + x * (S * S * k5 + x * y))
     y = LN2 * k2 + x * y
-    return tl.where(tl.abs(x) < NEAR_VALUE, (m * x) * (x * y), from_p * (x - r) + linear)
+    return tl.where(tl.abs(x) < MIXTURE_VALUE_RADIUS, (m * x) * (x * y), from_p * (x - r) + linear)
 
 
 @triton.jit
@@ -120,7 +119,7 @@ def powers(x, a, b):
     """(e, e - 1, m) with e = 2^x and m = a + b e, x held within [-115, 115]."""
     x = tl.maximum(at_most(x, 115.0), -115.0)
     e = tl.exp2(x)
-    rise = tl.where(tl.abs(x) < NEAR2, exp2m1_times(1.0, x), e - 1.0)
+    rise = tl.where(tl.abs(x) < EXP2M1_RADIUS, exp2m1_times(1.0, x), e - 1.0)
     return e, rise, a + b * e
 
 
@@ -130,41 +129,41 @@ def log_of(m, x, a):
     return tl.where(a == 0, x, fast_log2(m))
 
 
-# --- a coin, by its odds to base 2 ------------------------------------------------------------
+# --- yes and no, by log2 of their odds ------------------------------------------------------------
 
 
 @triton.jit
-def coin(odds):
-    """The probabilities of both faces."""
+def probabilities(odds):
+    """Of yes and of no."""
     return reciprocal(1.0 + tl.exp2(-odds)), reciprocal(1.0 + tl.exp2(odds))
 
 
 @triton.jit
-def surprise(odds):
+def surprisal(odds):
     """-log p, with all digits where p is nearly 1."""
     return LN2 * tl.maximum(-odds, 0.0) + log1p(tl.exp2(-tl.abs(odds)))
 
 
 @triton.jit
-def coin_entropy(odds):
-    mine, rest = coin(odds)
-    return times(mine, surprise(odds)) + times(rest, surprise(-odds))
+def binary_entropy(odds):
+    mine, rest = probabilities(odds)
+    return times(mine, surprisal(odds)) + times(rest, surprisal(-odds))
 
 
 @triton.jit
-def coin_kl(t_odds, s_odds, d):
-    """KL of one coin from another, and q - p, its slope to the other's odds.
+def binary_kl(t_odds, s_odds, d):
+    """KL(p || q) of yes and no, and q - p, its slope to log of the student's odds.
 
     d: log of the odds' ratio.
     """
-    p, p_rest = coin(t_odds)
-    q, q_rest = coin(s_odds)
-    near = tl.abs(d) < NEAR
+    p, p_rest = probabilities(t_odds)
+    q, q_rest = probabilities(s_odds)
+    near = tl.abs(d) < EXPM1_RADIUS
     # log(q / p) and log((1 - q) / (1 - p)): from d where that is small.
     growth = d * (1.0 + d * expm1_remainder(d))
     fall = d * (d * expm1_remainder(-d) - 1.0)
-    x = tl.where(near, log1p(q_rest * fall), surprise(t_odds) - surprise(s_odds))
-    x_rest = tl.where(near, log1p(q * growth), surprise(-t_odds) - surprise(-s_odds))
+    x = tl.where(near, log1p(q_rest * fall), surprisal(t_odds) - surprisal(s_odds))
+    x_rest = tl.where(near, log1p(q * growth), surprisal(-t_odds) - surprisal(-s_odds))
     mine, rise = kl_terms(p, q, log_ratio(p, x))
     rest, fall = kl_terms(p_rest, q_rest, log_ratio(p_rest, x_rest))
     return mine + rest, tl.where(p > 0.5, -fall, rise)
