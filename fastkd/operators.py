@@ -50,9 +50,11 @@ Gradients = list[Tensor]  # one for each source of the student
 
 def backend(name: str, problem: Problem) -> Any:
     """What computes the problem: a module, or its operators where a tracer looks on."""
-    if tracing.watched() or tracing.opaque(sources(problem.student)[0]):
-        return Traced(name)
-    return _module(name, problem)
+    return Traced(name) if _traced(problem) else _module(name, problem)
+
+
+def _traced(problem: Problem) -> bool:
+    return tracing.watched() or tracing.opaque(sources(problem.student)[0])
 
 
 @cache
@@ -149,7 +151,7 @@ def _as_gradients(problem: Problem, found: Any, rows: Tensor) -> Gradients:
 
 def forward(problem: Problem, entropy: bool, metrics: bool, name: str) -> tuple[Tensor, Tensor]:
     """`values` and `state`, with all gathers."""
-    if isinstance(backend(name, problem), Traced):
+    if _traced(problem):
         return _forward(*problem.pack(), entropy, metrics, name)
     return _gathering(problem, entropy, metrics, name)
 
@@ -218,7 +220,7 @@ def forward_of_both(
 
     In one operator, so that both gather at once, and a compiler leaves both to the forward.
     """
-    if isinstance(backend(name, problem), Traced):
+    if _traced(problem):
         return _forward_of_both(*problem.pack(), dual, dual_numbers, entropy, metrics, name)
     return _run_both(problem, dual, dual_numbers, entropy, metrics, name)
 

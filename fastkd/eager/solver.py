@@ -197,15 +197,15 @@ class Solver:
         p = q
         if problem.teacher is not None:
             p = Softmax.of(y, scales[-1], log2_exps[1], store.new(), self.few)
-        if problem.labels is not None:
-            unit = q if unit is None else unit
-            values[CE] = _cross_entropy(unit, problem.labels[rows.flat], problem.label_smoothing)
-        if self.entropy or self.metrics:
-            values[ENTROPY] = _entropy(q, store.new())
-        if self.metrics:
-            values[TEACHER_ENTROPY] = _entropy(p, store.new())
         labels = None if problem.labels is None else problem.labels[rows.flat]
         pair = Pair(q, p, scales[0], store.new, labels)
+        if labels is not None:
+            unit = q if unit is None else unit
+            values[CE] = _cross_entropy(unit, labels, problem.label_smoothing)
+        if self.entropy or self.metrics:
+            values[ENTROPY] = _entropy(pair, q)
+        if self.metrics:
+            values[TEACHER_ENTROPY] = _entropy(pair, p)
         if problem.teacher is None:
             values[KD] = torch.zeros_like(q.sum_exp[:, 0])
             return Terms(values, pair, None, unit, None, place=room)
@@ -301,21 +301,15 @@ def _cross_entropy(unit: Softmax, labels: Tensor, smoothing: float) -> Tensor:
     return loss[:, 0]
 
 
-def _entropy(side: Softmax, spare: Tensor) -> Tensor:
-    return (side.log_sum - LN2 * mean_log2_exp(side, spare))[:, 0]
-
-
-def mean_log2_exp(side: Softmax, spare: Tensor) -> Tensor:
-    return torch.mul(side.exp, side.log2_exp, out=spare).sum(-1, keepdim=True) / side.sum_exp
+def _entropy(pair: Pair, side: Softmax) -> Tensor:
+    return (side.log_sum - LN2 * pair.mean_log2_exp(side))[:, 0]
 
 
 def _certain(student: Softmax) -> Tensor | None:
     """Rows of a student whose largest term is nearly all of their sum; None: none can be."""
     sum_exp, columns = student.sum_exp[:, 0], student.exp.size(1)
     least, most = (bound.item() for bound in sum_exp.aminmax())
-    if (
-        least >= CERTAIN and most * UNCERTAIN <= 1
-    ):  # the term of `shift`, 1, is too small, or too much
+    if least >= CERTAIN and most * UNCERTAIN <= 1:  # the term of `shift`, 1, is too small or much
         return None
     some = student.exp[:, : max(columns // 16, SEARCHED)]
     largest = some.amax(-1)
