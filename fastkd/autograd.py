@@ -47,6 +47,7 @@ class Rows(torch.autograd.Function):
         if isinstance(packed[0], Problem):
             _, *packed = packed[0].pack()
         numbers, ctx.vocab_size, ctx.spec = packed
+        ctx.set_materialize_grads(False)  # or zeros are made for what has no gradient
         ctx.save_for_backward(dual_numbers, numbers, *output[1:], *inputs[8:])
         ctx.mark_non_differentiable(*output[1:])
 
