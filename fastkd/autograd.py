@@ -52,7 +52,9 @@ class Rows(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * len(ctx.needs_input_grad)
         dual_numbers, numbers, state, other, *tensors = ctx.saved_tensors
         with torch.no_grad():
             problem = Problem.unpack(tensors, numbers, ctx.vocab_size, ctx.spec)
@@ -164,7 +166,9 @@ class Fused(torch.autograd.Function):
         ctx.mark_non_differentiable(values, *(x for x in gradients if x is not None))
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * ctx.inputs
         if ctx.spent:
             raise RuntimeError(
                 "gradient='forward' holds one gradient, which the first backward has used: "

@@ -132,3 +132,20 @@ def test_a_teacher_in_the_memory_of_the_student_under_compile():
         gradients.append(leaf.grad)
     torch._dynamo.reset()
     assert_close(gradients[1], gradients[0].double(), "gradient")
+
+
+@pytest.mark.parametrize("gradient", ["forward", "backward"])
+def test_a_loss_whose_gradient_is_undefined_gives_none(gradient):
+    class Cut(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return None
+
+    student = torch.randn(3, 5, requires_grad=True)
+    loss = fastkd.distillation_loss(student, torch.randn(3, 5), gradient=gradient)
+    Cut.apply(loss).backward()
+    assert student.grad is None
