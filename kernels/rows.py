@@ -352,16 +352,15 @@ def kl_of(stats, row, WANT: tl.constexpr):
 
 
 @triton.jit
-def clear(known, stats, temper):
-    """Whether the KL divergence that kl_of has found is right."""
-    return (known > LEAST_KNOWN) & (huge(stats, temper) == 0)
+def value_is_right(kl, stats, temper):
+    """Whether the KL divergence that kl_of has found has its digits."""
+    return (kl > LEAST_KNOWN) & (huge(stats, temper) == 0)
 
 
 @triton.jit
-def plain(stats, WANT: tl.constexpr):
-    """Whether a slope whose terms may cancel has the digits that a gradient needs.
-
-    Of reverse KL -q (d + c) without `rest`, of forward KL q - p.
+def slopes_are_right(stats, WANT: tl.constexpr):
+    """Whether the slopes that cost least have the digits that a gradient needs: of reverse KL
+    -q (d + c) without `rest`, of forward KL q - p, whose two terms may cancel.
     """
     if GAP & WANT:
         return saturated(stats) == 0

@@ -117,10 +117,13 @@ def phases(
     VECTOR: tl.constexpr = TILE.vector
     SHIFTED: tl.constexpr = TILE.shifted
     BLOCK: tl.constexpr = LANES * VECTOR
+    # The gradient's sweep makes the sums, as it needs none of them.
     LATE: tl.constexpr = records.LATE & WANT != 0 and LAST == P.GRADIENT
+    # Something is wanted of the sums.
     SUMMED: tl.constexpr = (
         teacher.pointer is not None or (records.SCALE_SLOPE + records.TEACHER_ENTROPY) & WANT != 0
     )
+    # The gradient alone, of a row whose sums are in `outputs.state`.
     BACKWARD: tl.constexpr = FIRST == P.GRADIENT and pieces.statistics is None
     a, b, smoothing = P.singles(divergence.a, divergence.b, targets.smoothing)
     rows, columns = number(extent.rows), extent.columns
@@ -181,24 +184,24 @@ def phases(
         row = L.join(row, stats, label, label_logit, teacher_logit, temper, SAME, WANT, AT_LABEL)
         hard = P.cross_entropy(stats, row, label, label_logit, all_columns, smoothing, WANT)
     if records.KL & WANT:
-        known = R.kl_of(stats, row, WANT)
-        clear = R.clear(known, stats, temper)
+        # Where the first sweep gives the value, full tiles need no sums, and cheaper slopes.
+        kl = R.kl_of(stats, row, WANT)
+        known = R.value_is_right(kl, stats, temper)
         if gradient is not None:
-            clear = clear & R.plain(stats, WANT)
-        known = tl.where(split == 0, known, 0.0)  # of a row's pieces one has it
+            known = known & R.slopes_are_right(stats, WANT)
+        kl = tl.where(split == 0, kl, 0.0)  # of a row's pieces one has it
 
     if not SUMMED:
         sums = P.collapse_sums(P.no_sums(LANES), WANT)
     elif FIRST <= P.SUMS and LAST >= P.SUMS and not LATE:
-        # One sweep less where the value is known.
         left = stretch
         if records.KL & WANT:
-            last = tl.where(clear, stretch.tail, stretch.end)
-            left = W.with_tiles(stretch, tl.where(clear, 0, stretch.full), last)
+            last = tl.where(known, stretch.tail, stretch.end)
+            left = W.with_tiles(stretch, tl.where(known, 0, stretch.full), last)
         sums = W.walk(P.no_sums(LANES), left, sides, row, FACTS, P.sum_step, False)
         sums = P.collapse_sums(sums, WANT)
         if records.KL & WANT:
-            sums = records.sums_with(sums, value=tl.where(clear, known, sums.value))
+            sums = records.sums_with(sums, value=tl.where(known, kl, sums.value))
         if LAST == P.SUMS:
             anchor = 0.0
             if CONSTANT == "slope_sum":
@@ -258,10 +261,10 @@ def phases(
                 SUMS=False, TEMPERATURE=TEMPERATURE, CE=CE, H=H,
             )  # fmt: skip
             W.full_tiles(
-                gathered, W.with_tiles(stretch, tl.where(clear, stretch.full, 0), stretch.end),
+                gathered, W.with_tiles(stretch, tl.where(known, stretch.full, 0), stretch.end),
                 sides, asked, ALONE, P.gradient_step, not LATE,
             )  # fmt: skip
-            left = W.with_tiles(stretch, tl.where(clear, 0, stretch.full), stretch.end)
+            left = W.with_tiles(stretch, tl.where(known, 0, stretch.full), stretch.end)
         WHOLE: tl.constexpr = records.Facts(
             WANT, divergence.evaluate, SAME, SUMS=LATE, TEMPERATURE=TEMPERATURE, CE=CE, H=H
         )
@@ -273,9 +276,9 @@ def phases(
         if LATE:
             sums = P.collapse_sums(gathered.sums, WANT)
             if records.KL & WANT:
-                sums = records.sums_with(sums, value=tl.where(clear, known, sums.value))
+                sums = records.sums_with(sums, value=tl.where(known, kl, sums.value))
             if FIRST == P.GRADIENT:
-                made, anchor = False, 0.0
+                made, anchor = False, 0.0  # made by a sweep of their own, before this one
                 if records.REST & WANT:
                     made = lacking
                 if not made:

@@ -1,4 +1,8 @@
-"""How a sweep walks over a row, tile by tile."""
+"""How a row is walked over, tile by tile: by sweeps, moments and entry by entry alike.
+
+A STEP is a function that a tile is given to, with pointers to the row (`sides`), what is known of
+it, and what the compiler knows (FACTS).
+"""
 
 from __future__ import annotations
 
