@@ -243,7 +243,7 @@ def test_shifts_permutations_and_the_zero(divergence):
 def test_certain_of_the_label(height, divergence, backend):
     """p_k = 1, q_k = 1, both, in all digits of fp32: finite, and right."""
     student, teacher = sides(3)
-    labels = torch.tensor([2, 4, 6])
+    labels = torch.tensor([1, 4, 6])  # the first is among those that are searched for the largest
     for rows in ((0,), (1,), (0, 1)):
         z, y = student.clone(), teacher.clone()
         for row in rows:

@@ -75,8 +75,11 @@ class Solver:
         # To search all of few logits for their largest takes less than to look at the sums then.
         self.few = problem.rows * problem.vocab_size <= FEW
         self.kind = Divergence.of_name(problem.divergence)
-        # Against a student that is nearly certain.
-        self.guarded = gradient and self.kind.cancels and problem.teacher is not None
+        # Against a student that is nearly certain; where the label is looked at, against a side
+        # whose other entries are then known to few digits, for the value too.
+        label_aware = self.kind.label_aware
+        cancels = self.kind.cancels and problem.teacher is not None
+        self.guarded = (gradient or label_aware) and cancels
         self.exact_scales = exact_scales(problem)
         self.scales = [
             scale.to(problem.dtype) if isinstance(scale, Tensor) else scale
@@ -141,8 +144,10 @@ class Solver:
                 sum_exp = torch.maximum(sum_exp, terms.unit.sum_exp)
             if not sum_exp.max().item() < MOST_SUM_EXP:
                 check = torch.where(sum_exp[:, 0] < MOST_SUM_EXP, check, torch.inf)
-        if self.guarded and (certain := _certain(pair.student)) is not None:
-            check = torch.where(certain, 0.0, check)
+        watched = [pair.student, pair.teacher] if self.kind.label_aware else [pair.student]
+        for side in watched if self.guarded else ():
+            if (certain := _certain(side)) is not None:
+                check = torch.where(certain, 0.0, check)
         if isinstance(pair.student_scale, Tensor):
             check = torch.where(pair.student_scale[:, 0] > LEAST_SCALE, check, 0.0)
         if isinstance(sums, Tensor):
@@ -305,16 +310,16 @@ def _entropy(pair: Pair, side: Softmax) -> Tensor:
     return (side.log_sum - LN2 * pair.mean_log2_exp(side))[:, 0]
 
 
-def _certain(student: Softmax) -> Tensor | None:
-    """Rows of a student whose largest term is nearly all of their sum; None: none can be."""
-    sum_exp, columns = student.sum_exp[:, 0], student.exp.size(1)
+def _certain(side: Softmax) -> Tensor | None:
+    """Rows of a side whose largest term is nearly all of their sum; None: none can be."""
+    sum_exp, columns = side.sum_exp[:, 0], side.exp.size(1)
     least, most = (bound.item() for bound in sum_exp.aminmax())
     if least >= CERTAIN and most * UNCERTAIN <= 1:  # the term of `shift`, 1, is too small or much
         return None
-    some = student.exp[:, : max(columns // 16, SEARCHED)]
+    some = side.exp[:, : max(columns // 16, SEARCHED)]
     largest = some.amax(-1)
     if (some.sum(-1) < sum_exp * UNCERTAIN).any():  # one of the others may be all but these
-        largest = student.exp.amax(-1)
+        largest = side.exp.amax(-1)
     return largest * CERTAIN > sum_exp
 
 
