@@ -286,16 +286,16 @@ def test_a_checkpoint_of_another_kind_is_no_checkpoint(tmp_path):
         storage.load_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/distilling.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/distilling.md", "docs/caching.md"])
 def test_every_option_in_the_documents_exists(page, capsys):
     known = set()
-    for command in ("distill", "tune", "recipe"):
+    for command in ("distill", "tune", "recipe", "cache"):
         with pytest.raises(SystemExit):
             __main__.main([command, "--help"])
         known |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
     text = (ROOT / page).read_text()
     used = set(re.findall(r"(?<=`)--[a-z][a-z-]+", text))
-    for line in re.findall(r"fastkd (?:distill|tune|recipe) .*", text):
+    for line in re.findall(r"fastkd (?:distill|tune|recipe|cache) .*", text):
         used |= set(re.findall(r" (--[a-z][a-z-]+)", line))
     assert len(used) > 3
     assert used - {"--quick", "--full"} <= known  # pytest's

@@ -1,19 +1,38 @@
-"""What a server writes in the student's place, which a stub stands for here."""
+"""What a server writes in the student's place: a stub, and vLLM where it is installed."""
 
+import importlib.util
 import json
+import os
+import socket
+import subprocess
+import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
 
+from fastkd import TopK
 from fastkd.integrations.on_policy import OnPolicy
 from fastkd.integrations.served import Server, ServerError
+from tests.test_distill_user_models import (
+    TEXT,
+    distil,
+    losses,
+    model,
+    options,
+    tokenizer,
+    transformers,
+)
 from tests.test_distill_user_models import _one_thread as _one_thread
-from tests.test_distill_user_models import distil, losses, options, transformers
 from tests.test_distill_user_models import home as home
 
 END = 7
+# A Python that has vLLM, which asks for versions of its own: this one, or that of another
+# environment.
+VLLM = os.environ.get("FASTKD_VLLM") or (importlib.util.find_spec("vllm") and sys.executable)
 
 
 def choice(ids, reason="length"):
@@ -155,3 +174,86 @@ def test_a_run_learns_from_what_a_server_writes(stub, home, tmp_path, capsys):
     assert distil("--out", tmp_path / "fourth", *chosen) == 2
     assert "sampling_server: " in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "fourth").exists()
+
+
+# --- vLLM ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A model of which vLLM has the weights, and its address; heads are as wide as vLLM asks."""
+    folder = tmp_path_factory.mktemp("served")
+    model(folder / "student", tokenizer(TEXT), width=64, vocabulary=416, seed=1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        VLLM, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "student"),
+        "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
+        "--max-model-len", "64",
+    ]  # fmt: skip
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
+    }  # fmt: skip
+    environment.pop("PYTHONPATH", None)
+    url = f"http://127.0.0.1:{port}"
+    with open(folder / "log", "w") as log:
+        server = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+    try:
+        until = time.monotonic() + 900
+        while not _listens(url):
+            assert server.poll() is None, (folder / "log").read_text()[-3000:]
+            assert time.monotonic() < until, (folder / "log").read_text()[-3000:]
+            time.sleep(1)
+        yield folder, url
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def _listens(url):
+    try:
+        return bool(Server(url, patience=5).model())
+    except ServerError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not VLLM, reason="needs vllm, or FASTKD_VLLM: a Python that has it")
+def test_vllm_writes_and_scores_what_the_model_does(served, home, tmp_path):
+    """Its best tokens are those of generate, its log-probabilities the model's; a run learns."""
+    folder, url = served
+    here = transformers.AutoModelForCausalLM.from_pretrained(folder / "student")
+    prompts = torch.arange(40, 56).view(2, 8)
+    with torch.no_grad():
+        wanted = here.generate(
+            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=6, do_sample=False
+        )[:, 8:]
+        truth = here(prompts[:1]).logits[0].log_softmax(-1)
+    written = Server(url).complete(prompts.tolist(), [0], max_tokens=6, temperature=0, seed=0)
+    assert written == [row[: [*row, 0].index(0) + 1] for row in wanted.tolist()]
+    asked = {
+        "model": Server(url).model(), "prompt": prompts[:1].tolist(), "max_tokens": 1,
+        "prompt_logprobs": 5,
+    }  # fmt: skip
+    request = Request(
+        url + "/v1/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+    )
+    with urlopen(request, timeout=60) as answer:
+        (choice,) = json.load(answer)["choices"]
+    teacher = TopK.from_server(choice["prompt_logprobs"])
+    assert (teacher.indices[1:] >= 0).sum(-1).min() >= 5
+    listed = teacher.indices[1:] >= 0
+    true = truth[:-1].gather(-1, teacher.indices[1:].clamp(min=0))
+    torch.testing.assert_close(teacher.log_probs[1:][listed], true[listed], rtol=1e-4, atol=1e-4)
+
+    out = tmp_path / "out"
+    chosen = options(
+        home, student=folder / "student", on_policy=1, completion_length=4, prompt_length=4,
+        steps=2, log_every=1, sampling_server=url,
+    )  # fmt: skip
+    assert distil("--out", out, *chosen) == 0
+    assert len(losses(out)) == 2
+    assert all(0 < each < 100 for each in losses(out))
