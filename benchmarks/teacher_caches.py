@@ -36,8 +36,8 @@ from .results import check_folder
 
 ONLINE, HARD = "the teacher itself", "hard labels"
 FULL, HIDDEN = "--full", "--hidden"
-CACHES = ("--samples 50", "--samples 12", "--top-k 64", "--top-k 12", FULL, HIDDEN)
-TAILS = ("renormalize", "bucket", "label")
+CACHES = ("--samples 50", "--top-k 64", "--top-k 12", FULL, HIDDEN)
+TAILS = ("renormalize", "bucket")
 # Of the learning rate, for hard labels: the best on the held-out text itself.
 RATES = (0.1, 0.3, 1.0)
 
@@ -47,8 +47,8 @@ def main(arguments: Sequence[str]) -> None:
     top.add_argument("--out", type=Path, help="results.json and table.md")
     top.add_argument("--seeds", type=int, default=3, help="students of each kind; default: 3")
     top.add_argument(
-        "--share", type=float, default=1.0,
-        help="of the teacher's text that the students see; default: 1, the default job's: 0.1",
+        "--share", type=float, default=0.1,
+        help="of the teacher's text that the students see; default: 0.1, the default job's",
     )  # fmt: skip
     top.add_argument("--steps", type=int, default=200, help="of a student; default: 200")
     top.add_argument("--teacher-steps", type=int, default=600, help="default: 600")
@@ -118,14 +118,13 @@ class Job:
 
     def sources(self) -> dict[str, tuple[str, list[str]]]:
         """By name: a cache, or the teacher, and what else is said to `fastkd distill`."""
-        found = {ONLINE: (ONLINE, []), HARD: (ONLINE, ["--alpha=0"])}
-        found |= {cache: (cache, []) for cache in CACHES if "top" not in cache}
-        return found | {
-            f"{cache}, {tail}": (cache, [f"--teacher-tail={tail}"])
-            for cache in CACHES
-            if "top" in cache
-            for tail in TAILS
-        }
+        found: dict[str, tuple[str, list[str]]] = {ONLINE: (ONLINE, [])}
+        for cache in CACHES:
+            if "top" in cache:
+                found |= {f"{cache}, {tail}": (cache, [f"--teacher-tail={tail}"]) for tail in TAILS}
+            else:
+                found[cache] = (cache, [])
+        return found | {HARD: (ONLINE, ["--alpha=0"])}
 
     def row(self, name: str, source: tuple[str, list[str]], seeds: int) -> dict[str, Any]:
         """Students of one kind; of hard labels, those at the rate that is best for the first."""

@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 transformers = pytest.importorskip("transformers")
 
 import fastkd.integrations  # noqa: E402
+from fastkd.integrations.models import is_causal, targets  # noqa: E402
 from fastkd.integrations.transformers import (  # noqa: E402
     DistillationTrainer,
     distillation_loss_func,
@@ -248,6 +249,43 @@ def test_a_classifier_is_not_shifted(tmp_path):
     assert items == 8
     loss = trainer.compute_loss(student, inputs, num_items_in_batch=items)
     assert_close(loss, (lp.exp() * (lp - lq)).sum(-1).mean())
+
+
+TINY = {
+    "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "vocab_size": 40, "n_embd": 8, "n_layer": 1, "n_head": 2, "d_model": 8, "is_decoder": True,
+    "word_embed_proj_dim": 8, "ffn_dim": 8, "num_key_value_heads": 1, "head_dim": 4,
+    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["GPT2", "OpenAIGPT", "Bert", "Llama", "OPT", "Gemma3Text", "Mamba", "GPTNeoX", "Bloom"]
+)
+def test_places_predict_what_they_do_in_the_models_own_loss(name):
+    """Of every class for causal language models, whatever it is called."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")
+    model = transformers.AutoModelForCausalLM.from_config(config(**TINY)).eval()
+    ids = torch.randint(2, 40, (2, 9))
+    labels = ids.clone()
+    labels[1, :3] = -100
+    outputs = model(input_ids=ids, labels=labels)
+    ours = targets({"labels": labels}, is_causal(model))
+    loss = F.cross_entropy(outputs.logits.flatten(0, 1), ours.flatten())
+    torch.testing.assert_close(loss, outputs.loss, rtol=1e-5, atol=0)
+
+
+def test_models_of_images_and_text_are_causal_and_encoders_are_not():
+    small = {"hidden_size": 8, "num_hidden_layers": 0, "num_attention_heads": 1}
+    vision = transformers.CLIPVisionConfig(**small)
+    text = transformers.LlamaConfig(**small)
+    with torch.device("meta"):
+        shape = transformers.LlavaConfig(vision_config=vision, text_config=text)
+        assert is_causal(transformers.LlavaForConditionalGeneration(shape))
+        t5 = transformers.T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=1, d_kv=8)
+        assert not is_causal(transformers.T5ForConditionalGeneration(t5))
+        assert not is_causal(transformers.BertForMaskedLM(transformers.BertConfig(**small)))
 
 
 def test_shift_labels_of_a_collator_are_taken_as_they_are(tmp_path):

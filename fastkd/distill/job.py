@@ -107,6 +107,7 @@ class Job:
         common = {
             "loss": chosen.loss,
             "vocab_size": self.vocab_size,
+            "shift": True,  # of whatever class: it was loaded as a causal language model
             "model": model,
             "args": _arguments(chosen, folder, self.device, self.dtype, **arguments),
             "train_dataset": self.training,

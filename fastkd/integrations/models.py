@@ -48,10 +48,15 @@ def model_inputs(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
 
 
 def is_causal(model: Any) -> bool:
-    """Whether the model's own loss shifts the labels."""
+    """Whether the model's own loss shifts the labels.
+
+    The name of that loss says so for some only: GPT2LMHeadModel has none, and models of images and
+    text that of encoders with decoders. What writes text without an encoder is causal.
+    """
     plain = base(model)
     decoder_only = not getattr(getattr(plain, "config", None), "is_encoder_decoder", False)
-    return decoder_only and getattr(plain, "loss_type", None) == "ForCausalLM"
+    writes = getattr(plain, "can_generate", lambda: False)()
+    return decoder_only and (writes or getattr(plain, "loss_type", None) == "ForCausalLM")
 
 
 def freeze(teacher: Any, device: torch.device | None) -> None:
