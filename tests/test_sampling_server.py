@@ -124,6 +124,13 @@ def test_without_an_end_rows_end_where_they_do(stub, student, monkeypatch):
     assert found["labels"][:, 2:].tolist() == [[1, -100], [2, 3]]
 
 
+def test_a_completion_ends_before_a_column_that_is_padding(stub, student):
+    stub.write = lambda request: [choice([1, 30, 2]), choice([3, 4, 29])]
+    policy = OnPolicy(1.0, new_tokens=3, prompt_tokens=2, end=(END,), server=stub.url)
+    found = policy.written(student, batch([5] * 8, [6] * 8), vocab_size=30)
+    assert found["labels"][:, 2:].tolist() == [[1, -100, -100], [3, 4, 29]]
+
+
 @pytest.mark.parametrize(
     ("choices", "message"),
     [

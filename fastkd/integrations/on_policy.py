@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -125,9 +126,12 @@ class OnPolicy:
             top_p=self.top_p,
             seed=int(torch.randint(2**31 - 1, ())),
         )
-        width = vocab_size or student.config.get_text_config().vocab_size
+        width = student.config.get_text_config().vocab_size
         if any(not 0 <= token < width for row in written for token in row):
             raise ServerError(f"{self.server} writes tokens beyond the {width} of the student")
+        # A server draws from columns that are padding as well: what goes on from one is no text.
+        tokens = range(vocab_size or width)
+        written = [list(itertools.takewhile(tokens.__contains__, row)) for row in written]
         longest = max(1, *map(len, written))
         new = torch.tensor([row + [padding] * (longest - len(row)) for row in written])
         real = torch.tensor([[place < len(row) for place in range(longest)] for row in written])
