@@ -57,7 +57,7 @@ class Extent(NamedTuple):
 
     rows: Any
     columns: Any
-    width: Any = None  # of the gradient, whose columns beyond `columns` are 0
+    width: Any = None  # of the gradient, where it has columns beyond these, which are 0
     inner: Any = None  # varying, the inner size of the operands; None: the rows lie at one stride
     span: Any = None  # columns of a program, where a row has several
 

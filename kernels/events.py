@@ -13,7 +13,6 @@ from torch import Tensor
 from fastkd.divergences import LOG_MIXTURE, Divergence
 from fastkd.kernels import phases as P
 from fastkd.kernels.arguments import (
-    Extent,
     Factors,
     Formula,
     Outputs,
@@ -23,7 +22,15 @@ from fastkd.kernels.arguments import (
     varying,
 )
 from fastkd.kernels.divergences import device_of
-from fastkd.kernels.launch import laid_out, new_gradient, new_rows, per_row, rows_in_memory, wanted
+from fastkd.kernels.launch import (
+    extent_of,
+    laid_out,
+    new_gradient,
+    new_rows,
+    per_row,
+    rows_in_memory,
+    wanted,
+)
 from fastkd.kernels.listed import BITS, List, listed
 from fastkd.kernels.pieces import STATISTICS_FIELDS
 from fastkd.kernels.tuning import power_of_two, schedule
@@ -99,8 +106,7 @@ def _launch(
     if rows == 0:
         return None if temperature is None else temperature.sum(1)
     operands = rows_in_memory(student, None, gradient, vector=plan.vector)
-    extent = Extent(varying(rows), problem.vocab_size, width, operands.inner)
-    extent, tile = laid_out(extent, operands, plan, plan.splits)
+    extent, tile = laid_out(extent_of(problem, operands), operands, plan, plan.splits)
     count = problem.teacher.indices.size(1)
     device_function = device_of(problem.divergence, problem.a, problem.b)
     constant = device_function.constant or Divergence.of_name(problem.divergence).constant

@@ -80,6 +80,12 @@ def _strides(x: Tensor | None) -> tuple[int, int]:
     return 0 if x.size(0) == 1 else x.stride(0), x.stride(1)
 
 
+def extent_of(problem: Problem, operands: Rows) -> Extent:
+    columns, width = problem.vocab_size, problem.student.size(-1)
+    beyond = width if width > columns else None
+    return Extent(varying(problem.rows), columns, beyond, operands.inner)
+
+
 def laid_out(extent: Extent, operands: Rows, plan: Schedule, pieces: int) -> tuple[Extent, Tile]:
     """A sweep's launch: the columns of each program are a multiple of a tile's."""
     block = plan.lanes * plan.vector

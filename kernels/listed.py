@@ -234,7 +234,7 @@ def listed(
     if gradient is not None:
         gradient += gradient_at
         if LAST == P.GRADIENT and split == 0:
-            M.fill_zero(gradient, shift + columns, shift + extent.width, LANES * VECTOR)
+            M.fill_beyond(gradient, shift, extent, LANES * VECTOR)
 
     temper = P.temper_of(temperatures, index, rows, None, a)
     label, label_logit = -1, 0.0

@@ -34,6 +34,7 @@ from fastkd.kernels.arguments import (
 from fastkd.kernels.divergences import SLOPES, Device, device_of
 from fastkd.kernels.launch import (
     Rows,
+    extent_of,
     laid_out,
     new_gradient,
     new_rows,
@@ -199,7 +200,7 @@ def _launches(
         want |= records.LATE.value * (late and not want & records.SCALE_SLOPE.value)
     arguments: dict[str, Any] = dict(  # noqa: C408
         student=operands.student, teacher=operands.teacher, gradient=operands.gradient,
-        extent=Extent(varying(rows), problem.vocab_size, width, operands.inner),
+        extent=extent_of(problem, operands),
         temperatures=Temperatures(
             per_row(problem.student_temperature), per_row(t_temperature), problem.moments
         ),

@@ -92,3 +92,10 @@ def fill_zero(pointer, begin, end, BLOCK: tl.constexpr):
         at = start + tl.arange(0, BLOCK)
         zero = tl.zeros([BLOCK], pointer.dtype.element_ty)
         tl.store(pointer + at, zero, mask=at < end)
+
+
+@triton.jit
+def fill_beyond(pointer, shift, extent, BLOCK: tl.constexpr):
+    """Zeros in the gradient's columns beyond the row's; its column 0 has position `shift`."""
+    if extent.width is not None:
+        fill_zero(pointer, shift + extent.columns, shift + extent.width, BLOCK)

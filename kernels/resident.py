@@ -85,7 +85,8 @@ def resident(
     if FIRST == P.GRADIENT:
         live &= P.any_of(terms)
     temper = P.temper_of(temperatures, index, rows, live, a)
-    columns, width = M.aligned(extent.columns, ALIGN), M.aligned(extent.width, ALIGN)
+    columns = M.aligned(extent.columns, ALIGN)
+    width = columns if extent.width is None else M.aligned(extent.width, ALIGN)
     student_row = student.pointer + M.row_at(index, student, extent.inner, ALIGN)
     zs = load_parts(student_row, live, columns, PARTS, HELD.piece)
     ys = zs
@@ -165,7 +166,10 @@ def resident(
             pair = L.others(zs[i], ys[i], column, temper)
             g, tempered, value, slope = P.gradient_tile(zs[i], pair, column, sides, asked, FACTS)
             if gradient.pointer is not None:
-                g = tl.where(live & (column < columns), g, 0.0).to(gradient_row.dtype.element_ty)
+                # Of a row that does not count kd is 0, and what it is a factor of.
+                if FACTS.CE or FACTS.H or extent.width is not None:
+                    g = tl.where(live & (column < columns), g, 0.0)
+                g = g.to(gradient_row.dtype.element_ty)
                 store_part(gradient_row, g, exists, width, PARTS, i, HELD.stored)
             if LATE:
                 sums = P.add_sums(sums, zs[i], ys[i], value, slope, row, WANT)

@@ -60,7 +60,7 @@ def blank(index, split, student, teacher, gradient, extent, TILE: tl.constexpr):
         pointer = gradient.pointer + at
         M.fill_zero(pointer, tl.maximum(stretch.begin, shift), stretch.end, BLOCK)
         if split == 0:
-            M.fill_zero(pointer, shift + extent.columns, shift + extent.width, BLOCK)
+            M.fill_beyond(pointer, shift, extent, BLOCK)
 
 
 @triton.jit
@@ -141,7 +141,7 @@ def phases(
     if gradient is not None:
         gradient += gradient_at
         if LAST == P.GRADIENT and split == 0:
-            M.fill_zero(gradient, shift + columns, shift + extent.width, BLOCK)
+            M.fill_beyond(gradient, shift, extent, BLOCK)
 
     temper = P.temper_of(temperatures, index, rows, None, a)
     label, label_logit, teacher_logit = -1, 0.0, 0.0
