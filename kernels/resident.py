@@ -166,9 +166,9 @@ def resident(
             pair = L.others(zs[i], ys[i], column, temper)
             g, tempered, value, slope = P.gradient_tile(zs[i], pair, column, sides, asked, FACTS)
             if gradient.pointer is not None:
-                # Of a row that does not count kd is 0, and what it is a factor of.
-                if FACTS.CE or FACTS.H or extent.width is not None:
-                    g = tl.where(live & (column < columns), g, 0.0)
+                # Of a row that does not count, whose factors are 0, it is 0 already.
+                if extent.width is not None:
+                    g = tl.where(column < columns, g, 0.0)
                 g = g.to(gradient_row.dtype.element_ty)
                 store_part(gradient_row, g, exists, width, PARTS, i, HELD.stored)
             if LATE:

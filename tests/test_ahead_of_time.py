@@ -52,8 +52,8 @@ ROW_BUDGET = {
 # A row in registers, by its width, per column that its parts hold: what is computed once per row
 # weighs more where it is short.
 RESIDENT = {
-    5: 118, 16: 50, 32: 46, 37: 69, 64: 46.5, 128: 47, 256: 47.5, 512: 48, 1024: 48,
-    2048: 52, 4096: 53,
+    5: 116, 16: 48, 32: 43.5, 37: 62, 64: 44.5, 128: 45, 256: 45.5, 512: 45.5, 1024: 45.5,
+    2048: 49, 4096: 50,
 }  # fmt: skip
 RESIDENT_JSD = 24  # more than forward KL
 # Of 10 and of 100 columns; of Triton 3.6 and later, where there is a difference.

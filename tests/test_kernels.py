@@ -386,6 +386,25 @@ def test_layouts(plan, force, device):
         assert_zero(g[:, V:])
 
 
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+@pytest.mark.parametrize("beyond", [0, 5])
+@pytest.mark.parametrize("divergence", [fastkd.ForwardKL(), fastkd.DKD()], ids=str)
+def test_what_does_not_count_has_no_gradient(divergence, beyond, mode, force, device):
+    """Rows that are left out, and columns beyond a row's, be their logits NaN."""
+    force("resident")
+    V, labels = 70, torch.tensor([3, -100, 69, 0], device=device)
+    student, teacher = torch.randn(2, 4, V + beyond, device=device)
+    student[1] = teacher[1] = student[:, V:] = torch.nan
+    loss = fastkd.distillation_loss(
+        student.requires_grad_(), teacher, labels, divergence=divergence, alpha=0.5,
+        label_smoothing=0.1, entropy_weight=0.3, vocab_size=V, gradient=mode, backend="triton",
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert_zero(gradient[1])
+    assert_zero(gradient[:, V:])
+    assert (gradient[[0, 2, 3], :V] != 0).all() and gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("plan", ["resident", "sweep"])
 @pytest.mark.parametrize("V", [75, 78])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
