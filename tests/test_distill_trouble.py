@@ -14,7 +14,7 @@ import torch
 
 import fastkd
 from fastkd import __main__
-from fastkd.distill import default_job, settings, storage
+from fastkd.distill import config, default_job, settings, storage
 from fastkd.distill.errors import RunError
 
 for module in ("matplotlib", "rich", "safetensors", "tokenizers"):
@@ -188,7 +188,7 @@ def test_the_command_line_says_what_it_can(capsys):
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut short", None])
 def test_a_broken_checkpoint(here, capsys, content):
     chosen = settings.build(settings.DefaultJob, {"vocabulary": 300})
-    (here / "config.toml").write_text(settings.toml(chosen))
+    (here / "config.toml").write_text(config.text(chosen))
     if content is None:  # it reads, and is of another run
         storage.save_checkpoint(here, {"fingerprint": "of another text"})
     else:
@@ -262,7 +262,7 @@ def test_settings_survive_the_file():
         settings.UserModels,
         {"teacher": 'a "b" \\ ü', "student": "s", "data": ["x", "y"], "checkpointing": True},
     )
-    text = settings.toml(chosen)
+    text = config.text(chosen)
     assert "checkpointing = true" in text
     if sys.version_info >= (3, 11):
         import tomllib

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-from . import devices, settings, storage
+from . import config, devices, settings, storage
 from .errors import Interrupted, RunError, Usage
 
 DISTILL = "Distil a teacher into a student, and show what came of it."
@@ -134,7 +134,7 @@ def _distill(options: argparse.Namespace) -> None:
         if given or options.config or options.out:
             raise Usage("--resume takes its settings from the folder: leave the other options out")
         with _one_process_locks(storage.old_folder, options.resume) as folder:
-            _start(_settings(settings.read(folder / storage.CONFIG), {}), folder, resume=True)
+            _start(_settings(config.read(folder / storage.CONFIG), {}), folder, resume=True)
         return
     chosen = _settings(_from_file(options), given)
     if not options.out and _processes() > 1:
@@ -171,7 +171,7 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _from_file(options: argparse.Namespace) -> dict[str, Any]:
-    return settings.read(Path(options.config)) if options.config else {}
+    return config.read(Path(options.config)) if options.config else {}
 
 
 def _processes() -> int:

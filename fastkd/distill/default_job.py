@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from . import corpus, devices, files, report, storage
+from . import config, corpus, devices, files, report, storage
 from .corpus import Corpus
 from .documents import Counts
 from .errors import Interrupted, RunError, Usage, needs
 from .methods import EAGER, FASTKD, HARD, LONGER, TEACHER
-from .settings import DefaultJob, toml
+from .settings import DefaultJob
 from .train import FIGURES, Training
 
 # Largest relative difference allowed between fastkd's loss and the other spelling's of it, both in
@@ -54,7 +54,7 @@ def run(chosen: DefaultJob, folder: Path, *, resume: bool = False) -> report.Res
             if state is not None:
                 experiment.load(state)
         else:
-            storage.write(folder / storage.CONFIG, toml(chosen))
+            storage.write(folder / storage.CONFIG, config.text(chosen))
         for remark in Counts(passed_over=files.passed_over(chosen.data)).remarks(0):
             report.say(remark)
         report.announce(experiment, folder)

@@ -1,19 +1,17 @@
-"""Every setting of `fastkd distill`: its default, its option, its line in config.toml."""
+"""Every setting of `fastkd distill`: its default, its option, what it may be."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from .errors import Usage, in_range, known, needs, one_line
+from .errors import Usage, in_range, known
 from .files import expand
 from .hub import PREFIX
 from .parsing import DIVERGENCES, SCHEDULES, divergence, lora, schedule, weights
@@ -316,23 +314,7 @@ class Search:
         check_ranges(self)
 
 
-# --- TOML ------------------------------------------------------------------------------------
-
-
-def read(path: Path) -> dict[str, Any]:
-    """The settings of a TOML file, not yet checked."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        needs("tomli")
-        import tomli as tomllib
-    try:
-        with open(path, "rb") as file:
-            return tomllib.load(file)
-    except OSError as error:
-        raise Usage(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # of TOML, of UTF-8, of 5,000 digits
-        raise Usage(f"{path} is not TOML: {one_line(error)}") from None
+# --- from names and values ---------------------------------------------------------------------
 
 
 def build(kind: type[S], values: Mapping[str, Any]) -> S:
@@ -375,18 +357,6 @@ def _as(kind: Any, name: str, value: Any) -> Any:
         return value
     expected = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
     raise Usage(f"{name} must be {expected.get(kind, 'a list of strings')}, got {value!r}")
-
-
-def toml(settings: Common) -> str:
-    """The settings as a file that --config takes."""
-    lines = []
-    for item in dataclasses.fields(settings):
-        value = getattr(settings, item.name)
-        value = list(value) if isinstance(value, tuple) else value
-        # Strings, lists, numbers and booleans of these kinds are spelt in TOML as in JSON.
-        line = f"{item.name} = {json.dumps(value, ensure_ascii=False)}"
-        lines.append(f"{line}  # {item.metadata['help']}")
-    return "\n".join(lines) + "\n"
 
 
 def absolute(name: str, value: Any) -> Any:

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import corpus, default_job, devices, report, user_models
+from . import config, corpus, default_job, devices, report, user_models
 from .errors import Interrupted, RunError, Usage, hush_torchao, needs
 from .job import Job
 from .methods import FASTKD
 from .recipes.report import Report, Table, bars, mean_and_error
-from .settings import Common, DefaultJob, Search, UserModels, toml
+from .settings import Common, DefaultJob, Search, UserModels
 from .train import Training
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def _study(chosen: DefaultJob | UserModels, search: Search, folder: Path) -> Stu
         storage=f"sqlite:///{(folder / 'study.db').resolve()}",
         load_if_exists=True,
     )
-    settings = f"seeds = {search.seeds}\n{toml(chosen)}"
+    settings = f"seeds = {search.seeds}\n{config.text(chosen)}"
     if study.user_attrs.get("settings", settings) != settings:
         raise Usage(f"{folder} holds a search with other settings: choose another --out")
     study.set_user_attr("settings", settings)

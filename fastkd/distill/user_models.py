@@ -16,7 +16,7 @@ import torch
 from fastkd.cache import CacheError
 from fastkd.integrations.served import ServerError
 
-from . import card, report, settings, storage
+from . import card, config, report, settings, storage
 from .default_job import Stop
 from .devices import enough_memory
 from .errors import Interrupted, RunError, Usage, hush_torchao, needs, one_line
@@ -59,7 +59,7 @@ def _run(chosen: settings.UserModels, folder: Path, resume: bool) -> dict[str, A
             raise RunError(f"{path} is there, and not from this run: move it away")
     with _nothing_left_if_it_fails(folder, first and not resume):
         if first and not resume:
-            storage.write(folder / storage.CONFIG, settings.toml(chosen))
+            storage.write(folder / storage.CONFIG, config.text(chosen))
         with report.bars() as bars:
             bar = bars.add_task("text", total=None, visible=first, text="")
             job = Job(chosen, folder / TOKENS, lambda count: bars.update(bar, completed=count))
