@@ -213,10 +213,10 @@ def _alterations() -> Iterator[Fault]:
     yield Fault(
         "a maximum for a sum", _altered(r"add\.f32", "max.f32", "sweep", 5000, which=20), anything
     )
-    for name, which in (("a store's mask", -1), ("a load's mask", 4)):
+    for kernel, columns, which in (("sweep", 5001, 0), ("resident", 9, 4)):
         yield Fault(
-            f"{name} that lets one entry more through",
-            _altered(_LESS, r"setp.le.s32\1;", "resident", 9, FP32, which),
+            f"a mask of {kernel} that lets one entry more through",
+            _altered(_LESS, r"setp.le.s32\1;", kernel, columns, FP32, which),
             ("outside the view", "out of bounds", "write after", "mismatch"),
         )
 
