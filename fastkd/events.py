@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import chunks, sharding, tracing
-from .divergences import LN2, Divergence, plogr
+from .divergences import LN2, Divergence, fp32_bits, plogr
 from .eager.blocks import largest, slices
 from .listing import NOTHING
 from .problem import AGREEMENT, KD, TEACHER_ENTROPY, Coefficients, Problem, shared
@@ -332,7 +332,7 @@ def _bits(part: Problem, alone: bool) -> float | None:
     T = part.student_temperature
     if not (alone and T.is_cpu and T.dtype == torch.float32 and shared(T)):
         return None
-    return torch.tensor(1 / (T[0].item() * LN2), dtype=T.dtype, device="cpu").item()
+    return fp32_bits(1 / T[0].item())
 
 
 def _rate_and_lift(shift: Tensor, T: Tensor, bits: float | None) -> tuple[Any, Tensor]:

@@ -248,6 +248,29 @@ EDGES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("divergence", [fastkd.ForwardKL(), fastkd.JSD(0.3), fastkd.Renyi(0.4)])
+def test_nothing_is_made_on_the_default_device(divergence):
+    """With one temperature for all rows, as the call has it."""
+    student, teacher, temperature = rows()
+    case = Case(divergence, student, teacher, temperature, labels=LABELS, metrics=True)
+
+    def values(shard: Shard, device: str) -> Tensor:
+        problem = case.problem(shard, "torch", case.leaves(shard))
+        problem = problem._replace(student_temperature=torch.tensor(2.0).expand(len(student)))
+        with torch.device(device), torch.no_grad():
+            found, state = sharding.run(problem.merge, shards.phases(problem, False, True))
+            upstream = Coefficients(torch.ones_like(found[KD]), None, None)
+            gradient, _ = shards.backward(problem, state, upstream, True, False)
+        return torch.cat([found.flatten(), gradient.flatten()])
+
+    plain, ours = (
+        on_shards(EDGES["two"], lambda shard, device=device: values(shard, device))
+        for device in ("cpu", "meta")
+    )
+    for one, other in zip(plain, ours, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("divergence", KINDS, ids=str)
 def test_every_divergence(divergence, backend, force):

@@ -171,6 +171,11 @@ def top(logits: Tensor, whole: bool) -> Tensor:
     return logits.amax(-1, keepdim=True)
 
 
+def fp32_bits(scale: float) -> float:
+    """What makes exponents of 2 of logits times `scale`, as fp32 has it."""
+    return torch.tensor(scale / LN2, dtype=torch.float32, device="cpu").item()
+
+
 def _affine(x: Tensor, scale: float, shift: Tensor, out: Tensor) -> Tensor:
     """x * scale + shift, with one rounding."""
     return torch.add(shift, x, alpha=scale, out=out)

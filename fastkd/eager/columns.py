@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastkd import sharding
-from fastkd.divergences import LN2, MASKED, Divergence, Softmax, top, total
+from fastkd.divergences import LN2, MASKED, Divergence, Softmax, fp32_bits, top, total
 from fastkd.problem import Problem
 
 from .blocks import Rows, Store, blocks, largest
@@ -221,7 +221,7 @@ class Columns:
         """The scale, in bits, where fp32 scales and adds at once."""
         if isinstance(scale, Tensor) or self.store.dtype != torch.float32:
             return None
-        return torch.tensor(scale / LN2, dtype=torch.float32).item()
+        return fp32_bits(scale)
 
     def _origin(self, shift: Tensor, scale: float | Tensor) -> Tensor:
         """The shift; for fp32 what is added to the scaled logits."""

@@ -130,9 +130,9 @@ def asked(
     kind: type[Divergence], a: float, b: float, dtype: torch.dtype
 ) -> tuple[tuple[Asked, ...], int]:
     """What a divergence asks for: its sums of the first sweep, and how many need another."""
-    row = torch.zeros(1, 1, dtype=dtype)
+    row = torch.zeros(1, 1, dtype=dtype, device="cpu")
     none = row.new_zeros(1, 0)
-    labels = Labels(torch.zeros(1, dtype=torch.bool), none.long(), row[0] - 1, row[0] - 1)
+    labels = Labels(row[0] > 0, none.long(), row[0] - 1, row[0] - 1)
     sides = (empty(row, row + 1), empty(row, row + 1))
     pair = Shard(sides, 1.0, lambda: none.clone(), row, labels=labels)
     kind.value_and_descent(pair, a, b)

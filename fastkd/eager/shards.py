@@ -161,8 +161,8 @@ class Sweeps(Columns):
         found: Known = {("later", i): sums for i, sums in enumerate(pair.found_later)}
         if self.bound < torch.inf:  # of this owner's share of the student's mass
             share = total(pair.student.exp) / pair.student.sum_exp
-            slopes = torch.as_tensor(descent.total)
-            found["saturated"] = slopes.abs() > NEARLY_HERE * self.bound * share
+            slopes = torch.as_tensor(descent.total, device=share.device).abs()
+            found["saturated"] = slopes > NEARLY_HERE * self.bound * share
         if self.tempered:
             found["later", "log2_exp"] = total(_times_log2_exp(descent.terms, pair))
         return found
@@ -230,11 +230,8 @@ class Sweeps(Columns):
     def _cross_entropy(self, known: Known) -> Tensor:
         problem = self.problem
         assert problem.labels is not None
-        smoothing, shift, columns = (
-            problem.label_smoothing,
-            known[STUDENT, "shift"],
-            problem.columns,
-        )
+        smoothing, columns = problem.label_smoothing, problem.columns
+        shift = known[STUDENT, "shift"]
         loss = known["unit"].log() - (1 - smoothing) * (known["label"] - shift)
         if smoothing:
             loss = loss - smoothing * (known["sum"] / columns - shift)
@@ -388,8 +385,9 @@ def _times_log2_exp(terms: Tensor, pair: Shard) -> Tensor:
 
 def _finite(descent: Descent) -> Tensor:
     """Whether the slopes of a row are, [R, 1]; with a slope, their sum is infinite."""
-    size = torch.as_tensor(descent.total).abs() + torch.as_tensor(descent.factor).abs()
-    return size < FAR
+    here = descent.terms.device
+    factor, sums = (torch.as_tensor(x, device=here) for x in (descent.factor, descent.total))
+    return factor.abs() + sums.abs() < FAR
 
 
 def _log2_exp(
