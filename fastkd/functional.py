@@ -15,7 +15,7 @@ from .divergences import Divergence
 from .labels import soft as is_soft
 from .operands import Ensemble, Student, Teacher
 from .operators import apply, readable
-from .problem import Problem, packed_numbers, scalar
+from .problem import Problem, packed_numbers
 from .reduction import Metrics, factor_of_rows, factors_of_terms, rows_that_count, weighted
 from .settings import Keywords, Settings
 
@@ -224,8 +224,6 @@ def distillation_loss(
         None if soft or given.sigmoids else labels, weight, given.ignore_index, dtype
     )
     factor = factor_of_rows(reduction, num_items, counted, row_weight, outlines[0], dtype)
-    if torch.compiler.is_compiling():
-        factor = scalar(factor, dtype, outlines[0].device)
     factors = factors_of_terms(given, row_weight, factor)
     of_all = merge.columns or columns
     reads_teacher = _reads_teacher(given, outlines[1])

@@ -69,19 +69,24 @@ def factor_of_rows(
     student: Tensor,
     dtype: torch.dtype,
 ) -> float | Tensor:
-    if reduction in ("none", "sum"):
-        return 1.0
-    if reduction == "batchmean":
-        return 1 / max(student.size(0), 1)
-    if isinstance(num_items, Tensor):
-        return 1 / divisor(num_items, counted, student, dtype)
-    if num_items is not None:
-        return 1 / num_items
     counts = counted if row_weight is None else row_weight
-    if counts is None:
-        return 1 / max(math.prod(student.shape[:-1]), 1)
-    total = counts.sum(dtype=dtype)
-    return torch.where(total == 0, 1.0, total).reciprocal()
+    factor: float | Tensor
+    if reduction in ("none", "sum"):
+        factor = 1.0
+    elif reduction == "batchmean":
+        factor = 1 / max(student.size(0), 1)
+    elif isinstance(num_items, Tensor):
+        factor = 1 / divisor(num_items, counted, student, dtype)
+    elif num_items is not None:
+        factor = 1 / num_items
+    elif counts is None:
+        factor = 1 / max(math.prod(student.shape[:-1]), 1)
+    else:
+        total = counts.sum(dtype=dtype)
+        factor = torch.where(total == 0, 1.0, total).reciprocal()
+    if torch.compiler.is_compiling():  # which would compile again for each number
+        return scalar(factor, dtype, student.device)
+    return factor
 
 
 def divisor(

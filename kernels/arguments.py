@@ -52,6 +52,13 @@ class PerRow(NamedTuple):
     stride: Any
 
 
+class Owner(NamedTuple):
+    """Which columns of a row these are, where other owners have others; both varying."""
+
+    first_column: Any
+    all_columns: Any
+
+
 class Extent(NamedTuple):
     """How many rows there are, varying, and how they are shared out."""
 
@@ -60,13 +67,7 @@ class Extent(NamedTuple):
     width: Any = None  # of the gradient, where it has columns beyond these, which are 0
     inner: Any = None  # varying, the inner size of the operands; None: the rows lie at one stride
     span: Any = None  # columns of a program, where a row has several
-
-
-class Owner(NamedTuple):
-    """Which columns of a row these are, where other owners have others; both varying."""
-
-    first_column: Any
-    all_columns: Any
+    owner: Any = None  # Owner; None: of all columns
 
 
 class Temperatures(NamedTuple):

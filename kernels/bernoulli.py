@@ -190,7 +190,7 @@ def _step(sums, tile, sides, row, FACTS: tl.constexpr):
 
 @triton.jit
 def _bernoulli(
-    student, teacher, gradient, extent, owner, temperatures, targets, factors, outputs, a, b,
+    student, teacher, gradient, extent, temperatures, targets, factors, outputs, a, b,
     VALUES: tl.constexpr, REVERSE: tl.constexpr, RESIDENT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """RESIDENT: a lane is a row, of up to VECTOR columns; else `extent.span` columns of one row."""
@@ -260,7 +260,7 @@ def _bernoulli(
     for kind in tl.static_range(VALUES):
         total = sums[kind] if RESIDENT else tl.sum(sums[kind])
         if kind == 4:
-            total /= columns if owner is None else number(owner.all_columns)
+            total /= columns if extent.owner is None else number(extent.owner.all_columns)
         tl.store(outputs.value + kind * rows * TILE.splits + at, total, mask=exists)
     if FACTS.TEMPERATURE:
         total = sums.scale_grad if RESIDENT else tl.sum(sums.scale_grad)
@@ -338,7 +338,7 @@ def _run(
         with torch.cuda.device_of(student):
             _bernoulli[(triton.cdiv(rows, plan.lanes) if resident else rows, plan.splits)](
                 operands.student, operands.teacher, operands.gradient,
-                Extent(varying(rows), columns, width, operands.inner, span), owner,
+                Extent(varying(rows), columns, width, operands.inner, span, owner),
                 Temperatures(per_row(problem.student_temperature), per_row(t_temperature), None),
                 Targets(problem.labels, problem.counted, 0.0),
                 Factors(per_row(kd), per_row(ce), per_row(entropy)),

@@ -262,7 +262,7 @@ def _shared(
     ))  # fmt: skip
     with torch.cuda.device_of(student):
         shared[(groups * plan.splits,)](
-            extent=extent, owner=None, pieces=mailboxes, SUMMED=_summed(arguments), TILE=tile,
+            extent=extent, pieces=mailboxes, SUMMED=_summed(arguments), TILE=tile,
             launch_cooperative_grid=True, **arguments,
         )  # fmt: skip
 
@@ -274,16 +274,15 @@ def _sweeps(
     """All phases in one launch, or where a row has several programs or owners a launch for each."""
     extent, tile = laid_out(arguments.pop("extent"), operands, plan, plan.splits * merge.size)
     alone, student = merge is LOCAL, operands.student.pointer
-    owner = None
     if merge.columns is not None:
         owner = Owner(varying(merge.first_column), varying(merge.columns))
+        extent = extent._replace(owner=owner)
 
     def launch(begin: tl.constexpr, end: tl.constexpr, between: Pieces) -> None:
         with torch.cuda.device_of(student):
             sweep[(rows, plan.splits)](
-                extent=extent, owner=owner, pieces=between,
-                FIRST=begin, LAST=end, TILE=tile, **arguments,
-            )  # fmt: skip
+                extent=extent, pieces=between, FIRST=begin, LAST=end, TILE=tile, **arguments
+            )
 
     if first.value == P.GRADIENT.value or (alone and plan.splits == 1):
         launch(first, P.GRADIENT, Pieces())

@@ -32,8 +32,8 @@ def lacks(index, rows, temperatures, divergence, pieces, WANT: tl.constexpr, TIL
 
 @triton.jit
 def shared(
-    student, teacher, gradient, extent, owner, temperatures, targets, factors, divergence,
-    outputs, pieces, SUMMED: tl.constexpr, WANT: tl.constexpr, TILE: tl.constexpr,
+    student, teacher, gradient, extent, temperatures, targets, factors, divergence, outputs,
+    pieces, SUMMED: tl.constexpr, WANT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """All phases; a group of TILE.splits programs works off every row that is its own.
 
@@ -52,7 +52,7 @@ def shared(
             turn += 1
             words = Pieces(pieces.statistics, pieces.sums, turn)
             phases(
-                index, split, student, teacher, gradient, extent, owner, temperatures, all_count,
+                index, split, student, teacher, gradient, extent, temperatures, all_count,
                 factors, divergence, outputs, words, P.STATISTICS, P.STATISTICS, WANT, TILE,
             )  # fmt: skip
             first = SUMMED and records.LATE & WANT == 0
@@ -60,11 +60,11 @@ def shared(
                 first = lacks(index, rows, temperatures, divergence, words, WANT, TILE)
             if first:
                 phases(
-                    index, split, student, teacher, gradient, extent, owner, temperatures,
+                    index, split, student, teacher, gradient, extent, temperatures,
                     all_count, factors, divergence, outputs, words, P.SUMS, P.SUMS, WANT, TILE,
                 )  # fmt: skip
             phases(
-                index, split, student, teacher, gradient, extent, owner, temperatures, all_count,
+                index, split, student, teacher, gradient, extent, temperatures, all_count,
                 factors, divergence, outputs, words, P.GRADIENT, P.GRADIENT, WANT, TILE,
             )  # fmt: skip
         else:

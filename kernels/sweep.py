@@ -76,9 +76,8 @@ def counts(index, targets, factors, BACKWARD: tl.constexpr):
 
 @triton.jit
 def sweep(
-    student, teacher, gradient, extent, owner, temperatures, targets, factors, divergence,
-    outputs, pieces, FIRST: tl.constexpr, LAST: tl.constexpr, WANT: tl.constexpr,
-    TILE: tl.constexpr,
+    student, teacher, gradient, extent, temperatures, targets, factors, divergence, outputs, pieces,
+    FIRST: tl.constexpr, LAST: tl.constexpr, WANT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Phases FIRST to LAST of a piece of a row for each program."""
     index, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -88,15 +87,15 @@ def sweep(
             blank(index, split, student, teacher, gradient, extent, TILE)
         return
     phases(
-        index, split, student, teacher, gradient, extent, owner, temperatures, targets, factors,
+        index, split, student, teacher, gradient, extent, temperatures, targets, factors,
         divergence, outputs, pieces, FIRST, LAST, WANT, TILE,
     )  # fmt: skip
 
 
 @triton.jit
 def phases(
-    index, split, student, teacher, gradient, extent, owner, temperatures, targets, factors,
-    divergence, outputs, pieces, FIRST: tl.constexpr, LAST: tl.constexpr, WANT: tl.constexpr,
+    index, split, student, teacher, gradient, extent, temperatures, targets, factors, divergence,
+    outputs, pieces, FIRST: tl.constexpr, LAST: tl.constexpr, WANT: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """Phases FIRST to LAST of `extent.span` columns of a row, in tiles; see `arguments.py`.
@@ -146,7 +145,7 @@ def phases(
     temper = P.temper_of(temperatures, index, rows, None, a)
     label, label_logit, teacher_logit = -1, 0.0, 0.0
     if targets.labels is not None:
-        label = L.label_of(tl.load(targets.labels + index), columns, owner)
+        label = L.label_of(tl.load(targets.labels + index), columns, extent.owner)
         label += tl.where(label >= 0, shift, 0)
         # Of the piece that has it: in another, a gradient may take its place meanwhile.
         mine = (label >= stretch.begin) & (label < stretch.end)
@@ -154,7 +153,7 @@ def phases(
         temper = L.leave_out(temper, label, AT_LABEL)
         if AT_LABEL is not None:
             teacher_logit = tl.load(teacher + label, mask=mine, other=0.0).to(tl.float32)
-    all_columns = columns if owner is None else number(owner.all_columns)
+    all_columns = columns if extent.owner is None else number(extent.owner.all_columns)
 
     sides = records.Sides(student, teacher, gradient, temper, a, b)
     FACTS: tl.constexpr = records.Facts(WANT, divergence.evaluate, SAME)

@@ -22,7 +22,7 @@ class Columns:
 
     def __init__(self, size: int, total: int) -> None:
         processes = dist.get_world_size() if dist.is_initialized() else 1
-        if processes % size or processes < size:
+        if processes % size:
             raise ValueError(
                 f"tensor_parallel={size} must divide the number of processes, which is {processes}"
             )
