@@ -31,7 +31,7 @@ ELEMENTWISE = (4096, 8)
 HOPPER = 9
 # The thread blocks of a cluster, the columns that each of them holds, and the Triton that has them,
 # from Hopper on.
-CLUSTER, SHARE, CLUSTERS = 16, 8192, (3, 8)
+CLUSTER, SHARE, CLUSTERS = 16, 8192, (3, 9)
 
 # Programs that share every long row in one cooperative launch, up to 32; 0: none do, until a GPU
 # has shown that to be faster.
