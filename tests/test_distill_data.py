@@ -94,19 +94,19 @@ def test_names_are_files_folders_and_patterns_and_a_file_is_meant_as_it_is_spelt
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
-    assert files.expand(["a[1].jsonl"]) == ["a[1].jsonl"]
-    assert files.expand(["a[0-9].jsonl"]) == ["a1.jsonl"]
-    assert files.expand(["more"]) == ["more/deep/y.parquet", "more/x.txt"]
-    assert files.expand(["a*.jsonl", "a1.jsonl"]) == ["a1.jsonl", "a[1].jsonl"]
-    assert files.expand(["more/z.bin", "**/x.txt"]) == ["more/z.bin", "more/x.txt"]
+    assert files.find(["a[1].jsonl"]).files == ["a[1].jsonl"]
+    assert files.find(["a[0-9].jsonl"]).files == ["a1.jsonl"]
+    assert files.find(["more"]).files == ["more/deep/y.parquet", "more/x.txt"]
+    assert files.find(["a*.jsonl", "a1.jsonl"]).files == ["a1.jsonl", "a[1].jsonl"]
+    assert files.find(["more/z.bin", "**/x.txt"]).files == ["more/z.bin", "more/x.txt"]
     for missing in ("nope.txt", "no*.txt", "m[1].jsonl"):
         with pytest.raises(RunError, match="there is no such file"):
-            files.expand([missing])
+            files.find([missing])
     (tmp_path / "empty").mkdir()
     with pytest.raises(
-        RunError, match=r"that ends in \.jsonl, \.json, .*\.md, compressed \(\.gz, "
+        RunError, match=r"that ends in \.jsonl, .*\.csv, .*\.md, compressed \(\.gz, "
     ):
-        files.expand(["empty"])
+        files.find(["empty"])
 
 
 def test_what_stands_in_a_folder_is_read_or_named(tmp_path, monkeypatch):
@@ -117,20 +117,20 @@ def test_what_stands_in_a_folder_is_read_or_named(tmp_path, monkeypatch):
         (tmp_path / name).write_text("")
     os.symlink("../others", "data/more")
     os.symlink("../data", "others/back")
-    assert files.expand(["data"]) == ["data/a.txt", "data/more/b.jsonl"]
+    assert files.find(["data"]).files == ["data/a.txt", "data/more/b.jsonl"]
     os.symlink("nowhere", "data/c.txt")
     for names in (["data"], ["data/*.txt"]):
-        with pytest.raises(RunError, match=r"--data data/c\.txt: it links to nothing"):
-            files.expand(names)
+        with pytest.raises(RunError, match=r"^data/c\.txt: it links to nothing"):
+            files.find(names)
     os.unlink("data/c.txt")
     os.mkfifo("data/pipe.txt")
     for names in (["data"], ["data/pipe.txt"], ["/dev/null"]):
         with pytest.raises(RunError, match="it is no file: write what it says to one"):
-            files.expand(names)
+            files.find(names)
     os.unlink("data/pipe.txt")
     monkeypatch.setattr(os, "scandir", Mock(side_effect=PermissionError(13, "shut", "data")))
     with pytest.raises(RunError, match="cannot read data: shut"):
-        files.expand(["data"])
+        files.find(["data"])
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "y/" * 3000, "a\0b", "loop"])
@@ -185,16 +185,29 @@ def test_rows_of_every_kind_are_the_same(tmp_path):
             assert [row.values for row in found] == rows, name + ending
 
 
+@pytest.mark.parametrize("separator", [",", "\t"])
+def test_rows_of_a_table_are_those_of_its_columns(tmp_path, separator):
+    """Quotes hold separators, lines and quotes; a blank line is no row, an empty cell no text."""
+    long = "x y " * 50_000
+    cells = ["text", "id"], ['"a, b\t""c""\r\nd"', "1"], ["", "2"], [], [long, "3"]
+    path = tmp_path / ("a.csv" if separator == "," else "a.tsv.gz")
+    content = "\ufeff" + "\r\n".join(map(separator.join, cells)) + "\r\n"
+    path.write_bytes(gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode())
+    found = list(files.rows(str(path)))
+    assert [row.values["text"] for row in found] == ['a, b\t"c"\r\nd', "", long]
+    assert [row.where for row in found] == [f"{path}, line {line}" for line in (3, 4, 6)]
+
+
 def test_a_folder_has_compressed_files_read_and_others_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     os.mkdir("data")
-    for name in ("a.csv", "a.jsonl.zst", "b.gz"):
+    for name in ("a.pdf", "a.jsonl.zst", "b.gz"):
         Path("data", name).write_text("")
     for ending, compress in COMPRESSIONS.items():
         Path(f"data/a.txt{ending}").write_bytes(compress(TEXT[:3000].encode()))
-    assert files.expand(["data"]) == ["data/a.txt.bz2", "data/a.txt.gz", "data/a.txt.xz"]
-    named = ["data/a.csv", "data/a.jsonl.zst", "data/b.gz"]
-    assert sorted(files.passed_over(["data", "data/a.csv"])) == named
+    assert files.find(["data"]).files == ["data/a.txt.bz2", "data/a.txt.gz", "data/a.txt.xz"]
+    named = ["data/a.jsonl.zst", "data/a.pdf", "data/b.gz"]
+    assert files.find(["data", "data/a.txt.gz"]).passed_over == named
     assert corpus.read(["data"]) == [TEXT[:3000]] * 3
     found = documents.Counts(passed_over=named)
     assert f"3 files in folders of data left out, of no known kind: {', '.join(named)}" in (
@@ -256,7 +269,15 @@ NOT_UTF8 = pyarrow.StringArray.from_buffers(
         ("a.jsonl", b'{"prompt": "x"}', r"line 1 has no column 'completion', but prompt"),
         ("a.jsonl", b'{"prompt": "x", "completion": 3}', r"'completion' holds 3, which is no text"),
         ("a.jsonl", b'{"prompt": [], "completion": "x"}', r"'completion' holds 'x', which are no"),
-        ("a.jsonl", b'\xff\xfe{"text"', r"a\.jsonl is neither text in UTF-8"),
+        ("a.jsonl", b'\xff\xfe{"text"', r"a\.jsonl is not text in UTF-8: convert it"),
+        ("a.jsonl", b'{"messages": "hi"}', r"column 'messages' holds 'hi', which are no messages"),
+        ("a.json", b'{\n "text": "x"\n}', r"a\.json: expected a list .* got a first line of '{'"),
+        ("a.csv", b'text,id\nx,1\n"y\nz"\n', r"a\.csv, line 4: 1 fields, where the first .* 2"),
+        ("a.csv", b'text,id\nx,1,2\n', r"a\.csv, line 2: 3 fields, where the first line names 2"),
+        ("a.csv", b'text\n"x', r"a\.csv, line 2: this is no row of a table: unexpected end"),
+        ("a.csv", b"text,text\nx,y\n", r"a\.csv has the column 'text' twice"),
+        ("a.csv", b"body\nx\n", r"a\.csv, line 2 has no column .* but body: say which"),
+        ("a.csv", b"caf\xe9\n", r"a\.csv is not text in UTF-8: convert it"),
         ("a.json", b'[{"text": "x"}, 3]', r"a\.json, entry 2: expected an object"),
         ("a.json", b'[{"text": "x"}', r"a\.json: this is not JSON"),
         ("a.jsonl", b'{"text": "x", "text": "y"}', r"line 1: an object has the key 'text' twice"),
@@ -274,9 +295,9 @@ NOT_UTF8 = pyarrow.StringArray.from_buffers(
         ("a.parquet", table(t=pyarrow.array([2**61], pyarrow.timestamp("us"))), "as parquet"),
         ("a.parquet", table(text=NOT_UTF8), r"cannot read .*a\.parquet as parquet"),
         ("a.parquet", table(text=[b"bytes"]), "column 'text' holds b'bytes', which is no text"),
-        ("a.jsonl", gzip.compress(b'{"text": "x"}'), r"a\.jsonl is neither text in UTF-8"),
-        ("a.txt", "hello".encode("utf-16"), r"a\.txt is neither text in UTF-8"),
-        ("a.txt", b"\xff\xfe\x00", r"a\.txt is neither text in UTF-8 nor \.jsonl nor \.parquet"),
+        ("a.jsonl", gzip.compress(b'{"text": "x"}'), r"a\.jsonl is not text .* ends: .*\.gz"),
+        ("a.txt", "hello".encode("utf-16"), r"a\.txt is not text in UTF-8"),
+        ("a.txt", b"\xff\xfe\x00", r"a\.txt is not text in UTF-8: convert it; .*\.jsonl, .*\.parq"),
     ],
     # gzip writes the second of the day, which two workers may not share, into its bytes.
     ids=lambda value: "bytes" if isinstance(value, bytes) else None,

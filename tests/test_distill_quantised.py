@@ -156,7 +156,7 @@ def _stopped(*arguments):
 
 def test_a_data_set_that_the_hub_does_not_give_is_one_line(home, tmp_path, capsys):
     assert distil("--out", tmp_path / "out", *options(home, data="hf:no-one/nothing")) == 1
-    assert "--data hf:no-one/nothing: the hub does not know it" in last_line(capsys)
+    assert "hf:no-one/nothing: the hub does not know it" in last_line(capsys)
 
 
 def test_names_of_the_hub_have_revisions(home, tmp_path, monkeypatch, capsys):

@@ -38,6 +38,7 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "short.txt").write_text("a few words")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "file").write_text("")
+    (tmp_path / "rows.csv").write_text("text\nof a row\n")
     (tmp_path / "typo.toml").write_text("temprature = 3")
     (tmp_path / "kind.toml").write_text('alpha = "hot"')
     (tmp_path / "broken.toml").write_text("temperature =")
@@ -83,10 +84,12 @@ def one_line(capsys):
         (["--config=typo.toml"], 2, "setting 'temprature' is unknown: did you mean 'temperature'?"),
         (["--config=kind.toml"], 2, "alpha must be a number, got 'hot'"),
         (["--config=broken.toml"], 2, "broken.toml is not TOML"),
-        (["--data=nope.txt"], 1, "--data nope.txt: there is no such file"),
+        (["--data=nope.txt"], 1, "distill: nope.txt: there is no such file"),
         (["--data=empty.txt"], 1, "there is no text in "),
         (["--data=short.txt"], 1, "the text is too short"),
-        (["--data=bytes.txt"], 1, "is not text in UTF-8"),
+        (["--data=bytes.txt"], 1, "bytes.txt is not text in UTF-8"),
+        (["--data=rows.csv"], 1, "rows.csv holds rows, which go with --teacher and --student"),
+        (["--data=hf:me/rows"], 1, "hf:me/rows holds rows, which go with --teacher"),
         (["--out=file"], 2, "cannot write to file: File exists"),
         (["--resume=nope"], 2, "--resume nope: there is no such folder"),
         (["--resume=."], 2, "holds no config.toml"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import files
+from . import files, hub
 from .errors import RunError
 
 # Of so many blocks of paragraphs, the last is held out.
@@ -86,12 +86,14 @@ def bundled() -> list[str]:
 
 def read(names: Sequence[str]) -> list[str]:
     texts = []
-    for name in files.expand(names):
-        try:
-            with files.readable(name), files.opened(name) as file:
-                texts.append(file.read())
-        except UnicodeDecodeError:
-            raise RunError(f"{name} is not text in UTF-8") from None
+    for name in files.find(names).files:
+        if name.startswith(hub.PREFIX) or files.kind(name) in files.READERS:
+            raise RunError(
+                f"{name} holds rows, which go with --teacher and --student: without these, text "
+                "is read as it stands"
+            )
+        with files.readable(name), files.opened(name) as file:
+            texts.append(file.read())
     if not any(text.strip() for text in texts):
         raise RunError(f"there is no text in {', '.join(names)}")
     return texts

@@ -44,8 +44,9 @@ def run(chosen: DefaultJob, folder: Path, *, resume: bool = False) -> report.Res
     needs("tokenizers", "rich", "matplotlib", "safetensors")
     device = devices.pick(chosen.device)
     with repeatable(chosen.threads), Stop() as stop:
+        found = files.find(chosen.data)
         text = corpus.prepare(
-            chosen.data, chosen.vocabulary, chosen.sequence_length, chosen.student_share
+            found.files, chosen.vocabulary, chosen.sequence_length, chosen.student_share
         )
         check_memory(chosen, text.vocabulary, device)
         experiment = Experiment(chosen, text, device)
@@ -55,7 +56,7 @@ def run(chosen: DefaultJob, folder: Path, *, resume: bool = False) -> report.Res
                 experiment.load(state)
         else:
             storage.write(folder / storage.CONFIG, config.text(chosen))
-        for remark in Counts(passed_over=files.passed_over(chosen.data)).remarks(0):
+        for remark in Counts(passed_over=found.passed_over).remarks(0):
             report.say(remark)
         report.announce(experiment, folder)
         train(experiment, folder, stop)

@@ -109,6 +109,8 @@ class Reader:
         value = row.values[column]
         if isinstance(value, list):
             return self._chat(row, value)
+        if column == "messages" and not self.chosen.text and value is not None:
+            return self._chat(row, _list(row, column))  # which says that they are none
         return self._text(row, column)
 
     # --- text --------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import contextlib
+import csv
 import glob
 import gzip
 import io
@@ -15,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from . import hub
 from .errors import RunError, needs, one_line
@@ -45,20 +46,30 @@ class Row:
     goes_on: bool = False
 
 
-def expand(names: Sequence[str]) -> list[str]:
-    """The files meant by names of files, folders and patterns, each once, in order.
+class Found(NamedTuple):
+    """Files that are meant, each once, in order; and what else their folders hold."""
+
+    files: list[str]
+    passed_over: list[str]
+
+
+def find(names: Sequence[str]) -> Found:
+    """What is meant by names of files, folders and patterns.
 
     A file that is there is meant as it is spelt, brackets or not.
     """
     found: dict[str, None] = {}
+    passed_over: list[str] = []
     for name in names:
         if name.startswith(hub.PREFIX):
             inside = [name]
         elif os.path.isdir(name):
-            inside = [each for each in sorted(_inside(name)) if _kind(each) in KINDS]
+            held = sorted(_inside(name))
+            inside = [each for each in held if kind(each) in KINDS]
+            passed_over += [each for each in held if kind(each) not in KINDS]
             if not inside:
                 raise RunError(
-                    f"--data {name}: the folder holds no file that ends in {', '.join(KINDS)}, "
+                    f"{name}: the folder holds no file that ends in {', '.join(KINDS)}, "
                     f"compressed ({', '.join(OPENERS)}) or not"
                 )
         elif os.path.exists(name):
@@ -67,22 +78,16 @@ def expand(names: Sequence[str]) -> list[str]:
             matches = sorted(glob.glob(name, recursive=True))
             inside = [each for each in matches if not os.path.isdir(each)]
             if not any(map(os.path.exists, inside)):
-                raise RunError(f"--data {name}: there is no such file")
+                raise RunError(f"{name}: there is no such file")
         for each in inside:
             _check_regular(each)
         found |= dict.fromkeys(inside)
-    return list(found)
+    return Found(list(found), passed_over)
 
 
-def passed_over(names: Sequence[str]) -> list[str]:
-    """Files in the folders among these names that `expand` does not mean."""
-    folders = (name for name in names if os.path.isdir(name))
-    return [each for folder in folders for each in _inside(folder) if _kind(each) not in KINDS]
-
-
-def opened(file: str) -> IO[str]:
+def opened(file: str, newline: str | None = None) -> IO[str]:
     """Its text, out of a compressed file too."""
-    return io.TextIOWrapper(_binary(file), encoding="utf-8-sig")
+    return io.TextIOWrapper(_binary(file), encoding="utf-8-sig", newline=newline)
 
 
 def _binary(file: str) -> IO[bytes]:
@@ -94,6 +99,11 @@ def readable(file: str) -> Iterator[None]:
     """A file that breaks off, or that the system does not give, is one line."""
     try:
         yield
+    except UnicodeDecodeError:
+        raise RunError(
+            f"{file} is not text in UTF-8: convert it; what else can be read is known by how its "
+            f"name ends: {', '.join((*READERS, *OPENERS))}"
+        ) from None
     except OSError as error:
         raise RunError(f"cannot read {file}: {error.strerror or one_line(error)}") from None
     except (EOFError, zlib.error, lzma.LZMAError) as error:
@@ -104,7 +114,7 @@ def _ending(file: str) -> str:
     return Path(file).suffix.lower()
 
 
-def _kind(file: str) -> str:
+def kind(file: str) -> str:
     """How the name ends, before the ending of what compressed it."""
     ending = _ending(file)
     return _ending(Path(file).stem) if ending in OPENERS else ending
@@ -131,7 +141,7 @@ def _check_regular(name: str) -> None:
     if name.startswith(hub.PREFIX) or os.path.isfile(name):
         return
     what = "is no file: write what it says to one" if os.path.exists(name) else "links to nothing"
-    raise RunError(f"--data {name}: it {what}")
+    raise RunError(f"{name}: it {what}")
 
 
 def rows(file: str) -> Iterator[Row]:
@@ -141,10 +151,7 @@ def rows(file: str) -> Iterator[Row]:
         yield from (Row(values, f"{file}, row {number}") for number, values in named)
         return
     with readable(file):
-        try:
-            yield from READERS.get(_kind(file), _plain)(file)
-        except UnicodeDecodeError:
-            raise RunError(f"{file} is neither text in UTF-8 nor .jsonl nor .parquet") from None
+        yield from READERS.get(kind(file), _plain)(file)
 
 
 # --- the kinds -------------------------------------------------------------------------------
@@ -190,12 +197,53 @@ def _json(file: str) -> Iterator[Row]:
         start = next((line.lstrip() for line in text if line.strip()), "")
         text.seek(0)
         if not start.startswith("["):
+            if start and not _is_json(start):
+                raise RunError(
+                    f"{file}: expected a list of objects, or an object on each line, got a first "
+                    f"line of {short(start.strip())}"
+                )
             yield from _lines(file)
             return
         entries = _parsed(text.read(), file)
     for number, entry in enumerate(entries, 1):
         where = f"{file}, entry {number}"
         yield _object(entry, where)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (RecursionError, ValueError):
+        return False
+    return True
+
+
+def _table(file: str) -> Iterator[Row]:
+    """Columns named by the first line, divided by commas or, in .tsv, by tabs."""
+    csv.field_size_limit(2**31 - 1)  # of characters; 131,072 else
+    separator = "\t" if kind(file) == ".tsv" else ","
+    with opened(file, newline="") as text:
+        table = csv.reader(text, delimiter=separator, strict=True)
+        try:
+            names = next(table, [])
+            _once(names, file)
+            for values in filter(None, table):  # a blank line is none
+                where = f"{file}, line {table.line_num}"
+                if len(values) != len(names):
+                    raise RunError(
+                        f"{where}: {len(values)} fields, where the first line names {len(names)}"
+                    )
+                yield Row(dict(zip(names, values, strict=True)), where)
+        except csv.Error as error:
+            raise RunError(
+                f"{file}, line {table.line_num}: this is no row of a table: {error}"
+            ) from None
+
+
+def _once(names: Sequence[str], file: str) -> None:
+    """Of a column that is there twice the one value would be lost."""
+    if twice := [name for place, name in enumerate(names) if name in names[:place]]:
+        raise RunError(f"{file} has the column {short(twice[0])} twice")
 
 
 def _parsed(text: str, where: str) -> Any:
@@ -232,9 +280,7 @@ def _parquet(file: str) -> Iterator[Row]:
 
     try:
         with _binary(file) as binary, ParquetFile(binary) as table:
-            names = table.schema_arrow.names
-            if twice := [name for place, name in enumerate(names) if name in names[:place]]:
-                raise RunError(f"{file} has the column {short(twice[0])} twice")
+            _once(table.schema_arrow.names, file)
             batches = (batch.to_pylist() for batch in table.iter_batches(batch_size=256))
             for number, values in enumerate(itertools.chain.from_iterable(batches), 1):
                 yield Row(values, f"{file}, row {number}")
@@ -244,7 +290,10 @@ def _parquet(file: str) -> Iterator[Row]:
 
 READERS: dict[str, Callable[[str], Iterator[Row]]] = {
     ".jsonl": _lines,
+    ".ndjson": _lines,
     ".json": _json,
+    ".csv": _table,
+    ".tsv": _table,
     ".parquet": _parquet,
 }
 KINDS = (*READERS, *PLAIN)

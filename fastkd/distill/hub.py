@@ -37,7 +37,7 @@ def rows(name: str) -> Iterator[dict[str, Any]]:
     try:
         yield from load_dataset(repository, revision=revision, split=split, streaming=True)
     except Exception as error:  # of a network, of a file, of a name: each raises its own
-        raise RunError(f"--data {name}: the hub does not give it: {one_line(error)}") from None
+        raise RunError(f"{name}: the hub does not give it: {one_line(error)}") from None
 
 
 def commit(name: str) -> str:
@@ -48,4 +48,4 @@ def commit(name: str) -> str:
     try:
         return str(HfApi().dataset_info(repository, revision=revision, timeout=10).sha)
     except Exception as error:
-        raise RunError(f"--data {name}: the hub does not know it: {one_line(error)}") from None
+        raise RunError(f"{name}: the hub does not know it: {one_line(error)}") from None

@@ -46,21 +46,22 @@ def prepare(
     from datasets import Dataset
 
     named = (("training", chosen.data), ("held-out", chosen.eval_data))
-    wanted = {name: files.expand(data) for name, data in named if data}
+    found = {name: files.find(data) for name, data in named if data}
+    wanted = {name: each.files for name, each in found.items()}
     reader = Reader(tokenizer, chosen)
     tokenizers = [tokenizer, teacher[0]] if teacher else [tokenizer]
     fingerprint = _fingerprint(chosen, tokenizers, itertools.chain(*wanted.values()))
     described = folder / "data.json"
     if described.exists():
-        found = json.loads(described.read_text())
-        if found["fingerprint"] != fingerprint:
+        known = json.loads(described.read_text())
+        if known["fingerprint"] != fingerprint:
             raise RunError(
                 "the data or its tokenizer is another than when this run began: start again"
             )
-        reader.counts = Counts(**found["counts"])
+        reader.counts = Counts(**known["counts"])
     else:
         folder.mkdir(exist_ok=True)
-        reader.counts.passed_over = files.passed_over([*chosen.data, *chosen.eval_data])
+        reader.counts.passed_over = [name for each in found.values() for name in each.passed_over]
         for name, data in wanted.items():
             documents = reader.documents(row for file in data for row in files.rows(file))
             length = chosen.sequence_length

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from .errors import Usage, in_range, known
-from .files import expand
+from .files import find
 from .hub import PREFIX
 from .parsing import DIVERGENCES, SCHEDULES, divergence, lora, schedule, weights
 from .quantised import STUDENTS, TEACHERS
@@ -42,8 +42,8 @@ class Common:
 
     data: tuple[str, ...] = setting(
         (),
-        "files, folders and patterns of text to train on; with --teacher, of .jsonl and .parquet "
-        "too, and of conversations, and data sets of the hub, as in hf:owner/name@v1:train",
+        "files, folders and patterns of text to train on; with --teacher, of rows too (.jsonl, "
+        ".csv, .parquet), of conversations, and data sets of the hub, as in hf:owner/name@v1:train",
     )
     divergence: str = setting(
         "forward_kl",
@@ -364,7 +364,7 @@ def absolute(name: str, value: Any) -> Any:
     if name in ("data", "eval_data"):
         names = [value] if isinstance(value, str) else value
         if isinstance(names, list | tuple) and all(isinstance(each, str) for each in names):
-            expand(names)
+            find(names)
             return [each if each.startswith(PREFIX) else os.path.abspath(each) for each in names]
     if isinstance(value, list | tuple):
         return [absolute("", each) for each in value]
