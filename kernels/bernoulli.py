@@ -16,6 +16,7 @@ from torch import Tensor
 from fastkd.kernels import arithmetic as A
 from fastkd.kernels import memory as M
 from fastkd.kernels import phases as P
+from fastkd.kernels import records
 from fastkd.kernels import walk as W
 from fastkd.kernels.arguments import (
     Extent,
@@ -253,8 +254,10 @@ def _bernoulli(
             if gradient is not None:
                 if counts == 0:
                     M.fill_zero(gradient, stretch.begin, stretch.end, LANES * VECTOR)
-            end = tl.where(counts, stretch.end, stretch.begin)
-            left = W.with_tiles(stretch, tl.where(counts, stretch.full, 0), end)
+            left = records.replace(
+                stretch, full=tl.where(counts, stretch.full, 0),
+                end=tl.where(counts, stretch.end, stretch.begin),
+            )  # fmt: skip
         sums = W.walk(sums, left, sides, row, FACTS, _step, True)
     at = index * TILE.splits + split
     for kind in tl.static_range(VALUES):

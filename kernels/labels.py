@@ -47,10 +47,7 @@ def leave_out(temper, label, AT_LABEL: tl.constexpr):
     if AT_LABEL is None:
         return temper
     else:
-        return records.Temper(
-            temper.s_rate, temper.t_rate, temper.s_scale, temper.t_scale, temper.a, temper.mean,
-            temper.width_slope, temper.width, (label,),
-        )  # fmt: skip
+        return records.replace(temper, label=(label,))
 
 
 @triton.jit
@@ -131,7 +128,7 @@ def with_label(row, label, unit, t_entropy, alive):
     unit_max = tl.maximum(row.s_max, label.s_logit)
     unit *= tl.exp2((row.s_max - unit_max) * LOG2E)
     unit += tl.exp2((label.s_logit - unit_max) * LOG2E)
-    return records.row_with(
+    return records.replace(
         row, t_entropy=t_entropy, unit_log=log2(R.positive(unit)), alive=alive, unit_max=unit_max,
         label=label,
     )  # fmt: skip
@@ -154,10 +151,8 @@ def with_slopes(row, total, a, b, WANT: tl.constexpr, AT_LABEL: tl.constexpr):
             apart = distance(row) * LN2
             scale_slope = factor * scale_slope + times(slope, apart)
             entropy_slope = rest * entropy_slope - times(mine * rest, apart * apart)
-        label = records.Label(
-            label.s_logit, label.t_logit, label.s_odds, label.t_odds, label.d, factor, slope
-        )
-        return records.row_with(
+        label = records.replace(label, factor=factor, slope=slope)
+        return records.replace(
             row, scale_slope=scale_slope, entropy_slope=entropy_slope, label=label
         )
 

@@ -284,7 +284,7 @@ def listed(
         stats = both_parts(stats, z, known, temper, WANT)
         row = R.summarize(stats, temper, "none", WANT)
         # What is not listed is in the place of the teacher: see `problem.py`.
-        row = records.row_with(row, t_max=rest_max, gap=rest_sum)
+        row = records.replace(row, t_max=rest_max, gap=rest_sum)
     REST: tl.constexpr = teacher.rest is not None
     lp = tl.load(teacher.log_probs + entry, mask=(event < count) & (column >= 0),
                  other=-float("inf"))  # fmt: skip
@@ -297,7 +297,7 @@ def listed(
     )  # fmt: skip
     terms = P.factors_of(factors, index, None)
     if not BACKWARD:
-        row = records.row_with(row, c=found.c, t_entropy=found.entropy, alive=found.alive)
+        row = records.replace(row, c=found.c, t_entropy=found.entropy, alive=found.alive)
         if split == 0:
             hard = P.cross_entropy(stats, row, label, label_logit, columns, smoothing, WANT)
             zero = row.c * 0.0

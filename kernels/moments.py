@@ -64,9 +64,9 @@ def _exponent(least, most):
 @triton.jit
 def _over(piece, exponent):
     by = tl.exp2(piece.exponent - exponent)
-    return Piece(
-        piece.count, piece.origin * by, piece.mean * by, piece.square * (by * by), piece.least,
-        piece.most, exponent,
+    return records.replace(
+        piece, origin=piece.origin * by, mean=piece.mean * by, square=piece.square * (by * by),
+        exponent=exponent,
     )  # fmt: skip
 
 

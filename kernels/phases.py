@@ -92,9 +92,9 @@ def restore(state, index, rows, live, WANT: tl.constexpr, AT_LABEL: tl.constexpr
     t_log = s_log + gap * A.LOG2E
     row = R.row_of(s_max, t_max, s_log, t_log, gap, alive, c, mean_log2_exp, unit)
     if records.REST & WANT:
-        row = records.row_with(row, rest=M.row_load(state, 5 * rows, live, 0.0))
+        row = records.replace(row, rest=M.row_load(state, 5 * rows, live, 0.0))
     if records.STANDARDIZED & WANT:
-        row = records.row_with(
+        row = records.replace(
             row, scale_slope=M.row_load(state, 8 * rows, live, 0.0),
             entropy_slope=M.row_load(state, 9 * rows, live, 0.0),
         )  # fmt: skip
@@ -192,7 +192,7 @@ def add_scale_slopes(sums, z, slope, q, lq, row, temper, WANT: tl.constexpr):
         log2_exp = tl.where(lq > -float("inf"), R.centred_log2_exp(z, row, temper), 0.0)
         scale_slope += A.LN2 * tl.sum(slope * log2_exp, 1, keep_dims=True)
         entropy_slope -= (A.LN2 * A.LN2) * tl.sum(q * log2_exp * log2_exp, 1, keep_dims=True)
-    return records.sums_with(sums, scale_slope=scale_slope, entropy_slope=entropy_slope)
+    return records.replace(sums, scale_slope=scale_slope, entropy_slope=entropy_slope)
 
 
 @triton.jit
@@ -224,9 +224,9 @@ def collapse_sums(sums, WANT: tl.constexpr):
 def with_sums(row, sums, CONSTANT: tl.constexpr, WANT: tl.constexpr):
     """The row with what the sweep of sums gives."""
     if CONSTANT == "slope_sum":
-        row = records.row_with(row, c=sums.slope + row.c)
+        row = records.replace(row, c=sums.slope + row.c)
     if records.SCALE_SLOPE & WANT:
-        row = records.row_with(row, scale_slope=sums.scale_slope, entropy_slope=sums.entropy_slope)
+        row = records.replace(row, scale_slope=sums.scale_slope, entropy_slope=sums.entropy_slope)
     return row
 
 

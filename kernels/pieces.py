@@ -80,7 +80,7 @@ def read_sums(pieces, turn, rows, share, WANT: tl.constexpr, PIECES: tl.constexp
     nothing = P.no_sums(PADDED)
     found = read_fields(pieces, turn, rows, nothing + (nothing.value,), SUMS_FIELDS, PIECES)
     each, anchor = records.Sums(*found[:ANCHOR]), found[ANCHOR]
-    shifted = records.sums_with(each, slope=each.slope + share * anchor)
+    shifted = records.replace(each, slope=each.slope + share * anchor)
     return P.collapse_sums(shifted, WANT), each.slope, anchor
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import triton
 import triton.language as tl
 
 # What else the first sweep gathers, as bits.
@@ -169,62 +168,14 @@ class Facts(NamedTuple):
     H: Any = False
 
 
-@triton.jit
-def row_with(
-    row, t_max=None, gap=None, c=None, rest=None, mean_log2_exp=None, t_entropy=None,
-    unit_log=None, alive=None, scale_slope=None, entropy_slope=None, unit_max=None, label=None,
-):  # fmt: skip
-    """The same with other numbers in place of those that are named: Triton has no `_replace`."""
-    return Row(
-        s_max=row.s_max,
-        t_max=row.t_max if t_max is None else t_max,
-        s_log=row.s_log,
-        t_log=row.t_log,
-        gap=row.gap if gap is None else gap,
-        c=row.c if c is None else c,
-        rest=row.rest if rest is None else rest,
-        mean_log2_exp=row.mean_log2_exp if mean_log2_exp is None else mean_log2_exp,
-        t_entropy=row.t_entropy if t_entropy is None else t_entropy,
-        unit_log=row.unit_log if unit_log is None else unit_log,
-        alive=row.alive if alive is None else alive,
-        scale_slope=row.scale_slope if scale_slope is None else scale_slope,
-        entropy_slope=row.entropy_slope if entropy_slope is None else entropy_slope,
-        unit_max=row.unit_max if unit_max is None else unit_max,
-        label=row.label if label is None else label,
-    )
+def replace(record: Any, **fields: Any) -> Any:
+    """The same with others in place of the fields that are named."""
+    if not isinstance(record, tl.tuple):  # of the interpreter, or of a launcher
+        return record._replace(**fields)
+    names = record.type.fields
+    values = [fields.get(name, value) for name, value in zip(names, record.values, strict=True)]
+    return tl.tuple(values, tl.tuple_type([value.type for value in values], names))
 
 
-@triton.jit
-def statistics_with(
-    stats, s_max=None, t_max=None, mixture_max=None, s_sum=None, t_sum=None, mixture=None, gap=None,
-    s_entropy=None, t_entropy=None, unit=None, total=None, share=None, rise=None, lift=None,
-):  # fmt: skip
-    """See `row_with`."""
-    return Statistics(
-        s_max=stats.s_max if s_max is None else s_max,
-        t_max=stats.t_max if t_max is None else t_max,
-        mixture_max=stats.mixture_max if mixture_max is None else mixture_max,
-        s_sum=stats.s_sum if s_sum is None else s_sum,
-        t_sum=stats.t_sum if t_sum is None else t_sum,
-        mixture=stats.mixture if mixture is None else mixture,
-        gap=stats.gap if gap is None else gap,
-        s_entropy=stats.s_entropy if s_entropy is None else s_entropy,
-        t_entropy=stats.t_entropy if t_entropy is None else t_entropy,
-        unit=stats.unit if unit is None else unit,
-        total=stats.total if total is None else total,
-        share=stats.share if share is None else share,
-        rise=stats.rise if rise is None else rise,
-        lift=stats.lift if lift is None else lift,
-    )
-
-
-@triton.jit
-def sums_with(sums, value=None, slope=None, scale_slope=None, entropy_slope=None):
-    """See `row_with`."""
-    return Sums(
-        value=sums.value if value is None else value,
-        slope=sums.slope if slope is None else slope,
-        agreement=sums.agreement,
-        scale_slope=sums.scale_slope if scale_slope is None else scale_slope,
-        entropy_slope=sums.entropy_slope if entropy_slope is None else entropy_slope,
-    )
+# Triton, which has no `_replace`, calls it as it compiles.
+setattr(replace, tl.core.TRITON_BUILTIN, True)

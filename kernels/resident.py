@@ -137,7 +137,7 @@ def resident(
                     more = D.of_tile(z, y, stats, temper, SAME, WANT)
                     rises, lifts = rises + more[0], lifts + more[1]
                 rise, lift = tl.where(close, rises, rise), tl.where(close, lifts, lift)
-        stats = records.statistics_with(stats, rise=rise, lift=lift)
+        stats = records.replace(stats, rise=rise, lift=lift)
         row = R.summarize(stats, temper, CONSTANT, WANT)
         row = L.join(row, stats, label, label_logit, teacher_logit, temper, SAME, WANT, AT_LABEL)
         hard = P.cross_entropy(stats, row, label, label_logit, columns, smoothing, WANT)
@@ -155,7 +155,7 @@ def resident(
                 for i in tl.static_range(len(PARTS)):
                     rest += P.rest_of(zs[i], ys[i], columns_of(PARTS, i), row, sides, FACTS)
                 rest = tl.where(P.lacking(row, saturated), rest, 0.0)
-            row = records.row_with(row, rest=rest)
+            row = records.replace(row, rest=rest)
     if gradient.pointer is not None or outputs.temperature is not None:
         if gradient.pointer is not None:
             gradient_row = gradient.pointer + M.row_at(index, gradient, extent.inner, ALIGN)

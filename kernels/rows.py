@@ -22,8 +22,7 @@ from fastkd.kernels.records import (
     UNIT,
     Row,
     Statistics,
-    row_with,
-    statistics_with,
+    replace,
 )
 from fastkd.kernels.terms import expm1_times
 
@@ -68,7 +67,7 @@ def move(stats, s_max, t_max, temper, WANT: tl.constexpr):
         dw = temper.a * (dt - ds)
         factor = tl.exp2(ds + dw)
         lift = lift * factor + expm1_times(moved.s_sum, dw * LN2, stats.s_sum * factor)
-    return statistics_with(moved, rise=rise, lift=lift)
+    return replace(moved, rise=rise, lift=lift)
 
 
 @triton.jit
@@ -94,7 +93,7 @@ def shift(stats, s_max, t_max, ds, dt, temper, WANT: tl.constexpr):
         s_entropy = tl.where(fs > 0, fs * (s_entropy + stats.s_sum * ds), 0.0)
     if TEACHER_ENTROPY & WANT:
         t_entropy = tl.where(ft > 0, ft * (t_entropy + stats.t_sum * dt), 0.0)
-    return statistics_with(
+    return replace(
         stats, s_max=s_max, t_max=t_max, mixture_max=mixture_max, s_sum=stats.s_sum * fs,
         t_sum=stats.t_sum * ft, gap=gap, s_entropy=s_entropy, t_entropy=t_entropy, unit=unit,
         total=total,
@@ -186,7 +185,7 @@ def both(old, new, WANT: tl.constexpr):
     mixture = new.mixture
     if MIXTURE & WANT:
         mixture += old.mixture * tl.exp2(old.mixture_max - new.mixture_max)
-    return statistics_with(
+    return replace(
         new, s_sum=old.s_sum + new.s_sum, t_sum=old.t_sum + new.t_sum, mixture=mixture,
         gap=old.gap + new.gap, s_entropy=old.s_entropy + new.s_entropy,
         t_entropy=old.t_entropy + new.t_entropy, unit=old.unit + new.unit,
@@ -197,7 +196,7 @@ def both(old, new, WANT: tl.constexpr):
 @triton.jit
 def of_one_side(stats):
     """Where there is no teacher, its figures are the student's, and the compiler sees it."""
-    return statistics_with(stats, t_max=stats.s_max, t_sum=stats.s_sum, t_entropy=stats.s_entropy)
+    return replace(stats, t_max=stats.s_max, t_sum=stats.s_sum, t_entropy=stats.s_entropy)
 
 
 @triton.jit
@@ -212,7 +211,7 @@ def rebase(stats, temper, WANT: tl.constexpr):
     mixture = stats.mixture
     if MIXTURE & WANT:  # whose maximum stays a whole number
         mixture *= tl.exp2(ds + temper.a * (dt - ds))
-    return statistics_with(
+    return replace(
         stats, s_sum=moved.s_sum, t_sum=moved.t_sum, mixture=mixture, gap=moved.gap,
         s_entropy=moved.s_entropy, t_entropy=moved.t_entropy,
     )  # fmt: skip
@@ -321,7 +320,7 @@ def summarize(stats, temper, CONSTANT: tl.constexpr, WANT: tl.constexpr):
     if TEACHER_ENTROPY & WANT:
         t_entropy = (row.t_log - stats.t_entropy / positive(stats.t_sum)) * LN2
         t_entropy = tl.where(row.alive, t_entropy, 0.0)
-    return row_with(row, c=c, mean_log2_exp=mean_log2_exp, t_entropy=t_entropy)
+    return replace(row, c=c, mean_log2_exp=mean_log2_exp, t_entropy=t_entropy)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton.language as tl
 from fastkd.kernels import phases as P
 from fastkd.kernels import records
 from fastkd.kernels import rows as R
-from fastkd.kernels.arguments import Pieces, Targets, number
+from fastkd.kernels.arguments import Targets, number
 from fastkd.kernels.pieces import read_statistics
 from fastkd.kernels.sweep import blank, phases
 
@@ -50,7 +50,7 @@ def shared(
             live = tl.load(targets.counted + index) != 0
         if live:
             turn += 1
-            words = Pieces(pieces.statistics, pieces.sums, turn)
+            words = records.replace(pieces, turn=turn)
             phases(
                 index, split, student, teacher, gradient, extent, temperatures, all_count,
                 factors, divergence, outputs, words, P.STATISTICS, P.STATISTICS, WANT, TILE,

@@ -166,7 +166,7 @@ def phases(
         if teacher is not None:
             if D.close(stats, lift, temper, WANT):
                 rise, lift = D.swept(sides, stats, stretch, LANES, FACTS)
-        stats = records.statistics_with(stats, rise=rise, lift=lift)
+        stats = records.replace(stats, rise=rise, lift=lift)
         if LAST == P.STATISTICS:
             write_statistics(
                 pieces.statistics, split, turn, rows, stats, label_logit, teacher_logit, TILE.pieces
@@ -196,20 +196,20 @@ def phases(
         left = stretch
         if records.KL & WANT:
             last = tl.where(known, stretch.tail, stretch.end)
-            left = W.with_tiles(stretch, tl.where(known, 0, stretch.full), last)
+            left = records.replace(stretch, full=tl.where(known, 0, stretch.full), end=last)
         sums = W.walk(P.no_sums(LANES), left, sides, row, FACTS, P.sum_step, False)
         sums = P.collapse_sums(sums, WANT)
         if records.KL & WANT:
-            sums = records.sums_with(sums, value=tl.where(known, kl, sums.value))
+            sums = records.replace(sums, value=tl.where(known, kl, sums.value))
         if LAST == P.SUMS:
             anchor = 0.0
             if CONSTANT == "slope_sum":
                 # The piece's own mean slope, if it were the whole row, in the place of c.
-                about = records.row_with(row, c=sums.slope + row.c)
+                about = records.replace(row, c=sums.slope + row.c)
                 if P.lacking(about, R.saturated(stats) | R.huge(stats, temper)):
                     anchor = about.c
                     slope = refined(sides, about, stretch, LANES, FACTS)
-                    sums = records.sums_with(sums, slope=slope)
+                    sums = records.replace(sums, slope=slope)
             write_sums(pieces.sums, split, turn, rows, sums, anchor, TILE.pieces)
     elif FIRST > P.SUMS and not BACKWARD and not LATE:
         sums, slopes, anchors = read_sums(
@@ -235,7 +235,7 @@ def phases(
                     rest = rest_of_pieces(slopes, share, anchors, row, CONSTANT)
                 else:
                     rest = refined(sides, row, stretch, LANES, FACTS)
-            row = records.row_with(row, rest=rest)
+            row = records.replace(row, rest=rest)
 
     # Only now: scalars that lived through the sweeps above would be spilled.
     terms = P.factors_of(factors, index, None)
@@ -260,10 +260,10 @@ def phases(
                 SUMS=False, TEMPERATURE=TEMPERATURE, CE=CE, H=H,
             )  # fmt: skip
             W.full_tiles(
-                gathered, W.with_tiles(stretch, tl.where(known, stretch.full, 0), stretch.end),
+                gathered, records.replace(stretch, full=tl.where(known, stretch.full, 0)),
                 sides, asked, ALONE, P.gradient_step, not LATE,
             )  # fmt: skip
-            left = W.with_tiles(stretch, tl.where(known, 0, stretch.full), stretch.end)
+            left = records.replace(stretch, full=tl.where(known, 0, stretch.full))
         WHOLE: tl.constexpr = records.Facts(
             WANT, divergence.evaluate, SAME, SUMS=LATE, TEMPERATURE=TEMPERATURE, CE=CE, H=H
         )
@@ -275,7 +275,7 @@ def phases(
         if LATE:
             sums = P.collapse_sums(gathered.sums, WANT)
             if records.KL & WANT:
-                sums = records.sums_with(sums, value=tl.where(known, kl, sums.value))
+                sums = records.replace(sums, value=tl.where(known, kl, sums.value))
             if FIRST == P.GRADIENT:
                 made, anchor = False, 0.0  # made by a sweep of their own, before this one
                 if records.REST & WANT:

@@ -54,15 +54,6 @@ def stretch_of(split, span, shift, columns, LANES: tl.constexpr, VECTOR: tl.cons
 
 
 @triton.jit
-def with_tiles(stretch, full, end):
-    """The same with fewer tiles, or without its tail."""
-    return Stretch(
-        begin=stretch.begin, end=end, shift=stretch.shift, before=stretch.before, full=full,
-        tail=stretch.tail, lanes=stretch.lanes, offsets=stretch.offsets, block=stretch.block,
-    )  # fmt: skip
-
-
-@triton.jit
 def walk(state, stretch, sides, known, FACTS: tl.constexpr, STEP: tl.constexpr,
          FORWARD: tl.constexpr):  # fmt: skip
     """STEP(state, tile, sides, known, FACTS) for each tile in turn."""
