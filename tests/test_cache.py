@@ -271,6 +271,42 @@ def test_a_manifest_that_is_none(tmp_path, text, message):
         cache.TeacherCache(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rows", 0), ("rows", "9"), ("rows_per_shard", 0), ("vocab_size", True), ("positions", -1),
+        ("about", []), ("layout", {"kind": "top-k", "k": "5"}), ("layout", {"kind": "samples"}),
+        ("layout", {"kind": "samples", "samples": 0}), ("layout", {"kind": "top-k", "k": 5000}),
+    ],
+)  # fmt: skip
+def test_a_manifest_with_a_value_of_no_use(tmp_path, name, value):
+    write(tmp_path)
+    path = tmp_path / "cache.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(cache.CacheError, match=r"cache\.json is broken"):
+        cache.TeacherCache(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("layout", "tokens", "message"),
+    [
+        (cache.Best(V + 1), IDS, f"the best k entries of {V} tokens must be 1 to {V}, got k="),
+        (cache.Best(0), IDS, "must be 1 to "),
+        (cache.Best(5, log_prob_bits=4), IDS, "log_prob_bits must be 8 or 16, got 4"),
+        (cache.Draws(0), IDS, "samples must be 1 to 1024, .*, got 0"),
+        (cache.Best(5), torch.tensor([[0, V]]), rf"must lie in \[0, {V}\), got 0 to {V}"),
+        (cache.Best(5), torch.tensor([[-1, 2]]), "got -1 to 2"),
+        (cache.Best(5), torch.empty(3, 0), "N, T >= 1, got none"),
+    ],
+)
+def test_what_no_cache_can_hold_is_refused_before_anything_is_written(
+    layout, tokens, message, tmp_path
+):
+    with pytest.raises(ValueError, match=message):
+        cache.write(tmp_path, layout, tokens, teacher, V)
+    assert list(tmp_path.iterdir()) == []
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-3])
 

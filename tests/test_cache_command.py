@@ -131,7 +131,18 @@ def test_the_same_command_goes_on_and_another_teacher_is_refused(home, tmp_path,
 
 def test_wrong_options_are_one_line(home, tmp_path, capsys):
     assert run(home, tmp_path / "kept", "--top-k", "0") == 2
-    assert "top_k must lie in [1, 1048576], got 0" in capsys.readouterr().err
+    assert "top_k must lie in [1, 1024], got 0" in capsys.readouterr().err
+    for options, message in (
+        (["--top-k", "500"], "top_k=500 is beyond the 400 tokens of the vocabulary"),
+        (["--samples", "5", "--log-prob-bits", "8"], "log_prob_bits are of --top-k"),
+        (["--sequence-length", "65"], "is beyond the 64 positions of the teacher"),
+    ):
+        assert run(home, tmp_path / "kept", *options) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    for options in (["--teacher", "x"], ["--data", "x"]):
+        with pytest.raises(SystemExit):
+            __main__.main(["cache", "--out", str(tmp_path / "kept"), *options])
+        assert "fastkd cache: the following arguments are required: --" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run(home, tmp_path / "kept", "--full", "--hidden")
     assert not (tmp_path / "kept").exists()
@@ -228,7 +239,15 @@ def test_a_cache_that_does_not_fit_is_one_line(home, tmp_path, capsys):
     refused("is of another corpus, or of another tokenizer", "--sequence-length", "8")
     refused("is of another corpus, or of another tokenizer", "--seed", "7")
     refused("knows its teacher at T = 1 alone: --teacher-temperature 1", "--temperature", "2")
+    refused("knows its teacher at T = 1 alone", "--temperature", "cosine:1,2")
+    refused("standardize=True needs the teacher's logits, and a TopK has", "--standardize")
+    refused("DIST needs the teacher's logits, and a TopK has none", "--divergence", "dist")
+    refused("reverse_kl is infinite where", "--teacher-tail=label", "--divergence=reverse_kl")
+    refused("the cache has 400 tokens: say --vocab-size 400", "--vocab-size", "410")
     refused("leave one of them out", "--teacher", str(home / "teacher"))
+    (kept / "tokenizer").rename(tmp_path / "tokenizer")
+    refused("has no tokenizer: it is not finished, or not by fastkd cache")
+    (tmp_path / "tokenizer").rename(kept / "tokenizer")
     refused("did you mean 'renormalize'", "--teacher-tail", "renormalise")
     (kept / "00000.safetensors").write_bytes(b"x")
     refused("00000.safetensors is broken")

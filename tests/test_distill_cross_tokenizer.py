@@ -201,6 +201,11 @@ def test_the_teacher_reads_no_more_than_it_can(home):
         ({"teacher_cache": "HOME"}, "teacher_cache: with cross_tokenizer it has no meaning"),
         ({"on_policy": 0.5, "completion_length": 4}, "on_policy: with cross_tokenizer it has no"),
         ({"entropy_weight": 0.1}, "entropy_weight: with cross_tokenizer it has no meaning"),
+        (
+            {"chunk_mib": 8},
+            "chunk_mib: with cross_tokenizer it has no meaning, logits are made whole",
+        ),
+        ({"chat_template": "x"}, "chat_template: with cross_tokenizer it has no meaning"),
         ({"standardize": True}, "standardize: with cross_tokenizer it has no meaning"),
         ({"teacher": ("HOME", "OTHER")}, "cross_tokenizer takes one teacher, got 2"),
         ({"teacher": ("s",), "lora": "4", "alpha": 0.5}, "teacher and student are one model"),

@@ -107,6 +107,36 @@ def test_numbers_of_a_file_neither(tmp_path, capsys, line):
     refused(capsys, tmp_path, "distill", f"--config={tmp_path / 'mine.toml'}")
 
 
+# --- what would do nothing -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        *(
+            ({name: value}, f"{name}: without on_policy the student writes nothing: leave it out")
+            for name, value in (
+                ("sampling_server", "http://x"), ("sampling_temperature", 0.5), ("top_p", 0.9),
+                ("completion_length", 8), ("prompt_length", 8),
+            )
+        ),
+        ({"teacher_tail": "drop"}, "teacher_tail: it is of a teacher_cache"),
+        ({"teacher": (), "teacher_cache": "c", "teacher_precision": "int8"}, "no teacher is loa"),
+        ({"teacher": (), "teacher_cache": "c", "teacher_device": "cpu"}, "no teacher is loaded"),
+        ({"chunked_logits": False, "chunk_mib": 8}, "chunk_mib: without chunked_logits"),
+        ({"eval_data": ("e",), "held_out": 0.1}, "held_out: with eval_data nothing is held out"),
+        ({"lr_schedule": "constant", "warmup": 9}, "warmup: lr_schedule constant has none"),
+    ],
+)  # fmt: skip
+def test_what_would_do_nothing_is_refused(more, said):
+    values = {"teacher": ("t",), "student": "s", "data": ("d",), **more}
+    with pytest.raises(Usage, match=said):
+        settings.build(settings.UserModels, values)
+    name = next(name for name in reversed(more))
+    default = settings.UserModels.__dataclass_fields__[name].default
+    settings.build(settings.UserModels, values | {name: default})
+
+
 # --- what this machine cannot serve ----------------------------------------------------------
 
 

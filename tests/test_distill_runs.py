@@ -426,7 +426,7 @@ def test_the_best_student_is_kept_beside_the_last(home, tmp_path):
     """Where the rate is far too high at the end, the best is earlier."""
     out = tmp_path / "out"
     chosen = options(
-        home, evaluate_every=2, learning_rate=0.5, lr_schedule="constant", warmup=8, save_every=3
+        home, evaluate_every=2, learning_rate=0.5, lr_schedule="constant", save_every=3
     )  # fmt: skip
     assert distil("--out", out, *chosen) == 0
     with open(out / "metrics.csv") as file:

@@ -208,7 +208,10 @@ def test_a_run_on_policy_goes_on_to_the_same_student(home, tmp_path, capsys):
         (["--on-policy=1.5"], "on_policy must lie in [0, 1], got 1.5"),
         (["--on-policy=1", "--completion-length=16"], "leaves no room for a prompt"),
         (["--on-policy=1", "--top-p=0"], "top_p must lie in (0, 1]"),
-        (["--sampling-server=http://x"], "sampling_server: without on_policy nothing is written"),
+        (
+            ["--sampling-server=http://x"],
+            "sampling_server: without on_policy the student writes nothing",
+        ),
         (["--on-policy=1", "--sampling-server=x:80"], "must begin with http:// or https://"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -20,10 +21,23 @@ class Rows(Protocol):
 def fingerprint(tokens: Tensor | Rows) -> str:
     """SHA-256 of all tokens, as int32."""
     digest = hashlib.sha256()
-    for first in range(0, len(tokens), 1024):
-        some = rows(tokens, range(first, min(first + 1024, len(tokens))))
+    for some in _parts(tokens):
         digest.update(some.to(torch.int32).contiguous().numpy().data)
     return digest.hexdigest()
+
+
+def check_ids(tokens: Tensor | Rows, vocab_size: int) -> None:
+    """Raises ValueError for ids beyond the vocabulary, whose bits would not hold them."""
+    for some in _parts(tokens):
+        if some.min() < 0 or some.max() >= vocab_size:
+            raise ValueError(
+                f"tokens must lie in [0, {vocab_size}), got {int(some.min())} to {int(some.max())}"
+            )
+
+
+def _parts(tokens: Tensor | Rows) -> Iterator[Tensor]:
+    for first in range(0, len(tokens), 1024):
+        yield rows(tokens, range(first, min(first + 1024, len(tokens))))
 
 
 def rows(tokens: Tensor | Rows, wanted: range) -> Tensor:

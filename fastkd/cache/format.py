@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layouts import LAYOUTS, Layout
+from .layouts import LAYOUTS, Layout, check
 
 FORMAT, VERSION = "fastkd teacher cache", 1
 MANIFEST = "cache.json"
@@ -52,6 +52,15 @@ class Manifest:
     rows_per_shard: int
     corpus: str
     about: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "rows", "positions", "rows_per_shard"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if not isinstance(self.about, dict):
+            raise ValueError(f"about must be a dict, got {self.about!r}")
+        check(self.layout, self.vocab_size)
 
     @property
     def shards(self) -> int:
@@ -93,7 +102,7 @@ class Manifest:
         try:
             layout = values.pop("layout")
             return cls(layout=LAYOUTS[layout.pop("kind")](**layout), **values)
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CacheError(f"{path} is broken: {error!r}") from None
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastkd.operands import LinearHead, Sampled, TopK
+from fastkd.operands.checked import MOST_ENTRIES
 
 from .bits import pack, unpack, width
 
@@ -155,6 +156,21 @@ class Full:
 
 Layout = Best | Draws | Hidden | Full
 LAYOUTS: dict[str, type[Layout]] = {layout.kind: layout for layout in (Best, Draws, Hidden, Full)}
+
+
+def check(layout: Layout, vocab_size: int) -> None:
+    """Raises ValueError for more entries than there are tokens, or than an operand lists."""
+    most = min(vocab_size, MOST_ENTRIES)
+    if isinstance(layout, Best) and not 1 <= layout.k <= most:
+        raise ValueError(
+            f"the best k entries of {vocab_size} tokens must be 1 to {most}, got k={layout.k}"
+        )
+    if isinstance(layout, Best) and layout.log_prob_bits not in LOG_PROB_BITS:
+        raise ValueError(f"log_prob_bits must be 8 or 16, got {layout.log_prob_bits}")
+    if isinstance(layout, Draws) and not 1 <= min(layout.samples, vocab_size) <= MOST_ENTRIES:
+        raise ValueError(
+            f"samples must be 1 to {MOST_ENTRIES}, of which all may differ, got {layout.samples}"
+        )
 
 
 def join(parts: list[Tensors]) -> Tensors:

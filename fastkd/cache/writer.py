@@ -51,13 +51,14 @@ def write(
         progress: called with the number of rows that are done.
 
     Raises:
+        ValueError: a layout, tokens or logits that do not fit the vocabulary or each other.
         CacheError: the folder holds another cache; the message says in what it differs.
         fastkd.distill.errors.RunError: the folder cannot be written, or another run is using it.
     """
     from fastkd.distill import storage  # a folder of one run, and files that are whole or not there
 
-    if len(tokens) == 0:
-        raise ValueError("tokens must be [N, T] with N >= 1, got no rows")
+    if len(tokens) == 0 or len(tokens[0]) == 0:
+        raise ValueError("tokens must be [N, T] with N, T >= 1, got none")
     positions = len(tokens[0])
     manifest = Manifest(
         layout,
@@ -68,6 +69,7 @@ def write(
         corpus.fingerprint(tokens),
         about or {},
     )
+    corpus.check_ids(tokens, vocab_size)
     folder = Path(path)
     with storage.new_folder(str(folder), ours=MANIFEST):
         if (folder / MANIFEST).exists():

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastkd.cache import Best, CacheError, Draws, Full, Hidden, Layout, write
 from fastkd.integrations.models import head_of
 from fastkd.operands import LinearHead
+from fastkd.operands.checked import MOST_ENTRIES
 
 from . import cli, models, report, sequences, settings
 from .cached import APART, TOKENIZER, Corpus
@@ -47,11 +48,12 @@ def add(commands: Any) -> None:
     kinds.add_argument("--hidden", action="store_true", help="hidden states, and the head once")
     kinds.add_argument("--full", action="store_true", help="all log-probabilities, in fp16")
     parser.add_argument(
-        "--log-prob-bits", type=int, choices=(8, 16), default=16, help="of --top-k; default: 16"
+        "--log-prob-bits", type=int, choices=(8, 16), help="of --top-k; default: 16"
     )
     fields = {item.name: item for item in dataclasses.fields(settings.UserModels)}
     for name in SETTINGS:
-        cli.option(parser, fields[name], get_type_hints(settings.UserModels)[name])
+        kind = get_type_hints(settings.UserModels)[name]
+        cli.option(parser, fields[name], kind, required=name in ("teacher", "data"))
 
 
 def _cache(options: argparse.Namespace) -> None:
@@ -60,10 +62,9 @@ def _cache(options: argparse.Namespace) -> None:
         if name in given:
             given[name] = settings.absolute(name, given[name])
     # The student plays no part, but these are the settings of a run that has one.
-    names = given.get("teacher", [""])
-    if len(names) > 1:
+    if len(given["teacher"]) > 1:
         raise Usage("--teacher: a cache cites one teacher")
-    chosen = settings.build(settings.UserModels, {"student": names[0], **given})
+    chosen = settings.build(settings.UserModels, {"student": given["teacher"][0], **given})
     try:
         run(chosen, layout(options), Path(options.out))
     except CacheError as error:
@@ -74,12 +75,15 @@ def layout(options: argparse.Namespace) -> Layout:
     for name in ("top_k", "samples"):
         value = getattr(options, name)
         if value is not None:
-            in_range(name, value, "[1, 1048576]")
+            in_range(name, value, f"[1, {MOST_ENTRIES}]")
+    others = options.samples or options.hidden or options.full
+    if others and options.log_prob_bits:
+        raise Usage("log_prob_bits are of --top-k: leave one of them out")
     if options.samples:
         return Draws(options.samples)
     if options.hidden:
         return Hidden()
-    return Full() if options.full else Best(options.top_k or 64, options.log_prob_bits)
+    return Full() if options.full else Best(options.top_k or 64, options.log_prob_bits or 16)
 
 
 def run(chosen: settings.UserModels, kept: Layout, folder: Path) -> None:
@@ -98,7 +102,11 @@ def run(chosen: settings.UserModels, kept: Layout, folder: Path) -> None:
     if chosen.chat_template:
         tokenizer.chat_template = text(chosen.chat_template)
     vocab_size = models.vocabulary(tokenizer, chosen.vocab_size)
-    models.check_width("teacher", models.configuration(name), vocab_size, chosen.vocab_size)
+    if isinstance(kept, Best) and kept.k > vocab_size:
+        raise Usage(f"top_k={kept.k} is beyond the {vocab_size} tokens of the vocabulary")
+    shape = models.configuration(name)
+    models.check_width("teacher", shape, vocab_size, chosen.vocab_size)
+    models.check_positions("teacher", shape, chosen.sequence_length)
     model = models.load(name, precision(chosen.precision, device)).to(device).eval()
     with tempfile.TemporaryDirectory() as temporary, report.bars() as bars:
         training, held_out, counts = sequences.prepare(

@@ -86,12 +86,12 @@ def _settings_options(parser: argparse.ArgumentParser) -> None:
         seen |= {item.name for item in dataclasses.fields(kind)}
 
 
-def option(group: Any, item: dataclasses.Field[Any], kind: Any) -> None:
+def option(group: Any, item: dataclasses.Field[Any], kind: Any, **others: Any) -> None:
     default = "" if item.default in ((), "") else f"; default: {item.default}"
     of_users = getattr(settings.UserModels, item.name, item.default)
     if of_users != item.default:
         default += f", with --teacher: {of_users}"
-    common = {"help": item.metadata["help"] + default, "default": argparse.SUPPRESS}
+    common = {"help": item.metadata["help"] + default, "default": argparse.SUPPRESS, **others}
     name = "--" + item.name.replace("_", "-")
     if kind is bool:
         group.add_argument(name, action=argparse.BooleanOptionalAction, **common)

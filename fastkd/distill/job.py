@@ -60,6 +60,8 @@ class Job:
         if chosen.chat_template:
             self.tokens.chat_template = text(chosen.chat_template)
         self.vocab_size = models.vocabulary(self.tokens, chosen.vocab_size)
+        if cache is not None:
+            cached.check_loss(cache, chosen, self.vocab_size)
         named = [*(("teacher", each) for each in chosen.teacher), ("student", chosen.student)]
         other = None  # a teacher of other tokens
         for what, name in named:

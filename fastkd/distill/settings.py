@@ -232,6 +232,7 @@ class UserModels(Common):
         self._check_cross_tokenizer()
         if self.teacher and self.teacher_cache:
             raise Usage("--teacher-cache stands in place of --teacher: leave one of them out")
+        self._check_meaning()
         known("teacher_tail", self.teacher_tail, ("bucket", "renormalize", "drop", "label"))
         for name in ("teacher", "student", "data"):
             if not getattr(self, name) and not (name == "teacher" and self.teacher_cache):
@@ -247,6 +248,25 @@ class UserModels(Common):
         """Whether the student without its adapters is the teacher."""
         itself = self.teacher == (self.student,) and not self.teacher_device
         return bool(self.lora) and itself and self.teacher_precision == "auto"
+
+    def _check_meaning(self) -> None:
+        """Refuses what was asked for and would do nothing beside the other settings."""
+        writing = "sampling_server sampling_temperature top_p completion_length prompt_length"
+        cases = (
+            (not self.on_policy, writing, "without on_policy the student writes nothing"),
+            (not self.teacher_cache, "teacher_tail", "it is of a teacher_cache"),
+            (self.teacher_cache, "teacher_precision teacher_device", "no teacher is loaded"),
+            (not self.chunked_logits, "chunk_mib", "without chunked_logits they are whole"),
+            (self.eval_data, "held_out", "with eval_data nothing is held out"),
+            (self.lr_schedule == "constant", "warmup", "lr_schedule constant has none"),
+        )
+        for vain, names, why in cases:
+            for name in filter(self._given, names.split() if vain else ()):
+                raise Usage(f"{name}: {why}: leave it out")
+
+    def _given(self, name: str) -> bool:
+        """Whether a setting is another than its default."""
+        return getattr(self, name) != type(self).__dataclass_fields__[name].default
 
     def _check_adapters(self) -> None:
         known("teacher_precision", self.teacher_precision, ("auto", "bf16", "fp32", *TEACHERS))
@@ -264,8 +284,6 @@ class UserModels(Common):
             )
 
     def _check_on_policy(self) -> None:
-        if self.sampling_server and not self.on_policy:
-            raise Usage("sampling_server: without on_policy nothing is written: leave it out")
         if self.sampling_server and not re.match("https?://", self.sampling_server):
             raise Usage(
                 f"sampling_server must begin with http:// or https://, got {self.sampling_server!r}"
@@ -282,22 +300,23 @@ class UserModels(Common):
         known("cross_tokenizer", self.cross_tokenizer, ("", "uld", "gold"))
         if not self.cross_tokenizer:
             return
-        default = {item.name: item.default for item in dataclasses.fields(self)}
         refused = {
             "teacher_cache": "a cache is of the student's tokens",
             "on_policy": "the student writes in its own tokens",
             "standardize": "the losses are of probabilities",
             "entropy_weight": "the losses have no such term",
             "tensor_parallel": "uld sorts all probabilities",
+            "chunk_mib": "logits are made whole",
+            "chat_template": "conversations are refused",
         }
         for name, why in refused.items():
-            if getattr(self, name) != default[name]:
+            if self._given(name):
                 raise Usage(f"{name}: with cross_tokenizer it has no meaning, {why}: leave it out")
         if len(self.teacher) > 1:
             raise Usage(f"cross_tokenizer takes one teacher, got {len(self.teacher)}")
         if self.teacher == (self.student,):
             raise Usage("cross_tokenizer: teacher and student are one model: leave it out")
-        if self.cross_tokenizer == "uld" and self.divergence != default["divergence"]:
+        if self.cross_tokenizer == "uld" and self._given("divergence"):
             raise Usage("divergence: uld has its own distance: leave it out, or take gold")
 
 
