@@ -28,6 +28,7 @@ MOST_SUM_EXP = 2.0**64
 # certainty. So it may be where the divergence is above LARGE, or its slope this near to its bound.
 UNCERTAIN, LARGE, NEARLY = 2.0**-9, 256.0, 1 - 2.0**-6
 CERTAIN = 1 + UNCERTAIN
+FINITE = -torch.inf, torch.inf
 # Logits of a problem that are few.
 FEW = 1 << 14
 # The least scale, 1 / T over the width of a row, at which fp32 has room for logits over it.
@@ -80,6 +81,9 @@ class Solver:
         label_aware = self.kind.label_aware
         cancels = self.kind.cancels and problem.teacher is not None
         self.guarded = (gradient or label_aware) and cancels
+        self.near = -torch.inf if problem.teacher is None else self.kind.least_in_fp32
+        self.far = LARGE if self.guarded else FAR
+        self.most = NEARLY * self.kind.most(problem.a, problem.b) if self.guarded else torch.inf
         self.exact_scales = exact_scales(problem)
         self.scales = [
             scale.to(problem.dtype) if isinstance(scale, Tensor) else scale
@@ -133,34 +137,34 @@ class Solver:
         """Rows whose divergence is small or infinite, whose terms are too large, whose student is
         nearly certain, or whose figures are not finite; None: no row.
         """
-        sums: float | Tensor = 0.0
-        check, pair = terms.values[KD], terms.pair
-        near, far = -torch.inf, LARGE if self.guarded else FAR
-        if terms.descent is not None:
-            near, sums = self.kind.least_in_fp32, terms.descent.total
-        if not self.few:
-            sum_exp = torch.maximum(pair.student.sum_exp, pair.teacher.sum_exp)
-            if terms.unit is not None:
-                sum_exp = torch.maximum(sum_exp, terms.unit.sum_exp)
-            if not sum_exp.max().item() < MOST_SUM_EXP:
-                check = torch.where(sum_exp[:, 0] < MOST_SUM_EXP, check, torch.inf)
-        watched = [pair.student, pair.teacher] if self.kind.label_aware else [pair.student]
-        for side in watched if self.guarded else ():
-            if (certain := _certain(side)) is not None:
-                check = torch.where(certain, 0.0, check)
+        pair = terms.pair
+        sides = [pair.student] if pair.teacher is pair.student else [pair.student, pair.teacher]
+        units = [] if terms.unit is None or terms.unit is pair.student else [terms.unit]
+        figures = [side.sum_exp[:, 0] for side in (*sides, *units)]
+        limits = [(-torch.inf, MOST_SUM_EXP)] * len(figures)
+        for kind, value in terms.values.items():
+            figures.append(value)
+            limits.append((self.near, self.far) if kind == KD else FINITE)
+        if terms.descent is not None and isinstance(terms.descent.total, Tensor):
+            figures.append(terms.descent.total[:, 0])
+            limits.append((-self.most, self.most))
         if isinstance(pair.student_scale, Tensor):
-            check = torch.where(pair.student_scale[:, 0] > LEAST_SCALE, check, 0.0)
-        if isinstance(sums, Tensor):
-            bound = self.kind.most(self.problem.a, self.problem.b)
-            if self.guarded and bound < torch.inf:
-                check = torch.where(sums[:, 0].abs() > NEARLY * bound, 0.0, check)
-            check = torch.add(check, sums[:, 0], alpha=0)
-        for kind in terms.values.keys() - {KD}:
-            check = torch.add(check, terms.values[kind], alpha=0)
-        least, most = (bound.item() for bound in check.aminmax())
-        if not most < far:
-            return ~((check > near) & (check < far))
-        return check <= near if least <= near else None
+            figures.append(pair.student_scale[:, 0])
+            limits.append((LEAST_SCALE, torch.inf))
+        rows = torch.stack(figures)  # so that one search finds the bounds of all
+        least, most = (bound.tolist() for bound in rows.aminmax(dim=1))
+        watched = sides[: (1 + self.kind.label_aware) * self.guarded]
+        certain = [_certain(*each) for each in zip(watched, least, most, strict=False)]
+        within = all(
+            low < a and b < high for a, b, (low, high) in zip(least, most, limits, strict=True)
+        )
+        if within and not any(mask is not None for mask in certain):
+            return None
+        low, high = rows.new_tensor(limits).t()[..., None]
+        kept = ((rows > low) & (rows < high)).all(0)
+        for mask in certain:
+            kept = kept if mask is None else kept & ~mask
+        return None if kept.all() else ~kept
 
     def logits(self, rows: Rows) -> list[Tensor]:
         return [side[rows.outer, rows.inner] for side in self.sides]
@@ -310,17 +314,19 @@ def _entropy(pair: Pair, side: Softmax) -> Tensor:
     return (side.log_sum - LN2 * pair.mean_log2_exp(side))[:, 0]
 
 
-def _certain(side: Softmax) -> Tensor | None:
-    """Rows of a side whose largest term is nearly all of their sum; None: none can be."""
-    sum_exp, columns = side.sum_exp[:, 0], side.exp.size(1)
-    least, most = (bound.item() for bound in sum_exp.aminmax())
+def _certain(side: Softmax, least: float, most: float) -> Tensor | None:
+    """Rows of a side whose largest term is nearly all of their sum; None: none can be.
+
+    least, most: the bounds of these sums.
+    """
     if least >= CERTAIN and most * UNCERTAIN <= 1:  # the term of `shift`, 1, is too small or much
         return None
-    some = side.exp[:, : max(columns // 16, SEARCHED)]
-    largest = some.amax(-1)
-    if (some.sum(-1) < sum_exp * UNCERTAIN).any():  # one of the others may be all but these
-        largest = side.exp.amax(-1)
-    return largest * CERTAIN > sum_exp
+    some = side.exp[:, : max(side.exp.size(1) // 16, SEARCHED)]
+    low, high = (bound.item() for bound in (total(some) / side.sum_exp).aminmax())
+    if low >= UNCERTAIN and high * CERTAIN <= 1:  # these, and all others, are too much
+        return None
+    largest = (some if low >= UNCERTAIN else side.exp).amax(-1)  # or one may be all but these
+    return largest * CERTAIN > side.sum_exp[:, 0]
 
 
 def _most(doubtful: Tensor | None) -> bool:
