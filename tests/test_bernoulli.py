@@ -235,8 +235,14 @@ def test_every_dtype(dtype, mode, backend):
 def test_labels_of_any_dtype(kind, backend):
     student, teacher, labels = inputs(4, 9)
     strided = torch.stack([labels, 1 - labels], -1).to(kind)[..., 0]
-    loss = loss_of(student, teacher, strided, alpha=0.0, backend=backend)
-    assert_close(loss, rows_of(student, teacher, labels, alpha=0.0).mean())
+    leaf = student.clone().requires_grad_()
+    true = student.double().requires_grad_()
+    loss = loss_of(leaf, teacher, strided, alpha=0.0, backend=backend)
+    truth = rows_of(true, teacher, labels, alpha=0.0).mean()
+    loss.backward()
+    truth.backward()
+    assert_close(loss, truth)
+    assert_close(leaf.grad, true.grad, "gradient")
 
 
 @pytest.mark.parametrize("backend", FUSED)

@@ -446,3 +446,16 @@ def test_refused_where_they_have_no_meaning():
 def test_ranges(kind, arguments):
     with pytest.raises(ValueError, match=f"{kind.__name__}: .* got|both 0"):
         kind(*arguments)
+
+
+def test_alpha_beta_of_what_both_mask_at_two_temperatures():
+    """In fp64, where a number stands for -inf: over two temperatures it is two numbers."""
+    student, teacher = (x.index_fill(1, torch.tensor(1), -math.inf) for x in logits(3, 6))
+    ours, true = (
+        fastkd.distillation_loss(
+            student, teacher, divergence=fastkd.AlphaBeta(0.4, -0.4), teacher_temperature=1.7,
+            backend=backend,
+        )
+        for backend in ("torch", "reference")
+    )  # fmt: skip
+    assert_close(ours, true)

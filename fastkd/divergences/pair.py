@@ -110,11 +110,14 @@ class Pair:
         return _affine(self.log2_ratio(out), LN2, self.gap, out)
 
     def logs(self) -> tuple[Tensor, Tensor]:
-        """lp and lq, in buffers that are the caller's."""
+        """lp and lq, in buffers that are the caller's, with -inf for what stands for it."""
         lp, lq = (
             _affine(side.log2_exp, LN2, -side.log_sum.to(side.log2_exp.dtype), self.new())
             for side in (self.teacher, self.student)
         )
+        if lp.dtype == torch.float64:
+            for logs in (lp, lq):
+                logs.masked_fill_(logs < MASKED_BELOW, -math.inf)
         return lp, lq
 
     # --- sums over the columns of a row, which may be spread over processes: [R, 1] -------------

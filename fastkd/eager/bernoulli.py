@@ -191,7 +191,7 @@ def _gradient(
         temperature_grad[block.rows.flat] = -slope.to(temperature_grad.dtype)
     if ce is not None:
         assert problem.labels is not None
-        gradient += ce * (block.raw.sigmoid() - problem.labels[block.rows.flat])
+        gradient += ce * (block.raw.sigmoid() - problem.labels[block.rows.flat].double())
     if out is not None:
         rows = block.rows
         out[rows.outer, rows.inner, : problem.vocab_size] = gradient.to(out.dtype)

@@ -71,7 +71,7 @@ def _of_block(x: Tensor) -> Tensor:
 def _exact(x: Tensor) -> Tensor:
     """The same in fp64, without the entries that are -inf, of any size."""
     count, mean, deviation, least, most = _sums(x)
-    std = deviation * (count / (count - 1).clamp_min(1)).sqrt()
+    std = deviation * (count.double() / (count - 1).clamp_min(1)).sqrt()
     return _rows(mean, torch.where(most > least, std, 0.0), count)
 
 
