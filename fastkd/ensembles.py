@@ -126,9 +126,9 @@ def _add(out: Tensor, rows: Any, logs: Tensor) -> None:
 
 
 def _own(events: Events, some: Problem) -> Events:
-    """Those that are among this owner's columns, by their places there."""
-    if not some.merge:
-        return events
+    """Those that are among this owner's columns, by their places there. A label that is to be
+    ignored, or is wrong, is not.
+    """
     places = events.indices - sharding.of(some.merge).first_column
     own = (events.indices >= 0) & (places >= 0) & (places < some.vocab_size)
     return events._replace(indices=torch.where(own, places, -1))

@@ -15,7 +15,7 @@ from .divergences import Divergence
 from .labels import soft as is_soft
 from .operands import Ensemble, Student, Teacher
 from .operators import apply, readable
-from .problem import Problem, packed_numbers
+from .problem import KD, Problem, packed_numbers
 from .reduction import Metrics, factor_of_rows, factors_of_terms, rows_that_count, weighted
 from .settings import Keywords, Settings
 
@@ -218,19 +218,18 @@ def distillation_loss(
         held = sides.tensors("teacher", teacher)
         checks.inplace(outlines[0], {"labels": labels, **others, **held})
 
-    given, labels, weight = given.readable(), readable(labels), readable(weight)
     dtype = reduce(torch.promote_types, (x.dtype for x in outlines), torch.float32)
+    given, labels, weight = given.readable(dtype), readable(labels), readable(weight)
     counted, row_weight = rows_that_count(
         None if soft or given.sigmoids else labels, weight, given.ignore_index, dtype
     )
     factor = factor_of_rows(reduction, num_items, counted, row_weight, outlines[0], dtype)
-    factors = factors_of_terms(given, row_weight, factor)
     of_all = merge.columns or columns
     reads_teacher = _reads_teacher(given, outlines[1])
     problem = Problem.of(
         given,
-        sides.side_of(student, given, labels, columns, backend),
-        sides.side_of(teacher, given, labels, of_all, backend) if reads_teacher else None,
+        sides.side_of(student, given, labels, columns, backend, dtype),
+        sides.side_of(teacher, given, labels, of_all, backend, dtype) if reads_teacher else None,
         labels if _reads_labels(given) else None, counted, columns, dtype,
         sharding.name_of(merge),
     )  # fmt: skip
@@ -243,6 +242,7 @@ def distillation_loss(
 
     shape = outlines[0].shape[:-1]
     if mode == "forward" and trains and backend != "reference":
+        factors = factors_of_terms(given, row_weight, factor)
         loss, values, *_ = apply(
             autograd.Fused, inplace, return_metrics, backend, *factors, *problem.flat()
         )
@@ -254,7 +254,7 @@ def distillation_loss(
                 autograd.Rows, entropy_weight != 0, return_metrics, backend,
                 *_dual(problem, given.divergence, others, backend), *problem.flat(),
             )  # fmt: skip
-        rows = weighted(values, factors)
+        rows = weighted(values, factors_of_terms(given, row_weight, factor, values[KD]))
         loss = rows.view(shape) if reduction == "none" else rows.sum()
     return (loss, Metrics.of(values, shape, labels)) if return_metrics else loss
 

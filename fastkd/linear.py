@@ -22,17 +22,18 @@ GPU_CONVERTED, CPU_CONVERTED = 32 << 20, 4 << 20
 CPU_PRODUCTS, LEAST_COLUMNS = 4, 4096
 
 
-def head_of(side: LinearHead) -> Head:
+def head_of(side: LinearHead, dtype: torch.dtype) -> Head:
     """As autocast has it, products are of factors in its dtype; else in the wider of both dtypes.
 
-    A CPU, where products of half precision are slow and round, takes factors in fp32.
+    A CPU, where products of half precision are slow and round, takes factors in fp32. dtype: of the
+    arithmetic; in fp64, which the other side may ask for, products are too.
     """
     hidden, weight, bias = map(readable, (side.hidden, side.weight, side.bias))
     product = torch.promote_types(hidden.dtype, weight.dtype)
     if torch.is_autocast_enabled(hidden.device.type):
         product = torch.get_autocast_dtype(hidden.device.type)
-    if hidden.device.type == "cpu":
-        product = torch.promote_types(product, torch.float32)
+    if hidden.device.type == "cpu" or dtype == torch.float64:
+        product = torch.promote_types(product, dtype)
     return Head(
         hidden,
         weight,
@@ -67,7 +68,7 @@ class _LogitsGradient:
         return None
 
     def add(self, rows: Any, part: Problem, found: Tensor) -> None:
-        self.out[:, rows] = found.view(part.student.shape)
+        self.out[:, rows] = found.view(part.student.shape).to(self.out.dtype)
 
     def gradients(self) -> Tensor:
         return self.out
@@ -92,14 +93,17 @@ class _HeadGradients:
     def add(self, rows: Any, part: Problem, found: Tensor) -> None:
         gradient = found.view(part.student.shape)[0]
         if self.head.softcap:
-            gradient.mul_(1 - (part.student[0] / self.head.softcap).square_())
+            slope = 1 - (part.student[0] / self.head.softcap).square_()
+            if part.counted is not None:  # what does not count may be NaN, which 0 would not remove
+                slope.masked_fill_(~part.counted[:, None], 0.0)
+            gradient.mul_(slope)
         if self.head.scale != 1:
             gradient.mul_(self.head.scale)
         if self.bias is not None:
             self.bias[: self.columns] += gradient.sum(0)
         narrow = gradient.to(self.head.product)
         hidden = self.head.hidden[rows].to(self.head.product)
-        if part.counted is not None:  # what does not count may hold NaN, which 0 would not remove
+        if part.counted is not None:
             hidden = torch.where(part.counted[:, None], hidden, 0.0)
         sums = None if self.hidden is None else gradient.new_zeros(hidden.shape)
         for some, weight in _converted(self.head, self.columns):

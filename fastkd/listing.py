@@ -20,33 +20,32 @@ def events_of(
     teacher: TopK | Sampled, given: Settings, labels: Tensor | None, columns: int
 ) -> Events:
     """What a teacher lists, each id once, and the log-mass of all else, in fp64."""
-    indices = teacher.indices.flatten(0, -2).long()
+    width = teacher.indices.size(-1)
+    indices = teacher.indices.reshape(-1, width).long()
     if checks.may_read(indices) and (indices >= columns).any():
         raise ValueError(
             f"teacher lists id {indices.max().item()}, and the vocabulary has {columns} entries: "
             "map its ids to the student's"
         )
     if isinstance(teacher, Sampled):
-        indices, counts = _added_up(indices, teacher.counts.flatten(0, -2).double())
-        lp = (counts / counts.sum(-1, keepdim=True)).log()
-        return _closed(indices, lp)
+        indices, counts = _added_up(indices, teacher.counts.reshape(-1, width).double())
+        return _whole(indices, counts.log())
     indices = torch.where(_repeated(indices), NOTHING, indices)
-    lp = teacher.log_probs.flatten(0, -2).double()
+    lp = teacher.log_probs.reshape(-1, width).double()
     lp = torch.where(indices == NOTHING, -math.inf, lp)
     if teacher.tail == "renormalize":
         warm = given.temperature if given.teacher_temperature is None else given.teacher_temperature
         if isinstance(warm, Tensor):
             warm = warm.detach().double().reshape(-1, 1) if warm.dim() else warm.detach().double()
-        return _closed(indices, (lp / warm).log_softmax(-1))
+        return _whole(indices, lp / warm)
     if teacher.tail == "drop":
-        return Events(indices, lp, None)
+        return Events(_with_mass(indices, lp), lp, None)
     if teacher.tail_log_prob is None:
         rest = _log_of_rest(lp)
     else:
         rest = teacher.tail_log_prob.flatten().double()
     if teacher.tail == "bucket":  # what was stored in few bits adds up to 1 again
-        total = torch.cat([lp, rest[:, None]], -1).logsumexp(-1)
-        return Events(indices, lp - total[:, None], rest - total)
+        return _whole(indices, lp, rest)
     assert labels is not None
     label = labels.flatten().long()[:, None]
     here = indices == label
@@ -54,13 +53,28 @@ def events_of(
     lp[:, -1] = torch.logaddexp(rest, torch.where(here, lp[:, :-1], -math.inf).logsumexp(-1))
     lp[:, :-1].masked_fill_(here, -math.inf)
     indices = torch.cat([torch.where(here, NOTHING, indices), label.clamp(min=NOTHING)], -1)
-    return _closed(indices, lp)
+    return _events(indices, lp, torch.full_like(rest, -math.inf))
 
 
-def _closed(indices: Tensor, lp: Tensor) -> Events:
-    """Nothing is left for the rest, but in rows where nothing is listed: there it is all."""
-    empty = (indices == NOTHING).all(-1)
-    return Events(indices, lp, torch.where(empty, 0.0, -math.inf).to(lp.dtype))
+def _whole(indices: Tensor, lp: Tensor, rest: Tensor | None = None) -> Events:
+    """What is made to add up to 1; without a rest, None, by the listed entries alone."""
+    rest = torch.full_like(lp[:, 0], -math.inf) if rest is None else rest
+    total = torch.cat([lp, rest[:, None]], -1).logsumexp(-1)
+    total = torch.where(total == -math.inf, 0.0, total)
+    return _events(indices, lp - total[:, None], rest - total)
+
+
+def _events(indices: Tensor, lp: Tensor, rest: Tensor) -> Events:
+    """In rows without any mass nothing is listed, and the rest is all."""
+    lp_and_rest = torch.cat([lp, rest[:, None]], -1)
+    indices = _with_mass(indices, lp_and_rest)
+    rest = torch.where((lp_and_rest == -math.inf).all(-1), 0.0, rest)
+    return Events(indices, lp, rest)
+
+
+def _with_mass(indices: Tensor, lp: Tensor) -> Tensor:
+    """A row that gives nothing any mass lists nothing."""
+    return indices.masked_fill((lp == -math.inf).all(-1, keepdim=True), NOTHING)
 
 
 def _log_of_rest(lp: Tensor) -> Tensor:

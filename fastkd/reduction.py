@@ -101,11 +101,15 @@ def divisor(
 
 
 def factors_of_terms(
-    given: Settings, row_weight: Tensor | None, factor: float | Tensor
+    given: Settings,
+    row_weight: Tensor | None,
+    factor: float | Tensor,
+    divergence: Tensor | None = None,
 ) -> list[float | Tensor | None]:
     """What the divergence, cross-entropy and entropy of a row are multiplied by; None: absent.
 
-    factor: of the rows.
+    factor: of the rows. divergence: theirs, where temperatures may train: the scale of an infinite
+        one would give them a gradient that is infinite too, and gives none.
     """
     scale: float | Tensor = 1.0
     if given.scale_by_temperature:
@@ -114,7 +118,10 @@ def factors_of_terms(
         scale = scale * (student if teacher is None else teacher)
         power = given.divergence.temperature_power
         scale = scale if power == 2 else scale ** (power / 2)
-        scale = scale.flatten() if isinstance(scale, Tensor) and scale.dim() else scale
+        if isinstance(scale, Tensor):
+            scale = scale.flatten() if scale.dim() else scale
+            if divergence is not None and scale.requires_grad:
+                scale = torch.where(divergence.detach().isinf(), scale.detach(), scale)
     weight = factor if row_weight is None else factor * row_weight
     alpha, entropy_weight = given.alpha, given.entropy_weight
     return [

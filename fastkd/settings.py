@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
+import torch
 from torch import Tensor
 
 from . import checks, tracing
@@ -102,10 +103,12 @@ class Settings(NamedTuple):
             checks.student_alone(given.temperatures)
         return given
 
-    def readable(self) -> Settings:
-        """With temperatures that a kernel may read and autograd may save."""
+    def readable(self, dtype: torch.dtype) -> Settings:
+        """With temperatures that a kernel may read and autograd may save, in the dtype of the
+        arithmetic: what they enter adds to their gradient before it is rounded.
+        """
         found = {
-            name: readable(value)
+            name: readable(value).to(dtype)
             for name, value in self.temperatures.items()
             if isinstance(value, Tensor)
         }

@@ -191,10 +191,15 @@ def _teachers_temperature(temperatures: dict[str, Any]) -> tuple[str, Any]:
 
 
 def _one_temperature(kind: str, tail: str, temperatures: dict[str, Any]) -> None:
-    """Refuses a temperature at which the mass of what the teacher does not list is unknown."""
-    if tail == "renormalize":
-        return
+    """Refuses temperatures that train, or at which the mass of what is not listed is unknown."""
     name, value = _teachers_temperature(temperatures)
+    if tail == "renormalize":
+        if tracing.trains(value):
+            raise NotImplementedError(
+                f"{name} trains, and a TopK gives the teacher's no gradient: pass a "
+                "teacher_temperature that does not train"
+            )
+        return
     if isinstance(value, Tensor) or value != 1:
         other = "" if kind == "Sampled" else ", or TopK(tail='renormalize')"
         raise ValueError(
@@ -225,31 +230,40 @@ def columns(
 
 
 def side_of(
-    operand: Any, given: Settings, labels: Tensor | None, columns: int, backend: str
+    operand: Any,
+    given: Settings,
+    labels: Tensor | None,
+    columns: int,
+    backend: str,
+    dtype: torch.dtype,
 ) -> Any:
-    """Logits, a Head, Events or a Mixture."""
+    """Logits, a Head, Events or a Mixture; dtype: of the arithmetic."""
     if isinstance(operand, LinearHead):
-        return operand.logits() if backend == "reference" else head_of(operand)
+        return operand.logits() if backend == "reference" else head_of(operand, dtype)
     if isinstance(operand, (TopK, Sampled)):
         return events_of(operand, given, labels, columns)
     if isinstance(operand, Ensemble):
-        return _mixture_of(operand, given, labels, columns, backend)
+        return _mixture_of(operand, given, labels, columns, backend, dtype)
     return readable(operand)
 
 
 def _mixture_of(
-    operand: Ensemble, given: Settings, labels: Tensor | None, columns: int, backend: str
+    operand: Ensemble,
+    given: Settings,
+    labels: Tensor | None,
+    columns: int,
+    backend: str,
+    dtype: torch.dtype,
 ) -> Mixture:
     """Without the teachers whose weight is the number 0."""
     weights = [1.0] * len(operand.teachers) if operand.weights is None else operand.weights
     kept = [
-        (side_of(teacher, given, labels, columns, backend), weight)
+        (side_of(teacher, given, labels, columns, backend, dtype), weight)
         for teacher, weight in zip(operand.teachers, weights, strict=True)
         if isinstance(weight, Tensor) or weight > 0
     ]
     device = sources(kept[0][0])[0].device
     rows = math.prod(operand.rows)
-    dtype = torch.promote_types(outline(operand).dtype, torch.float32)
     stacked = torch.stack([per_row(weight, rows, dtype, device).detach() for _, weight in kept])
     stacked = stacked / stacked.sum(0)
     routed = tuple(isinstance(weight, Tensor) for _, weight in kept)

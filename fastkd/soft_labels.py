@@ -98,7 +98,7 @@ class _Labels(NamedTuple):
         return torch.stack([self.problem.labels.double(), self.mass.double()])
 
     def add_gradient(self, out: Tensor, ce: Tensor) -> None:
-        problem, rows = self.problem, out.view(len(self.labels), -1)
+        problem, rows = self.problem, out.view(len(self.labels), out.size(-1))
         assert problem.labels is not None
         if not self.labels.size(1):
             return

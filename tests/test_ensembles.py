@@ -250,6 +250,19 @@ def test_rows_that_do_not_count_may_hold_nan():
     assert_zero(gradient[4])
 
 
+def test_the_label_of_a_row_that_is_ignored_is_no_entry():
+    student, teacher = torch.randn(5, 9), torch.randn(5, 9)
+    labels, kept = torch.tensor([2, 999, 4, 0, 8]), torch.tensor([0, 2, 3, 4])
+
+    def loss(student, teacher, labels):
+        members = [teacher, fastkd.TopK.from_logits(teacher, 2, "label")]
+        return fastkd.distillation_loss(
+            student, fastkd.Ensemble(members), labels, ignore_index=999, reduction="sum"
+        )
+
+    assert_close(loss(student, teacher, labels), loss(student[kept], teacher[kept], labels[kept]))
+
+
 def test_gradient_is_that_of_the_sum_of_divergences():
     """sum w KL(p_m || q) has the gradient of KL(sum w p_m || q)."""
     student, (dense, head, _) = members()

@@ -401,8 +401,54 @@ def test_refusals():
             fastkd.distillation_loss(student, teacher, **settings)
     with pytest.raises(ValueError, match="pass labels"):
         fastkd.distillation_loss(student, fastkd.TopK.from_logits(other, K, tail="label"))
+    hot = torch.tensor(2.0, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="a TopK gives the teacher's no gradient"):
+        fastkd.distillation_loss(
+            student, fastkd.TopK.from_logits(other, K, tail="renormalize"), temperature=hot
+        )
     with pytest.raises(TypeError, match="student must be logits"):
         fastkd.distillation_loss(teacher, other)
+
+
+def rows_without_mass():
+    nothing = torch.full((3, 2), -math.inf)
+    ids = torch.tensor([[0, 5], [3, -1], [-1, -1]])
+    return {
+        "bucket": fastkd.TopK(ids, nothing, "bucket", nothing[:, 0]),
+        "renormalize": fastkd.TopK(ids, nothing, "renormalize"),
+        "drop": fastkd.TopK(ids, nothing, "drop"),
+        "sampled": fastkd.Sampled(ids, torch.zeros(3, 2)),
+    }
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", rows_without_mass())
+def test_a_row_without_mass_counts_0(name, mode, backend):
+    """As a dense row that is masked throughout; by any divergence."""
+    for divergence in ("reverse_kl", fastkd.Renyi(0.5)):
+        student = torch.randn(3, VOCAB, requires_grad=True)
+        loss, metrics = fastkd.distillation_loss(
+            student, rows_without_mass()[name], gradient=mode, divergence=divergence,
+            backend=backend, return_metrics=True,
+        )  # fmt: skip
+        loss.backward()
+        for found in (loss, student.grad, metrics.kd, metrics.teacher_entropy):
+            assert_zero(found)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "drop", "label", "sampled"])
+def test_one_row_without_leading_dimensions(tail):
+    student, other = logits(VOCAB)
+    if tail == "sampled":
+        teacher = fastkd.Sampled.from_logits(other, K)
+        batch = fastkd.Sampled(teacher.indices[None], teacher.counts[None])
+    else:
+        teacher = fastkd.TopK.from_logits(other, K, tail)
+        batch = fastkd.TopK.at(other[None], teacher.indices[None], tail)
+    label = torch.tensor(7)
+    one = fastkd.distillation_loss(student, teacher, label)
+    assert torch.equal(one, fastkd.distillation_loss(student[None], batch, label[None]))
 
 
 def test_figures_alone_add_nothing_to_the_gradient():

@@ -180,6 +180,21 @@ def test_a_temperature_that_learns(pair):
     assert temperature.grad.item() == pytest.approx((high - low).item() / (2 * step), rel=1e-4)
 
 
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jeffreys"])
+def test_an_infinite_row_leaves_a_temperature_that_learns_finite(pair, divergence, backend):
+    """Though the row is multiplied by its square."""
+    student, teacher = pair
+    teacher[0, 1] = -math.inf
+    temperature = torch.tensor(2.0, requires_grad=True, device=DEVICE)
+    loss = fastkd.distillation_loss(
+        student, teacher, temperature=temperature, divergence=divergence, backend=backend
+    )
+    loss.backward()
+    assert loss == math.inf
+    assert temperature.grad.isfinite()
+
+
 # --- autograd's contracts --------------------------------------------------------------------
 
 

@@ -132,11 +132,13 @@ def test_few_rows_that_count_are_gathered_before_the_products(mode, monkeypatch)
     assert rows[:2] == [2, 2]
 
 
-def test_ignored_rows_may_hold_nan():
-    case, labels = Case(), labels_of(ROWS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("head", [{}, {"logit_softcap": 3.0, "logit_scale": 0.5}], ids=str)
+def test_ignored_rows_may_hold_nan(head, mode):
+    case, labels = Case(**head), labels_of(ROWS)
     with torch.no_grad():
         case.leaves[0][1] = torch.nan
-    fastkd.distillation_loss(*case.operands(), labels, alpha=0.5).backward()
+    fastkd.distillation_loss(*case.operands(), labels, alpha=0.5, gradient=mode).backward()
     assert all(gradient.isfinite().all() for gradient in case.gradients())
     assert_zero(case.leaves[0].grad[1])
 
@@ -160,6 +162,29 @@ def test_no_row_counts(rows, mode, metrics, backend):
 def test_multi_label():
     labels = torch.randint(2, (ROWS, VOCAB))
     check(Case(), labels, divergence=fastkd.Bernoulli(), alpha=0.5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_beside_a_side_in_fp64(dtype, mode):
+    """All arithmetic is fp64 then, and with it the products of a head that is not."""
+    case = Case(dtype, logit_softcap=4.0)
+    true = case.in_fp64()
+    student, teacher = true.logits()
+    leaf = student.detach().requires_grad_()
+    truth, _ = defined(student, teacher, divergence="reverse_kl", temperature=1.5)
+    (expected,) = torch.autograd.grad(truth, student, retain_graph=True)
+    truth.backward()
+    settings = {"divergence": "reverse_kl", "temperature": 1.5, "gradient": mode}
+    head, teachers_head = case.operands()
+    for operands in ((head, teacher), (leaf, teachers_head)):
+        loss = fastkd.distillation_loss(*operands, **settings)
+        loss.backward()
+        assert loss.dtype == torch.float64
+        assert (loss - truth).abs() < 1e-10 * truth
+    assert (leaf.grad - expected).abs().max() < 1e-10 * expected.abs().max()
+    for ours, theirs in zip(case.gradients(), true.gradients(), strict=True):
+        assert_close(ours, theirs, "gradient")
 
 
 def test_metrics_are_those_of_the_logits():

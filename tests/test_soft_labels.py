@@ -192,3 +192,25 @@ def test_refused(labels, settings, message):
     top = fastkd.TopK.from_logits(torch.randn(ROWS, VOCAB), 3, tail="label")
     with pytest.raises(ValueError, match="one true token"):
         fastkd.distillation_loss(torch.randn(ROWS, VOCAB), top, mixup(), alpha=0.5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_rows(mode):
+    student = torch.randn(2, 0, VOCAB, requires_grad=True)
+    loss = fastkd.distillation_loss(
+        student, torch.randn(2, 0, VOCAB), torch.rand(2, 0, VOCAB), alpha=0.5, gradient=mode
+    )
+    loss.backward()
+    assert loss == 0
+    assert student.grad.shape == student.shape
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_few_rows_count_in_half_precision(mode):
+    student, teacher = sides()
+    weight = torch.zeros(ROWS)
+    weight[3] = 1.0
+    check(
+        student.bfloat16(), teacher, mixup(), backend="torch", gradient=mode, alpha=0.3,
+        weight=weight,
+    )  # fmt: skip

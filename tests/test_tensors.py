@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
 from tests.cases import logits
+from tests.closeness import assert_close
 from tests.conftest import DEVICE
-from tests.running import BACKENDS, FUSED
+from tests.running import BACKENDS, FUSED, defined
 
 N, V = 4, 10
 SETTINGS = {"temperature": 2.0, "alpha": 0.7, "entropy_weight": 0.1}
@@ -204,6 +205,24 @@ def test_labels_of_32_bits(backend):
         for y in (labels, labels.int())
     )
     assert torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(), (4,)])
+def test_the_dtype_of_a_temperature_is_its_own(shape, dtype, backend):
+    """The loss has that of the logits, its scale is exact, and the gradient is rounded once."""
+    student, teacher = (x.float().to(DEVICE) for x in logits(4, 9))
+    given = (torch.rand(shape) * 2 + 0.6).to(DEVICE, dtype).requires_grad_()
+    exact = given.detach().double().requires_grad_()
+    loss = fastkd.distillation_loss(student, teacher, temperature=given, backend=backend)
+    truth, _ = defined(student, teacher, temperature=exact)
+    loss.backward()
+    truth.backward()
+    assert loss.dtype == torch.float32
+    assert_close(loss, truth)
+    assert given.grad.dtype == dtype
+    assert_close(given.grad, exact.grad, "gradient")
 
 
 # --- the default device ----------------------------------------------------------------------

@@ -291,7 +291,7 @@ class Sampled:
         """
         checked.floating("Sampled.from_logits: logits", logits)
         checked.positive_int("Sampled.from_logits: draws", draws)
-        rows = logits.detach().double().flatten(0, -2).softmax(-1)
+        rows = logits.detach().double().reshape(-1, logits.size(-1)).softmax(-1)
         drawn = torch.multinomial(rows, draws, True, generator=generator).sort(-1).values
         place = (drawn.diff(dim=-1) != 0).cumsum(-1)
         place = torch.cat([place.new_zeros(len(place), 1), place], -1)
