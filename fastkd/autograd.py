@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,15 +33,12 @@ class Rows(torch.autograd.Function):
         vocab_size: int,
         spec: str,
         *tensors: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         problem = Problem.unpack(tensors, numbers, vocab_size, spec)
-        if dual_numbers is None:
-            values, state = operators.forward(problem, entropy, metrics, name)
-            return values, state, state.new_empty(0)
-        return operators.forward_of_both(problem, dual, dual_numbers, entropy, metrics, name)
+        return operators.forward(problem, entropy, metrics, name, dual, dual_numbers)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.entropy, _, ctx.name, ctx.dual, dual_numbers = inputs[:5]
         packed: Sequence[Any] = inputs[5:8]
         if isinstance(packed[0], Problem):
@@ -49,7 +46,7 @@ class Rows(torch.autograd.Function):
         numbers, ctx.vocab_size, ctx.spec = packed
         ctx.set_materialize_grads(False)  # or zeros are made for what has no gradient
         ctx.save_for_backward(dual_numbers, numbers, *output[1:], *inputs[8:])
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.mark_non_differentiable(*(x for x in output[1:] if x is not None))
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -58,44 +55,32 @@ class Rows(torch.autograd.Function):
         dual_numbers, numbers, state, other, *tensors = ctx.saved_tensors
         with torch.no_grad():
             problem = Problem.unpack(tensors, numbers, ctx.vocab_size, ctx.spec)
-            needed = Needed.of(problem, ctx.needs_input_grad[8:])
+            first = len(sources(problem.student))
+            last = first + len(sources(problem.teacher))
+            wanted = ctx.needs_input_grad[8:]
+            of_student, of_teacher = any(wanted[:first]), any(wanted[first:last])
+            of_temperature, of_teachers = wanted[last : last + 2]
             coefficients = Coefficients(
                 upstream[KD],
                 None if problem.labels is None else upstream[CE],
                 upstream[ENTROPY] if ctx.entropy else None,
             )
             student, temperature = _gradients(
-                ctx.name, problem, state, coefficients, needed.student, needed.temperature
+                ctx.name, problem, state, coefficients, of_student, of_temperature
             )
-            teacher, teacher_temperature = [None] * len(sources(problem.teacher)), None
+            teacher, teacher_temperature = [None] * (last - first), None
             if dual_numbers is not None:
                 a, b, factor = unpacked_numbers(dual_numbers)
                 shared = problem.teacher_temperature is None
                 teacher, teacher_temperature = _gradients(
                     ctx.name, problem.exchanged(ctx.dual, a, b), other,
-                    Coefficients(upstream[KD] * factor, None, None), needed.teacher,
-                    needed.temperature if shared else needed.teacher_temperature,
+                    Coefficients(upstream[KD] * factor, None, None), of_teacher,
+                    of_temperature if shared else of_teachers,
                 )  # fmt: skip
                 if shared and teacher_temperature is not None:
                     temperature, teacher_temperature = temperature + teacher_temperature, None
         gradients = *student, *teacher, temperature, teacher_temperature, None, None, None
         return *[None] * 8, *map(_once, gradients, tensors)
-
-
-class Needed(NamedTuple):
-    """Which gradients are asked for."""
-
-    student: bool
-    teacher: bool
-    temperature: bool
-    teacher_temperature: bool
-
-    @staticmethod
-    def of(problem: Problem, tensors: Sequence[bool]) -> Needed:
-        """From what is needed of the tensors of problem.pack()."""
-        first = len(sources(problem.student))
-        last = first + len(sources(problem.teacher))
-        return Needed(any(tensors[:first]), any(tensors[first:last]), *tensors[last : last + 2])
 
 
 def _gradients(
@@ -107,21 +92,13 @@ def _gradients(
     temperature: bool,
 ) -> tuple[list[Any], Any]:
     """Of the student's sources, and of its temperatures; None where not wanted."""
-    if not (student or temperature):
-        return [None] * len(sources(problem.student)), None
-    found, temperature_grad = operators.backend(name, problem).backward(
-        problem, state, upstream, student, temperature
-    )
-    return _listed(found, problem.student, student), temperature_grad if temperature else None
-
-
-def _listed(found: Any, side: Any, wanted: bool) -> list[Any]:
-    """The gradients of a side's sources."""
-    if not wanted:
-        return [None] * len(sources(side))
-    if isinstance(found, Tensor):  # of logits, in the layout that the backend prefers
-        return [found if found.shape == side.shape else found.view(side.shape)]
-    return found
+    found = temperature_grad = None
+    if student or temperature:
+        found, temperature_grad = operators.backend(name, problem).backward(
+            problem, state, upstream, student, temperature
+        )
+    found = operators.gradients(found if student else None, problem.student)
+    return found, temperature_grad if temperature else None
 
 
 class Fused(torch.autograd.Function):
@@ -154,7 +131,7 @@ class Fused(torch.autograd.Function):
         if out is not None and not tracing.watched():  # a kernel does not count a new version
             torch.autograd.graph.increment_version(out)
         values = loss if values is None else values
-        return loss.sum(), values, *_listed(found, problem.student, True)  # type: ignore[return-value]
+        return loss.sum(), values, *operators.gradients(found, problem.student)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

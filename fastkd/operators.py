@@ -7,7 +7,7 @@ Python is slow after large tensors have swept the cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -30,36 +30,75 @@ class Operator:
     ) -> None:
         self.function = function
         self.traced = torch.library.custom_op(name, function, mutates_args=mutates, schema=schema)
-        self.register_fake = self.traced.register_fake
+        self.register_fake: Callable[[Callable[..., Any]], Any] = self.traced.register_fake
 
     def __call__(self, *arguments: Any) -> Any:
         watched = tracing.watched() or tracing.opaque(arguments[0])
         return (self.traced if watched else self.function)(*arguments)
 
 
-def operator(
-    name: str, schema: str, mutates: tuple[str, ...] = ()
-) -> Callable[[Callable[..., Any]], Operator]:
-    return lambda function: Operator(name, function, schema, mutates)
+PROBLEM = "Tensor?[] tensors, Tensor numbers, SymInt vocab_size, str spec"
+COEFFICIENTS = "Tensor kd, Tensor? ce, Tensor? entropy"
+SIZE = 4  # of a Packed
 
 
-# --- the backends ----------------------------------------------------------------------------
+class OfProblem(Operator):
+    """Likewise, of a Problem and what follows it: f(problem, *rest).
 
-Gradients = list[Tensor]  # one for each source of the student
+    Nothing that a tracer sees is None: an empty tensor stands for it in what is given back.
+    """
 
+    def __init__(
+        self, name: str, function: Callable[..., Any], schema: str, mutates: tuple[str, ...]
+    ) -> None:
+        super().__init__(name, _of_packed(function), f"({PROBLEM}, {schema}", mutates)
+        self.function = function
+        self.register_fake = lambda fake: self.traced.register_fake(_of_packed(fake))
 
-def backend(name: str, problem: Problem) -> Any:
-    """What computes the problem: a module, or its operators where a tracer looks on."""
-    return Traced(name) if _traced(problem) else _module(name, problem)
+    def __call__(self, problem: Problem, *rest: Any) -> Any:
+        if _traced(problem):
+            return self.traced(*problem.pack(), *rest)
+        return self.function(problem, *rest)
 
 
 def _traced(problem: Problem) -> bool:
     return tracing.watched() or tracing.opaque(sources(problem.student)[0])
 
 
+def _of_packed(function: Callable[..., Any]) -> Callable[..., Any]:
+    def packed(*arguments: Any) -> Any:
+        problem = Problem.unpack(*arguments[:SIZE])
+        found = function(problem, *arguments[SIZE:])
+        return _filled(found, problem.student_temperature)
+
+    return packed
+
+
+def _filled(found: Any, like: Tensor) -> Any:
+    if isinstance(found, (tuple, list)):
+        return type(found)(_filled(one, like) for one in found)
+    return like.new_empty(0) if found is None else found
+
+
+def operator(
+    name: str, schema: str, mutates: tuple[str, ...] = (), kind: type[Operator] = Operator
+) -> Callable[[Callable[..., Any]], Operator]:
+    return lambda function: kind(name, function, schema, mutates)
+
+
+# --- the backends ----------------------------------------------------------------------------
+
+
 @cache
 def _loaded(module: str) -> Any:
     return import_module(module)
+
+
+def backend(name: str, problem: Problem) -> Any:
+    """What computes the problem, with the functions that problem.py names: a module, or where a
+    tracer looks on its operators.
+    """
+    return Traced(name) if _traced(problem) else _module(name, problem)
 
 
 def _module(name: str, problem: Problem) -> Any:
@@ -88,95 +127,77 @@ MODULES = {
     ("triton", "logits"): "fastkd.kernels.logits",
     ("triton", "bernoulli"): "fastkd.kernels.bernoulli",
 }
-SHARDED = {  # those of rows whose columns are spread over processes
-    ("torch", "logits"): "fastkd.eager.shards",
-    ("torch", "bernoulli"): "fastkd.eager.bernoulli",
-    ("triton", "logits"): "fastkd.kernels.logits",
-    ("triton", "bernoulli"): "fastkd.kernels.bernoulli",
-}
+# Of rows whose columns are spread over processes.
+SHARDED = MODULES | {("torch", "logits"): "fastkd.eager.shards"}
 
 
 class Traced(NamedTuple):
-    """A backend's functions (see problem.py) as operators."""
+    """A backend's functions as operators."""
 
     name: str
 
     def backward(
-        self,
-        problem: Problem,
-        state: Tensor,
-        upstream: Coefficients,
-        gradient: bool,
-        temperature: bool,
-    ) -> tuple[Any, Tensor]:
-        return _backward(*problem.pack(), state, *upstream, gradient, temperature, self.name)
+        self, problem: Problem, state: Tensor, upstream: Coefficients, gradient: bool, *rest: Any
+    ) -> tuple[list[Tensor], Tensor]:
+        return _backward(problem, state, *upstream, gradient, *rest, self.name)
 
     def fused(
         self, problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
     ) -> tuple[Tensor, Tensor, Any]:
-        rest = (*coefficients.rows(problem), metrics, self.name)
+        rest = *coefficients.rows(problem), metrics, self.name
         if out is None:
-            return _fused(*problem.pack(), *rest)
-        tensors, *others = problem.pack()
-        loss, values = _fused_(out, tensors[1:], *others, *rest)
-        return loss, values, out
+            return _fused(problem, *rest)
+        alone = problem._replace(student=None)  # which is given once, as it is overwritten
+        return *_fused_.traced(*alone.pack(), out, *rest), out
 
 
-PROBLEM = "Tensor?[] tensors, Tensor numbers, SymInt vocab_size, str spec"
-COEFFICIENTS = "Tensor kd, Tensor? ce, Tensor? entropy"
-SIZE = 4  # of a Packed
+# --- the operators ---------------------------------------------------------------------------
+
 EXACT = torch.float64  # of what is kept of several owners' rows
 
 
-def _split(arguments: Sequence[Any]) -> tuple[Problem, Sequence[Any]]:
-    return Problem.unpack(*arguments[:SIZE]), arguments[SIZE:]
-
-
-def _new_gradients(problem: Problem) -> Gradients:
-    student = problem.student
-    trains = student.trains if isinstance(student, Head) else (True,)
-    like = problem.student_temperature
-    return [
-        x.new_empty(x.shape) if wanted else like.new_empty(0)
-        for x, wanted in zip(sources(student), trains, strict=True)
-    ]
-
-
-def _as_gradients(problem: Problem, found: Any, rows: Tensor) -> Gradients:
-    """One tensor for each source; empty where none was wanted."""
-    if isinstance(problem.student, Head):
-        return [rows.new_empty(0) if x is None else x for x in found]
-    return [rows.new_empty(0) if found is None else found.view(problem.student.shape)]
-
-
-def forward(problem: Problem, entropy: bool, metrics: bool, name: str) -> tuple[Tensor, Tensor]:
-    """`values` and `state`, with all gathers."""
-    if _traced(problem):
-        return _forward(*problem.pack(), entropy, metrics, name)
-    return _gathering(problem, entropy, metrics, name)
-
-
-def _gathering(problem: Problem, entropy: bool, metrics: bool, name: str) -> tuple[Tensor, Tensor]:
-    module = _module(name, problem)
-    if problem.merge and (problem.soft or problem.makes_logits):  # chunks, whose gathers overlap
-        return module.forward(problem, entropy, metrics)
-    return run(problem.merge, module.phases(problem, entropy, metrics))
-
-
-@torch.library.custom_op(
+@operator(
     "fastkd::forward",
-    mutates_args=(),
-    schema=f"({PROBLEM}, bool entropy, bool metrics, str backend) -> (Tensor, Tensor)",
+    "bool entropy, bool metrics, str backend, str dual='', Tensor? dual_numbers=None)"
+    " -> (Tensor, Tensor, Tensor)",
+    kind=OfProblem,
 )
-def _forward(*arguments: Any) -> Any:
-    problem, (entropy, metrics, name) = _split(arguments)
-    return _gathering(problem, entropy, metrics, name)
+def forward(
+    problem: Problem, entropy: bool, metrics: bool, name: str,
+    dual: str = "", dual_numbers: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """`values` and `state`, with all gathers; and the state of the problem with the roles
+    exchanged, where `dual` names its divergence: see autograd.Rows.
+
+    In one operator, so that both gather at once, and a compiler leaves both to the forward.
+    """
+    module = _module(name, problem)
+    if dual_numbers is not None:
+        other = _exchanged(problem, dual, dual_numbers)
+        phases = module.phases(problem, entropy, metrics)
+        found = together(
+            of(problem.merge), phases, _module(name, other).phases(other, False, False)
+        )
+        return *found[0], found[1][1]
+    if problem.merge and (problem.soft or problem.makes_logits):  # chunks, whose gathers overlap
+        return *module.forward(problem, entropy, metrics), None
+    return *run(problem.merge, module.phases(problem, entropy, metrics)), None
 
 
-@_forward.register_fake
-def _(*arguments: Any) -> Any:
-    problem, (entropy, metrics, name) = _split(arguments)
-    return _fake_forward(problem, entropy, metrics, name)
+@forward.register_fake
+def _(
+    problem: Problem, entropy: bool, metrics: bool, name: str,
+    dual: str = "", dual_numbers: Tensor | None = None,
+) -> Any:  # fmt: skip
+    found = _fake_forward(problem, entropy, metrics, name)
+    if dual_numbers is None:
+        return *found, None
+    return *found, _fake_forward(_exchanged(problem, dual, dual_numbers), False, False, name)[1]
+
+
+def _exchanged(problem: Problem, dual: str, dual_numbers: Tensor) -> Problem:
+    a, b, _ = unpacked_numbers(dual_numbers)
+    return problem.exchanged(dual, a, b)
 
 
 def _fake_forward(
@@ -213,121 +234,85 @@ def _state(problem: Problem, entropy: bool, metrics: bool, name: str) -> tuple[i
     return problem.state_rows(problem.kinds(entropy, metrics)), problem.dtype
 
 
-def forward_of_both(
-    problem: Problem, dual: str, dual_numbers: Tensor, entropy: bool, metrics: bool, name: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A forward, and the state of that with the roles exchanged: see autograd.Rows.
-
-    In one operator, so that both gather at once, and a compiler leaves both to the forward.
-    """
-    if _traced(problem):
-        return _forward_of_both(*problem.pack(), dual, dual_numbers, entropy, metrics, name)
-    return _run_both(problem, dual, dual_numbers, entropy, metrics, name)
-
-
-def _run_both(
-    problem: Problem, dual: str, dual_numbers: Tensor, entropy: bool, metrics: bool, name: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    exchanged = _exchanged(problem, dual, dual_numbers)
-    calls = (problem, entropy, metrics), (exchanged, False, False)
-    modules = [_module(name, one) for one, *_ in calls]
-    phases = (module.phases(*call) for module, call in zip(modules, calls, strict=True))
-    (values, state), (_, other) = together(of(problem.merge), *phases)
-    return values, state, other
-
-
-def _exchanged(problem: Problem, dual: str, dual_numbers: Tensor) -> Problem:
-    a, b, _ = unpacked_numbers(dual_numbers)
-    return problem.exchanged(dual, a, b)
-
-
-@torch.library.custom_op(
-    "fastkd::forward_of_both",
-    mutates_args=(),
-    schema=f"({PROBLEM}, str dual, Tensor dual_numbers, bool entropy, bool metrics, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-def _forward_of_both(*arguments: Any) -> Any:
-    problem, rest = _split(arguments)
-    return _run_both(problem, *rest)
-
-
-@_forward_of_both.register_fake
-def _(*arguments: Any) -> Any:
-    problem, (dual, dual_numbers, entropy, metrics, name) = _split(arguments)
-    exchanged = _exchanged(problem, dual, dual_numbers)
-    _, other = _fake_forward(exchanged, False, False, name)
-    return *_fake_forward(problem, entropy, metrics, name), other
-
-
-@torch.library.custom_op(
+@operator(
     "fastkd::backward",
-    mutates_args=(),
-    schema=f"({PROBLEM}, Tensor state, {COEFFICIENTS}, bool gradient, bool temperature, "
-    "str backend) -> (Tensor[], Tensor)",
+    f"Tensor state, {COEFFICIENTS}, bool gradient, bool temperature, str backend)"
+    " -> (Tensor[], Tensor)",
+    kind=OfProblem,
 )
-def _backward(*arguments: Any) -> Any:
-    problem, (state, kd, ce, entropy, gradient, temperature, name) = _split(arguments)
-    out, temperature_grad = _module(name, problem).backward(
+def _backward(
+    problem: Problem, state: Tensor, kd: Tensor, ce: Any, entropy: Any, gradient: bool,
+    temperature: bool, name: str,
+) -> tuple[list[Any], Tensor | None]:  # fmt: skip
+    found, temperature_grad = _module(name, problem).backward(
         problem, state, Coefficients(kd, ce, entropy), gradient, temperature
     )
-    if temperature_grad is None:
-        temperature_grad = kd.new_empty(0)
-    return _as_gradients(problem, out, kd), temperature_grad
+    return gradients(found, problem.student), temperature_grad
 
 
 @_backward.register_fake
-def _(*arguments: Any) -> Any:
-    problem, (_, kd, _, _, gradient, temperature, _) = _split(arguments)
-    gradients = _new_gradients(problem) if gradient else [kd.new_empty(0)]
-    return gradients, kd.new_empty(kd.shape if temperature else 0)
+def _(
+    problem: Problem, state: Tensor, kd: Tensor, ce: Any, entropy: Any, gradient: bool,
+    temperature: bool, name: str,
+) -> tuple[list[Any], Tensor | None]:  # fmt: skip
+    found = _new_gradients(problem.student) if gradient else gradients(None, problem.student)
+    return found, kd.new_empty(kd.shape) if temperature else None
 
 
-def _run_fused(problem: Problem, rest: Sequence[Any], out: Tensor | None) -> Any:
-    kd, ce, entropy, metrics, name = rest
+@operator(
+    "fastkd::fused",
+    f"{COEFFICIENTS}, bool metrics, str backend) -> (Tensor, Tensor, Tensor[])",
+    kind=OfProblem,
+)
+def _fused(
+    problem: Problem, kd: Tensor, ce: Any, entropy: Any, metrics: bool, name: str,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, list[Any]]:  # fmt: skip
     loss, values, found = _module(name, problem).fused(
         problem, Coefficients(kd, ce, entropy), metrics, out
     )
-    return loss, kd.new_empty(0) if values is None else values, found
-
-
-def _fake_fused(rest: Sequence[Any]) -> Any:
-    kd, _, _, metrics, _ = rest
-    return kd.new_empty(kd.shape), kd.new_empty((5, kd.size(0)) if metrics else 0)
-
-
-@torch.library.custom_op(
-    "fastkd::fused",
-    mutates_args=(),
-    schema=f"({PROBLEM}, {COEFFICIENTS}, bool metrics, str backend) -> (Tensor, Tensor, Tensor[])",
-)
-def _fused(*arguments: Any) -> Any:
-    problem, rest = _split(arguments)
-    loss, values, found = _run_fused(problem, rest, None)
-    return loss, values, _as_gradients(problem, found, rest[0])
+    return loss, values, gradients(found, problem.student)
 
 
 @_fused.register_fake
-def _(*arguments: Any) -> Any:
-    problem, rest = _split(arguments)
-    return *_fake_fused(rest), _new_gradients(problem)
+def _(problem: Problem, kd: Tensor, ce: Any, entropy: Any, metrics: bool, name: str) -> Any:
+    return *_new_rows(kd, metrics), _new_gradients(problem.student)
 
 
-# The student, which the gradient overwrites, has a place of its own before the other tensors.
-@torch.library.custom_op(
+@operator(
     "fastkd::fused_",
-    mutates_args=("student",),
-    schema=f"(Tensor(a!) student, {PROBLEM}, {COEFFICIENTS}, bool metrics, str backend)"
-    " -> (Tensor, Tensor)",
+    f"Tensor(a!) out, {COEFFICIENTS}, bool metrics, str backend) -> (Tensor, Tensor)",
+    ("out",),
+    OfProblem,
 )
-def _fused_(student: Tensor, tensors: Any, *arguments: Any) -> Any:
-    problem, rest = _split(([student, *tensors], *arguments))
-    return _run_fused(problem, rest, student)[:2]
+def _fused_(problem: Problem, out: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
+    return _fused.function(problem._replace(student=out), *rest, out)[:2]
 
 
 @_fused_.register_fake
-def _(*arguments: Any) -> Any:
-    return _fake_fused(arguments[SIZE + 1 :])
+def _(problem: Problem, out: Tensor, kd: Tensor, ce: Any, entropy: Any, metrics: bool, name: str):
+    return _new_rows(kd, metrics)
+
+
+def _new_rows(kd: Tensor, metrics: bool) -> tuple[Tensor, Tensor | None]:
+    return kd.new_empty(kd.shape), kd.new_empty(5, kd.size(0)) if metrics else None
+
+
+def gradients(found: Any, side: Any) -> list[Any]:
+    """One for each source of a side, None where it is not wanted."""
+    if found is None:
+        return [None] * len(sources(side))
+    if isinstance(found, Tensor):  # of logits, in the layout that the backend prefers
+        return [found if found.shape == side.shape else found.view(side.shape)]
+    return found
+
+
+def _new_gradients(side: Any) -> list[Any]:
+    trains = side.trains if isinstance(side, Head) else (True,)
+    return [
+        x.new_empty(x.shape) if wanted else None
+        for x, wanted in zip(sources(side), trains, strict=True)
+    ]
 
 
 @operator(

@@ -193,18 +193,19 @@ def test_operators_pass_opcheck(backend):
     problem, coefficients = _problem()
     packed = problem.pack()
     for metrics in (False, True):
-        _check(operators._forward, *packed, True, metrics, backend)
-        _check(operators._fused, *packed, *coefficients, metrics, backend)
-        tensors, *rest = packed
-        _check(operators._fused_, tensors[0], tensors[1:], *rest, *coefficients, metrics, backend)
+        _check(operators.forward.traced, *packed, True, metrics, backend)
+        rest = (*coefficients, metrics, backend)
+        _check(operators._fused.traced, *packed, *rest)
+        inplace = problem._replace(student=None).pack()
+        _check(operators._fused_.traced, *inplace, problem.student, *rest)
     arguments = (problem.student, problem.teacher, problem.counted, 10, backend, "")
     _check(moments._moments.traced, *arguments)
     standardized = problem._replace(moments=moments._moments(*arguments))
-    _check(operators._forward, *standardized.pack(), False, False, backend)
-    _, state = operators.forward(problem, True, False, backend)
+    _check(operators.forward.traced, *standardized.pack(), False, False, backend)
+    _, state, _ = operators.forward(problem, True, False, backend)
     for gradient, temperature in ((True, True), (True, False), (False, True)):
         wanted = (gradient, temperature)
-        _check(operators._backward, *packed, state, *coefficients, *wanted, backend)
+        _check(operators._backward.traced, *packed, state, *coefficients, *wanted, backend)
     _check(
         operators.scale_.traced,
         torch.rand(4, 12, device=DEVICE), torch.tensor(2.0, device=DEVICE), backend,

@@ -60,7 +60,7 @@ def test_cross_entropy_and_entropy_alone(name, divergence, entropy, force):
     factors = Coefficients(nothing, ce, h if entropy else None)
     hard, soft, loss, gradient = truth(one, factors)
 
-    values, state = operators.forward(one, entropy, False, name.split()[0])
+    values, state, _ = operators.forward(one, entropy, False, name.split()[0])
     naive = reference.losses(one, entropy, False, False)
     for rows in (values, naive):
         assert_zero(rows[KD])
