@@ -469,6 +469,28 @@ def test_a_packed_document_is_to_the_model_as_it_is_alone():
     assert "position_ids" not in sequences.collate(rows, separate=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "more", "ahead"),
+    [
+        ("GPT2", {}, False), ("Mamba", {}, False), ("Mixtral", {"num_local_experts": 2}, False),
+        ("Bert", {"is_decoder": True}, False), ("Bert", {}, True), ("XLNet", {"d_head": 4}, True),
+    ],
+)  # fmt: skip
+def test_whether_a_model_sees_what_follows_is_found_out(name, more, ahead):
+    from fastkd.distill.models import sees_what_follows
+
+    small = {
+        "vocab_size": 40, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "intermediate_size": 8, "d_inner": 8,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    shape = getattr(transformers, f"{name}Config")(**small, **more)
+    model = transformers.AutoModelForCausalLM.from_config(shape)
+    assert sees_what_follows(model) == ahead
+    assert model.training
+    assert all(weight.grad is None for weight in model.parameters())
+
+
 def test_whether_a_model_keeps_documents_apart_is_found_out():
     from fastkd.distill.models import keeps_documents_apart
 

@@ -84,6 +84,29 @@ def test_a_model_with_missing_or_surplus_weights_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("which", ["teacher", "student", "config.json", "cache"])
+def test_an_encoder_is_refused(home, tmp_path, capsys, which):
+    """Those of BERT's kind load as causal language models, and would copy what they see."""
+    from fastkd.__main__ import main
+
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = transformers.BertConfig(vocab_size=448, max_position_embeddings=64, **shape)
+    folder = tmp_path / "encoder"
+    transformers.BertLMHeadModel(encoder).save_pretrained(folder)
+    if which == "cache":
+        shutil.copy(home / "teacher" / "tokenizer.json", folder)
+        shutil.copy(home / "teacher" / "tokenizer_config.json", folder)
+        chosen = {"teacher": folder, "data": home / "text.txt", "out": tmp_path / "out"}
+        more = ("--sequence-length=16", "--device=cpu")
+        assert main(["cache", *(f"--{name}={value}" for name, value in chosen.items()), *more]) == 1
+    else:
+        changed = {"student": folder / which} if which == "config.json" else {which: folder}
+        assert distil("--out", tmp_path / "out", *options(home, **changed)) == 1
+    assert f"{folder}" in (said := last_line(capsys))
+    assert "looks at the tokens that it is to predict" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_mistyped_path_is_refused_at_once_with_what_may_be_meant(
     home, tmp_path, capsys, monkeypatch
 ):

@@ -255,13 +255,18 @@ TINY = {
     "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
     "vocab_size": 40, "n_embd": 8, "n_layer": 1, "n_head": 2, "d_model": 8, "is_decoder": True,
     "word_embed_proj_dim": 8, "ffn_dim": 8, "num_key_value_heads": 1, "head_dim": 4,
+    "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 8,
     "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "name", ["GPT2", "OpenAIGPT", "Bert", "Llama", "OPT", "Gemma3Text", "Mamba", "GPTNeoX", "Bloom"]
-)
+    "name",
+    [
+        "GPT2", "OpenAIGPT", "Bert", "Llama", "OPT", "Gemma3Text", "Mamba", "GPTNeoX", "Bloom",
+        "XLNet", "Bart",
+    ],
+)  # fmt: skip
 def test_places_predict_what_they_do_in_the_models_own_loss(name):
     """Of every class for causal language models, whatever it is called."""
     torch.manual_seed(0)

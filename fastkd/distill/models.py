@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastkd.dtensors import is_distributed
+from fastkd.integrations.models import evaluating, model_inputs
 
 from . import quantised
 from .devices import out_of_memory, placement
@@ -35,6 +36,7 @@ def load(name: str, dtype: torch.dtype | str, **options: Any) -> Any:
 
     options = {"dtype": dtype, "output_loading_info": True, **options}
     model, found = _load(AutoModelForCausalLM, name, "model", **options)
+    _check_causal(name, model)
     for keys, what in ((found["missing_keys"], "lack"), (found["unexpected_keys"], "hold")):
         if keys:
             some, others = sorted(keys)[:3], len(keys) - 3
@@ -64,7 +66,9 @@ def student(name: str, seed: int) -> tuple[Any, torch.dtype]:
 
     if is_config(name):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(configuration(name)).float(), torch.float32
+        model = AutoModelForCausalLM.from_config(configuration(name)).float()
+        _check_causal(name, model)
+        return model, torch.float32
     model = load(name, "auto")
     came = model.dtype
     return model.float(), came
@@ -152,6 +156,37 @@ def keeps_documents_apart(model: Any) -> bool:
     finally:
         model.train(training)
     return torch.equal(first, second)
+
+
+def _check_causal(name: str, model: Any) -> None:
+    """Refuses an encoder, which would learn, or teach, to copy what it is to predict."""
+    if sees_what_follows(model):
+        raise RunError(
+            f"{name} looks at the tokens that it is to predict, as an encoder does: take a causal "
+            "language model (BERT and its kind are, with is_decoder in their config.json)"
+        )
+
+
+def sees_what_follows(model: Any) -> bool:
+    """Whether the logits at a place depend on later tokens: by a gradient, which is 0 if not."""
+    kept: list[torch.Tensor] = []
+
+    def keep(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        kept.append(output.detach().requires_grad_())
+        return kept[-1]
+
+    hook = model.get_input_embeddings().register_forward_hook(keep)
+    try:
+        ids = torch.arange(4, device=model.device)[None]
+        with evaluating(model), torch.enable_grad():
+            logits = model(**model_inputs({"input_ids": ids}, model)).logits[:, 1].float()
+            (found,) = torch.autograd.grad(logits.square().sum(), kept[:1])
+    except (IndexError, TypeError, ValueError, RuntimeError):  # it has no such gradient
+        return False
+    finally:
+        hook.remove()
+    size = found.flatten(0, 1).float().norm(dim=-1)  # the one sequence comes first or second
+    return bool(size[2:].max() > 1e-6 * size[:2].max())
 
 
 def configuration(name: str) -> Any:

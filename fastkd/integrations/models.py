@@ -51,12 +51,27 @@ def is_causal(model: Any) -> bool:
     """Whether the model's own loss shifts the labels.
 
     The name of that loss says so for some only: GPT2LMHeadModel has none, and models of images and
-    text that of encoders with decoders. What writes text without an encoder is causal.
+    text that of encoders with decoders. What writes text without an encoder is causal, unless its
+    loss counts the first label, as XLNet's and those of decoders without their encoder do.
     """
     plain = base(model)
     decoder_only = not getattr(getattr(plain, "config", None), "is_encoder_decoder", False)
     writes = getattr(plain, "can_generate", lambda: False)()
-    return decoder_only and (writes or getattr(plain, "loss_type", None) == "ForCausalLM")
+    named = writes or getattr(plain, "loss_type", None) == "ForCausalLM"
+    return decoder_only and named and not _counts_the_first(model)
+
+
+@torch.no_grad()
+def _counts_the_first(model: Any) -> bool:
+    """Whether the model's own loss has a term for the first label, which no place is before."""
+    try:
+        ids = torch.arange(4, device=next(model.parameters()).device)[None]
+        labels = ids.masked_fill(ids > 0, -100)
+        with evaluating(model):
+            loss = model(input_ids=ids, labels=labels).loss
+        return bool(loss.isfinite() and loss > 0)
+    except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError):
+        return False  # it takes other inputs, or its weights are not here
 
 
 def freeze(teacher: Any, device: torch.device | None) -> None:

@@ -59,8 +59,9 @@ class DistillationTrainer(ProcessesTrainer):
         on_policy: a share of the steps, in which the student learns from what it writes itself.
         tensor_parallel: so many neighbouring processes see the same batches, and divide the columns
             of both output heads and all that is made of them; the weights stay whole, or FSDP's.
-        shift: whether the logits at a place predict the next token, as those of causal language
-            models do; None finds out. Batches with `shift_labels` are taken as they are.
+        shift: whether the logits at a place predict the label of the next one; None does as the
+            model's own loss, which shifts in causal language models. Batches with `shift_labels`
+            are taken as they are.
         options: those of Trainer. `label_smoothing_factor` smooths the cross-entropy, if any.
 
     Raises:
