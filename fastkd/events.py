@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import chunks, sharding, tracing
-from .divergences import LN2, Divergence, fp32_bits, plogr
+from .divergences import Divergence
+from .divergences.pair import LN2, fp32_bits, plogr
 from .eager.blocks import largest, slices
 from .listing import NOTHING
 from .problem import AGREEMENT, KD, TEACHER_ENTROPY, Coefficients, Problem, shared

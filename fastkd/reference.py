@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .divergences import Divergence, plogr
+from .divergences import Divergence
+from .divergences.pair import plogr
 from .problem import EPS, FLAT, Problem
 
 

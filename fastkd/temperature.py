@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .divergences import plogr
+from .divergences.pair import plogr
 
 # --- schedules -------------------------------------------------------------------------------
 

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastkd.divergences import NONE, REVERSE_KL, SLOPE_SUM, Divergence, exchanged
+from fastkd.divergences import Divergence
+from fastkd.divergences.base import NONE, REVERSE_KL, SLOPE_SUM, exchanged
 from fastkd.kernels.arithmetic import LN2, LOG2E, fast_log2, log1p, log1p_remainder, reciprocal
 from fastkd.kernels.label_aware import (
     cross_entropy,

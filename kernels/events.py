@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.divergences import LOG_MIXTURE, Divergence
+from fastkd.divergences import Divergence
+from fastkd.divergences.base import LOG_MIXTURE
 from fastkd.kernels import phases as P
 from fastkd.kernels.arguments import (
     Factors,

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.divergences import LOG_MIXTURE, REVERSE_KL, SLOPE_SUM, Divergence
+from fastkd.divergences import Divergence
+from fastkd.divergences.base import LOG_MIXTURE, REVERSE_KL, SLOPE_SUM
 from fastkd.kernels import memory as M
 from fastkd.kernels import phases as P
 from fastkd.kernels import records

@@ -19,7 +19,8 @@ pytest.importorskip("triton", reason="the kernels need triton")
 import triton
 
 from benchmarks.configurations import TARGETS, configurations, tasks
-from fastkd.divergences import SLOPE_SUM, Divergence
+from fastkd.divergences import Divergence
+from fastkd.divergences.base import SLOPE_SUM
 
 ROOT = Path(__file__).parents[1]
 OTHER_TARGETS = [target for target in TARGETS if target != "sm_90"]

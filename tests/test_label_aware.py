@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastkd
-from fastkd.divergences import plogr
+from fastkd.divergences.pair import plogr
 from tests.cases import logits
 from tests.closeness import assert_close
 from tests.conftest import DEVICE

@@ -7,27 +7,13 @@ the device.
 
 from .adaptive import AKL, TAID, ToDi
 from .alpha_beta import AlphaBeta
-from .base import LOG_MIXTURE, NONE, REVERSE_KL, SLOPE_SUM, Divergence, exchanged
+from .base import Divergence
 from .bernoulli import Bernoulli
 from .correlation import DIST
 from .kullback_leibler import ForwardKL, Jeffreys, ReverseKL
 from .label_aware import DKD, NKD
 from .mixtures import JSD, TVD, SkewKL, SkewReverseKL
 from .orders import AlphaDivergence, Renyi
-from .pair import (
-    ALIKE,
-    LN2,
-    MASKED,
-    MASKED_BELOW,
-    SEARCHED,
-    Descent,
-    Pair,
-    Softmax,
-    fp32_bits,
-    plogr,
-    top,
-    total,
-)
 
 # Row losses of the literature: tested and budgeted by themselves, not benchmarked.
 ROW_LOSSES = (AKL, DIST, DKD, NKD, TAID, AlphaBeta, ToDi)
@@ -41,40 +27,23 @@ BUILT_IN = {ForwardKL.name: ForwardKL} | {
 
 __all__ = [
     "AKL",
-    "ALIKE",
     "BUILT_IN",
     "DIST",
     "DKD",
     "JSD",
-    "LN2",
-    "LOG_MIXTURE",
-    "MASKED",
-    "MASKED_BELOW",
     "NKD",
-    "NONE",
-    "REVERSE_KL",
     "ROW_LOSSES",
-    "SEARCHED",
-    "SLOPE_SUM",
     "TAID",
     "TVD",
     "AlphaBeta",
     "AlphaDivergence",
     "Bernoulli",
-    "Descent",
     "Divergence",
     "ForwardKL",
     "Jeffreys",
-    "Pair",
     "Renyi",
     "ReverseKL",
     "SkewKL",
     "SkewReverseKL",
-    "Softmax",
     "ToDi",
-    "exchanged",
-    "fp32_bits",
-    "plogr",
-    "top",
-    "total",
 ]

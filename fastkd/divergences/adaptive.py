@@ -92,10 +92,6 @@ class AKL(Divergence):
                 "it is 'forward_kl' or 'reverse_kl'"
             )
 
-    @property
-    def parameters(self):
-        return (self.mu, 0.0)
-
     @classmethod
     def of_rows(cls, lp, lq, a, b, labels=None):
         with torch.no_grad():

@@ -51,10 +51,6 @@ class AlphaBeta(Divergence):
             if not -math.inf < order < math.inf:
                 raise ValueError(f"AlphaBeta: {name} must be finite, got {order!r}")
 
-    @property
-    def parameters(self):
-        return (self.alpha, self.beta)
-
     @staticmethod
     def value(lp, lq, a, b):
         if abs(a) > abs(b):

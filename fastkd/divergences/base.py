@@ -92,8 +92,10 @@ class Divergence:
 
     @property
     def parameters(self) -> tuple[float, float]:
-        """The run-time numbers (a, b) that `value`, `value_and_descent` and the device take."""
-        return (0.0, 0.0)
+        """The run-time numbers (a, b) that `value`, `value_and_descent` and the device take: the
+        fields, and 0 where there are fewer.
+        """
+        return (*vars(self).values(), 0.0, 0.0)[:2]
 
     @staticmethod
     def value(lp: Tensor, lq: Tensor, a: float, b: float) -> Tensor:
@@ -210,3 +212,14 @@ def exchanged(name: str) -> str:
 def _differentiable(rows: Tensor) -> Tensor:
     """The same without a graph; autograd saves no tensor from inference mode."""
     return rows.clone() if rows.is_inference() else rows.detach()
+
+
+def check_weights(divergence: Divergence) -> None:
+    """Refuses fields that are no weights of two terms."""
+    kind, weights = type(divergence).__name__, vars(divergence)
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{kind}: {name} must be a finite weight >= 0, got {weight!r}")
+    if not any(weights.values()):
+        names = " and ".join(weights)
+        raise ValueError(f"{kind}: {names} are both 0; give one a positive weight")

@@ -43,10 +43,6 @@ class DIST(Divergence):
         if not 0 < self.beta < math.inf:
             raise ValueError(f"DIST: beta must be a finite weight > 0, got {self.beta!r}")
 
-    @property
-    def parameters(self):
-        return (self.beta, 0.0)
-
     @classmethod
     def of_rows(cls, lp, lq, a, b, labels=None):
         (p, p_flat), (q, q_flat) = _direction(lp.exp()), _direction(lq.exp())

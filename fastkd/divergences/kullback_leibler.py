@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .base import NONE, REVERSE_KL, Divergence
+from .base import NONE, REVERSE_KL, Divergence, check_weights
 from .pair import LN2, Descent, Pair, plogr
 
 
@@ -118,16 +117,7 @@ class Jeffreys(Divergence):
     constant = REVERSE_KL
 
     def __post_init__(self):
-        kind = type(self).__name__
-        for name, weight in (("forward", self.forward), ("reverse", self.reverse)):
-            if not 0 <= weight < math.inf:
-                raise ValueError(f"{kind}: {name} must be a finite weight >= 0, got {weight!r}")
-        if self.forward == 0 and self.reverse == 0:
-            raise ValueError(f"{kind}: forward and reverse are both 0; give one a positive weight")
-
-    @property
-    def parameters(self):
-        return (self.forward, self.reverse)
+        check_weights(self)
 
     @staticmethod
     def value(lp, lq, a, b):

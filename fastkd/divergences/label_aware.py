@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import NONE, Divergence
+from .base import NONE, Divergence, check_weights
 from .pair import MASKED_BELOW, plogr
 
 
@@ -47,15 +47,7 @@ class DKD(Divergence):
     dual_on_device = True
 
     def __post_init__(self):
-        for name, weight in (("alpha", self.alpha), ("beta", self.beta)):
-            if not 0 <= weight < math.inf:
-                raise ValueError(f"DKD: {name} must be a finite weight >= 0, got {weight!r}")
-        if self.alpha == 0 and self.beta == 0:
-            raise ValueError("DKD: alpha and beta are both 0; give one a positive weight")
-
-    @property
-    def parameters(self):
-        return (self.alpha, self.beta)
+        check_weights(self)
 
     @classmethod
     def of_rows(cls, lp, lq, a, b, labels=None):
@@ -103,10 +95,6 @@ class NKD(Divergence):
     def __post_init__(self):
         if not 0 <= self.gamma < math.inf:
             raise ValueError(f"NKD: gamma must be a finite weight >= 0, got {self.gamma!r}")
-
-    @property
-    def parameters(self):
-        return (self.gamma, 0.0)
 
     @classmethod
     def of_rows(cls, lp, lq, a, b, labels=None):

@@ -43,10 +43,11 @@ class JSD(Divergence):
     least_in_fp32 = 1 / 256  # off by 2e-7 at most
 
     def __post_init__(self):
-        _check_range(
-            "JSD", "beta", self.beta, 0, 1,
-            "generalised JSD tends to 0 at both ends: use 'forward_kl' or 'reverse_kl' there",
-        )  # fmt: skip
+        if not 0 < self.beta < 1:
+            raise ValueError(
+                f"JSD: beta must lie in (0, 1), got {self.beta!r}; generalised JSD tends to 0 at "
+                "both ends: use 'forward_kl' or 'reverse_kl' there"
+            )
 
     @property
     def parameters(self):
@@ -233,13 +234,6 @@ class TVD(Divergence):
 
 # Log-ratios are clamped to it, which changes nothing beyond rounding, but keeps infinities out.
 MOST = 80
-
-# --- helpers ---------------------------------------------------------------------------------
-
-
-def _check_range(owner: str, name: str, value: float, low: float, high: float, hint: str) -> None:
-    if not low < value < high:
-        raise ValueError(f"{owner}: {name} must lie in ({low:g}, {high:g}), got {value!r}; {hint}")
 
 
 def _check_skew(owner: str, alpha: float) -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fastkd import sharding
-from fastkd.divergences import LN2, MASKED, Divergence, Softmax, fp32_bits, top, total
+from fastkd.divergences import Divergence
+from fastkd.divergences.pair import LN2, MASKED, Softmax, fp32_bits, top, total
 from fastkd.problem import Problem
 
 from .blocks import Rows, Store, blocks, largest

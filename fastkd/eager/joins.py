@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.divergences import ALIKE, LN2, MASKED, Divergence, Pair, Softmax, total
+from fastkd.divergences import Divergence
+from fastkd.divergences.pair import ALIKE, LN2, MASKED, Pair, Softmax, total
 
 if TYPE_CHECKING:
     from .columns import Columns

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.divergences import LN2, MASKED_BELOW
+from fastkd.divergences.pair import LN2, MASKED_BELOW
 from fastkd.problem import WIDTH, Coefficients, Problem, held_by
 from fastkd.sharding import Phases
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastkd import sharding
-from fastkd.divergences import LN2, MASKED, MASKED_BELOW, Descent, Divergence, Softmax, total
+from fastkd.divergences import Divergence
+from fastkd.divergences.pair import LN2, MASKED, MASKED_BELOW, Descent, Softmax, total
 from fastkd.problem import (
     AGREEMENT,
     CE,

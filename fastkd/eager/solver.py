@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.divergences import LN2, MASKED, SEARCHED, Descent, Divergence, Pair, Softmax, total
+from fastkd.divergences import Divergence
+from fastkd.divergences.pair import LN2, MASKED, SEARCHED, Descent, Pair, Softmax, total
 from fastkd.problem import AGREEMENT, CE, ENTROPY, KD, TEACHER_ENTROPY, WIDTH, Problem, shared
 
 from .blocks import Rows, Store, blocks, largest, marked, place_of, vocabulary
