@@ -18,18 +18,8 @@ from fastkd.kernels import memory as M
 from fastkd.kernels import phases as P
 from fastkd.kernels import records
 from fastkd.kernels import walk as W
-from fastkd.kernels.arguments import (
-    Extent,
-    Factors,
-    Outputs,
-    Owner,
-    Targets,
-    Temperatures,
-    Tile,
-    number,
-    varying,
-)
-from fastkd.kernels.launch import new_gradient, per_row, rows_in_memory
+from fastkd.kernels.arguments import Extent, Outputs, Owner, Tile, number, varying
+from fastkd.kernels.launch import new_gradient, of_rows, rows_in_memory
 from fastkd.kernels.terms import EXPM1_RADIUS, LOG1P_RADIUS, expm1_remainder
 from fastkd.kernels.tuning import schedule
 from fastkd.problem import Coefficients, Problem
@@ -54,17 +44,6 @@ class Sums(NamedTuple):
     teacher_entropy: Any
     agreement: Any
     scale_grad: Any  # minus T times the gradient of T
-
-
-class Sides(NamedTuple):
-    """Pointers to a row, and the weights of forward and reverse divergence."""
-
-    student: Any
-    teacher: Any
-    gradient: Any
-    labels: Any
-    a: Any
-    b: Any
 
 
 class Row(NamedTuple):
@@ -231,7 +210,7 @@ def _bernoulli(
         gradient += gradient_at
     if labels is not None:
         labels += index * columns
-    sides = Sides(student, teacher, gradient, labels, a, b)
+    sides = records.Sides(student, teacher, gradient, a=a, b=b, labels=labels)
 
     zero = tl.zeros([LANES, 1], tl.float32)
     sums = Sums(zero, zero, zero, zero, zero, zero)
@@ -330,10 +309,6 @@ def _run(
     counts = (width, columns) if resident else ()
     operands = rows_in_memory(student, teacher, gradient, counts)
     block = plan.lanes * plan.vector
-    kd, ce, entropy = factors or (None, None, None)
-    t_temperature = problem.teacher_temperature
-    if teacher is None:
-        kd = t_temperature = None
     all_columns = of(problem.merge).columns
     owner = None if all_columns is None else Owner(varying(0), varying(all_columns))
     span = triton.cdiv(triton.cdiv(columns, plan.splits), block) * block
@@ -342,11 +317,8 @@ def _run(
             _bernoulli[(triton.cdiv(rows, plan.lanes) if resident else rows, plan.splits)](
                 operands.student, operands.teacher, operands.gradient,
                 Extent(varying(rows), columns, width, operands.inner, span, owner),
-                Temperatures(per_row(problem.student_temperature), per_row(t_temperature), None),
-                Targets(problem.labels, problem.counted, 0.0),
-                Factors(per_row(kd), per_row(ce), per_row(entropy)),
-                Outputs(values, temperature=temperature if temperature_grad else None),
-                float(problem.a), float(problem.b),
+                outputs=Outputs(values, temperature=temperature if temperature_grad else None),
+                a=float(problem.a), b=float(problem.b), **of_rows(problem, factors),
                 VALUES=kinds, REVERSE=problem.b != 0, RESIDENT=resident,
                 TILE=Tile(operands.align, plan.lanes, plan.vector, plan.splits, 1, 1, 0),
                 num_warps=plan.warps, enable_fp_fusion=True,

@@ -13,22 +13,14 @@ from torch import Tensor
 from fastkd.divergences import Divergence
 from fastkd.divergences.base import LOG_MIXTURE
 from fastkd.kernels import phases as P
-from fastkd.kernels.arguments import (
-    Factors,
-    Formula,
-    Outputs,
-    Pieces,
-    Targets,
-    Temperatures,
-    varying,
-)
-from fastkd.kernels.divergences import device_of
+from fastkd.kernels.arguments import Outputs, Pieces, varying
 from fastkd.kernels.launch import (
     extent_of,
+    formula_of,
     laid_out,
     new_gradient,
     new_rows,
-    per_row,
+    of_rows,
     rows_in_memory,
     wanted,
 )
@@ -109,21 +101,12 @@ def _launch(
     operands = rows_in_memory(student, None, gradient, vector=plan.vector)
     extent, tile = laid_out(extent_of(problem, operands), operands, plan, plan.splits)
     count = problem.teacher.indices.size(1)
-    device_function = device_of(problem.divergence, problem.a, problem.b)
-    constant = device_function.constant or Divergence.of_name(problem.divergence).constant
-    kd, ce, h = factors or (None, None, None)
     assert outputs is not None
-    arguments: dict[str, Any] = dict(  # noqa: C408
+    arguments: dict[str, Any] = dict(
         student=operands.student, gradient=operands.gradient,
         teacher=_list(problem, extent.span * plan.splits, plan.splits > 1 and not once),
-        extent=extent,
-        temperatures=Temperatures(per_row(problem.student_temperature), None, None),
-        targets=Targets(problem.labels, problem.counted, float(problem.label_smoothing)),
-        factors=Factors(per_row(kd), per_row(ce), per_row(h)),
-        divergence=Formula(
-            device_function.evaluate, device_function.outer, None, None, tl.constexpr(constant),
-            float(problem.a), float(problem.b),
-        ),
+        extent=extent, divergence=formula_of(problem),
+        **of_rows(problem._replace(teacher_temperature=None), factors),
         outputs=outputs._replace(temperature=temperature), WANT=wanted(problem, entropy, metrics),
         EVENTS=power_of_two(count + 1),
         TILE=tile,

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
+from fastkd.divergences import Divergence
 from fastkd.kernels import records
-from fastkd.kernels.arguments import Extent, Operand, PerRow, Tile, varying
+from fastkd.kernels.arguments import (
+    Extent,
+    Factors,
+    Formula,
+    Operand,
+    PerRow,
+    Targets,
+    Temperatures,
+    Tile,
+    varying,
+)
+from fastkd.kernels.divergences import Device, device_of
+from fastkd.kernels.phases import nothing
 from fastkd.kernels.tuning import Schedule, power_of_two
-from fastkd.problem import Problem
+from fastkd.problem import Coefficients, Problem
 
 
 class Rows(NamedTuple):
@@ -110,6 +124,35 @@ def wanted(problem: Problem, entropy: bool, metrics: bool) -> int:
 def per_row(x: Tensor | None) -> PerRow | None:
     """A tensor [N], of any stride."""
     return None if x is None else PerRow(x, varying(x.stride(0)))
+
+
+def of_rows(problem: Problem, coefficients: Coefficients | None) -> dict[str, Any]:
+    """The arguments that are numbers of rows, by their names; coefficients [N], of any stride."""
+    kd, ce, entropy = coefficients or (None, None, None)
+    t_temperature = problem.teacher_temperature
+    if problem.teacher is None:
+        kd = t_temperature = None
+    elif t_temperature is None and problem.moments is not None:  # the widths make two of one
+        t_temperature = problem.student_temperature
+    return {
+        "temperatures": Temperatures(
+            per_row(problem.student_temperature), per_row(t_temperature), problem.moments
+        ),
+        "targets": Targets(problem.labels, problem.counted, float(problem.label_smoothing)),
+        "factors": Factors(per_row(kd), per_row(ce), per_row(entropy)),
+    }
+
+
+def formula_of(problem: Problem) -> Formula:
+    """Of its divergence; `slope` is left to who has use for it."""
+    device, constant = Device(nothing), None
+    if problem.teacher is not None:
+        device = device_of(problem.divergence, problem.a, problem.b)
+        constant = device.constant or Divergence.of_name(problem.divergence).constant
+    return Formula(
+        device.evaluate, device.outer, device.at_label, None, tl.constexpr(constant),
+        float(problem.a), float(problem.b),
+    )  # fmt: skip
 
 
 def new_rows(problem: Problem, count: int) -> Tensor:

@@ -14,32 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.divergences import Divergence
 from fastkd.divergences.base import LOG_MIXTURE, REVERSE_KL, SLOPE_SUM
 from fastkd.kernels import memory as M
 from fastkd.kernels import phases as P
 from fastkd.kernels import records
-from fastkd.kernels.arguments import (
-    Extent,
-    Factors,
-    Formula,
-    Held,
-    Outputs,
-    Owner,
-    Pieces,
-    Targets,
-    Temperatures,
-    number,
-    varying,
-)
-from fastkd.kernels.divergences import SLOPES, Device, device_of
+from fastkd.kernels.arguments import Extent, Held, Outputs, Owner, Pieces, number, varying
+from fastkd.kernels.divergences import SLOPES
 from fastkd.kernels.launch import (
     Rows,
     extent_of,
+    formula_of,
     laid_out,
     new_gradient,
     new_rows,
-    per_row,
+    of_rows,
     rows_in_memory,
     wanted,
 )
@@ -47,14 +35,7 @@ from fastkd.kernels.pieces import STATISTICS_FIELDS, SUMS_FIELDS
 from fastkd.kernels.resident import resident
 from fastkd.kernels.shared import shared
 from fastkd.kernels.sweep import sweep
-from fastkd.kernels.tuning import (
-    Schedule,
-    at_once,
-    layout,
-    multiprocessors,
-    registers,
-    schedule,
-)
+from fastkd.kernels.tuning import Schedule, at_once, layout, multiprocessors, registers, schedule
 from fastkd.kernels.words import RING
 from fastkd.problem import (
     CONSTANT,
@@ -153,25 +134,18 @@ def _launches(
     student, teacher, rows = problem.student, problem.teacher, problem.rows
     width, device = student.size(-1), student.device
     sides = [x for x in (student, teacher) if x is not None]
-    kd, ce, h = factors or (None, None, None)
-    device_function, constant = Device(P.nothing), None
-    t_temperature = problem.teacher_temperature
-    if teacher is None:
-        kd = t_temperature = None
-    else:
-        device_function = device_of(problem.divergence, problem.a, problem.b)
-        constant = device_function.constant or Divergence.of_name(problem.divergence).constant
-        if t_temperature is None and problem.moments is not None:  # the widths make two of one
-            t_temperature = problem.student_temperature
+    formula = formula_of(problem)
+    constant = formula.constant.value
     itemsize = min(x.element_size() for x in sides)
     once = first.value == P.GRADIENT.value
     more = problem.moments is not None or entropy or metrics
     lean = problem.labels is None and not more
-    beside = device_function.at_label is not None and ce is None  # only it has use for labels
+    # Only the divergence has use for labels.
+    beside = formula.at_label is not None and (factors is None or factors.ce is None)
     handed_on = {} if merge is LOCAL else {"swept": True}
     columns = width if merge.columns is None else triton.cdiv(merge.columns, merge.size)
     plan = schedule(rows, columns, itemsize, device, once=once, lean=lean, **handed_on)
-    if plan.kind == "shared" and device_function.at_label is not None:
+    if plan.kind == "shared" and formula.at_label is not None:
         plan = plan._replace(kind="sweep")
     # Zero for the rows that the kernel skips.
     temperature = (
@@ -199,19 +173,10 @@ def _launches(
         # Rows in registers have too few of them where more lives as long as all parts do.
         late = lean and not want & records.REST.value if resident_ else constant != SLOPE_SUM
         want |= records.LATE.value * (late and not want & records.SCALE_SLOPE.value)
-    arguments: dict[str, Any] = dict(  # noqa: C408
+    arguments: dict[str, Any] = dict(
         student=operands.student, teacher=operands.teacher, gradient=operands.gradient,
-        extent=extent_of(problem, operands),
-        temperatures=Temperatures(
-            per_row(problem.student_temperature), per_row(t_temperature), problem.moments
-        ),
-        targets=Targets(problem.labels, problem.counted, float(problem.label_smoothing)),
-        factors=Factors(per_row(kd), per_row(ce), per_row(h)),
-        divergence=Formula(
-            device_function.evaluate, device_function.outer, device_function.at_label, slope,
-            tl.constexpr(constant), float(problem.a), float(problem.b),
-        ),
-        outputs=Outputs(values, state, loss, temperature),
+        extent=extent_of(problem, operands), divergence=formula._replace(slope=slope),
+        outputs=Outputs(values, state, loss, temperature), **of_rows(problem, factors),
         WANT=want, num_warps=plan.warps, enable_fp_fusion=True,
     )  # fmt: skip
     if resident_:

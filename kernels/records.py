@@ -142,6 +142,7 @@ class Sides(NamedTuple):
     temper: Any = None
     a: Any = None
     b: Any = None
+    labels: Any = None  # to them, where every entry has its own
 
 
 class Asked(NamedTuple):
