@@ -212,6 +212,7 @@ def assert_right(steps, student, teacher, sharing):
         (["--fsdp"], "fsdp: there is one process: start several by torchrun"),
         (["--tensor-parallel=2"], "tensor_parallel=2 must divide the number of processes, which"),
         (["--tensor-parallel=2", "--cross-tokenizer=gold"], "uld sorts all probabilities"),
+        (["--tensor-parallel=2", "--no-chunked-logits"], "without chunked_logits they are whole"),
     ],
 )
 def test_what_needs_other_processes_is_refused(more, message, home, tmp_path, capsys):
@@ -223,11 +224,15 @@ def test_what_needs_other_processes_is_refused(more, message, home, tmp_path, ca
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--tensor-parallel=2", "--no-chunked-logits"], "makes them whole"),
+        (["--tensor-parallel=2", "--student=STUDENT"], "are not those of a linear head"),
         (["--fsdp", "--optimizer=sgd"], "PyTorch cannot load what is empty"),
     ],
 )
 def test_what_several_processes_cannot_is_refused(more, message, home, tmp_path, nursery):
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    own_scale = transformers.LlamaConfig(vocab_size=416, logit_scale=2.0, **shape)
+    transformers.LlamaForCausalLM(own_scale).save_pretrained(tmp_path / "STUDENT")  # not its head's
+    more = [each.replace("STUDENT", str(tmp_path / "STUDENT")) for each in more]
     command = ["distill", "--out", tmp_path / "out", *options(home), *more]
     codes = nursery.run(command, tmp_path / "said", world=2)
     assert 2 in codes

@@ -39,6 +39,9 @@ def llama(seed, width=16):
     return transformers.LlamaForCausalLM(shape)
 
 
+STUDENT = llama(0)
+
+
 def sequences():
     """Eight, of which 9, 8, 7, ... places count."""
     ids = torch.randint(VOCABULARY, (8, LENGTH), generator=torch.Generator().manual_seed(5))
@@ -333,12 +336,51 @@ def test_a_student_of_peft_learns_from_itself_with_the_adapters_off(tmp_path):
         ({"compute_loss_func": len}, "drop compute_loss_func"),
         ({"compute_metrics": len}, "calls no compute_metrics"),
         ({"teacher": None}, "this student has none"),
+        ({"teacher": "owner/name"}, "teacher must be a model or a TeacherCache, got str: load it"),
+        ({"teacher": STUDENT}, "teacher and student are one model"),
+        ({"loss": {"temprature": 2.0}}, "distillation_loss takes no 'temprature'"),
+        ({"loss": {"num_items": 7}}, "num_items is the Trainer's to give: leave it out"),
+        ({"loss": {"reduction": "sum"}}, "reduction is the Trainer's to give"),
+        ({"loss": {"return_metrics": False}}, "return_metrics is the Trainer's to give"),
     ],
 )
 def test_what_has_no_meaning_is_refused(change, message, tmp_path):
-    options = {"model": llama(0), "teacher": llama(1), "args": arguments(tmp_path)} | change
-    with pytest.raises(ValueError, match=message):
+    options = {"model": STUDENT, "teacher": llama(1), "args": arguments(tmp_path)} | change
+    with pytest.raises((TypeError, ValueError), match=message):
         DistillationTrainer(**options)
+
+
+@pytest.mark.skipif("function" not in VARIANTS, reason="before transformers 5.6")
+def test_a_function_of_a_model_that_teaches_itself_is_refused():
+    with pytest.raises(ValueError, match="teacher and student are one model"):
+        distillation_loss_func(STUDENT, STUDENT)
+
+
+def test_the_trainers_own_name_finds_the_best_model(tmp_path):
+    """By load_best_model_at_end alone, which looks for `eval_loss`; and with an early end."""
+    chosen = arguments(
+        tmp_path, max_steps=9, learning_rate=3.0, eval_strategy="steps", eval_steps=1,
+        save_strategy="steps", save_steps=1, load_best_model_at_end=True, save_total_limit=1,
+    )  # fmt: skip
+    trainer = DistillationTrainer(
+        model=llama(0), teacher=llama(1), args=chosen, train_dataset=sequences(),
+        eval_dataset=sequences(), callbacks=[transformers.EarlyStoppingCallback(2)],
+    )  # fmt: skip
+    trainer.train()
+    losses = [
+        row["eval_validation_loss"] for row in trainer.state.log_history if "eval_agreement" in row
+    ]
+    best = losses.index(min(losses))
+    assert len(losses) == best + 3 < 9
+    assert trainer.state.best_global_step == best + 1
+    found = trainer.evaluate()
+    assert found["eval_loss"] == found["eval_validation_loss"] == pytest.approx(losses[best])
+
+
+@pytest.mark.parametrize("rows", [[], [{**sequences()[0], "labels": torch.full((10,), -100)}]])
+def test_nothing_to_evaluate_on_is_refused(rows, tmp_path):
+    with pytest.raises(ValueError, match="there is nothing to evaluate on"):
+        trainer_of("trainer", tmp_path).evaluate(rows)
 
 
 def test_a_batch_without_labels_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """What a server writes in the student's place: a stub, and vLLM where it is installed."""
 
+import copy
 import importlib.util
 import json
 import os
@@ -17,6 +18,7 @@ import torch
 from fastkd import TopK
 from fastkd.integrations.on_policy import OnPolicy
 from fastkd.integrations.served import Server, ServerError
+from fastkd.integrations.transformers import DistillationTrainer
 from tests.test_distill_user_models import (
     TEXT,
     distil,
@@ -129,6 +131,26 @@ def test_a_completion_ends_before_a_column_that_is_padding(stub, student):
     policy = OnPolicy(1.0, new_tokens=3, prompt_tokens=2, end=(END,), server=stub.url)
     found = policy.written(student, batch([5] * 8, [6] * 8), vocab_size=30)
     assert found["labels"][:, 2:].tolist() == [[1, -100, -100], [3, 4, 29]]
+
+
+def test_a_step_in_which_nothing_is_written_changes_nothing(stub, student, tmp_path):
+    stub.write = lambda request: [choice([], "length")] * len(request["prompt"])
+    before = {name: weight.clone() for name, weight in student.state_dict().items()}
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=2, logging_steps=1, use_cpu=True, report_to="none",
+        save_strategy="no", disable_tqdm=True, weight_decay=0.0,
+    )  # fmt: skip
+    trainer = DistillationTrainer(
+        model=student, teacher=copy.deepcopy(student), args=arguments,
+        on_policy=OnPolicy(1.0, new_tokens=2, prompt_tokens=2, server=stub.url),
+        train_dataset=[{name: row[0] for name, row in batch([5] * 8).items()}] * 4,
+    )  # fmt: skip
+    trainer.train()
+    first, second, _ = trainer.state.log_history
+    for row in (first, second):
+        assert [row[name] for name in ("loss", "kd", "ce", "agreement", "grad_norm")] == [0.0] * 5
+    for name, weight in student.state_dict().items():
+        assert torch.equal(weight, before[name])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastkd.cross_tokenizer import shared_tokens
-from fastkd.integrations.models import head_of
+from fastkd.integrations.columns import Indivisible, check_processes
 
 from . import aligned, cached, models, parsing, quantised, sequences, settings
 from .devices import pick, placement
@@ -99,11 +99,6 @@ class Job:
         model, self.came_in = self.student(chosen)
         if checkpoint is not None:
             model, _ = self.student(chosen, checkpoint)
-        if chosen.tensor_parallel > 1 and not (chosen.chunked_logits and head_of(model)):
-            raise Usage(
-                "tensor_parallel divides an output head, and the student's logits are not those of "
-                "a linear head, or --no-chunked-logits makes them whole: leave one of them out"
-            )
         apart = self.cache is None or bool(self.cache.manifest.about.get(cached.APART))
         self.separate = apart and all(map(models.keeps_documents_apart, (*self.teachers, model)))
         common = {
@@ -128,15 +123,18 @@ class Job:
                 **common,
             )
         else:
-            trainer = DistillationTrainer(
-                teacher=self.cache if self.cache is not None else self.teachers or None,
-                teacher_weights=parsing.weights(chosen.teacher_weights),
-                heads=chosen.chunked_logits,
-                on_policy=_on_policy(chosen, self.tokens.eos_token_id),
-                tensor_parallel=chosen.tensor_parallel,
-                data_collator=partial(sequences.collate, separate=self.separate),
-                **common,
-            )
+            try:
+                trainer = DistillationTrainer(
+                    teacher=self.cache if self.cache is not None else self.teachers or None,
+                    teacher_weights=parsing.weights(chosen.teacher_weights),
+                    heads=chosen.chunked_logits,
+                    on_policy=_on_policy(chosen, self.tokens.eos_token_id),
+                    tensor_parallel=chosen.tensor_parallel,
+                    data_collator=partial(sequences.collate, separate=self.separate),
+                    **common,
+                )
+            except Indivisible as error:
+                raise Usage(str(error)) from None
         trainer.remove_callback(PrinterCallback)
         return trainer
 
@@ -172,11 +170,10 @@ def _check_processes(chosen: settings.UserModels) -> None:
     processes, share = int(os.environ.get("WORLD_SIZE", 1)), chosen.tensor_parallel
     if chosen.fsdp and processes == 1:
         raise Usage("fsdp: there is one process: start several by torchrun, or leave it out")
-    if processes % share:
-        raise Usage(
-            f"tensor_parallel={share} must divide the number of processes, which is {processes}: "
-            "start as many by torchrun"
-        )
+    try:
+        check_processes(share, processes)
+    except Indivisible as error:
+        raise Usage(str(error)) from None
 
 
 def precision(wanted: str, device: torch.device) -> torch.dtype:

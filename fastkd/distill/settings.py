@@ -257,6 +257,7 @@ class UserModels(Common):
             (not self.teacher_cache, "teacher_tail", "it is of a teacher_cache"),
             (self.teacher_cache, "teacher_precision teacher_device", "no teacher is loaded"),
             (not self.chunked_logits, "chunk_mib", "without chunked_logits they are whole"),
+            (not self.chunked_logits, "tensor_parallel", "without chunked_logits they are whole"),
             (self.eval_data, "held_out", "with eval_data nothing is held out"),
             (self.lr_schedule == "constant", "warmup", "lr_schedule constant has none"),
         )

@@ -12,6 +12,19 @@ from fastkd.operands import LinearHead
 from fastkd.sharding import Group, copied
 
 
+class Indivisible(ValueError):
+    """A vocabulary that these processes, or this student, cannot divide."""
+
+
+def check_processes(size: int, processes: int) -> None:
+    """Raises Indivisible where processes would be left over."""
+    if processes % size:
+        raise Indivisible(
+            f"tensor_parallel={size} must divide the number of processes, which is {processes}: "
+            "start as many by torchrun"
+        )
+
+
 class Columns:
     """Those of this process among `total`, as torch.chunk splits them over `size` neighbours.
 
@@ -22,10 +35,7 @@ class Columns:
 
     def __init__(self, size: int, total: int) -> None:
         processes = dist.get_world_size() if dist.is_initialized() else 1
-        if processes % size:
-            raise ValueError(
-                f"tensor_parallel={size} must divide the number of processes, which is {processes}"
-            )
+        check_processes(size, processes)
         self.size = size
         self.process_group, _ = dist.new_subgroups(size)
         each = -(-total // size)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from .columns import Columns
+from .columns import Columns, Indivisible
 from .models import Head
 
 
@@ -34,9 +34,9 @@ class ProcessesTrainer(Trainer):
         if processes == 1:
             return
         if self.student_head is None:
-            raise ValueError(
-                "tensor_parallel divides an output head, and this student's logits are not those "
-                "of a linear head, or heads=False makes them whole: leave it out"
+            raise Indivisible(
+                "tensor_parallel divides an output head, and the student's logits are not those of "
+                "a linear head, or heads=False makes them whole: leave it out"
             )
         self.columns = Columns(processes, self.vocab_size or self.student_head.layer.out_features)
 

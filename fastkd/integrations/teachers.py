@@ -39,6 +39,20 @@ def asked(teacher: Any, device: torch.device, heads: bool, sharded: bool) -> Ask
     return ask
 
 
+def check(teacher: Any, student: Any) -> None:
+    """Refuses what is no teacher, or this student's own self."""
+    if teacher is student:
+        raise ValueError(
+            "teacher and student are one model, whose weights would be frozen: pass a copy, or "
+            "teacher=None for a student of peft, which teaches with its adapters off"
+        )
+    if not isinstance(teacher, nn.Module | TeacherCache | None):
+        raise TypeError(
+            f"teacher must be a model or a TeacherCache, got {type(teacher).__name__}: load it "
+            "first, as by AutoModelForCausalLM.from_pretrained"
+        )
+
+
 def stays_whole(model: Any) -> bool:
     """Whether a model has its place already, or weights that FSDP cannot divide."""
     placed = getattr(model, "hf_device_map", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,11 @@ from .models import (  # noqa: E402
 )
 from .on_policy import OnPolicy  # noqa: E402
 from .processes import ProcessesTrainer  # noqa: E402
-from .teachers import asked  # noqa: E402
+from .teachers import asked, check  # noqa: E402
+
+# Keywords of distillation_loss, and which of them a Trainer gives itself.
+SETTINGS = set(inspect.signature(distillation_loss).parameters)
+OF_THE_TRAINER = {"student", "teacher", "labels", "num_items", "reduction", "return_metrics"}
 
 Settings = Callable[[int, int], Mapping[str, Any]]
 Operand = Tensor | LinearHead | TopK | Sampled | Ensemble
@@ -102,7 +107,7 @@ class DistillationTrainer(ProcessesTrainer):
         **options: Any,
     ) -> None:
         super().__init__(*arguments, **options)
-        _refuse_what_has_no_meaning(self)
+        _refuse_what_has_no_meaning(self, loss)
         self.model_accepts_loss_kwargs = True  # so that the tokens are counted
         if self.accelerator.mixed_precision == "bf16":
             # accelerate's own autocast would copy the student's logits to fp32.
@@ -117,6 +122,8 @@ class DistillationTrainer(ProcessesTrainer):
         if teacher is None:
             _check_adapters(self.model)
         teachers = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
+        for each in teachers:
+            check(each, self.model)
         if teacher_weights is not None and len(teacher_weights) != len(teachers):
             raise ValueError(
                 f"teacher_weights must be one for each of {len(teachers)} teachers, got "
@@ -221,7 +228,8 @@ class DistillationTrainer(ProcessesTrainer):
 
     def _keep(self, loss: Tensor, metrics: Metrics, labels: Tensor, items: Any, scale: int) -> None:
         if items is None:
-            items = (labels != -100).sum().clamp_min(1)
+            items = (labels != -100).sum()
+        items = torch.as_tensor(items).clamp_min(1)  # a student may write nothing at all
         parts = torch.stack([rows.sum() for rows in metrics if rows is not None]) / items
         figures = torch.cat([loss.detach()[None], parts]) * scale
         step = self.state.global_step
@@ -240,7 +248,10 @@ class DistillationTrainer(ProcessesTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Per token of held-out text: loss in nats, KL to the teacher in nats, top-1 agreement."""
+        """Per token of held-out text: loss in nats, KL to the teacher in nats, top-1 agreement.
+
+        The first is there as `eval_loss` too, by which the Trainer finds its best model.
+        """
         datasets = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(datasets, dict):
             several: dict[str, float] = {}
@@ -253,11 +264,16 @@ class DistillationTrainer(ProcessesTrainer):
             for batch in self.get_eval_dataloader(eval_dataset):
                 sums = self._sums(model, self._prepare_inputs(batch))
                 rows.append(self._gathered(sums))
-        total = torch.cat(rows).double().sum(0)
+        total = torch.cat(rows).double().sum(0) if rows else torch.zeros(4)
+        if not total[3]:
+            raise ValueError(
+                "there is nothing to evaluate on: the dataset is empty, or all its labels are -100"
+            )
         names = ("validation_loss", "kl_to_teacher", "agreement")
         means = (total[:3] / total[3]).tolist()
         values = {f"{metric_key_prefix}_{n}": mean for n, mean in zip(names, means, strict=True)}
         self.log(values)
+        values[f"{metric_key_prefix}_loss"] = values[f"{metric_key_prefix}_validation_loss"]
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, values
         )
@@ -317,6 +333,7 @@ def distillation_loss_func(
         torch.Size([])
     """
     require("transformers", "5.6", "6", extra="distill")
+    check(teacher, student)
     shifts = is_causal(student) if shift is None else shift
     freeze(teacher, None)
     kept: dict[str, Any] = {}
@@ -359,7 +376,11 @@ def _check_adapters(student: Any) -> None:
         )
 
 
-def _refuse_what_has_no_meaning(trainer: Trainer) -> None:
+def _refuse_what_has_no_meaning(trainer: Trainer, loss: Any) -> None:
+    for name in OF_THE_TRAINER & set(loss if isinstance(loss, Mapping) else ()):
+        raise ValueError(f"{name} is the Trainer's to give: leave it out of loss")
+    for name in set(loss if isinstance(loss, Mapping) else ()) - SETTINGS:
+        raise ValueError(f"loss: distillation_loss takes no {name!r}")
     if trainer.compute_loss_func is not None:
         raise ValueError("DistillationTrainer computes its own loss: drop compute_loss_func")
     if trainer.compute_metrics is not None:
