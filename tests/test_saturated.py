@@ -88,6 +88,25 @@ def test_a_teacher_that_masks_by_a_number(depth, backend):
     check_rows(student, teacher, backend, divergence="reverse_kl", temperature=0.5, reduction="sum")
 
 
+def test_a_certain_student_far_from_the_teacher():
+    """The larger the divergence, the more of the gradient's digits are lost: in fp32 1e-3 of it."""
+    student, teacher = torch.randn(64, 1000), 30 * torch.randn(64, 1000)
+    student[:, 500] += torch.linspace(8, 14, 64)
+    check_rows(student, teacher, "torch", divergence="reverse_kl", reduction="none")
+    teacher = torch.randn(64, 1000) * torch.linspace(1, 3, 64)[:, None]
+    check_rows(3 * teacher, teacher, "torch", divergence="reverse_kl", reduction="none")
+
+
+@pytest.mark.parametrize("alpha", [1e-3, 0.1, 0.9])
+@pytest.mark.parametrize("size", [4.0, 6.0])
+def test_a_student_where_the_teacher_is_not(alpha, size):
+    """Skewed KL is at its bound, and what is left of the gradient is tiny."""
+    teacher = size * torch.randn(16, 40)
+    settings = {"divergence": fastkd.SkewKL(alpha), "reduction": "none"}
+    check_rows(-teacher, teacher, "torch", **settings)
+    check_rows(-teacher.double(), teacher.double(), "torch", **settings)
+
+
 @pytest.mark.parametrize("backend", TRITON)
 @pytest.mark.parametrize("rest", [1e-2, 1e-6])
 @pytest.mark.parametrize("divergence", CANCELLING, ids=str)

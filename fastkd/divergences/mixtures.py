@@ -124,11 +124,11 @@ class SkewKL(Divergence):
     def value_and_descent(cls, pair, a, b):
         if a == 0:
             return ForwardKL.value_and_descent(pair, a, b)
-        p = pair.teacher
-        share, log_share = _shares(pair, p, pair.student, a)
+        p, q = pair.teacher, pair.student
+        share, log_share = _shares(pair, p, q, a)
         value = pair.total_product(log_share, p.exp) / p.sum_exp
-        terms = torch.addcmul(p.exp, share, p.exp, value=-a, out=share)
-        return value, _descent(pair, terms, 1 / p.sum_exp)
+        # p - a p p / m, without the difference: next to nothing is left where p lacks all of q.
+        return value, _descent(pair, share.mul_(q.exp), (1 - a) / q.sum_exp)
 
     def dual(self):
         return SkewReverseKL.name, self.parameters, 1.0

@@ -24,12 +24,12 @@ FAR = torch.finfo(torch.float32).max
 # A `sum_exp` from here on, of a row far above its `shift`, is divided by in fp64: in fp32 a weight
 # over it is no normal number.
 MOST_SUM_EXP = 2.0**64
-# A student whose `sum_exp` is below CERTAIN, over its largest term, is nearly certain: its
-# gradient may be a difference of numbers that are larger by the inverse of what is missing to
-# certainty. So it may be where the divergence is above LARGE, or its slope this near to its bound.
+# A student whose other terms are less than UNCERTAIN of its largest is nearly certain: its gradient
+# may be a difference of numbers that are larger by the inverse of what is missing to certainty, and
+# by the divergence, above 1. So it may be where the divergence is above LARGE, or its slope this
+# near to its bound.
 UNCERTAIN, LARGE, NEARLY = 2.0**-9, 256.0, 1 - 2.0**-6
 CERTAIN = 1 + UNCERTAIN
-FINITE = -torch.inf, torch.inf
 # Logits of a problem that are few.
 FEW = 1 << 14
 # The least scale, 1 / T over the width of a row, at which fp32 has room for logits over it.
@@ -141,11 +141,11 @@ class Solver:
         pair = terms.pair
         sides = [pair.student] if pair.teacher is pair.student else [pair.student, pair.teacher]
         units = [] if terms.unit is None or terms.unit is pair.student else [terms.unit]
-        figures = [side.sum_exp[:, 0] for side in (*sides, *units)]
-        limits = [(-torch.inf, MOST_SUM_EXP)] * len(figures)
-        for kind, value in terms.values.items():
-            figures.append(value)
-            limits.append((self.near, self.far) if kind == KD else FINITE)
+        value, others = terms.values[KD], terms.values.keys() - {KD}
+        figures = [value, *(side.sum_exp[:, 0] for side in (*sides, *units))]
+        limits = [(self.near, self.far)] + [(-torch.inf, MOST_SUM_EXP)] * (len(figures) - 1)
+        figures += [terms.values[kind] for kind in others]
+        limits += [(-torch.inf, torch.inf)] * len(others)
         if terms.descent is not None and isinstance(terms.descent.total, Tensor):
             figures.append(terms.descent.total[:, 0])
             limits.append((-self.most, self.most))
@@ -155,7 +155,10 @@ class Solver:
         rows = torch.stack(figures)  # so that one search finds the bounds of all
         least, most = (bound.tolist() for bound in rows.aminmax(dim=1))
         watched = sides[: (1 + self.kind.label_aware) * self.guarded]
-        certain = [_certain(*each) for each in zip(watched, least, most, strict=False)]
+        certain = [
+            _certain(side, (least[i], most[i]), value, most[0])
+            for i, side in enumerate(watched, start=1)
+        ]
         within = all(
             low < a and b < high for a, b, (low, high) in zip(least, most, limits, strict=True)
         )
@@ -315,19 +318,24 @@ def _entropy(pair: Pair, side: Softmax) -> Tensor:
     return (side.log_sum - LN2 * pair.mean_log2_exp(side))[:, 0]
 
 
-def _certain(side: Softmax, least: float, most: float) -> Tensor | None:
+def _certain(
+    side: Softmax, bounds: tuple[float, float], value: Tensor, worst: float
+) -> Tensor | None:
     """Rows of a side whose largest term is nearly all of their sum; None: none can be.
 
-    least, most: the bounds of these sums.
+    bounds: of these sums; value: the rows' divergence, [R], and the worst of it.
     """
-    if least >= CERTAIN and most * UNCERTAIN <= 1:  # the term of `shift`, 1, is too small or much
+    least, most = bounds
+    uncertain = UNCERTAIN * min(max(1.0, worst), LARGE)
+    # The term of `shift`, 1, is too small or too much.
+    if least >= 1 + uncertain and most * uncertain <= 1:
         return None
     some = side.exp[:, : max(side.exp.size(1) // 16, SEARCHED)]
     low, high = (bound.item() for bound in (total(some) / side.sum_exp).aminmax())
-    if low >= UNCERTAIN and high * CERTAIN <= 1:  # these, and all others, are too much
+    if low >= uncertain and high * (1 + uncertain) <= 1:  # these, and all others, are too much
         return None
-    largest = (some if low >= UNCERTAIN else side.exp).amax(-1)  # or one may be all but these
-    return largest * CERTAIN > side.sum_exp[:, 0]
+    largest = (some if low >= uncertain else side.exp).amax(-1)  # or one may be all but these
+    return largest * (1 + UNCERTAIN * value.clamp(1, LARGE)) > side.sum_exp[:, 0]
 
 
 def _most(doubtful: Tensor | None) -> bool:
