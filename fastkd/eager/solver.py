@@ -6,8 +6,8 @@ small, or fail, because of a mask, show by their value, and are done again in fp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from functools import cached_property, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -138,37 +138,33 @@ class Solver:
         """Rows whose divergence is small or infinite, whose terms are too large, whose student is
         nearly certain, or whose figures are not finite; None: no row.
         """
-        pair = terms.pair
+        pair, value = terms.pair, terms.values[KD]
         sides = [pair.student] if pair.teacher is pair.student else [pair.student, pair.teacher]
-        units = [] if terms.unit is None or terms.unit is pair.student else [terms.unit]
-        value, others = terms.values[KD], terms.values.keys() - {KD}
-        figures = [value, *(side.sum_exp[:, 0] for side in (*sides, *units))]
-        limits = [(self.near, self.far)] + [(-torch.inf, MOST_SUM_EXP)] * (len(figures) - 1)
-        figures += [terms.values[kind] for kind in others]
-        limits += [(-torch.inf, torch.inf)] * len(others)
-        if terms.descent is not None and isinstance(terms.descent.total, Tensor):
-            figures.append(terms.descent.total[:, 0])
-            limits.append((-self.most, self.most))
-        if isinstance(pair.student_scale, Tensor):
-            figures.append(pair.student_scale[:, 0])
-            limits.append((LEAST_SCALE, torch.inf))
-        rows = torch.stack(figures)  # so that one search finds the bounds of all
-        least, most = (bound.tolist() for bound in rows.aminmax(dim=1))
         watched = sides[: (1 + self.kind.label_aware) * self.guarded]
+        if self.few:  # no term is above 1
+            sides = watched
+        elif terms.unit is not None and terms.unit is not pair.student:
+            sides.append(terms.unit)
+        checks = [(value, self.near, self.far)]  # figures, and between which bounds they are well
+        checks += [(side.sum_exp, -torch.inf, MOST_SUM_EXP) for side in sides]
+        others = terms.values.keys() - {KD}
+        checks += [(terms.values[kind], -torch.inf, torch.inf) for kind in others]
+        if terms.descent is not None and isinstance(terms.descent.total, Tensor):
+            checks.append((terms.descent.total, -self.most, self.most))
+        if isinstance(pair.student_scale, Tensor):
+            checks.append((pair.student_scale, LEAST_SCALE, torch.inf))
+        bounds = [[bound.item() for bound in figure.aminmax()] for figure, *_ in checks]
         certain = [
-            _certain(side, (least[i], most[i]), value, most[0])
+            _certain(side, bounds[i], value, bounds[0][1])
             for i, side in enumerate(watched, start=1)
         ]
-        within = all(
-            low < a and b < high for a, b, (low, high) in zip(least, most, limits, strict=True)
-        )
-        if within and not any(mask is not None for mask in certain):
-            return None
-        low, high = rows.new_tensor(limits).t()[..., None]
-        kept = ((rows > low) & (rows < high)).all(0)
-        for mask in certain:
-            kept = kept if mask is None else kept & ~mask
-        return None if kept.all() else ~kept
+        lost = [
+            ~((figure > low) & (figure < high)).view(-1)
+            for (figure, low, high), (least, most) in zip(checks, bounds, strict=True)
+            if not (low < least and most < high)
+        ]
+        lost += [mask for mask in certain if mask is not None and mask.any()]
+        return reduce(torch.logical_or, lost) if lost else None
 
     def logits(self, rows: Rows) -> list[Tensor]:
         return [side[rows.outer, rows.inner] for side in self.sides]
@@ -318,9 +314,7 @@ def _entropy(pair: Pair, side: Softmax) -> Tensor:
     return (side.log_sum - LN2 * pair.mean_log2_exp(side))[:, 0]
 
 
-def _certain(
-    side: Softmax, bounds: tuple[float, float], value: Tensor, worst: float
-) -> Tensor | None:
+def _certain(side: Softmax, bounds: Sequence[float], value: Tensor, worst: float) -> Tensor | None:
     """Rows of a side whose largest term is nearly all of their sum; None: none can be.
 
     bounds: of these sums; value: the rows' divergence, [R], and the worst of it.
