@@ -230,7 +230,7 @@ def _state(problem: Problem, entropy: bool, metrics: bool, name: str) -> tuple[i
     if name == "torch":
         if not sharded:
             return 0, problem.dtype
-        return _loaded("fastkd.eager.shards").state_rows(problem, entropy), EXACT
+        return _loaded("fastkd.eager.joins").state_rows(problem, entropy), EXACT
     return problem.state_rows(problem.kinds(entropy, metrics)), problem.dtype
 
 

@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="the kernels need triton")
 
 import fastkd
 from fastkd import autograd, moments, sharding
-from fastkd.eager import shards
+from fastkd.eager import columns, shards
 from fastkd.kernels import tuning
 from fastkd.problem import CE, KD, Coefficients, Problem, packed_numbers
 from fastkd.sharding import Merge, registered
@@ -155,13 +155,16 @@ class Case(NamedTuple):
             found[name] = None if leaf is None else leaf.grad
         return found | {"backward": shard.gathers - forward}
 
-    def fused(self, shard: Shard, backend: str, reads_teacher: bool = True) -> dict[str, Any]:
-        """Loss rows and the student's gradient at once, in place of the logits."""
+    def fused(
+        self, shard: Shard, backend: str, reads_teacher: bool = True, inplace: bool = True
+    ) -> dict[str, Any]:
+        """Loss rows and the student's gradient at once, in place of the logits or beside them."""
         leaves = [None if x is None else x.detach() for x in self.leaves(shard)]
-        problem = self.problem(shard, backend, leaves)
+        problem = self.problem(shard, backend, leaves)._replace(temperature_trains=False)
         problem = problem if reads_teacher else problem._replace(teacher=None)
         module = autograd.operators.backend(backend, problem)
-        loss, _, gradient = module.fused(problem, self.coefficients, self.metrics, problem.student)
+        out = problem.student if inplace else None
+        loss, _, gradient = module.fused(problem, self.coefficients, self.metrics, out)
         return {"loss": loss, "student": gradient.view(leaves[0].shape), "forward": shard.gathers}
 
     def truth(self) -> dict[str, Any]:
@@ -279,6 +282,31 @@ def test_every_divergence(divergence, backend, force):
     student, teacher, temperature = rows(2)
     case = Case(divergence, student - 300, teacher - 200, temperature, own=torch.tensor([1.5, 2.0]))
     hold(case, EDGES["three"], backend)
+
+
+@pytest.mark.parametrize("divergence", [*KINDS, None], ids=str)
+def test_a_gradient_beside_the_logits(divergence, monkeypatch):
+    """The student's exponentials stay there between the sweeps: of owners far above others and far
+    below, and in blocks of which a row is computed anew, in fp64. None: cross-entropy.
+    """
+    monkeypatch.setattr(columns, "largest", lambda problem: 2)
+    student, teacher, temperature = rows(8)
+    student[0, :20] -= 30
+    student[1, 20:] -= 2
+    student[2, :20] -= 3
+    student[4] = teacher[4] + 1e-4 * torch.randn(V)
+    teacher[6, :20] = -torch.inf
+    student[7, 20:] -= 25
+    labels = None if divergence else torch.tensor([3, 40, 44, 0, 3, 44, 21, 25])
+    case = Case(
+        divergence or fastkd.ForwardKL(), student, teacher, temperature, labels=labels,
+        alpha=1.0 if divergence else 0.0,
+    )  # fmt: skip
+
+    def fused(shard: Shard) -> dict[str, Any]:
+        return case.fused(shard, "torch", reads_teacher=divergence is not None, inplace=False)
+
+    close_by_rows(_whole(on_shards(EDGES["two"], fused), "student"), case.truth()["student"])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -72,9 +72,7 @@ class JSD(Divergence):
         p_to_m, q_to_m = _log_shares(pair.d(p.log2_exp).clamp_(-MOST, MOST), a, pair.new())
         terms, factor = q_to_m.mul_(q.exp), (a - 1) / q.sum_exp
         sums = pair.total(terms) * factor
-        return a * pair.total_product(p_to_m, p.exp) / p.sum_exp - sums, Descent(
-            terms, factor, sums
-        )
+        return a * pair.total_product(p_to_m, p) / p.sum_exp - sums, Descent(terms, factor, sums)
 
     def dual(self):
         return self.name, (1 - self.beta, self.beta), 1.0
@@ -126,7 +124,7 @@ class SkewKL(Divergence):
             return ForwardKL.value_and_descent(pair, a, b)
         p, q = pair.teacher, pair.student
         share, log_share = _shares(pair, p, q, a)
-        value = pair.total_product(log_share, p.exp) / p.sum_exp
+        value = pair.total_product(log_share, p) / p.sum_exp
         # p - a p p / m, without the difference: next to nothing is left where p lacks all of q.
         return value, _descent(pair, share.mul_(q.exp), (1 - a) / q.sum_exp)
 
@@ -186,7 +184,7 @@ class SkewReverseKL(Divergence):
         q = pair.student
         share, log_share = _shares(pair, q, pair.teacher, a)
         descent = _descent(pair, share.mul_(a).sub_(log_share).mul_(q.exp), 1 / q.sum_exp)
-        return pair.total_product(log_share, q.exp) / q.sum_exp, descent
+        return pair.total_product(log_share, q) / q.sum_exp, descent
 
     def dual(self):
         return SkewKL.name, self.parameters, 1.0
@@ -224,7 +222,8 @@ class TVD(Divergence):
     @classmethod
     def value_and_descent(cls, pair, a, b):
         p, q = pair.teacher, pair.student
-        excess = torch.mul(q.exp, p.sum_exp / q.sum_exp, out=p.log2_exp).sub_(p.exp)  # of q over p
+        excess = torch.mul(q.exp, p.sum_exp / q.sum_exp, out=pair.spare())
+        excess.sub_(p.exp)  # of q over p
         terms = torch.sign(excess, out=pair.new()).mul_(q.exp)
         return 0.5 * pair.total(excess.abs_()) / p.sum_exp, _descent(pair, terms, -0.5 / q.sum_exp)
 
@@ -258,7 +257,7 @@ def _shares(pair: Pair, p: Softmax, q: Softmax, a: float) -> tuple[Tensor, Tenso
 
     p and q are the sides of the pair, either way round.
     """
-    m, spare = pair.teacher.log2_exp, pair.new()
+    m, spare = pair.spare(), pair.new()
     if m.dtype == torch.float64:
         d = pair.d(m) if p is pair.teacher else pair.d(m).neg_()
         log_share = _log_share(d.clamp_(-MOST, MOST), a, spare)

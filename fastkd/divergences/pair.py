@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from ctypes import c_float
 from typing import NamedTuple
 
 import torch
@@ -101,6 +102,10 @@ class Pair:
         excess = torch.where(q.exp == 0, p.exp, excess)
         return torch.where(alike, -(total(excess) / q.sum_exp).log1p(), ratio.log())
 
+    def spare(self) -> Tensor:
+        """A buffer for what needs no logarithms: the teacher's log2_exp, which nothing reads."""
+        return self.teacher.log2_exp
+
     def log2_ratio(self, out: Tensor) -> Tensor:
         """d = lp - lq in bits and less `gap`; `out` may be the teacher's log2_exp."""
         return torch.sub(self.teacher.log2_exp, self.student.log2_exp, out=out)
@@ -126,9 +131,9 @@ class Pair:
         """The sum of terms that depend on no other sum."""
         return total(terms)
 
-    def total_product(self, x: Tensor, y: Tensor) -> Tensor:
-        """The sum of x * y, which go to the place of x, if they are needed."""
-        return total(x.mul_(y))
+    def total_product(self, x: Tensor, side: Softmax) -> Tensor:
+        """The sum of the products of x and a side's exp, which go to the place of x, if needed."""
+        return total(x.mul_(side.exp))
 
     def total_log2_ratio(self, side: Softmax, products: Callable[[], Tensor]) -> Tensor:
         """The sum of the products of a side's exp and `log2_ratio`, which it asks for if needed."""
@@ -176,7 +181,7 @@ def top(logits: Tensor, whole: bool) -> Tensor:
 
 def fp32_bits(scale: float) -> float:
     """What makes exponents of 2 of logits times `scale`, as fp32 has it."""
-    return torch.tensor(scale / LN2, dtype=torch.float32, device="cpu").item()
+    return c_float(scale / LN2).value
 
 
 def _affine(x: Tensor, scale: float, shift: Tensor, out: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from fastkd.divergences import Divergence
 from fastkd.divergences.pair import LN2, MASKED, Softmax, fp32_bits, top, total
 from fastkd.problem import Problem
 
-from .blocks import Rows, Store, blocks, largest
+from .blocks import Rows, Store, blocks, largest, place_of
 from .joins import (
     SIDES,
     STUDENT,
@@ -27,18 +27,19 @@ from .joins import (
     Asked,
     Known,
     Labels,
+    Later,
     Shard,
     asked,
     by_asked,
     empty,
     first_names,
     is_shift,
+    is_tempered,
     with_gap,
 )
+from .near import apart, closeness
 from .solver import CERTAIN, FAR, LARGE, LEAST_SCALE, MOST_SUM_EXP, exact_scales, of_rows
 
-# In a row whose log-ratios are smaller, the difference of the sums is formed entry by entry.
-SMALL = 1e-3
 # Rows whose sides are further apart than the first, in total variation, have divergences that fp32
 # gives. An owner takes the second for its own columns: where a row is near, the columns of owners
 # that do not find so weigh little.
@@ -46,10 +47,15 @@ APART, APART_HERE = 1 / 7, 1 / 6
 
 
 class Columns:
-    """This owner's columns of all rows that count."""
+    """This owner's columns of all rows that count.
 
-    def __init__(self, problem: Problem, entropy: bool, metrics: bool) -> None:
-        self.problem, self.entropy, self.metrics = problem, entropy, metrics
+    room: [O, I, V], where the student's exp may stay between the sweeps: the place of the gradient.
+    """
+
+    def __init__(
+        self, problem: Problem, entropy: bool, metrics: bool, room: Tensor | None = None
+    ) -> None:
+        self.problem, self.entropy, self.metrics, self.room = problem, entropy, metrics, room
         self.merge = sharding.of(problem.merge)
         self.sides = [problem.student] + [problem.teacher] * (problem.teacher is not None)
         self.kind = Divergence.of_name(problem.divergence)
@@ -75,6 +81,8 @@ class Columns:
         # Sides whose largest logits are to be known.
         self.topped = SIDES[: len(self.sides)] if metrics else SIDES[: int(self.guarded)]
         self.exact_scales = exact_scales(problem)
+        if problem.teacher is None and not self.means:  # only the cross-entropy is wanted
+            self.exact_scales = [1.0]
         self.exact_store = Store(problem, torch.float64)
         self.plain_store = Store(problem, problem.dtype)
         # Rows that need fp64, as far as this owner's columns are concerned.
@@ -112,8 +120,12 @@ class Columns:
             if not found:
                 continue
             where = _together([rows for rows, _ in found], problem.rows, fields.device)
+            sides = [(side, "shift") for side in SIDES]
+            scales = dict(zip(sides, (self.scales[0], self.scales[-1]), strict=True))
             for field, name in zip(fields, every, strict=True):
-                field[where] = torch.cat([some[name].view(-1) for _, some in found]).double()
+                if name in found[0][1]:
+                    column = torch.cat([some[name].view(-1) for _, some in found]).double()
+                    field[where] = self._shift(column, scales[name]) if name in scales else column
             if not exact:
                 lost = self._lost(dict(zip(every, fields, strict=True)))
                 self.exact[where] |= lost[where]
@@ -191,6 +203,10 @@ class Columns:
             kept &= known[STUDENT, "sum_exp"] > CERTAIN * (lower * scale).exp()
         return kept
 
+    def _place(self, rows: Rows) -> Tensor | None:
+        """Where the student's exp stay, measured from the shift of these columns alone."""
+        return None if self.room is None else place_of(self.room, rows, self.store.dtype)
+
     def _logits(self, rows: Rows) -> list[Tensor]:
         """Of both sides; in fp64 in buffers, and with a number for -inf, which times 0 is 0."""
         columns = self.problem.vocab_size
@@ -206,17 +222,31 @@ class Columns:
     # therefore measured from a shift before they are scaled. Where all rows share the scale, fp32
     # does both at once, and as shifts serve those of which the product with the scale is exact.
 
-    def _softmax(
-        self, x: Tensor, scale: float | Tensor, origin: Tensor, sum_exp: Tensor | None = None
-    ) -> Softmax:
-        """With the sum of all owners, or of these columns; as `shift` it has the origin."""
+    def _log2_exp(self, x: Tensor, scale: float | Tensor, origin: Tensor) -> Tensor:
         log2_exp, bits = self.store.new(), self._bits(scale)
         if bits is None:
-            torch.sub(x, origin, out=log2_exp).mul_(scale / LN2)
-        else:
-            torch.add(origin, x, alpha=bits, out=log2_exp)
-        terms = torch.exp2(log2_exp, out=self.store.new())
-        return Softmax(origin, log2_exp, terms, total(terms) if sum_exp is None else sum_exp)
+            return torch.sub(x, origin, out=log2_exp).mul_(scale / LN2)
+        return torch.add(origin, x, alpha=bits, out=log2_exp)
+
+    def _softmax(
+        self, x: Tensor, scale: float | Tensor, origin: Tensor, exp: Tensor | None = None
+    ) -> Softmax:
+        """Of these columns alone, with a place for exp; as `shift` it has the origin."""
+        log2_exp = self._log2_exp(x, scale, origin)
+        if exp is None:
+            exp = self.store.new() if self._reads_logarithms() else log2_exp
+        return Softmax(origin, log2_exp, torch.exp2(log2_exp, out=exp), total(exp))
+
+    def _reads_logarithms(self) -> bool:
+        """Whether the first sweep does; if not, exp takes their place."""
+        return self.means or bool(self.first) or self.store is self.exact_store
+
+    def _later(self, x: Tensor, scale: float | Tensor, origin: Tensor, sum_exp: Tensor) -> Later:
+        """With the sum of all owners."""
+        side = Later(origin, origin, origin, sum_exp)
+        side.find_log2_exp = lambda: self._log2_exp(x, scale, origin)
+        side.find_exp = lambda: self._log2_exp(x, scale, origin).exp2_()
+        return side
 
     def _bits(self, scale: float | Tensor) -> float | None:
         """The scale, in bits, where fp32 scales and adds at once."""
@@ -265,7 +295,7 @@ class Columns:
         origin = self._origin(shift, 1.0)
         lower = shift - self._shift(origin, 1.0)
         sum_exp = self.tables[True]["unit"][rows.flat] * lower.exp()
-        return self._softmax(self._logits(rows)[0], 1.0, origin, sum_exp.to(self.store.dtype))
+        return self._later(self._logits(rows)[0], 1.0, origin, sum_exp.to(self.store.dtype))
 
     def _at_labels(self, logits: Tensor, labels: Labels) -> Tensor:
         """The labels' logits, 0 where another owner has them."""
@@ -300,12 +330,13 @@ class Columns:
             if self.kind.label_aware and self.sides[1:]:
                 found["teacher_label"] = self._at_labels(logits[-1], labels)
         softmaxes = [
-            self._softmax(x, scale, self._origin(most, scale))
-            for x, scale, most in zip(logits, scales, tops, strict=False)
+            self._softmax(x, scale, self._origin(most, scale), place)
+            for x, scale, most, place in zip(
+                logits, scales, tops, (self._place(rows), None), strict=False
+            )
         ]
-        for name, side, scale in zip(SIDES, softmaxes, scales, strict=False):
-            found[name, "shift"] = self._shift(side.shift, scale)
-            found[name, "sum_exp"] = side.sum_exp
+        for name, side in zip(SIDES, softmaxes, strict=False):
+            found[name, "shift"], found[name, "sum_exp"] = side.shift, side.sum_exp  # an origin
             if self.means:
                 products = torch.mul(side.exp, side.log2_exp, out=new())
                 found[name, "log2_exp"] = total(products)
@@ -315,13 +346,14 @@ class Columns:
             found["unit"] = softmaxes[0].sum_exp
             if not isinstance(scales[0], float) or scales[0] != 1:
                 unit = self._softmax(logits[0], 1.0, self._origin(tops[0], 1.0))
-                lower = self._shift(unit.shift, 1.0) - found[STUDENT, "shift"]
+                lower = self._shift(unit.shift, 1.0) - self._shift(softmaxes[0].shift, scales[0])
                 found["unit"] = unit.sum_exp * lower.exp()
         if softmaxes[1:]:
             q, p = softmaxes
             if self.later:
-                found["apart"] = _apart(q, p, new())
-            found |= _closeness(q, p, new, self.tempered)
+                found["apart"] = apart(q, p, new())
+            if self.store is self.exact_store:
+                found |= closeness(q, p, new, self.tempered)
             if self.first:
                 pair = Shard((q, p), scales[0], new, torch.zeros_like(q.sum_exp))
                 self.kind.value_and_descent(pair, problem.a, problem.b)
@@ -349,40 +381,3 @@ def _together(blocks: Sequence[Rows], rows: int, device: torch.device) -> slice 
     flat = [x.flat for x in blocks]
     every = torch.arange(rows, device=device)
     return torch.cat([every[some] if isinstance(some, slice) else some for some in flat])
-
-
-def is_tempered(problem: Problem) -> bool:
-    """Whether the derivatives to T may be asked for, which are sums of all columns as well."""
-    standardized = problem.standardize or problem.moments is not None
-    return problem.temperature_trains or standardized
-
-
-def _apart(q: Softmax, p: Softmax, spare: Tensor) -> Tensor:
-    """The total variation of both sides over these columns alone, [R, 1]."""
-    apart = torch.addcmul(p.exp, q.exp, p.sum_exp / q.sum_exp, value=-1, out=spare)
-    return total(apart.abs_()) / (2 * p.sum_exp)
-
-
-def _closeness(
-    q: Softmax, p: Softmax, new: Callable[[], Tensor], tempered: bool
-) -> dict[Any, Tensor]:
-    """How far apart the sides' terms are: their difference, and sums of their log-ratio d."""
-    found = {"excess": p.sum_exp - q.sum_exp, "spread": torch.ones_like(q.sum_exp)}
-    found |= dict.fromkeys(("mean", "square", "cross"), torch.zeros_like(q.sum_exp))
-    if q.log2_exp.dtype != torch.float64:  # not in rows that need it
-        return found
-    found |= {name: found[name].clone() for name in ("square", "cross")}
-    d = torch.sub(p.log2_exp, q.log2_exp, out=new()).mul_(LN2)
-    d.masked_fill_((q.exp + p.exp) == 0, 0.0)
-    spread = d.abs().amax(-1, keepdim=True)
-    found["spread"] = spread
-    small = (spread[:, 0] < SMALL).nonzero()[:, 0]
-    if len(small):
-        d, terms = d[small], q.exp[small]
-        found["excess"][small] = total(d.expm1().mul_(terms))
-        products = d * terms
-        found["mean"][small] = total(products)
-        found["square"][small] = total(products * d)
-        if tempered:
-            found["cross"][small] = total(products.mul_(q.log2_exp[small]).nan_to_num_(nan=0.0))
-    return found

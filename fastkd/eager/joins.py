@@ -9,7 +9,7 @@ all others are taken when the sums of the exponentials of all owners are known.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastkd.divergences import Divergence
 from fastkd.divergences.pair import ALIKE, LN2, MASKED, Pair, Softmax, total
+from fastkd.problem import Problem
 
 if TYPE_CHECKING:
     from .columns import Columns
@@ -26,13 +27,29 @@ SIDES = STUDENT, TEACHER = "student", "teacher"
 NEAR = 1.0
 
 Known = dict[Any, Tensor]  # what the owners know of each row, [N], by names
-
-
 Asked = tuple[Any, ...]  # a kind of sum, and of what
 First = dict[Asked, tuple[Tensor, ...]]  # the sums, and before those of blends their shifts, [R, 1]
 
 
 # --- the sums that a divergence asks for ------------------------------------------------------
+
+
+class Later(Softmax):
+    """One whose log2_exp and exp are found when they are asked for.
+
+    Neither is found from the other, which the divergence may have overwritten.
+    """
+
+    find_log2_exp: Callable[[], Tensor]
+    find_exp: Callable[[], Tensor]
+
+    @cached_property
+    def log2_exp(self) -> Tensor:
+        return self.find_log2_exp()
+
+    @cached_property
+    def exp(self) -> Tensor:
+        return self.find_exp()
 
 
 class Shard(Pair):
@@ -70,11 +87,14 @@ class Shard(Pair):
         self.found_later.append(found)
         return found
 
+    def spare(self) -> Tensor:
+        return self.new()
+
     def total(self, terms: Tensor) -> Tensor:
         return self._later(lambda: total(terms))
 
-    def total_product(self, x: Tensor, y: Tensor) -> Tensor:
-        return self._later(lambda: total(x.mul_(y)))
+    def total_product(self, x: Tensor, side: Softmax) -> Tensor:
+        return self._later(lambda: total(x.mul_(side.exp)))
 
     def total_log2_ratio(self, side: Softmax, products: Callable[[], Tensor]) -> Tensor:
         (found,) = self._first(("log2_ratio", self._name(side)), lambda: (total(products()),))
@@ -184,6 +204,40 @@ def statistics_names(sweeps: Columns) -> list[Any]:
     return names
 
 
+# --- what the gradient needs ---
+
+# As many sums as a divergence may ask for, of which a tracer, who does not know its parameters,
+# leaves room.
+ROOM = 4
+
+
+def state_rows(problem: Problem, entropy: bool) -> int:
+    """How many rows `state` has, of a problem whose tensors and numbers may have no values."""
+    return 1 + len(kept_names(problem, entropy)) + ROOM
+
+
+def kept_names(problem: Problem, entropy: bool) -> list[Any]:
+    tempered = is_tempered(problem)
+    kept: list[Any] = [(STUDENT, "shift"), (STUDENT, "sum_exp")]
+    if entropy or tempered:
+        kept.append((STUDENT, "log2_exp"))
+    if problem.labels is not None:
+        kept.append("unit")
+    if tempered and entropy:
+        kept.append("entropy_slope")
+    if problem.teacher is not None:
+        kept += [(TEACHER, "shift"), (TEACHER, "sum_exp"), "gap", "mean", "kd", "close"]
+        kept += ["kd_slope"] * tempered
+        kept += ["lp", "lq"] * Divergence.of_name(problem.divergence).label_aware
+    return kept
+
+
+def is_tempered(problem: Problem) -> bool:
+    """Whether the derivatives to T may be asked for, which are sums of all columns as well."""
+    standardized = problem.standardize or problem.moments is not None
+    return problem.temperature_trains or standardized
+
+
 # --- the join of all owners' statistics -------------------------------------------------------
 
 
@@ -202,6 +256,9 @@ def joined(sweeps: Columns, pieces: Known) -> Known:
         if sweeps.means:
             log2_exps = pieces[side, "log2_exp"] + sums_exp * (lower[side] / LN2)
             known[side, "log2_exp"] = _weighted(weight[side], log2_exps).sum(0) / sum_exp
+    own = weight[STUDENT][sweeps.merge.rank]
+    known["weight"] = own
+    known["share"] = own * pieces[STUDENT, "sum_exp"][sweeps.merge.rank] / known[STUDENT, "sum_exp"]
     sweep, problem = lower[STUDENT], sweeps.problem
     if "log2_exp_square" in pieces:
         bits, sums_exp = sweep / LN2, pieces[STUDENT, "sum_exp"]

@@ -7,14 +7,13 @@ Figures of rows are in fp64, and so the gathers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd import sharding
-from fastkd.divergences import Divergence
 from fastkd.divergences.pair import LN2, MASKED, MASKED_BELOW, Descent, Softmax, total
 from fastkd.problem import (
     AGREEMENT,
@@ -27,8 +26,8 @@ from fastkd.problem import (
     Problem,
 )
 
-from .blocks import Rows, blank, new_gradient, new_values
-from .columns import Columns, is_tempered
+from .blocks import Rows, blank, new_gradient, new_values, vocabulary
+from .columns import Columns
 from .joins import (
     SIDES,
     STUDENT,
@@ -39,6 +38,8 @@ from .joins import (
     empty,
     first_names,
     joined,
+    kept_names,
+    state_rows,
     statistics_names,
 )
 from .logits import weights_of, write_gradient
@@ -81,10 +82,13 @@ def fused(
     problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Weighted loss rows, `values` with metrics, and the gradient of the sum of those rows."""
-    sweeps = Sweeps(problem, coefficients.entropy is not None, metrics)
+    target = new_gradient(problem) if out is None else out.view(problem.student.shape)
+    entropy = coefficients.entropy is not None
+    alone = (coefficients.ce is None or problem.teacher is None) and not entropy
+    room = vocabulary(target, problem) if alone and out is None else None
+    sweeps = Sweeps(problem, entropy, metrics, room)
     known = sharding.run(problem.merge, sweeps.known())
     values = sweeps.values(known)
-    target = new_gradient(problem) if out is None else out.view(problem.student.shape)
     sweeps.gradient(known, coefficients, target, None)
     if out is not None:
         blank(problem, target)
@@ -104,6 +108,8 @@ class Sweeps(Columns):
         """All that is known of the rows when both sweeps are done."""
         names = statistics_names(self)
         fields = self._swept(names, self._statistics)
+        if self.sides[1:]:
+            self._plain(dict(zip(names, fields, strict=True)))
         pieces = yield torch.cat([fields, self.exact[None].double()])
         known = joined(self, dict(zip([*names, "exact"], pieces.unbind(1), strict=True)))
         self._mark(known)
@@ -118,22 +124,31 @@ class Sweeps(Columns):
         self._divergence(known)
         return known
 
+    def _plain(self, own: Known) -> None:
+        """What stands for the `closeness` of rows that are not in fp64, and far apart."""
+        excess = own[TEACHER, "sum_exp"] - own[STUDENT, "sum_exp"]
+        own["excess"].copy_(torch.where(self.exact, own["excess"], excess))
+        own["spread"].masked_fill_(~self.exact, 1.0)
+
     # --- the second and third ---
 
     def _pair(self, rows: Rows, later: bool) -> Shard:
         """Of these rows, with the shifts and sums of all owners, and with their later sums."""
         scales = [of_rows(scale, rows) for scale in self.scales]
         sides = [
-            self._softmax(x, scale, *(self._of((name, part), rows) for part in PARTS))
+            self._later(x, scale, *(self._of((name, part), rows) for part in PARTS))
             for name, x, scale in zip(
                 SIDES, self._logits(rows), (scales[0], scales[-1]), strict=False
             )
         ]
+        if (kept := self._place(rows)) is not None:
+            weight, place = self._of("weight", rows), kept if later else self.store.new()
+            sides[0].find_exp = lambda: torch.mul(kept, weight, out=place)
         return self._shard(sides, rows, scales[0], self.store.new, later)
 
     def _shard(
         self,
-        sides: list[Softmax],
+        sides: Sequence[Softmax],
         rows: Rows,
         scale: float | Tensor,
         new: Callable[[], Tensor],
@@ -161,7 +176,7 @@ class Sweeps(Columns):
         _, descent = self.kind.value_and_descent(pair, self.problem.a, self.problem.b)
         found: Known = {("later", i): sums for i, sums in enumerate(pair.found_later)}
         if self.bound < torch.inf:  # of this owner's share of the student's mass
-            share = total(pair.student.exp) / pair.student.sum_exp
+            share = self._of("share", rows)
             slopes = torch.as_tensor(descent.total, device=share.device).abs()
             found["saturated"] = slopes > NEARLY_HERE * self.bound * share
         if self.tempered:
@@ -257,9 +272,11 @@ class Sweeps(Columns):
         counts, odd = self._counts(known), None
         if problem.teacher is not None:
             odd = ~counts | (known["kd"].abs() < FAR).logical_not_() | (known["close"] > 0)
+            odd = odd if odd.any() else None
+        some_count = None if counts.all() else counts
         for exact, some in ((False, plain), (True, weights)):
             for rows in self._rows(exact):
-                terms = self._terms(rows, known, counts[rows.flat], odd)
+                terms = self._terms(rows, known, some_count, odd)
                 write_gradient(problem, rows, terms, some, target, None)
         if degrees is not None:
             degrees.copy_(self._temperature(known, weights))
@@ -279,8 +296,11 @@ class Sweeps(Columns):
             found = found * self.problem.moments[0, WIDTH]
         return torch.where(kept, found, 0.0)
 
-    def _terms(self, rows: Rows, known: Known, counts: Tensor, odd: Tensor | None) -> Terms:
-        """odd: [N], rows whose descent is none, or not that of the formulas."""
+    def _terms(self, rows: Rows, known: Known, counts: Tensor | None, odd: Tensor | None) -> Terms:
+        """counts: see `_counts`; odd: [N], rows whose descent is none, or not that of the formulas.
+
+        None: all count, none is odd.
+        """
         problem, tempering = self.problem, None
         pair, unit = self._pair(rows, later=True), None
         if problem.labels is not None:
@@ -298,13 +318,14 @@ class Sweeps(Columns):
         if problem.teacher is not None:
             _, descent = self.kind.value_and_descent(pair, problem.a, problem.b)
             if odd is not None and odd[rows.flat].any():
-                descent = self._mended(rows, known, pair, descent, ~counts)
-        return Terms({}, pair, descent, unit, None if counts.all() else counts[:, None], tempering)
+                descent = self._mended(rows, known, pair, descent)
+        here = None if counts is None else counts[rows.flat, None]
+        place = self._place(rows) if here is None else None
+        return Terms({}, pair, descent, unit, here, tempering, place)
 
-    def _mended(
-        self, rows: Rows, known: Known, pair: Shard, descent: Descent, dead: Tensor
-    ) -> Descent:
+    def _mended(self, rows: Rows, known: Known, pair: Shard, descent: Descent) -> Descent:
         """See `Solver.mended`: but what says so is known of all columns."""
+        dead = ~self._counts(known)[rows.flat]
         values, close = self._of("kd", rows)[:, 0], known["close"][rows.flat] > 0
         infinite = values.abs() >= FAR
         if infinite.any():
@@ -346,34 +367,8 @@ class Sweeps(Columns):
 
     def _kept(self) -> list[Any]:
         """The names of what the gradient needs; the sums that the divergence asks for come last."""
-        names = _kept(self.problem, self.entropy) + first_names(self.first)
+        names = kept_names(self.problem, self.entropy) + first_names(self.first)
         return names + [("later", i) for i in range(self.later)]
-
-
-# As many sums as a divergence may ask for, of which a tracer, who does not know its parameters,
-# leaves room.
-ROOM = 4
-
-
-def state_rows(problem: Problem, entropy: bool) -> int:
-    """How many rows `state` has, of a problem whose tensors and numbers may have no values."""
-    return 1 + len(_kept(problem, entropy)) + ROOM
-
-
-def _kept(problem: Problem, entropy: bool) -> list[Any]:
-    tempered = is_tempered(problem)
-    kept: list[Any] = [(STUDENT, "shift"), (STUDENT, "sum_exp")]
-    if entropy or tempered:
-        kept.append((STUDENT, "log2_exp"))
-    if problem.labels is not None:
-        kept.append("unit")
-    if tempered and entropy:
-        kept.append("entropy_slope")
-    if problem.teacher is not None:
-        kept += [(TEACHER, "shift"), (TEACHER, "sum_exp"), "gap", "mean", "kd", "close"]
-        kept += ["kd_slope"] * tempered
-        kept += ["lp", "lq"] * Divergence.of_name(problem.divergence).label_aware
-    return kept
 
 
 # --- pieces of rows ---------------------------------------------------------------------------
