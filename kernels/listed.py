@@ -22,7 +22,7 @@ from fastkd.kernels import walk as W
 from fastkd.kernels.arguments import Factors, number
 from fastkd.kernels.arithmetic import LOG2E, log2
 from fastkd.kernels.pieces import read_statistics, write_statistics
-from fastkd.kernels.sweep import blank, counts, start
+from fastkd.kernels.sweep import counts
 
 BITS = tl.constexpr(32)  # of a word of marks
 BARRED = tl.constexpr(-1e30)  # in fp64, for the logarithm of 0
@@ -226,9 +226,9 @@ def listed(
     rows, columns, span = number(extent.rows), extent.columns, extent.span
     if not counts(index, targets, factors, BACKWARD):
         if LAST == P.GRADIENT:
-            blank(index, split, student, student, gradient, extent, TILE)
+            W.blank(index, split, student, student, gradient, extent, TILE)
         return
-    student_at, _, gradient_at, shift = start(index, student, student, gradient, extent, TILE)
+    student_at, _, gradient_at, shift = W.start(index, student, student, gradient, extent, TILE)
     stretch = W.stretch_of(split, span, shift, columns, LANES, VECTOR, TILE.shifted)
     student, gradient = student.pointer + student_at, gradient.pointer
     if gradient is not None:

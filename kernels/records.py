@@ -145,6 +145,28 @@ class Sides(NamedTuple):
     labels: Any = None  # to them, where every entry has its own
 
 
+class Piece(NamedTuple):
+    """What a program works off of a row, and what every phase knows of that row."""
+
+    index: Any
+    turn: Any  # the index, or as `pieces` count rows
+    rows: Any
+    split: Any  # which piece it is
+    all_columns: Any  # of all owners
+    label: Any  # its position, or what `labels.py` has in place of one
+    logits: Any  # the label's, of student and teacher; 0 where another piece has it
+    smoothing: Any
+    stretch: Any  # walk.Stretch
+    sides: Any  # Sides
+
+
+class Value(NamedTuple):
+    """A row's value by the first sweep's sums, and whether it has its digits."""
+
+    kl: Any
+    known: Any
+
+
 class Asked(NamedTuple):
     """What the last sweep needs of a row."""
 

@@ -13,9 +13,10 @@ import triton.language as tl
 from fastkd.kernels import phases as P
 from fastkd.kernels import records
 from fastkd.kernels import rows as R
+from fastkd.kernels import walk as W
 from fastkd.kernels.arguments import Targets, number
 from fastkd.kernels.pieces import read_statistics
-from fastkd.kernels.sweep import blank, phases
+from fastkd.kernels.sweep import phases
 
 
 @triton.jit
@@ -68,5 +69,5 @@ def shared(
                 factors, divergence, outputs, words, P.GRADIENT, P.GRADIENT, WANT, TILE,
             )  # fmt: skip
         else:
-            blank(index, split, student, teacher, gradient, extent, TILE)
+            W.blank(index, split, student, teacher, gradient, extent, TILE)
         index += groups

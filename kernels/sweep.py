@@ -23,47 +23,6 @@ from fastkd.kernels.pieces import (
 
 
 @triton.jit
-def refined(sides, row, stretch, LANES: tl.constexpr, FACTS: tl.constexpr):
-    """The sum of the slopes about row.c, in a sweep of its own, which few rows need."""
-    zero = tl.zeros([LANES, 1], tl.float32)
-    rest = W.walk(zero, stretch, sides, row, FACTS, P.rest_step, True)
-    return tl.sum(rest)
-
-
-@triton.jit
-def start(index, student, teacher, gradient, extent, TILE: tl.constexpr):
-    """Where the sides' position 0 lies, and the row's first column."""
-    ALIGN: tl.constexpr = TILE.align
-    VECTOR: tl.constexpr = TILE.vector
-    SHIFTED: tl.constexpr = TILE.shifted
-    student_at = M.row_at(index, student, extent.inner, ALIGN)
-    teacher_at = M.row_at(index, teacher, extent.inner, ALIGN)
-    gradient_at = M.row_at(index, gradient, extent.inner, ALIGN)
-    shift = 0
-    if SHIFTED:
-        shift = ((student_at if SHIFTED & 1 else teacher_at) % VECTOR).to(tl.int32)
-    student_at = M.aligned(student_at - shift, VECTOR if SHIFTED & 1 else ALIGN)
-    teacher_at = M.aligned(teacher_at - shift, VECTOR if SHIFTED & 2 else ALIGN)
-    gradient_at = M.aligned(gradient_at - shift, VECTOR if SHIFTED & 4 else ALIGN)
-    return student_at, teacher_at, gradient_at, shift
-
-
-@triton.jit
-def blank(index, split, student, teacher, gradient, extent, TILE: tl.constexpr):
-    """A gradient of 0 of a piece of a row that does not count, and what is beyond the row."""
-    if gradient.pointer is not None:
-        _, _, at, shift = start(index, student, teacher, gradient, extent, TILE)
-        stretch = W.stretch_of(
-            split, extent.span, shift, extent.columns, TILE.lanes, TILE.vector, TILE.shifted
-        )
-        BLOCK: tl.constexpr = TILE.lanes * TILE.vector
-        pointer = gradient.pointer + at
-        M.fill_zero(pointer, tl.maximum(stretch.begin, shift), stretch.end, BLOCK)
-        if split == 0:
-            M.fill_beyond(pointer, shift, extent, BLOCK)
-
-
-@triton.jit
 def counts(index, targets, factors, BACKWARD: tl.constexpr):
     """Whether a row counts, and where there is an upstream gradient, whether that is not 0."""
     live = True
@@ -84,7 +43,7 @@ def sweep(
     BACKWARD: tl.constexpr = FIRST == P.GRADIENT and pieces.statistics is None
     if not counts(index, targets, factors, BACKWARD):
         if LAST == P.GRADIENT:
-            blank(index, split, student, teacher, gradient, extent, TILE)
+            W.blank(index, split, student, teacher, gradient, extent, TILE)
         return
     phases(
         index, split, student, teacher, gradient, extent, temperatures, targets, factors,
@@ -110,29 +69,24 @@ def phases(
     smaller pieces.
     """
     AT_LABEL: tl.constexpr = divergence.at_label
-    CONSTANT: tl.constexpr = divergence.constant
-    SAME: tl.constexpr = temperatures.teacher is None
-    LANES: tl.constexpr = TILE.lanes
-    VECTOR: tl.constexpr = TILE.vector
-    SHIFTED: tl.constexpr = TILE.shifted
-    BLOCK: tl.constexpr = LANES * VECTOR
-    # The gradient's sweep makes the sums, as it needs none of them.
-    LATE: tl.constexpr = records.LATE & WANT != 0 and LAST == P.GRADIENT
-    # Something is wanted of the sums.
-    SUMMED: tl.constexpr = (
-        teacher.pointer is not None or (records.SCALE_SLOPE + records.TEACHER_ENTROPY) & WANT != 0
-    )
-    # The gradient alone, of a row whose sums are in `outputs.state`.
-    BACKWARD: tl.constexpr = FIRST == P.GRADIENT and pieces.statistics is None
+    FACTS: tl.constexpr = records.Facts(
+        WANT, divergence.evaluate, temperatures.teacher is None,
+        # The gradient's sweep makes the sums, as it needs none of them.
+        SUMS=records.LATE & WANT != 0 and LAST == P.GRADIENT,
+        TEMPERATURE=outputs.temperature is not None,
+        CE=factors.ce is not None, H=factors.entropy is not None,
+    )  # fmt: skip
     a, b, smoothing = P.singles(divergence.a, divergence.b, targets.smoothing)
     rows, columns = number(extent.rows), extent.columns
     turn = index
     if pieces.turn is not None:
         turn = pieces.turn
-    student_at, teacher_at, gradient_at, shift = start(
+    student_at, teacher_at, gradient_at, shift = W.start(
         index, student, teacher, gradient, extent, TILE
     )
-    stretch = W.stretch_of(split, extent.span, shift, columns, LANES, VECTOR, SHIFTED)
+    stretch = W.stretch_of(
+        split, extent.span, shift, columns, TILE.lanes, TILE.vector, TILE.shifted
+    )
     student, teacher, gradient = student.pointer, teacher.pointer, gradient.pointer
     student += student_at
     if teacher is not None:
@@ -140,154 +94,296 @@ def phases(
     if gradient is not None:
         gradient += gradient_at
         if LAST == P.GRADIENT and split == 0:
-            M.fill_beyond(gradient, shift, extent, BLOCK)
+            M.fill_beyond(gradient, shift, extent, TILE.lanes * TILE.vector)
 
     temper = P.temper_of(temperatures, index, rows, None, a)
-    label, label_logit, teacher_logit = -1, 0.0, 0.0
+    label, logits = label_of(index, targets, extent, stretch, student, teacher, AT_LABEL)
+    temper = L.leave_out(temper, label, AT_LABEL)
+    all_columns = columns if extent.owner is None else number(extent.owner.all_columns)
+    sides = records.Sides(student, teacher, gradient, temper, a, b)
+    piece = records.Piece(
+        index, turn, rows, split, all_columns, label, logits, smoothing, stretch, sides
+    )
+    if FIRST == P.GRADIENT and pieces.statistics is None:
+        row = P.restore(outputs.state, index, rows, None, WANT, AT_LABEL)
+        terms = P.factors_of(factors, index, None)
+        gradient_sweep(piece, row, False, terms, divergence, outputs, FACTS, TILE)
+    else:
+        stats, logits, share = statistics(piece, pieces, FIRST, LAST, FACTS, TILE)
+        if LAST > P.STATISTICS:
+            sums_and_gradient(
+                piece, stats, logits, share, factors, divergence, outputs, pieces, FIRST, LAST,
+                FACTS, TILE,
+            )  # fmt: skip
+
+
+@triton.jit
+def label_of(index, targets, extent, stretch, student, teacher, AT_LABEL: tl.constexpr):
+    """The position of a row's label, and both sides' logits of it, as far as they are needed."""
+    label, student_logit, teacher_logit = -1, 0.0, 0.0
     if targets.labels is not None:
-        label = L.label_of(tl.load(targets.labels + index), columns, extent.owner)
-        label += tl.where(label >= 0, shift, 0)
+        label = L.label_of(tl.load(targets.labels + index), extent.columns, extent.owner)
+        label += tl.where(label >= 0, stretch.shift, 0)
         # Of the piece that has it: in another, a gradient may take its place meanwhile.
         mine = (label >= stretch.begin) & (label < stretch.end)
-        label_logit = tl.load(student + label, mask=mine, other=0.0).to(tl.float32)
-        temper = L.leave_out(temper, label, AT_LABEL)
+        student_logit = tl.load(student + label, mask=mine, other=0.0).to(tl.float32)
         if AT_LABEL is not None:
             teacher_logit = tl.load(teacher + label, mask=mine, other=0.0).to(tl.float32)
-    all_columns = columns if extent.owner is None else number(extent.owner.all_columns)
+    return label, (student_logit, teacher_logit)
 
-    sides = records.Sides(student, teacher, gradient, temper, a, b)
-    FACTS: tl.constexpr = records.Facts(WANT, divergence.evaluate, SAME)
 
+# --- statistics ------------------------------------------------------------------------------
+
+
+@triton.jit
+def statistics(
+    piece, pieces, FIRST: tl.constexpr, LAST: tl.constexpr, FACTS: tl.constexpr, TILE: tl.constexpr
+):
+    """Of the row, its label's logits, and each piece's share: by a sweep, or from all pieces."""
     if FIRST == P.STATISTICS:
-        stats = R.empty(BLOCK // P.THREAD)
-        stats = W.walk(stats, stretch, sides, None, FACTS, P.statistics_step, True)
-        stats = R.collapse(R.rebase(stats, temper, WANT), temper, WANT)
-        rise, lift = D.by_sums(stats, WANT)
-        if teacher is not None:
-            if D.close(stats, lift, temper, WANT):
-                rise, lift = D.swept(sides, stats, stretch, LANES, FACTS)
-        stats = records.replace(stats, rise=rise, lift=lift)
+        stats = statistics_sweep(piece, FACTS, TILE)
         if LAST == P.STATISTICS:
             write_statistics(
-                pieces.statistics, split, turn, rows, stats, label_logit, teacher_logit, TILE.pieces
-            )
-    elif not BACKWARD:
-        stats, label_logit, teacher_logit, share = read_statistics(
-            pieces.statistics, turn, rows, temper, WANT, TILE.pieces, TILE.padded
-        )
-
-    if BACKWARD:
-        row = P.restore(outputs.state, index, rows, None, WANT, AT_LABEL)
-    else:
-        row = R.summarize(stats, temper, CONSTANT, WANT)
-        row = L.join(row, stats, label, label_logit, teacher_logit, temper, SAME, WANT, AT_LABEL)
-        hard = P.cross_entropy(stats, row, label, label_logit, all_columns, smoothing, WANT)
-    if records.KL & WANT:
-        # Where the first sweep gives the value, full tiles need no sums, and cheaper slopes.
-        kl = R.kl_of(stats, row, WANT)
-        known = R.value_is_right(kl, stats, temper)
-        if gradient is not None:
-            known = known & R.slopes_are_right(stats, WANT)
-        kl = tl.where(split == 0, kl, 0.0)  # of a row's pieces one has it
-
-    if not SUMMED:
-        sums = P.collapse_sums(P.no_sums(LANES), WANT)
-    elif FIRST <= P.SUMS and LAST >= P.SUMS and not LATE:
-        left = stretch
-        if records.KL & WANT:
-            last = tl.where(known, stretch.tail, stretch.end)
-            left = records.replace(stretch, full=tl.where(known, 0, stretch.full), end=last)
-        sums = W.walk(P.no_sums(LANES), left, sides, row, FACTS, P.sum_step, False)
-        sums = P.collapse_sums(sums, WANT)
-        if records.KL & WANT:
-            sums = records.replace(sums, value=tl.where(known, kl, sums.value))
-        if LAST == P.SUMS:
-            anchor = 0.0
-            if CONSTANT == "slope_sum":
-                # The piece's own mean slope, if it were the whole row, in the place of c.
-                about = records.replace(row, c=sums.slope + row.c)
-                if P.lacking(about, R.saturated(stats) | R.huge(stats, temper)):
-                    anchor = about.c
-                    slope = refined(sides, about, stretch, LANES, FACTS)
-                    sums = records.replace(sums, slope=slope)
-            write_sums(pieces.sums, split, turn, rows, sums, anchor, TILE.pieces)
-    elif FIRST > P.SUMS and not BACKWARD and not LATE:
-        sums, slopes, anchors = read_sums(
-            pieces.sums, turn, rows, share, WANT, TILE.pieces, TILE.padded
-        )
-
-    if LAST > P.SUMS and not BACKWARD:
-        if LATE:
-            row = L.with_slopes(row, float("nan"), a, b, WANT, AT_LABEL)
-        else:
-            row = P.with_sums(row, sums, CONSTANT, WANT)
-            row = L.with_slopes(row, sums.value, a, b, WANT, AT_LABEL)
-        if records.REST & WANT:
-            rest = 0.0
-            lacking = P.lacking(row, R.saturated(stats) | R.huge(stats, temper))
-            if FIRST == P.GRADIENT and not LATE:
-                rest = tl.where(lacking, rest_of_pieces(slopes, share, anchors, row, CONSTANT), 0.0)
-            elif lacking:
-                if FIRST == P.GRADIENT:  # the sums of such a row were made before
-                    _, slopes, anchors = read_sums(
-                        pieces.sums, turn, rows, share, WANT, TILE.pieces, TILE.padded
-                    )
-                    rest = rest_of_pieces(slopes, share, anchors, row, CONSTANT)
-                else:
-                    rest = refined(sides, row, stretch, LANES, FACTS)
-            row = records.replace(row, rest=rest)
-
-    # Only now: scalars that lived through the sweeps above would be spilled.
-    terms = P.factors_of(factors, index, None)
-    if LAST == P.GRADIENT and not BACKWARD and not LATE:
-        if split == 0:
-            P.write_row(
-                outputs, records.Found(stats, row, sums, hard), terms,
-                index=index, rows=rows, live=None, a=a, b=b, WANT=WANT, OUTER=divergence.outer,
+                pieces.statistics, piece.split, piece.turn, piece.rows, stats, piece.logits[0],
+                piece.logits[1], TILE.pieces,
             )  # fmt: skip
+        return stats, piece.logits, 1.0
+    else:
+        stats, student_logit, teacher_logit, share = read_statistics(
+            pieces.statistics, piece.turn, piece.rows, piece.sides.temper, FACTS.WANT,
+            TILE.pieces, TILE.padded,
+        )  # fmt: skip
+        return stats, (student_logit, teacher_logit), share
 
-    if LAST == P.GRADIENT and (gradient is not None or outputs.temperature is not None):
-        TEMPERATURE: tl.constexpr = outputs.temperature is not None
-        CE: tl.constexpr = factors.ce is not None
-        H: tl.constexpr = factors.entropy is not None
-        gathered = records.Gathered(P.no_sums(LANES), tl.zeros([LANES, 1], tl.float32))
-        asked = records.Asked(row, label, all_columns, smoothing, terms)
+
+@triton.jit
+def statistics_sweep(piece, FACTS: tl.constexpr, TILE: tl.constexpr):
+    """Of the piece; once more for what the sums of both sides lack where they are close."""
+    WANT: tl.constexpr = FACTS.WANT
+    LANES: tl.constexpr = TILE.lanes
+    BLOCK: tl.constexpr = LANES * TILE.vector
+    sides, temper = piece.sides, piece.sides.temper
+    stats = R.empty(BLOCK // P.THREAD)
+    stats = W.walk(stats, piece.stretch, sides, None, FACTS, P.statistics_step, True)
+    stats = R.collapse(R.rebase(stats, temper, WANT), temper, WANT)
+    rise, lift = D.by_sums(stats, WANT)
+    if sides.teacher is not None:
+        if D.close(stats, lift, temper, WANT):
+            rise, lift = D.swept(sides, stats, piece.stretch, LANES, FACTS)
+    return records.replace(stats, rise=rise, lift=lift)
+
+
+# --- sums ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def value_of(piece, stats, row, WANT: tl.constexpr):
+    """Where it is known, full tiles need no sums, and cheaper slopes."""
+    if records.KL & WANT:
+        kl = R.kl_of(stats, row, WANT)
+        known = R.value_is_right(kl, stats, piece.sides.temper)
+        if piece.sides.gradient is not None:
+            known = known & R.slopes_are_right(stats, WANT)
+        return records.Value(
+            tl.where(piece.split == 0, kl, 0.0), known
+        )  # of a row's pieces one has it
+    else:
+        return records.Value(0.0, False)
+
+
+@triton.jit
+def with_value(sums, value, WANT: tl.constexpr):
+    if records.KL & WANT:
+        sums = records.replace(sums, value=tl.where(value.known, value.kl, sums.value))
+    return sums
+
+
+@triton.jit
+def sums_sweep(piece, row, value, FACTS: tl.constexpr, TILE: tl.constexpr):
+    WANT: tl.constexpr = FACTS.WANT
+    LANES: tl.constexpr = TILE.lanes
+    left = piece.stretch
+    if records.KL & WANT:
+        last = tl.where(value.known, left.tail, left.end)
+        left = records.replace(left, full=tl.where(value.known, 0, left.full), end=last)
+    sums = W.walk(P.no_sums(LANES), left, piece.sides, row, FACTS, P.sum_step, False)
+    return with_value(P.collapse_sums(sums, WANT), value, WANT)
+
+
+@triton.jit
+def refined(piece, row, FACTS: tl.constexpr, TILE: tl.constexpr):
+    """The sum of the slopes about row.c, in a sweep of its own, which few rows need."""
+    LANES: tl.constexpr = TILE.lanes
+    zero = tl.zeros([LANES, 1], tl.float32)
+    return tl.sum(W.walk(zero, piece.stretch, piece.sides, row, FACTS, P.rest_step, True))
+
+
+@triton.jit
+def lacks(piece, stats, row):
+    """Whether c may lack digits that the gradient needs."""
+    return P.lacking(row, R.saturated(stats) | R.huge(stats, piece.sides.temper))
+
+
+@triton.jit
+def about_anchor(
+    piece, stats, row, sums, CONSTANT: tl.constexpr, FACTS: tl.constexpr, TILE: tl.constexpr
+):
+    """The sums that a piece hands on, and what its slopes are taken about."""
+    anchor = 0.0
+    if CONSTANT == "slope_sum":
+        # The piece's own mean slope, if it were the whole row, in the place of c.
+        about = records.replace(row, c=sums.slope + row.c)
+        if lacks(piece, stats, about):
+            anchor = about.c
+            sums = records.replace(sums, slope=refined(piece, about, FACTS, TILE))
+    return sums, anchor
+
+
+@triton.jit
+def sums_and_gradient(
+    piece, stats, logits, share, factors, divergence, outputs, pieces, FIRST: tl.constexpr,
+    LAST: tl.constexpr, FACTS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The phases after the statistics, which are the whole row's now."""
+    CONSTANT: tl.constexpr = divergence.constant
+    AT_LABEL: tl.constexpr = divergence.at_label
+    WANT: tl.constexpr = FACTS.WANT
+    LANES: tl.constexpr = TILE.lanes
+    # Something is wanted of the sums.
+    SUMMED: tl.constexpr = (
+        piece.sides.teacher is not None
+        or (records.SCALE_SLOPE + records.TEACHER_ENTROPY) & WANT != 0
+    )
+    temper, label = piece.sides.temper, piece.label
+    row = R.summarize(stats, temper, CONSTANT, WANT)
+    row = L.join(row, stats, label, logits[0], logits[1], temper, FACTS.SAME, WANT, AT_LABEL)
+    hard = P.cross_entropy(stats, row, label, logits[0], piece.all_columns, piece.smoothing, WANT)
+    value = value_of(piece, stats, row, WANT)
+    slopes, anchors = 0.0, 0.0
+    if not SUMMED or FACTS.SUMS:
+        sums = P.collapse_sums(P.no_sums(LANES), WANT)
+    elif FIRST <= P.SUMS:
+        sums = sums_sweep(piece, row, value, FACTS, TILE)
+    else:
+        sums, slopes, anchors = read_sums(
+            pieces.sums, piece.turn, piece.rows, share, WANT, TILE.pieces, TILE.padded
+        )
+    if LAST == P.GRADIENT:
+        handed_on = (share, slopes, anchors)
+        found = records.Found(stats, row, sums, hard)
+        gradient_phase(
+            piece, found, value, handed_on, factors, divergence, outputs, pieces, FIRST, FACTS, TILE
+        )
+    elif SUMMED:
+        sums, anchor = about_anchor(piece, stats, row, sums, CONSTANT, FACTS, TILE)
+        write_sums(pieces.sums, piece.split, piece.turn, piece.rows, sums, anchor, TILE.pieces)
+
+
+# --- the gradient ----------------------------------------------------------------------------
+
+
+@triton.jit
+def gradient_phase(
+    piece, found, value, handed_on, factors, divergence, outputs, pieces, FIRST: tl.constexpr,
+    FACTS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The row's values, which its first piece writes, and its gradient.
+
+    handed_on: each piece's share of the student's probability, slopes, and what these are about.
+    """
+    WANT: tl.constexpr = FACTS.WANT
+    a, b = piece.sides.a, piece.sides.b
+    row, total = found.row, found.sums.value
+    if FACTS.SUMS:
+        total = float("nan")
+    else:
+        row = P.with_sums(row, found.sums, divergence.constant, WANT)
+    row = L.with_slopes(row, total, a, b, WANT, divergence.at_label)
+    lacking = False
+    if records.REST & WANT:
+        lacking = lacks(piece, found.stats, row)
+        rest = rest_of(
+            piece, row, lacking, handed_on, pieces, FIRST, divergence.constant, FACTS, TILE
+        )
+        row = records.replace(row, rest=rest)
+    found = records.replace(found, row=row)
+    # Only now: scalars that lived through the sweeps above would be spilled.
+    terms = P.factors_of(factors, piece.index, None)
+    if not FACTS.SUMS:
+        if piece.split == 0:
+            write_row(piece, found, terms, divergence, outputs, WANT)
+    sums = gradient_sweep(piece, row, value.known, terms, divergence, outputs, FACTS, TILE)
+    if FACTS.SUMS:
+        sums = with_value(P.collapse_sums(sums, WANT), value, WANT)
+        if FIRST == P.GRADIENT:
+            anchor = 0.0
+            if not lacking:  # else a sweep of their own has made them, before this one
+                write_sums(
+                    pieces.sums, piece.split, piece.turn, piece.rows, sums, anchor, TILE.pieces
+                )
+        if piece.split == 0:
+            if FIRST == P.GRADIENT:
+                sums, _, _ = read_sums(
+                    pieces.sums, piece.turn, piece.rows, handed_on[0], WANT, TILE.pieces,
+                    TILE.padded,
+                )  # fmt: skip
+            found = records.replace(found, sums=sums)
+            write_row(piece, found, terms, divergence, outputs, WANT)
+
+
+@triton.jit
+def rest_of(
+    piece, row, lacking, handed_on, pieces, FIRST: tl.constexpr, CONSTANT: tl.constexpr,
+    FACTS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """What c lacks: from what the pieces have handed on, or by a sweep of the row."""
+    share, slopes, anchors = handed_on
+    rest = 0.0
+    if FIRST == P.GRADIENT and not FACTS.SUMS:
+        rest = tl.where(lacking, rest_of_pieces(slopes, share, anchors, row, CONSTANT), 0.0)
+    elif lacking:
+        if FIRST == P.GRADIENT:  # the sums of such a row were made before
+            _, made, about = read_sums(
+                pieces.sums, piece.turn, piece.rows, share, FACTS.WANT, TILE.pieces, TILE.padded
+            )
+            rest = rest_of_pieces(made, share, about, row, CONSTANT)
+        else:
+            rest = refined(piece, row, FACTS, TILE)
+    return rest
+
+
+@triton.jit
+def gradient_sweep(
+    piece, row, known, terms, divergence, outputs, FACTS: tl.constexpr, TILE: tl.constexpr
+):
+    """Writes the piece's gradient, and its part of the temperature's; the sums that it makes."""
+    LANES: tl.constexpr = TILE.lanes
+    sides, stretch = piece.sides, piece.stretch
+    gathered = records.Gathered(P.no_sums(LANES), tl.zeros([LANES, 1], tl.float32))
+    if sides.gradient is not None or FACTS.TEMPERATURE:
+        asked = records.Asked(row, piece.label, piece.all_columns, piece.smoothing, terms)
+        # Against the sweep before this one.
+        FORWARD: tl.constexpr = not FACTS.SUMS
         left = stretch
-        if records.KL & WANT:
+        if records.KL & FACTS.WANT:
             # Where the value is known, a loop of its own makes the gradient alone.
             ALONE: tl.constexpr = records.Facts(
-                ~records.REST & WANT, divergence.slope, SAME,
-                SUMS=False, TEMPERATURE=TEMPERATURE, CE=CE, H=H,
+                ~records.REST & FACTS.WANT, divergence.slope, FACTS.SAME,
+                SUMS=False, TEMPERATURE=FACTS.TEMPERATURE, CE=FACTS.CE, H=FACTS.H,
             )  # fmt: skip
-            W.full_tiles(
-                gathered, records.replace(stretch, full=tl.where(known, stretch.full, 0)),
-                sides, asked, ALONE, P.gradient_step, not LATE,
-            )  # fmt: skip
+            alone = records.replace(stretch, full=tl.where(known, stretch.full, 0))
+            W.full_tiles(gathered, alone, sides, asked, ALONE, P.gradient_step, FORWARD)
             left = records.replace(stretch, full=tl.where(known, 0, stretch.full))
-        WHOLE: tl.constexpr = records.Facts(
-            WANT, divergence.evaluate, SAME, SUMS=LATE, TEMPERATURE=TEMPERATURE, CE=CE, H=H
-        )
-        # Against the sweep before this one.
-        gathered = W.walk(gathered, left, sides, asked, WHOLE, P.gradient_step, not LATE)
-        if TEMPERATURE:
-            at = index * TILE.splits + split
-            tl.store(outputs.temperature + at, -temper.s_rate * tl.sum(gathered.temperature))
-        if LATE:
-            sums = P.collapse_sums(gathered.sums, WANT)
-            if records.KL & WANT:
-                sums = records.replace(sums, value=tl.where(known, kl, sums.value))
-            if FIRST == P.GRADIENT:
-                made, anchor = False, 0.0  # made by a sweep of their own, before this one
-                if records.REST & WANT:
-                    made = lacking
-                if not made:
-                    write_sums(pieces.sums, split, turn, rows, sums, anchor, TILE.pieces)
-            if split == 0:
-                if FIRST == P.GRADIENT:
-                    sums, _, _ = read_sums(
-                        pieces.sums, turn, rows, share, WANT, TILE.pieces, TILE.padded
-                    )
-                P.write_row(
-                    outputs, records.Found(stats, row, sums, hard), terms,
-                    index=index, rows=rows, live=None, a=a, b=b, WANT=WANT, OUTER=divergence.outer,
-                )  # fmt: skip
+        gathered = W.walk(gathered, left, sides, asked, FACTS, P.gradient_step, FORWARD)
+        if FACTS.TEMPERATURE:
+            slope = -sides.temper.s_rate * tl.sum(gathered.temperature)
+            tl.store(outputs.temperature + piece.index * TILE.splits + piece.split, slope)
+    return gathered.sums
+
+
+@triton.jit
+def write_row(piece, found, terms, divergence, outputs, WANT: tl.constexpr):
+    P.write_row(
+        outputs, found, terms, index=piece.index, rows=piece.rows, live=None,
+        a=piece.sides.a, b=piece.sides.b, WANT=WANT, OUTER=divergence.outer,
+    )  # fmt: skip

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from fastkd.kernels import memory as M
+
 
 class Stretch(NamedTuple):
     """A program's columns of a row: full tiles, and a masked one of what these leave."""
@@ -106,3 +108,39 @@ def only_tile(columns, sides, known, FACTS: tl.constexpr, STEP: tl.constexpr, BL
         STEP(Tile(at, None), sides, known, FACTS)
     else:
         STEP(Tile(at, at < columns), sides, known, FACTS)
+
+
+# --- where a row lies ------------------------------------------------------------------------
+
+
+@triton.jit
+def start(index, student, teacher, gradient, extent, TILE: tl.constexpr):
+    """Where the sides' position 0 lies, and the row's first column."""
+    ALIGN: tl.constexpr = TILE.align
+    VECTOR: tl.constexpr = TILE.vector
+    SHIFTED: tl.constexpr = TILE.shifted
+    student_at = M.row_at(index, student, extent.inner, ALIGN)
+    teacher_at = M.row_at(index, teacher, extent.inner, ALIGN)
+    gradient_at = M.row_at(index, gradient, extent.inner, ALIGN)
+    shift = 0
+    if SHIFTED:
+        shift = ((student_at if SHIFTED & 1 else teacher_at) % VECTOR).to(tl.int32)
+    student_at = M.aligned(student_at - shift, VECTOR if SHIFTED & 1 else ALIGN)
+    teacher_at = M.aligned(teacher_at - shift, VECTOR if SHIFTED & 2 else ALIGN)
+    gradient_at = M.aligned(gradient_at - shift, VECTOR if SHIFTED & 4 else ALIGN)
+    return student_at, teacher_at, gradient_at, shift
+
+
+@triton.jit
+def blank(index, split, student, teacher, gradient, extent, TILE: tl.constexpr):
+    """A gradient of 0 of a piece of a row that does not count, and what is beyond the row."""
+    if gradient.pointer is not None:
+        _, _, at, shift = start(index, student, teacher, gradient, extent, TILE)
+        stretch = stretch_of(
+            split, extent.span, shift, extent.columns, TILE.lanes, TILE.vector, TILE.shifted
+        )
+        BLOCK: tl.constexpr = TILE.lanes * TILE.vector
+        pointer = gradient.pointer + at
+        M.fill_zero(pointer, tl.maximum(stretch.begin, shift), stretch.end, BLOCK)
+        if split == 0:
+            M.fill_beyond(pointer, shift, extent, BLOCK)
