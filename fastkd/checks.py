@@ -7,31 +7,42 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import math
-import numbers
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .divergences import Divergence
+from .scalars import number
 from .sharding import Group
 from .tracing import may_read, opaque, traced, trained_of, trains, watched
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 GRADIENTS = ("auto", "forward", "backward")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("auto", "triton", "torch", "reference")
 HOTTEST = 1e18  # whose square leaves fp32 room for what multiplies it
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def choice(name: str, value: Any, options: Sequence[str]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be one of {', '.join(options)}, got a {type(value).__name__}")
     if value in options:
         return
-    near = difflib.get_close_matches(str(value), options, n=1)
+    near = difflib.get_close_matches(value, options, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}{hint}")
+
+
+def several(name: str, value: Any) -> None:
+    """Refuses what is no list, and what can be gone through but once."""
+    try:
+        len(value), iter(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a list, got {type(value).__name__}") from None
 
 
 def divergence(value: Any) -> Divergence:
@@ -70,6 +81,8 @@ def dense(name: str, tensor: Tensor) -> None:
         found, instead = "a nested tensor", "values(), whose rows need no padding"
     elif tensor.layout != torch.strided:
         found, instead = f"in the layout {tensor.layout}", "to_dense()"
+    elif tensor.is_quantized:
+        found, instead = "quantised", "dequantize()"
     else:
         return
     raise NotImplementedError(f"{name} is {found}: pass {name}.{instead}")
@@ -94,7 +107,7 @@ def logits(student: Any, teacher: Any, vocab_size: Any, shard: bool = False) -> 
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor of logits, got {type(tensor).__name__}")
         dense(name, tensor)
-        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        if tensor.dtype not in FLOATS:
             raise TypeError(
                 f"{name} must hold logits in float16, bfloat16, float32 or float64, got "
                 f"{tensor.dtype}; class indices go to `labels`"
@@ -167,7 +180,7 @@ def multi_label(standardize: bool, label_smoothing: float, ignore_index: int) ->
 
 def weight(tensor: Any, student: Tensor) -> None:
     per_row("weight", tensor, student)
-    if tensor.dtype != torch.bool and not tensor.dtype.is_floating_point:
+    if tensor.dtype != torch.bool and tensor.dtype not in FLOATS:
         raise TypeError(f"weight must be floating-point or bool, got {tensor.dtype}")
 
 
@@ -185,11 +198,12 @@ def temperature(name: str, value: Any) -> Any:
     if hasattr(value, "device_mesh"):  # of a DTensor each rank checks its own part
         return value
     dense(name, value)
-    if not value.dtype.is_floating_point:
-        raise TypeError(f"{name} must be floating-point, got {value.dtype}")
-    if may_read(value) and not ((value > 0) & (value <= HOTTEST)).all():
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be floating-point, of 16 bits or more, got {value.dtype}")
+    if may_read(value) and not (right := (value > 0) & (value <= HOTTEST)).all():
         raise ValueError(
-            f"{name} must be finite and > 0 in every row, at most {HOTTEST:g}, got {value}"
+            f"{name} must be finite and > 0 in every row, at most {HOTTEST:g}, got "
+            f"{value[~right][0].item()}"
         )
     return value
 
@@ -200,15 +214,6 @@ def temperature_rows(name: str, value: Any, student: Tensor) -> None:
             per_row(name, value, student)
         else:
             scalar_device(name, value, student)
-
-
-def number(name: str, value: Any) -> Any:
-    """The number in Python's own type; a compiler's symbol remains one."""
-    if type(value) in (int, float) or isinstance(value, (torch.SymFloat, torch.SymInt)):
-        return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def whole(name: str, value: Any) -> Any:
@@ -240,8 +245,11 @@ def finite(name: str, value: Any) -> Any:
 
 
 def flag(name: str, value: Any) -> None:
-    if type(value) is not bool and (isinstance(value, Tensor) or value not in (True, False)):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+    if type(value) is bool:
+        return
+    if isinstance(value, Tensor) or not isinstance(value, Hashable) or value not in (True, False):
+        shown = repr(value) if isinstance(value, str | float) else f"a {type(value).__name__}"
+        raise TypeError(f"{name} must be True or False, got {shown}")
 
 
 def num_items(value: Any, reduction: str, student: Tensor) -> Any:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import checks
 from .divergences import JSD, Bernoulli, Divergence
+from .operands import checked
 
 PREDICTED = ("first", "last")
 REDUCTIONS = ("none", "sum", "mean")
@@ -92,11 +93,16 @@ def merge(
                 [1.0000, 0.0000]])
     """
     checks.choice("predicted", predicted, PREDICTED)
+    checked.floating("log_probs", log_probs)
+    _ids("tokens", tokens)
     if log_probs.dim() != 2 or tokens.shape != log_probs.shape[:1]:
         raise ValueError(
             "log_probs must be [T, V] and tokens [T], got "
             f"{tuple(log_probs.shape)} and {tuple(tokens.shape)}"
         )
+    checks.several("spans", spans)
+    if not all(isinstance(span, range) for span in spans):
+        raise TypeError("spans must be ranges, one side of what `align` returns")
     if any(len(span) == 0 or span.start < 0 or span.stop > len(tokens) for span in spans):
         raise ValueError(f"spans must hold positions below {len(tokens)}, at least one each")
     log_probs = _exact(log_probs)
@@ -106,6 +112,7 @@ def merge(
     scale = log_probs.new_zeros(len(spans))
     if others:
         rows, groups = torch.tensor(others, device=log_probs.device).T
+        _within("tokens", tokens[rows], log_probs.size(1))
         scale = scale.index_add(0, groups, log_probs[rows, tokens[rows].long()])
     return log_probs[open_rows] + scale[:, None]
 
@@ -122,6 +129,12 @@ def shared_tokens(student: Mapping[str, int], teacher: Mapping[str, int]) -> Ten
         >>> shared_tokens({"a": 0, "Ġb": 1, "c": 2}, {"▁b": 7, "x": 8, "a": 9}).tolist()
         [[0, 9], [1, 7]]
     """
+    for name, vocabulary in (("student", student), ("teacher", teacher)):
+        if not isinstance(vocabulary, Mapping):
+            raise TypeError(
+                f"{name} must map tokens to ids, as tokenizer.get_vocab() does, got "
+                f"{type(vocabulary).__name__}"
+            )
     theirs: dict[str, int] = {}
     for token, index in sorted(teacher.items(), key=lambda item: item[1]):
         theirs.setdefault(_spelling(token), index)
@@ -180,7 +193,7 @@ def shared_token_loss(
 
     with phi the terms of the divergence. Probabilities are taken as they are, not normalised
     again: their sum over the shared tokens is less than 1, and KL divergences, which weigh only
-    ratios, may be negative then; JSD and TVD are not.
+    ratios, may be negative then; JSD and TVD are not. The teacher gets no gradient.
 
     Args:
         student, teacher: log-probabilities [..., V_s] and [..., V_t], or what `merge` returns.
@@ -203,11 +216,18 @@ def shared_token_loss(
     terms = JSD(0.5) if divergence is None else checks.divergence(divergence)
     if isinstance(terms, Bernoulli):
         raise ValueError("divergence must be one of distributions over tokens, got Bernoulli()")
+    if terms.label_aware or type(terms).value is Divergence.value:
+        raise ValueError(f"divergence must be a sum over tokens, which {terms} is not")
+    _ids("shared", shared)
     if shared.dim() != 2 or shared.size(1) != 2 or shared.dtype != torch.long:
         raise ValueError(
             f"shared must be pairs of ids, int64 [M, 2], got {shared.dtype} {tuple(shared.shape)}"
         )
-    student = _exact(student)
+    for i, side in enumerate((student, teacher)):
+        _within("shared", shared[:, i], side.size(-1))
+    if weights is not None:
+        weights = _pair(weights)
+    student, teacher = _exact(student), teacher.detach()
     mine, theirs = shared.to(student.device).unbind(1)
     lq, lp = student[..., mine], teacher[..., theirs].to(student.dtype)
     value = terms.outer(terms.value(lp, lq, *terms.parameters).sum(-1), *terms.parameters)
@@ -223,6 +243,9 @@ def shared_token_loss(
 
 def _cuts(side: str, offsets: Sequence[tuple[int, int]]) -> dict[int, int]:
     """Places in the text between tokens: to how many tokens come before."""
+    checks.several(f"the {side}'s offsets", offsets)
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in offsets):
+        raise TypeError(f"the {side}'s offsets must be pairs (start, end), one for each token")
     tokens = [(i, start, end) for i, (start, end) in enumerate(offsets) if end > start]
     cuts = {start: i for i, start, _ in tokens[:1]}
     last = 0
@@ -259,6 +282,9 @@ def _without(log_probs: Tensor, columns: Tensor) -> Tensor:
 
 def _check(student: Tensor, teacher: Tensor, weight: Tensor | None, reduction: str) -> None:
     checks.choice("reduction", reduction, REDUCTIONS)
+    for name, side in (("student", student), ("teacher", teacher)):
+        checked.logits(name, side)
+    checks.beside("teacher", teacher, student)
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
             "student and teacher must have equal leading shapes, got "
@@ -266,6 +292,26 @@ def _check(student: Tensor, teacher: Tensor, weight: Tensor | None, reduction: s
         )
     if weight is not None:
         checks.weight(weight, student)
+
+
+def _ids(name: str, ids: Any) -> None:
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
+        what = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"{name} must be ids, a tensor in int64 or int32, got {what}")
+
+
+def _within(name: str, ids: Tensor, columns: int) -> None:
+    if checks.may_read(ids) and not ((ids >= 0) & (ids < columns)).all():
+        wrong = ids[(ids < 0) | (ids >= columns)][0].item()
+        raise ValueError(f"{name} must hold ids in [0, {columns}), got {wrong}")
+
+
+def _pair(weights: Any) -> tuple[float, float]:
+    checks.several("weights", weights)
+    if len(weights) != 2:
+        raise ValueError(f"weights must be two, of shared tokens and of others, got {len(weights)}")
+    one, other = (checks.finite("weights", weight) for weight in weights)
+    return one, other
 
 
 def _reduce(rows: Tensor, weight: Tensor | None, reduction: str) -> Tensor:

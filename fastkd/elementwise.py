@@ -80,6 +80,7 @@ def kl_div(
         0.6931
     """
     shape = _check(input, target)
+    checks.flag("kl_div: log_target", log_target)
     input, target = readable(input), readable(target)
     kind = _reduction_kind(size_average, reduce, reduction)
     dtype = _result_type(input, target)
@@ -105,7 +106,8 @@ def _reduction_kind(size_average: bool | None, reduce: bool | None, reduction: s
             )
     if size_average is not None or reduce is not None:
         return _reduction.legacy_get_enum(size_average, reduce, emit_warning=warn)
-    if reduction != "elementwise_mean":  # PyTorch's old name of "mean", with its own warning
+    old = isinstance(reduction, str) and reduction == "elementwise_mean"
+    if not old:  # PyTorch's old name of "mean", with its own warning
         checks.choice("reduction", reduction, checks.REDUCTIONS)
     if reduction == "mean" and warn:
         warnings.warn(MEAN_WARNING, stacklevel=3)

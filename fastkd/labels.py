@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import beside, dense, per_row
+from .checks import FLOATS, beside, dense, per_row
 from .divergences import Divergence
 from .settings import Settings
 from .tracing import may_read
@@ -56,6 +56,7 @@ def _no_classes(divergence: Divergence, ignore_index: int) -> None:
 
 def _distribution(labels: Tensor, student: Tensor, columns: int) -> None:
     dense("labels", labels)
+    _known_floats(labels)
     shape = (*student.shape[:-1], columns)
     if labels.shape == shape[:-1]:
         raise TypeError(
@@ -74,6 +75,13 @@ def _distribution(labels: Tensor, student: Tensor, columns: int) -> None:
         raise ValueError(
             f"labels must be probabilities, got {labels.min().item()} to {labels.max().item()}: "
             "leave out rows by `weight`"
+        )
+
+
+def _known_floats(labels: Tensor) -> None:
+    if labels.dtype not in FLOATS:
+        raise TypeError(
+            f"labels in floating point must be of 16 bits or more, got {labels.dtype}: convert them"
         )
 
 
@@ -106,6 +114,8 @@ def _multi_hot(tensor: Any, student: Tensor, vocab_size: int) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"labels must be a tensor, got {type(tensor).__name__}")
     dense("labels", tensor)
+    if tensor.is_floating_point():
+        _known_floats(tensor)
     if tensor.shape != shape or tensor.dtype.is_complex:
         raise ValueError(
             f"labels of Bernoulli() are multi-hot, {shape}, got {tuple(tensor.shape)} in "

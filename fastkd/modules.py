@@ -60,12 +60,11 @@ class DistillationLoss(nn.Module):
                 self.register_buffer(name, value)
             else:
                 setattr(self, name, value)
-        self.names = tuple(settings)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Those that were given."""
-        return {name: getattr(self, name) for name in self.names}
+        """Those that were given, when the module was made or since."""
+        return {name: getattr(self, name) for name in _SETTINGS if hasattr(self, name)}
 
     def forward(
         self,

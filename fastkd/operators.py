@@ -139,6 +139,7 @@ class Traced(NamedTuple):
     def backward(
         self, problem: Problem, state: Tensor, upstream: Coefficients, gradient: bool, *rest: Any
     ) -> tuple[list[Tensor], Tensor]:
+        _refuse_transforms()
         return _backward(problem, state, *upstream, gradient, *rest, self.name)
 
     def fused(
@@ -333,10 +334,25 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     and 100 when the cache is cold. Transforms alone need more than what it comes to then.
     """
     if tracing.traced():
+        _refuse_transforms()
         return function.apply(*arguments)
     if not torch.is_grad_enabled():  # nothing is to be saved
         return function.forward(*arguments)
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
+def _refuse_transforms() -> None:
+    found = tracing.transforms()
+    if "Vmap" in found:
+        raise NotImplementedError(
+            "torch.func.vmap, and what is made of it, as jacrev, has no rule for a fused loss: it "
+            "takes all rows at once, and reduction='none' gives the loss of each"
+        )
+    if "Jvp" in found:
+        raise NotImplementedError(
+            "torch.func.jvp, and what is made of it, as hessian, has no rule for a fused loss: it "
+            "has the reverse mode of torch.func.grad and vjp alone"
+        )
 
 
 def readable(value: Any) -> Any:

@@ -16,7 +16,7 @@ from .labels import check as check_labels
 from .labels import soft as is_soft
 from .linear import head_of
 from .listing import events_of
-from .operands import Ensemble, LinearHead, Sampled, TopK
+from .operands import Ensemble, LinearHead, Sampled, TopK, checked
 from .operators import readable
 from .problem import per_row
 from .settings import Settings
@@ -60,17 +60,13 @@ def outline(operand: Any, student: Any = None) -> Tensor:
     if isinstance(operand, (TopK, Sampled)):
         width = student.size(-1) if isinstance(student, Tensor) and student.dim() else 0
         log_probs = operand.log_probs if isinstance(operand, TopK) else operand.counts
-        return _outline((*operand.shape[:-1], width), torch.float32, [log_probs])
+        return checked.outline((*operand.shape[:-1], width), torch.float32, [log_probs])
     if isinstance(operand, Ensemble):
         found = [outline(teacher, student) for teacher in operand.teachers]
         dtype = reduce(torch.promote_types, (x.dtype for x in found))
-        return _outline((*operand.rows, min(x.size(-1) for x in found)), dtype, found)
+        columns = min(x.size(-1) for x in found)
+        return checked.outline((*operand.rows, columns), dtype, found)
     return operand
-
-
-def _outline(shape: tuple[int, ...], dtype: torch.dtype, sources: list[Tensor]) -> Tensor:
-    outline = sources[0].detach().new_empty((), dtype=dtype).expand(shape)
-    return outline.requires_grad_(any(x.requires_grad for x in sources))
 
 
 def outlines(student: Any, teacher: Any) -> tuple[Tensor, Tensor]:
@@ -202,8 +198,9 @@ def _one_temperature(kind: str, tail: str, temperatures: dict[str, Any]) -> None
         return
     if isinstance(value, Tensor) or value != 1:
         other = "" if kind == "Sampled" else ", or TopK(tail='renormalize')"
+        shown = f"tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise ValueError(
-            f"{name}={value!r} is the teacher's too, and what a {kind} does not list has no known "
+            f"{name}={shown} is the teacher's too, and what a {kind} does not list has no known "
             f"mass but at 1: pass teacher_temperature=1.0{other}"
         )
 
@@ -257,6 +254,7 @@ def _mixture_of(
 ) -> Mixture:
     """Without the teachers whose weight is the number 0."""
     weights = [1.0] * len(operand.teachers) if operand.weights is None else operand.weights
+    weights = [weight if isinstance(weight, Tensor) else float(weight) for weight in weights]
     kept = [
         (side_of(teacher, given, labels, columns, backend, dtype), weight)
         for teacher, weight in zip(operand.teachers, weights, strict=True)

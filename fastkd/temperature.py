@@ -184,7 +184,7 @@ def dtkd(
         ...     student, teacher, temperature=rows.student, teacher_temperature=rows.teacher)
     """
     checks.logits(student, teacher, None)
-    _positive("dtkd", "temperature", temperature)
+    temperature = _positive("dtkd", "temperature", temperature)
     checks.choice("sharpness", sharpness, ("max", "logsumexp"))
     measure = torch.amax if sharpness == "max" else torch.logsumexp
     m_s, m_t = measure(_wide(student), -1), measure(_wide(teacher), -1)
@@ -228,8 +228,7 @@ def by_entropy(
         tensor([1., 8.])
     """
     checks.logits(student, teacher, None)
-    _positive("by_entropy", "low", low)
-    _positive("by_entropy", "high", high)
+    low, high = (_positive("by_entropy", *one) for one in (("low", low), ("high", high)))
     checks.choice("of", of, ("teacher", "student"))
     log_p = _wide(teacher if of == "teacher" else student).log_softmax(-1)
     entropy = -plogr(log_p, log_p).sum(-1)
@@ -275,7 +274,11 @@ class LearnableTemperature(nn.Module):
     ) -> None:
         super().__init__()
         kind = "LearnableTemperature"
-        _positive(kind, "low", low)
+        low = _positive(kind, "low", low)
+        initial, high = (
+            checks.number(f"{kind}: {name}", x)
+            for name, x in (("initial", initial), ("high", high))
+        )
         if not low < initial < high < math.inf:
             raise ValueError(
                 f"{kind}: expected low < initial < high < inf, got low={low!r}, "
@@ -284,7 +287,7 @@ class LearnableTemperature(nn.Module):
         _whole(kind, "ramp", ramp, 0)
         self.low, self.high, self.ramp = low, high, ramp
         self.theta = nn.Parameter(torch.tensor(math.log((initial - low) / (high - initial))))
-        self.net: nn.Module | None = None
+        self.net: nn.Sequential | None = None
         if classes is not None:
             _whole(kind, "classes", classes, 1)
             self.net = nn.Sequential(nn.Linear(2 * classes, 64), nn.ReLU(), nn.Linear(64, 1))
@@ -302,6 +305,12 @@ class LearnableTemperature(nn.Module):
                 raise TypeError(
                     "LearnableTemperature with `classes` gives a temperature per row: call it with "
                     "(step, student, teacher), the logits"
+                )
+            columns = checks.logits(student, teacher, None)
+            if 2 * columns != self.net[0].in_features:
+                raise ValueError(
+                    f"LearnableTemperature has classes={self.net[0].in_features // 2}, and the "
+                    f"logits have {columns} columns: make it anew"
                 )
             rows = [_wide(logits.detach()).softmax(-1) for logits in (teacher, student)]
             theta = theta + self.net(torch.cat(rows, -1).to(theta.dtype)).squeeze(-1)
@@ -346,10 +355,11 @@ def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _positive(owner: str, name: str, value: Any) -> None:
-    checks.number(f"{owner}: {name}", value)
+def _positive(owner: str, name: str, value: Any) -> Any:
+    value = checks.number(f"{owner}: {name}", value)
     if not 0 < value < math.inf:
         raise ValueError(f"{owner}: {name} must be a finite temperature > 0, got {value!r}")
+    return value
 
 
 def _whole(owner: str, name: str, value: Any, least: int) -> None:

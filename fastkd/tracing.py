@@ -28,7 +28,19 @@ def trained_of(operands: dict[str, Any]) -> list[str]:
 
 def traced() -> bool:
     """Whether the compiler or a functorch transform looks on, for which values are not there."""
-    return torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None
+    return torch.compiler.is_compiling() or transformed()
+
+
+def transformed() -> bool:
+    """Whether a functorch transform looks on."""
+    return _functorch.peek_interpreter_stack() is not None
+
+
+def transforms() -> set[str]:
+    """The functorch transforms that look on, by PyTorch's names: Grad, Vmap, Jvp."""
+    if torch.compiler.is_compiling() or not transformed():
+        return set()
+    return {interpreter.key().name for interpreter in _functorch.get_interpreter_stack()}
 
 
 def watched() -> bool:

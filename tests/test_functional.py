@@ -254,6 +254,48 @@ def test_torch_func(pair, mode):
     assert torch.equal(torch.func.grad(loss)(student.detach()), expected)
 
 
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+@pytest.mark.parametrize("kind", ["topk", "sampled", "head", "ensemble", "head of the student"])
+def test_torch_func_beside_other_operands(pair, kind, mode):
+    student, other = (x.float() for x in pair)
+    weight = torch.randn(student.size(-1), 3, device=DEVICE)
+    teacher = {
+        "topk": fastkd.TopK.from_logits(other, 3), "sampled": fastkd.Sampled.from_logits(other, 9),
+        "head": fastkd.LinearHead(other[:, :3], weight),
+        "ensemble": fastkd.Ensemble([other, 2 * other]),
+    }.get(kind, other)  # fmt: skip
+
+    def loss(x):
+        rows = (
+            x if kind in ("topk", "sampled", "head", "ensemble") else fastkd.LinearHead(x, weight)
+        )
+        return fastkd.distillation_loss(rows, teacher, gradient=mode, backend="torch")
+
+    leaf = (student[:, :3] if kind == "head of the student" else student).clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    assert_close(torch.func.grad(loss)(leaf.detach()), expected.double(), "gradient")
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+def test_transforms_without_a_rule_are_refused(pair, mode):
+    student, teacher = pair
+
+    def rows(z):
+        return fastkd.distillation_loss(z, teacher, reduction="none", backend="torch")
+
+    def loss(z):
+        return fastkd.distillation_loss(z, teacher, gradient=mode, backend="torch")
+
+    for call in (
+        lambda: torch.func.vmap(loss)(student[None]), lambda: torch.func.jacrev(rows)(student),
+        lambda: torch.func.vmap(fastkd.kl_div)(student, teacher),
+    ):  # fmt: skip
+        with pytest.raises(NotImplementedError, match=r"vmap.* takes all rows at once"):
+            call()
+    with pytest.raises(NotImplementedError, match=r"jvp.* has the reverse mode"):
+        torch.func.jvp(loss, (student,), (teacher,))
+
+
 @pytest.mark.parametrize("backend", FUSED)
 def test_no_gradient_asked_for(pair, backend):
     expected, _ = defined(*pair)

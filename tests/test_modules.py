@@ -66,6 +66,15 @@ def test_kl_div_loss_checks_its_reduction_when_made():
         fastkd.KLDivLoss(reduction="batch_mean")
 
 
+def test_a_setting_may_be_given_later():
+    student, teacher = torch.randn(4, 10), torch.randn(4, 10)
+    criterion = fastkd.DistillationLoss(reduction="sum")
+    criterion.temperature = 3.0
+    expected = fastkd.distillation_loss(student, teacher, temperature=3.0, reduction="sum")
+    assert torch.equal(criterion(student, teacher), expected)
+    assert "temperature=3.0" in repr(criterion)
+
+
 def test_a_temperature_that_trains_is_a_parameter_of_the_module():
     student, teacher = logits(4, 10)
     temperature = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64))

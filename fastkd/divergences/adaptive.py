@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastkd.scalars import own_numbers
+
 from .base import LOG_MIXTURE, Divergence
 from .orders import log_escort
 from .pair import MASKED_BELOW, plogr
@@ -42,6 +44,7 @@ class TAID(Divergence):
     constant = LOG_MIXTURE
 
     def __post_init__(self):
+        own_numbers(self)
         if not 0 < self.t <= 1:
             raise ValueError(
                 f"TAID: t must lie in (0, 1], got {self.t!r}; at 0 the student is its own target"
@@ -86,6 +89,7 @@ class AKL(Divergence):
     has_device_function = False
 
     def __post_init__(self):
+        own_numbers(self)
         if not 0 < self.mu < 1:
             raise ValueError(
                 f"AKL: mu must lie in (0, 1), got {self.mu!r}; with all in the head, or nothing, "

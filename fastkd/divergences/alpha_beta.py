@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastkd.scalars import own_numbers
+
 from .base import Divergence
 
 # Where a series replaces exp(x) - 1 - x: in fp64, and where both orders are below the second, as
@@ -47,6 +49,7 @@ class AlphaBeta(Divergence):
     name = "alpha_beta"
 
     def __post_init__(self):
+        own_numbers(self)
         for name, order in (("alpha", self.alpha), ("beta", self.beta)):
             if not -math.inf < order < math.inf:
                 raise ValueError(f"AlphaBeta: {name} must be finite, got {order!r}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkd import tracing
+from fastkd.scalars import own_numbers
 
 from .pair import Descent, Pair
 
@@ -216,6 +217,7 @@ def _differentiable(rows: Tensor) -> Tensor:
 
 def check_weights(divergence: Divergence) -> None:
     """Refuses fields that are no weights of two terms."""
+    own_numbers(divergence)
     kind, weights = type(divergence).__name__, vars(divergence)
     for name, weight in weights.items():
         if not 0 <= weight < math.inf:

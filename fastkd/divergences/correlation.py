@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastkd.scalars import own_numbers
+
 from .base import Divergence
 from .pair import total
 
@@ -40,6 +42,7 @@ class DIST(Divergence):
     has_device_function = False
 
     def __post_init__(self):
+        own_numbers(self)
         if not 0 < self.beta < math.inf:
             raise ValueError(f"DIST: beta must be a finite weight > 0, got {self.beta!r}")
 

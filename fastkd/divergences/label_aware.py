@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastkd.scalars import own_numbers
+
 from .base import NONE, Divergence, check_weights
 from .pair import MASKED_BELOW, plogr
 
@@ -93,6 +95,7 @@ class NKD(Divergence):
     dual_on_device = True
 
     def __post_init__(self):
+        own_numbers(self)
         if not 0 <= self.gamma < math.inf:
             raise ValueError(f"NKD: gamma must be a finite weight >= 0, got {self.gamma!r}")
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastkd.scalars import own_numbers
+
 from .base import Divergence
 from .kullback_leibler import ForwardKL, ReverseKL
 from .pair import Descent, Pair, Softmax, plogr
@@ -43,6 +45,7 @@ class JSD(Divergence):
     least_in_fp32 = 1 / 256  # off by 2e-7 at most
 
     def __post_init__(self):
+        own_numbers(self)
         if not 0 < self.beta < 1:
             raise ValueError(
                 f"JSD: beta must lie in (0, 1), got {self.beta!r}; generalised JSD tends to 0 at "
@@ -104,6 +107,7 @@ class SkewKL(Divergence):
     least_in_fp32 = 1 / 128  # above it, off by 1e-4 of itself at most
 
     def __post_init__(self):
+        own_numbers(self)
         _check_skew("SkewKL", self.alpha)
 
     @property
@@ -159,6 +163,7 @@ class SkewReverseKL(Divergence):
     least_in_fp32 = 1 / 128  # above it, off by 1e-4 of itself at most
 
     def __post_init__(self):
+        own_numbers(self)
         _check_skew("SkewReverseKL", self.alpha)
 
     @property

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastkd.scalars import own_numbers
+
 from .base import LOG_MIXTURE, Divergence
 from .pair import LN2, MASKED, MASKED_BELOW, Descent, Pair
 
@@ -45,6 +47,7 @@ class AlphaDivergence(Divergence):
     constant = LOG_MIXTURE
 
     def __post_init__(self):
+        own_numbers(self)
         if not -math.inf < self.alpha < math.inf or self.alpha in (0, 1):
             raise ValueError(
                 f"AlphaDivergence: alpha must be finite and neither 0 nor 1, got {self.alpha!r}; "
@@ -103,6 +106,7 @@ class Renyi(Divergence):
     constant = LOG_MIXTURE
 
     def __post_init__(self):
+        own_numbers(self)
         if not 0 < self.alpha < math.inf or self.alpha == 1:
             raise ValueError(
                 f"Renyi: alpha must be positive, finite and not 1, got {self.alpha!r}; "

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import checks
+from fastkd import checks, tracing
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_ENTRIES = 1024
 PADDING = -1  # as an id: nothing is listed there
 
@@ -17,10 +16,17 @@ PADDING = -1  # as an id: nothing is listed there
 def floating(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in FLOATS:
+    checks.dense(name, tensor)
+    if tensor.dtype not in checks.FLOATS:
         raise TypeError(
             f"{name} must be in float16, bfloat16, float32 or float64, got {tensor.dtype}"
         )
+
+
+def logits(name: str, tensor: Any) -> None:
+    floating(name, tensor)
+    if tensor.dim() == 0 or tensor.size(-1) == 0:
+        raise ValueError(f"{name} must have shape [..., V], got {tuple(tensor.shape)}")
 
 
 def listed(kind: str, indices: Any, name: str = "", values: Any = None) -> None:
@@ -46,6 +52,15 @@ def listed(kind: str, indices: Any, name: str = "", values: Any = None) -> None:
             f"{kind}: indices must be ids, or -1 where nothing is listed, got "
             f"{indices.min().item()}"
         )
+
+
+def outline(shape: tuple[int, ...], dtype: torch.dtype, sources: list[Tensor]) -> Tensor:
+    """A tensor that takes no memory, and trains where one of the sources does."""
+    trained = [x for x in sources if x.requires_grad]
+    if trained and tracing.transformed():  # where no tensor can be told to require a gradient
+        return trained[0].flatten()[:0].sum().to(dtype).expand(shape)
+    found = sources[0].detach().new_empty((), dtype=dtype).expand(shape)
+    return found.requires_grad_() if trained else found
 
 
 def one_device(kind: str, **tensors: Tensor | None) -> None:

@@ -63,6 +63,7 @@ class Ensemble:
 
     def __post_init__(self) -> None:
         checks.choice("Ensemble: combine", self.combine, COMBINATIONS)
+        checks.several("Ensemble: teachers", self.teachers)
         if isinstance(self.teachers, Tensor) or not len(self.teachers):
             raise TypeError("Ensemble: teachers must be a list of one or more teachers")
         dense = (Tensor, LinearHead)
@@ -72,6 +73,8 @@ class Ensemble:
                     "Ensemble: teachers must be logits, LinearHead, TopK or Sampled, got "
                     f"{type(teacher).__name__}"
                 )
+            if isinstance(teacher, Tensor):
+                checked.logits("Ensemble: a teacher", teacher)
             if self.combine == "logits" and not isinstance(teacher, dense):
                 raise ValueError(
                     f"Ensemble: combine='logits' needs logits of every teacher, and a "
@@ -87,6 +90,7 @@ class Ensemble:
             self._check_weights(self.weights)
 
     def _check_weights(self, weights: Sequence[float | Tensor]) -> None:
+        checks.several("Ensemble: weights", weights)
         if len(weights) != len(self.teachers):
             raise ValueError(
                 f"Ensemble: weights must be one for each of {len(self.teachers)} teachers, got "
@@ -101,14 +105,16 @@ class Ensemble:
                         f"Ensemble: a weight must be a number or one for each row, "
                         f"{tuple(self.rows)}, got {tuple(weight.shape)}"
                     )
-                wrong = checks.may_read(weight) and not ((weight >= 0) & (weight < math.inf)).all()
+                right = (weight >= 0) & (weight < math.inf)
+                wrong = checks.may_read(weight) and not right.all()
                 total = total + weight.detach() if checks.may_read(weight) else math.inf
             else:
-                checks.finite("Ensemble: a weight", weight)
+                weight = checks.finite("Ensemble: a weight", weight)
                 wrong = weight < 0
                 total = total + weight
             if wrong:
-                raise ValueError(f"Ensemble: weights must be finite and >= 0, got {weight}")
+                found = weight[~right][0].item() if isinstance(weight, Tensor) else weight
+                raise ValueError(f"Ensemble: weights must be finite and >= 0, got {found}")
         if not (total > 0 if isinstance(total, float) else bool((total > 0).all())):
             raise ValueError("Ensemble: weights must not all be 0, in any row")
 

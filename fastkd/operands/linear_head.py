@@ -79,17 +79,17 @@ class LinearHead:
         for name in ("logit_scale", "logit_softcap"):
             value = getattr(self, name)
             if value is not None:
-                checks.finite(f"LinearHead: {name}", value)
+                value = checks.finite(f"LinearHead: {name}", value)
                 if value <= 0:
                     raise ValueError(f"LinearHead: {name} must be > 0, got {value!r}")
+                object.__setattr__(self, name, value)
 
     @property
     def outline(self) -> Tensor:
         """Shape, dtype, device of its logits, and whether they train: a tensor without memory."""
         sources = [x for x in (self.hidden, self.weight, self.bias) if x is not None]
         dtype = torch.promote_types(self.hidden.dtype, self.weight.dtype)
-        outline = self.hidden.detach().new_empty((), dtype=dtype).expand(self.shape)
-        return outline.requires_grad_(any(x.requires_grad for x in sources))
+        return checked.outline(self.shape, dtype, sources)
 
     def logits(self) -> Tensor:
         """All of them, [..., V], by plain PyTorch."""

@@ -113,8 +113,9 @@ class TopK:
             >>> TopK.at(logits, torch.cat([best, labels[:, None]], -1)).shape  # with the label
             torch.Size([6, 5])
         """
-        checked.floating("TopK.at: logits", logits)
+        checked.logits("TopK.at: logits", logits)
         checked.listed("TopK.at", indices)
+        checked.one_device("TopK.at", logits=logits, indices=indices)
         if logits.shape[:-1] != indices.shape[:-1]:
             raise ValueError(
                 "TopK.at: logits and indices must have equal leading shapes, got "
@@ -191,13 +192,14 @@ class TopK:
             [[-1, -1], [791, 5]]
         """
         rows = []
+        checks.several("TopK.from_server: positions", positions)
         for place, position in enumerate(positions):
             try:
                 rows.append(server.entries(position, token_id))
             except (AttributeError, IndexError, KeyError, ValueError) as error:
                 raise ValueError(
                     "TopK.from_server: expected positions as vLLM, SGLang or OpenAI answer them, "
-                    f"got at {place}: {str(position)[:80]}"
+                    f"got at {place}: {' '.join(str(position).split())[:80]}"
                 ) from error
         width = max([1, *map(len, rows)])
         padded = [row + [(PADDING, -math.inf)] * (width - len(row)) for row in rows]
@@ -217,7 +219,9 @@ class TopK:
             >>> TopK.pad([short, long]).shape
             torch.Size([2, 4, 3])
         """
-        if not parts or any(part.indices.dim() != 2 for part in parts):
+        checks.several("TopK.pad: parts", parts)
+        fit = all(isinstance(part, TopK) and part.indices.dim() == 2 for part in parts)
+        if not len(parts) or not fit:
             raise ValueError("TopK.pad: parts must be TopKs of shape [T, K], at least one")
         if len({(part.tail, part.tail_log_prob is None) for part in parts}) > 1:
             raise ValueError("TopK.pad: parts must agree in tail, and all or none have its mass")
@@ -269,6 +273,7 @@ class Sampled:
 
     def __post_init__(self) -> None:
         checked.listed("Sampled", self.indices, "counts", self.counts)
+        checks.dense("Sampled: counts", self.counts)
         if self.counts.dtype.is_complex or self.counts.dtype == torch.bool:
             raise TypeError(f"Sampled: counts must be numbers, got {self.counts.dtype}")
         checked.one_device("Sampled", indices=self.indices, counts=self.counts)
@@ -289,7 +294,7 @@ class Sampled:
         """`draws` draws with replacement from each row of a teacher's logits [..., V]: the distinct
         ids with their counts, K as many as the row with most of them has.
         """
-        checked.floating("Sampled.from_logits: logits", logits)
+        checked.logits("Sampled.from_logits: logits", logits)
         checked.positive_int("Sampled.from_logits: draws", draws)
         rows = logits.detach().double().reshape(-1, logits.size(-1)).softmax(-1)
         drawn = torch.multinomial(rows, draws, True, generator=generator).sort(-1).values
@@ -304,7 +309,7 @@ class Sampled:
 
 
 def _best(name: str, logits: Any, k: Any) -> Tensor:
-    checked.floating(f"{name}: logits", logits)
+    checked.logits(f"{name}: logits", logits)
     checked.positive_int(f"{name}: k", k)
     if k > min(logits.size(-1), MOST_ENTRIES):
         raise ValueError(

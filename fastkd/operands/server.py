@@ -32,6 +32,8 @@ def entries(position: Any, token_id: TokenId | None) -> Entries:
             listed = list(position.items())
     elif all(isinstance(item, Mapping) for item in position):
         listed = [(item["token"], item["logprob"]) for item in position]
+    elif not all(isinstance(item, list | tuple) for item in position):
+        raise ValueError("neither objects nor lists")
     else:  # SGLang: log-probability, id, text
         listed = [(item[1], item[0]) for item in position]
     found = [(_id(token, token_id), value) for token, value in listed if value is not None]
