@@ -18,11 +18,10 @@ def number(name: str, value: Any) -> Any:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not isinstance(value, numbers.Integral):
         return float(value)
-    if not -MOST <= value <= MOST:
-        raise ValueError(
-            f"{name} must be a number of 64 bits, got one of {int(value).bit_length()}"
-        )
-    return int(value)
+    whole = int(value)
+    if abs(whole) > MOST:
+        raise ValueError(f"{name} must be a number of 64 bits, got one of {whole.bit_length()}")
+    return whole
 
 
 def own_numbers(parameters: Any) -> None:

@@ -285,9 +285,9 @@ class LearnableTemperature(nn.Module):
                 f"initial={initial!r}, high={high!r}: widen the range, or move initial into it"
             )
         _whole(kind, "ramp", ramp, 0)
-        self.low, self.high, self.ramp = low, high, ramp
+        self.low, self.high, self.ramp, self.classes = low, high, ramp, classes
         self.theta = nn.Parameter(torch.tensor(math.log((initial - low) / (high - initial))))
-        self.net: nn.Sequential | None = None
+        self.net: nn.Module | None = None
         if classes is not None:
             _whole(kind, "classes", classes, 1)
             self.net = nn.Sequential(nn.Linear(2 * classes, 64), nn.ReLU(), nn.Linear(64, 1))
@@ -307,10 +307,10 @@ class LearnableTemperature(nn.Module):
                     "(step, student, teacher), the logits"
                 )
             columns = checks.logits(student, teacher, None)
-            if 2 * columns != self.net[0].in_features:
+            if columns != self.classes:
                 raise ValueError(
-                    f"LearnableTemperature has classes={self.net[0].in_features // 2}, and the "
-                    f"logits have {columns} columns: make it anew"
+                    f"LearnableTemperature has classes={self.classes}, and the logits have "
+                    f"{columns} columns: make it anew"
                 )
             rows = [_wide(logits.detach()).softmax(-1) for logits in (teacher, student)]
             theta = theta + self.net(torch.cat(rows, -1).to(theta.dtype)).squeeze(-1)
