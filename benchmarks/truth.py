@@ -10,8 +10,10 @@ from torch import Tensor
 
 from .operators import Operands, Operator
 
-# Relative errors allowed in fp32 and fp64: |loss| and the norm of the gradient.
-ALLOWED = 1e-3
+# Relative errors allowed in fp32 and fp64: |loss| and the norm of the gradient. In fp32 twice what
+# eager makes where that is more, and the second at most: of an entry where p and q differ in the last
+# digit, total variation takes either sign.
+ALLOWED, AT_MOST_IN_FP32 = 1e-3, 1e-2
 # In 16 bits, twice what eager PyTorch makes of the same rows; not less than this many roundings,
 # and not so much that half the right gradient would pass.
 ROUNDINGS, AT_MOST = 4, 0.45
@@ -102,7 +104,7 @@ def _allowed(
     gradients: tuple[Tensor, ...],
 ) -> Errors:
     dtype = leaves(some)[0].dtype
-    if dtype in (torch.float32, torch.float64):
+    if dtype == torch.float64:
         return Errors(ALLOWED, ALLOWED)
     divisor, scale = operator.divisor(some), UPSTREAM.get(dtype, 1.0)
     answer = operator.providers["eager"].bind(options)(*some)
@@ -111,5 +113,7 @@ def _allowed(
         abs(answer.item() * divisor / loss - 1),
         max(relative(g, t * scale / divisor) for g, t in zip(got, gradients, strict=True)),
     )
-    least = ROUNDINGS * torch.finfo(dtype).eps
-    return Errors(*(min(max(2 * error, least), AT_MOST) for error in errors))
+    least, most = ROUNDINGS * torch.finfo(dtype).eps, AT_MOST
+    if dtype == torch.float32:
+        least, most = ALLOWED, AT_MOST_IN_FP32
+    return Errors(*(min(max(2 * error, least), most) for error in errors))

@@ -13,6 +13,7 @@ import torch
 import fastkd
 from benchmarks import cases, host
 from benchmarks.__main__ import main
+from benchmarks.check import Problem
 from benchmarks.operators import OPERATORS
 from benchmarks.providers import Provider
 from benchmarks.results import ABSENT, BEGUN, FAILED, OK, REFUSED, Results
@@ -197,6 +198,20 @@ def test_half_the_gradient_never_passes(tmp_path, dtype, op):
     rows = Results.load(tmp_path / "results.json").rows
     assert [row.status for row in rows] == [OK] * 4
     assert max(row.errors.gradient for row in rows) < 0.1
+
+
+@pytest.mark.parametrize(("off", "allowed"), [(1e-5, 1e-3), (2e-3, 4e-3), (0.1, 1e-2)])
+def test_fp32_is_as_far_off_as_twice_eager_but_not_that_far(monkeypatch, off, allowed):
+    def eager(*operands, **options):
+        loss = right(*operands, **options)
+        return loss + off * (loss - loss.detach())
+
+    operator = OPERATORS["logits"]
+    monkeypatch.setitem(operator.providers, "eager", Provider("eager", eager))
+    case = cases.case_of("16x200")
+    problem = Problem(operator, case, "tvd", torch.float32, torch.device("cpu"), 2.0)
+    assert problem.truth.allowed.loss == 1e-3
+    assert problem.truth.allowed.gradient == pytest.approx(allowed, rel=1e-2)
 
 
 def test_rows_may_be_ignored_and_labels_mixed_in(tmp_path, monkeypatch):
