@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import re
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from .cubins import Code, disassembled
 from .layouts import scattered
 
 Line = tuple[int, str]  # where it is, and the instruction
@@ -29,8 +27,17 @@ class Counts(NamedTuple):
     spills: int
 
 
+class Compiled(NamedTuple):
+    """A kernel as Triton has it."""
+
+    kernel: Any
+    name: str
+    constants: dict[str, Any]  # its tl.constexpr arguments, by lower-case names
+    programs: tuple[int, ...]
+
+
 class Binary(NamedTuple):
-    """A compiled kernel."""
+    """A kernel by its machine code."""
 
     name: str
     constants: dict[str, Any]  # its tl.constexpr arguments, by lower-case names
@@ -87,20 +94,13 @@ _BRANCH = re.compile(r"\bBRA\b.*0x([0-9a-f]+)")
 _APART = re.compile(r"\bBRA\.DIV\b.*0x([0-9a-f]+)")
 
 
-def binaries(
+def compiled(
     target: str, call: Callable[[], object], processors: int, cluster: int = 0, shared: int = 0
-) -> list[Binary]:
+) -> list[Compiled]:
     """The kernels that `call` would launch on tensors without storage, on `target`.
 
     cluster: the columns that a cluster takes. shared: programs that share a row.
     """
-    found = _compiled(target, call, processors, cluster, shared)
-    return [_read(kernel, *launch) for kernel, *launch in found]
-
-
-def _compiled(
-    target: str, call: Callable[[], object], processors: int, cluster: int, shared: int = 0
-) -> list[tuple]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
@@ -116,7 +116,7 @@ def _compiled(
         get_current_stream = staticmethod(lambda device: 0)
         get_current_target = staticmethod(lambda: gpu)
 
-    found = []
+    found: list[Compiled] = []
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):
@@ -129,7 +129,7 @@ def _compiled(
                 constants |= value._asdict()
             elif isinstance(value, int | str | tuple):
                 constants[one.name.lower()] = value
-        found.append((kernel, self.__name__, constants, tuple(grid), kernel.metadata))
+        found.append(Compiled(kernel, self.__name__, constants, tuple(grid)))
         return kernel
 
     triton.runtime.driver.set_active(Driver())
@@ -154,18 +154,19 @@ def replaced(owner: Any, name: str, new: Any) -> Iterator[None]:
         setattr(owner, name, old)
 
 
-def _read(
-    kernel: Any, name: str, constants: dict[str, Any], grid: tuple[int, ...], metadata: Any
-) -> Binary:
-    if "amdgcn" in kernel.asm:
-        text = kernel.asm["amdgcn"]
-        lines, loops = _gcn(text)
-        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
-        isa = GCN
+def read(target: str, kernels: Sequence[Compiled]) -> list[Binary]:
+    if "gfx" in target:
+        texts = [one.kernel.asm["amdgcn"] for one in kernels]
+        codes = [Code(text, int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])) for text in texts]
     else:
-        text = _disassembled(kernel.asm["cubin"])
-        lines, loops, registers = _sass(text)
-        isa = SASS
+        codes = disassembled(target, [one.kernel.asm["cubin"] for one in kernels])
+    isa = GCN if "gfx" in target else SASS
+    return [_read(*both, isa) for both in zip(kernels, codes, strict=True)]
+
+
+def _read(compiled: Compiled, code: Code, isa: Isa) -> Binary:
+    metadata = compiled.kernel.metadata
+    lines, loops = gcn(code.text) if isa is GCN else sass(code.text)
     tiles = [
         body
         for body in loops
@@ -179,29 +180,17 @@ def _read(
         for body in tiles
         if any(isa.kept.search(line) and not line.startswith("@") for line in body)
     ]
-    counted = [_count(body, isa) for body in swept or tiles]
+    counted = [count(body, isa) for body in swept or tiles]
     whole = [line for _, line in lines]
     return Binary(
-        name, constants, grid, metadata.num_warps, getattr(metadata, "num_ctas", 1), registers,
-        metadata.shared,
-        _count(whole, isa), _count(_main(lines) if isa is SASS else whole, isa), counted,
-        scattered(kernel.asm["ttgir"]), text,
+        compiled.name, compiled.constants, compiled.programs, metadata.num_warps,
+        getattr(metadata, "num_ctas", 1), code.registers, metadata.shared,
+        count(whole, isa), count(_main(lines) if isa is SASS else whole, isa), counted,
+        scattered(compiled.kernel.asm["ttgir"]), code.text,
     )  # fmt: skip
 
 
-def _disassembled(cubin: bytes) -> str:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run(
-            [tool, "-sass", "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-
-
-def _sass(text: str) -> tuple[list[Line], list[list[str]], int]:
+def sass(text: str) -> tuple[list[Line], list[list[str]]]:
     lines = [
         (int(at, 16), line) for at, line in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*?);", text)
     ]
@@ -213,10 +202,10 @@ def _sass(text: str) -> tuple[list[Line], list[list[str]], int]:
         if at < min(apart, default=at + 1) and not _APART.search(line)
     ]
     targets = [(int(back[1], 16), at) for at, line in lines if (back := _BRANCH.search(line))]
-    return lines, _loops(lines, targets), int(re.search(r"REG:(\d+)", text)[1])
+    return lines, _loops(lines, targets)
 
 
-def _gcn(text: str) -> tuple[list[Line], list[list[str]]]:
+def gcn(text: str) -> tuple[list[Line], list[list[str]]]:
     lines, labels = [], {}
     for line in map(str.strip, text.splitlines()):
         if label := re.match(r"(\.LBB\S+):", line):
@@ -277,7 +266,7 @@ def width(access: str, isa: Isa) -> int:
     return next((n for key, n in isa.widths.items() if key in access), 4)
 
 
-def _count(body: list[str], isa: Isa) -> Counts:
+def count(body: list[str], isa: Isa) -> Counts:
     def widths(pattern: re.Pattern[str]) -> list[int]:
         return [width(hit[0], isa) for line in body if (hit := pattern.search(line))]
 

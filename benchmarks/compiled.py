@@ -24,6 +24,7 @@ from .assembly import replaced
 from .configurations import (
     EVERYTHING,
     MAIN,
+    PARTS,
     TARGETS,
     Configuration,
     Measured,
@@ -103,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     top.add_argument("--before", type=Path, metavar="FOLDER", help="where earlier tables lie")
     top.add_argument("--jobs", type=int, default=2, help="processes that compile")
     top.add_argument("--json", action="store_true", help="what the tests read: the kernels")
-    top.add_argument("--quick", action="store_true", help="with --json: a few that stand for all")
+    top.add_argument("--part", choices=PARTS, default=PARTS[0], help="with --json: how much of it")
     return top
 
 
@@ -112,8 +113,8 @@ def main(arguments: Sequence[str]) -> int:
     with ProcessPoolExecutor(options.jobs) as pool:
         if options.json:
             wanted = set(product(options.target, options.divergence))
-            chosen = [task for task in tasks(options.quick) if task in wanted]
-            found = pool.map(partial(_task, options.quick, options.configuration), chosen)
+            chosen = [task for task in tasks(options.part) if task in wanted]
+            found = pool.map(partial(_task, options.part, options.configuration), chosen)
             print(json.dumps([kernel for part in found for kernel in part]))
             return 0
         for target in options.target:
@@ -130,13 +131,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _chosen(
-    target: str, name: str, only: Sequence[str] | None, quick: bool = False
+    target: str, name: str, only: Sequence[str] | None, part: str = PARTS[0]
 ) -> list[Configuration]:
-    found = configurations(target, name, quick)
+    found = configurations(target, name, part)
     return [one for one in found if only is None or one.name in only]
 
 
-def _task(quick: bool, only: Sequence[str] | None, task: tuple[str, str]) -> list[dict[str, Any]]:
+def _task(part: str, only: Sequence[str] | None, task: tuple[str, str]) -> list[dict[str, Any]]:
     """The kernels of a target and a divergence, as plain values."""
     target, name = task
     return [
@@ -157,7 +158,7 @@ def _task(quick: bool, only: Sequence[str] | None, task: tuple[str, str]) -> lis
                 model.GPUS[target], one.binary.registers, one.binary.shared, one.binary.warps
             ),
         }
-        for one in measure(target, name, _chosen(target, name, only, quick))
+        for one in measure(target, name, _chosen(target, name, only, part))
     ]
 
 

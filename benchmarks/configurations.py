@@ -16,7 +16,7 @@ from fastkd.problem import Coefficients, Problem
 from fastkd.sharding import run
 
 from . import model
-from .assembly import Binary, binaries
+from .assembly import Binary, compiled, read
 
 TARGETS = tuple(model.GPUS)
 NAMES = tuple(BUILT_IN)
@@ -40,7 +40,14 @@ class Configuration(NamedTuple):
     beyond: int = 0  # and after them
 
 
-# Those of every target and divergence, and in CI of a few when in haste.
+# How much is compiled: all, what stands for it in CI, and what does in haste.
+PARTS = ("all", "few", "quick")
+# The divergences of CI: one of each kind of row constant on sm_90, on the other targets the first
+# and the dearest.
+FEW = {"sm_90": ("forward_kl", "reverse_kl", "jsd", "renyi", "kl_div")}
+OTHER_FEW = ("forward_kl", "jsd")
+
+# Those of every target and divergence.
 MAIN = (
     Configuration("sweep", "fused", 4096, 128256),
     Configuration("resident", "fused", 4096, 1000),
@@ -59,7 +66,8 @@ MORE = (
     Configuration("everything, ten columns", "fused", 65536, 10, everything=True),
     Configuration("everything, hundred columns", "fused", 65536, 100, everything=True),
 )
-# Of every divergence on sm_90, of a few on NVIDIA's later targets.
+# Of every divergence on sm_90, of a few on NVIDIA's later targets; in CI of forward KL, as Triton
+# takes up to half a minute for one.
 SHARED = Configuration("shared", "fused", 4096, 128256, shared=8)
 CLUSTER = Configuration("cluster", "fused", 4096, 128256, cluster=tuning.CLUSTER * tuning.SHARE)
 # Those of forward KL on sm_90: what it shares with every other, and heads of sigmoids.
@@ -91,7 +99,7 @@ WIDTHS = tuple(
     Configuration(f"resident {width}", "fused", 65536, width)
     for width in (5, 16, 32, 37, 64, 128, 256, 512, 1024, 2048, 4096)
 )
-ALL_WIDTHS = ("forward_kl", "jsd")
+ALL_WIDTHS = ("forward_kl", "jsd")  # in CI of the former
 
 
 # kl_div: per entry a value or their sum, and the gradients of one side or of both.
@@ -113,7 +121,7 @@ class Measured(NamedTuple):
     entry: int  # bytes of a logit of each side together
 
 
-def configurations(target: str, name: str, quick: bool = False) -> Iterator[Configuration]:
+def configurations(target: str, name: str, part: str = "all") -> Iterator[Configuration]:
     if name == "kl_div":
         yield from KL_DIV
         return
@@ -121,14 +129,15 @@ def configurations(target: str, name: str, quick: bool = False) -> Iterator[Conf
     yield from OF_LISTED.get(name, ())
     if has_clusters() and (target == "sm_90" or (target == "sm_100" and name in ALL_WIDTHS)):
         yield CLUSTER
-    if (target == "sm_90" and name in NAMES) or (target == "sm_100" and name in ALL_WIDTHS):
+    shared = NAMES if target == "sm_90" else ALL_WIDTHS if target == "sm_100" else ()
+    if name in shared and (part == "all" or name == "forward_kl"):
         yield SHARED
     if target == "sm_90":
         yield from MORE
         if name == "forward_kl":
             yield from OTHERS
             yield from MORE_LISTED
-        if name in ALL_WIDTHS and not quick:
+        if name in ALL_WIDTHS and (part == "all" or (part, name) == ("few", "forward_kl")):
             yield from WIDTHS
 
 
@@ -138,22 +147,30 @@ def has_clusters() -> bool:
     return tuple(map(int, triton.__version__.split(".")[:2])) >= tuning.CLUSTERS
 
 
-def tasks(quick: bool) -> list[tuple[str, str]]:
-    """(target, divergence); the quick ones stand for the others."""
-    if quick:
+def tasks(part: str = "all") -> list[tuple[str, str]]:
+    """(target, divergence)."""
+    if part == "quick":
         names = ("forward_kl", "jsd", "kl_div")
         return [*(("sm_90", name) for name in names), ("gfx942", "forward_kl")]
-    return [(target, name) for target in TARGETS for name in EVERYTHING]
+    return [
+        (target, name)
+        for target in TARGETS
+        for name in (EVERYTHING if part == "all" else FEW.get(target, OTHER_FEW))
+    ]
 
 
 def measure(target: str, name: str, chosen: Iterable[Configuration]) -> list[Measured]:
     processors = model.GPUS[target].processors
+    kernels = [
+        (one, kernel)
+        for one in chosen
+        for kernel in compiled(target, call_of(name, one), processors, one.cluster, one.shared)
+    ]
     return [
         Measured(
             target, name, one.name, binary, (2 - (one.launcher == "listed")) * one.dtype.itemsize
         )
-        for one in chosen
-        for binary in binaries(target, call_of(name, one), processors, one.cluster, one.shared)
+        for (one, _), binary in zip(kernels, read(target, [k for _, k in kernels]), strict=True)
     ]
 
 

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import configurations, model
-from .assembly import SASS, _compiled, _count, _sass
+from .assembly import SASS, compiled, count, sass
+from .cubins import disassembled
 from .report import table
 
 TARGET = "sm_90"
@@ -45,18 +46,21 @@ def assembled(ptx: str, cap: int) -> bytes:
 def lines(name: str, one: configurations.Configuration) -> list[list[str]]:
     gpu, call = model.GPUS[TARGET], configurations.call_of(name, one)
     found = []
-    for kernel, kind, constants, _, metadata in _compiled(TARGET, call, gpu.processors, 0):
-        if kind != "sweep":
+    for kernel in compiled(TARGET, call, gpu.processors):
+        if kernel.name != "sweep":
             continue
-        for cap in CANDIDATES:
-            code, loops, registers = _sass(assembled(kernel.asm["ptx"], cap))
+        ptx, metadata = kernel.kernel.asm["ptx"], kernel.kernel.metadata
+        codes = disassembled(TARGET, [assembled(ptx, cap) for cap in CANDIDATES])
+        for cap, (text, registers) in zip(CANDIDATES, codes, strict=True):
+            code, loops = sass(text)
             threads = 32 * metadata.num_warps
             threads *= model.occupancy(gpu, registers, metadata.shared, metadata.num_warps)
-            spills = [_count(loop, SASS) for loop in loops]
+            spills = [count(loop, SASS) for loop in loops]
             found.append([
-                name, one.name, str(constants.get("shifted", 0)), str(cap or "-"), str(registers),
-                str(threads), str(sum(c.spills for c in spills if c.loaded or c.stored)),
-                str(_count([line for _, line in code], SASS).spills),
+                name, one.name, str(kernel.constants.get("shifted", 0)), str(cap or "-"),
+                str(registers), str(threads),
+                str(sum(c.spills for c in spills if c.loaded or c.stored)),
+                str(count([line for _, line in code], SASS).spills),
             ])  # fmt: skip
     return found
 

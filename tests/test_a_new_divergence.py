@@ -70,7 +70,7 @@ from benchmarks.cases import OTHERS
 from benchmarks.configurations import MAIN, measure, tasks
 from benchmarks.operators.logits import KINDS
 from tests.test_ahead_of_time import BUDGET, DEAREST
-assert ("sm_90", "hellinger") in tasks(quick=False)
+assert ("sm_90", "hellinger") in tasks()
 assert "hellinger" in OTHERS and "hellinger" in KINDS
 (found,) = measure("sm_90", "hellinger", MAIN[1:2])
 assert found.binary.registers > 0 and "hellinger" not in BUDGET
