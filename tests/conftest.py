@@ -16,6 +16,11 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup hands on that it is ignore
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers share the cores: more threads wait for each other by spinning, which takes as long
+    # again as what they compute. So for the processes that tests begin.
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def _quicken_interpreter() -> None:
@@ -84,6 +89,16 @@ def as_of_many():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def two_threads():
+    """What takes one thread for itself must give them back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

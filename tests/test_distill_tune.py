@@ -8,7 +8,6 @@ import sqlite3
 import sys
 
 import pytest
-import torch
 
 from fastkd import __main__
 from fastkd.distill.settings import Search
@@ -19,6 +18,8 @@ from tests.test_distill_user_models import options as of_models
 optuna = pytest.importorskip("optuna")
 for module in ("matplotlib", "rich", "tokenizers"):
     pytest.importorskip(module)
+
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 TINY = [
     "--steps=6", "--teacher-steps=4", "--vocabulary=300", "--sequence-length=16",
@@ -32,13 +33,6 @@ def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("\n\n".join(f"line {i} of {i % 7} words" for i in range(300)))
     return path
-
-
-@pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    yield
-    assert torch.get_num_threads() == before
 
 
 def tune(*arguments):
