@@ -63,7 +63,9 @@ class Common:
     entropy_weight: float = setting(
         0.0, "of the student's entropy: above 0 sharpens it", "[-1000, 1000]"
     )
-    steps: int = setting(200, "optimizer steps of the student", COUNT)
+    steps: int = setting(
+        200, "optimizer steps of the student; with --teacher, 0: as many as --epochs takes", COUNT
+    )
     batch_size: int = setting(8, "sequences in a batch, for each device", "[1, 65536]")
     sequence_length: int = setting(64, "tokens in a sequence", "[2, 1048576]")
     learning_rate: float = setting(4e-3, "of the student, at its peak", "(0, 1000]")
