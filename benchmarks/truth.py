@@ -11,8 +11,8 @@ from torch import Tensor
 from .operators import Operands, Operator
 
 # Relative errors allowed in fp32 and fp64: |loss| and the norm of the gradient. In fp32 twice what
-# eager makes where that is more, and the second at most: of an entry where p and q differ in the last
-# digit, total variation takes either sign.
+# eager makes where that is more, and the second at most: of an entry where p and q differ in the
+# last digit, total variation takes either sign.
 ALLOWED, AT_MOST_IN_FP32 = 1e-3, 1e-2
 # In 16 bits, twice what eager PyTorch makes of the same rows; not less than this many roundings,
 # and not so much that half the right gradient would pass.
