@@ -223,10 +223,10 @@ def whole(name: str, value: Any) -> Any:
     return value
 
 
-def at_least_one(name: str, value: Any) -> Any:
+def at_least(name: str, value: Any, least: int = 1) -> Any:
     value = whole(name, value)
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
     return value
 
 

@@ -183,7 +183,9 @@ def _norms(
 
 
 @_norms.register_fake
-def _(temperature, tensors, numbers, vocab_size, spec, name):
+def _(
+    temperature: Tensor, tensors: Any, numbers: Tensor, vocab_size: int, spec: str, name: str
+) -> Tensor:
     mixture = Problem.unpack(tensors, numbers, vocab_size, spec).teacher
     return temperature.new_empty(len(mixture.members), 3, temperature.size(0), dtype=EXACT)
 

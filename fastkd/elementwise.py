@@ -168,7 +168,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(input, target, log_target, reduce, dtype):
+def _(input: Tensor, target: Tensor, log_target: bool, reduce: bool, dtype: torch.dtype) -> Tensor:
     return input.new_empty(() if reduce else input.shape, dtype=dtype)
 
 
@@ -196,7 +196,9 @@ def _backward(
 
 
 @_backward.register_fake
-def _empty_gradients(upstream, input, target, log_target, input_dtype):
+def _empty_gradients(
+    upstream: Tensor, input: Any, target: Tensor, log_target: bool, input_dtype: Any
+) -> tuple[Tensor, Tensor]:
     return (
         target.new_empty(0 if input_dtype is None else target.shape, dtype=input_dtype),
         target.new_empty(0 if input is None else target.shape),
@@ -237,18 +239,20 @@ def _laid_out(backend: Any, *tensors: Tensor | None) -> list[Any]:
 
 class _KLDiv(torch.autograd.Function):
     @staticmethod
-    def forward(input, target, log_target, reduce, dtype):
+    def forward(
+        input: Tensor, target: Tensor, log_target: bool, reduce: bool, dtype: torch.dtype
+    ) -> Tensor:
         return _forward(input, target, log_target, reduce, dtype)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         input, target, ctx.log_target, _, _ = inputs
         ctx.input_dtype = input.dtype if ctx.needs_input_grad[0] else None
         # The gradient of the input does not depend on the input.
         ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, target)
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         input, target = ctx.saved_tensors
         to_input = to_target = None
         if torch.is_grad_enabled():  # of differentiable operations, as it will be differentiated
@@ -260,10 +264,5 @@ class _KLDiv(torch.autograd.Function):
             to_input, to_target = _backward(
                 readable(upstream), input, target, ctx.log_target, ctx.input_dtype
             )
-        return (
-            None if ctx.input_dtype is None else to_input,
-            None if input is None else to_target,
-            None,
-            None,
-            None,
-        )
+        to_input = None if ctx.input_dtype is None else to_input
+        return to_input, None if input is None else to_target, None, None, None

@@ -8,6 +8,7 @@ gradient what goes through the width.
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,9 @@ def _moments(
 
 
 @_moments.register_fake
-def _(student, teacher, counted, vocab_size, backend, merge):
+def _(
+    student: Tensor, teacher: Tensor, counted: Any, vocab_size: int, backend: str, merge: str
+) -> Tensor:
     return _new(student, teacher, backend)
 
 

@@ -291,7 +291,8 @@ def _fused_(problem: Problem, out: Tensor, *rest: Any) -> tuple[Tensor, Tensor |
 
 
 @_fused_.register_fake
-def _(problem: Problem, out: Tensor, kd: Tensor, ce: Any, entropy: Any, metrics: bool, name: str):
+def _(problem: Problem, out: Tensor, kd: Tensor, ce: Any, entropy: Any, *rest: Any) -> Any:
+    metrics, _ = rest
     return _new_rows(kd, metrics)
 
 

@@ -86,8 +86,8 @@ class Settings(NamedTuple):
             ("entropy_weight", checks.finite),
             ("ignore_index", checks.whole),
             ("dim", checks.whole),
-            ("vocab_size", checks.at_least_one),
-            ("chunk_bytes", checks.at_least_one),
+            ("vocab_size", checks.at_least),
+            ("chunk_bytes", checks.at_least),
         ):
             if values.get(name) is not None or name not in OPTIONAL:
                 values[name] = check(name, values[name])

@@ -61,7 +61,7 @@ class Annealing(Schedule):
         kind = type(self).__name__
         _positive(kind, "start", self.start)
         _positive(kind, "end", self.end)
-        _whole(kind, "steps", self.steps, 1)
+        checks.at_least(f"{kind}: steps", self.steps)
 
     def _progress(self, step: int) -> float:
         return min(max(step / self.steps, 0.0), 1.0)
@@ -129,7 +129,7 @@ class TwoStage(Schedule):
     def __post_init__(self) -> None:
         _positive("TwoStage", "first", self.first)
         _positive("TwoStage", "second", self.second)
-        _whole("TwoStage", "steps", self.steps, 1)
+        checks.at_least("TwoStage: steps", self.steps)
 
     def __call__(self, step: int) -> float:
         return float(self.first if step < self.steps else self.second)
@@ -284,12 +284,12 @@ class LearnableTemperature(nn.Module):
                 f"{kind}: expected low < initial < high < inf, got low={low!r}, "
                 f"initial={initial!r}, high={high!r}: widen the range, or move initial into it"
             )
-        _whole(kind, "ramp", ramp, 0)
+        checks.at_least(f"{kind}: ramp", ramp, 0)
         self.low, self.high, self.ramp, self.classes = low, high, ramp, classes
         self.theta = nn.Parameter(torch.tensor(math.log((initial - low) / (high - initial))))
         self.net: nn.Module | None = None
         if classes is not None:
-            _whole(kind, "classes", classes, 1)
+            checks.at_least(f"{kind}: classes", classes)
             self.net = nn.Sequential(nn.Linear(2 * classes, 64), nn.ReLU(), nn.Linear(64, 1))
 
     def forward(
@@ -360,8 +360,3 @@ def _positive(owner: str, name: str, value: Any) -> Any:
     if not 0 < value < math.inf:
         raise ValueError(f"{owner}: {name} must be a finite temperature > 0, got {value!r}")
     return value
-
-
-def _whole(owner: str, name: str, value: Any, least: int) -> None:
-    if checks.whole(f"{owner}: {name}", value) < least:
-        raise ValueError(f"{owner}: {name} must be at least {least}, got {value!r}")

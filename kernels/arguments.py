@@ -121,7 +121,7 @@ class Pieces(NamedTuple):
     turn: Any = None  # of the row, where they are words: see `words.py`
 
 
-class Tile(NamedTuple):
+class Tiling(NamedTuple):
     """How a row is laid out over a program; of `sweep`."""
 
     align: int  # divides where every row of the operands begins

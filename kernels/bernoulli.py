@@ -18,7 +18,7 @@ from fastkd.kernels import memory as M
 from fastkd.kernels import phases as P
 from fastkd.kernels import records
 from fastkd.kernels import walk as W
-from fastkd.kernels.arguments import Extent, Outputs, Owner, Tile, number, varying
+from fastkd.kernels.arguments import Extent, Outputs, Owner, Tiling, number, varying
 from fastkd.kernels.launch import new_gradient, of_rows, rows_in_memory
 from fastkd.kernels.terms import EXPM1_RADIUS, LOG1P_RADIUS, expm1_remainder
 from fastkd.kernels.tuning import schedule
@@ -320,7 +320,7 @@ def _run(
                 outputs=Outputs(values, temperature=temperature if temperature_grad else None),
                 a=float(problem.a), b=float(problem.b), **of_rows(problem, factors),
                 VALUES=kinds, REVERSE=problem.b != 0, RESIDENT=resident,
-                TILE=Tile(operands.align, plan.lanes, plan.vector, plan.splits, 1, 1, 0),
+                TILE=Tiling(operands.align, plan.lanes, plan.vector, plan.splits, 1, 1, 0),
                 num_warps=plan.warps, enable_fp_fusion=True,
             )  # fmt: skip
     return values.sum(-1), temperature.sum(-1)

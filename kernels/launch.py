@@ -21,7 +21,7 @@ from fastkd.kernels.arguments import (
     PerRow,
     Targets,
     Temperatures,
-    Tile,
+    Tiling,
     varying,
 )
 from fastkd.kernels.divergences import Device, device_of
@@ -100,12 +100,12 @@ def extent_of(problem: Problem, operands: Rows) -> Extent:
     return Extent(varying(problem.rows), columns, beyond, operands.inner)
 
 
-def laid_out(extent: Extent, operands: Rows, plan: Schedule, pieces: int) -> tuple[Extent, Tile]:
+def laid_out(extent: Extent, operands: Rows, plan: Schedule, pieces: int) -> tuple[Extent, Tiling]:
     """A sweep's launch: the columns of each program are a multiple of a tile's."""
     block = plan.lanes * plan.vector
     reach = extent.columns + (plan.vector - 1 if operands.shifted else 0)
     span = triton.cdiv(triton.cdiv(reach, plan.splits), block) * block
-    tile = Tile(
+    tile = Tiling(
         operands.align, plan.lanes, plan.vector, plan.splits, pieces, power_of_two(pieces),
         operands.shifted,
     )  # fmt: skip

@@ -109,7 +109,7 @@ def test_what_padding_holds_is_not_looked_at():
 def test_a_count_that_is_none_is_refused(make):
     with pytest.raises(ValueError, match="must be at least 1, got 0"):
         make(torch.randn(2, 9), 0)
-    with pytest.raises(TypeError, match="must be an int, got float"):
+    with pytest.raises(TypeError, match="must be a whole number, got float"):
         make(torch.randn(2, 9), 2.0)
 
 

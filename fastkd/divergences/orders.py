@@ -122,7 +122,7 @@ class Renyi(Divergence):
         return _escort(lp, lq, a)
 
     @staticmethod
-    def outer(total, a, b):
+    def outer(total, a, b, *label):
         return total.log() / (a - 1)
 
     @classmethod

@@ -68,10 +68,3 @@ def one_device(kind: str, **tensors: Tensor | None) -> None:
     if len(set(places.values())) > 1:
         listed = ", ".join(f"{name} on {place}" for name, place in places.items())
         raise ValueError(f"{kind}: all tensors must be on one device, got {listed}: move them")
-
-
-def positive_int(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")

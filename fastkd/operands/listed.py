@@ -295,7 +295,7 @@ class Sampled:
         ids with their counts, K as many as the row with most of them has.
         """
         checked.logits("Sampled.from_logits: logits", logits)
-        checked.positive_int("Sampled.from_logits: draws", draws)
+        checks.at_least("Sampled.from_logits: draws", draws)
         rows = logits.detach().double().reshape(-1, logits.size(-1)).softmax(-1)
         drawn = torch.multinomial(rows, draws, True, generator=generator).sort(-1).values
         place = (drawn.diff(dim=-1) != 0).cumsum(-1)
@@ -310,7 +310,7 @@ class Sampled:
 
 def _best(name: str, logits: Any, k: Any) -> Tensor:
     checked.logits(f"{name}: logits", logits)
-    checked.positive_int(f"{name}: k", k)
+    checks.at_least(f"{name}: k", k)
     if k > min(logits.size(-1), MOST_ENTRIES):
         raise ValueError(
             f"{name}: k must be at most {min(logits.size(-1), MOST_ENTRIES)}, got {k}: "
