@@ -64,7 +64,7 @@ def parser() -> Parser:
         "--triton-cache",
         type=Path,
         metavar="FOLDER",
-        help="of benchmarks.cache: kernels for --suite gpu",
+        help="of benchmarks.cache: kernels for --suite gpu, which compiles what it lacks",
     )
     how.add_argument(
         "--step", choices=("versions", "ceilings", *STEPS), help="that part of --suite gpu alone"
@@ -175,10 +175,13 @@ def _run_gpu(options: argparse.Namespace, device: torch.device, command: str) ->
     if options.dry_run:  # of Triton in its interpreter, and of torch.compile without compiling
         passed_on += ["--dry-run", "--threads", "1", "--rounds", "1"]
         os.environ.update(TRITON_INTERPRET="1", TORCHDYNAMO_DISABLE="1")
+    lacking = None
     if options.triton_cache:
         cache.enter(options.triton_cache)
+        lacking = None if cache.verdict()[0] else options.triton_cache.resolve()
     out = options.out.resolve()
-    return gpu.run_all(out, gpu.steps(out, passed_on, options.dry_run), options.minutes, command)
+    chosen = gpu.steps(out, passed_on, options.dry_run, lacking)
+    return gpu.run_all(out, chosen, options.minutes, command)
 
 
 def _begin(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import hashlib
 import json
 import math
 import os
@@ -31,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from .assembly import replaced
 
+ROOT = Path(__file__).parents[1]
 ABOUT = "about.json"
 GROUP = "__grp__"
 # What a launch needs; the rest is how the compiler came to it.
@@ -38,10 +40,9 @@ KEPT = (".cubin", ".json", ".so")
 
 
 def enter(folder: Path) -> None:
-    """Lets this process and those that it starts load kernels from a cache, wherever it lies."""
+    """Lets this process and those that it starts keep kernels in a cache, wherever it lies."""
     folder = folder.resolve()
-    if not (folder / ABOUT).exists():
-        raise ValueError(f"{folder} is no cache of benchmarks.cache: it has no {ABOUT}")
+    folder.mkdir(parents=True, exist_ok=True)
     for group in folder.glob(f"*/{GROUP}*"):
         paths = json.loads(group.read_text())["child_paths"]
         # Since Triton 3.8 a group of which one file is missing is none.
@@ -51,15 +52,17 @@ def enter(folder: Path) -> None:
     os.environ.update(_environment(folder))
 
 
-def verdict() -> str:
-    """Whether the kernels of the cache that was entered will be found."""
+def verdict() -> tuple[bool, str]:
+    """Whether the kernels of the cache that was entered will be found, and as a sentence."""
     about = Path(os.environ.get("TRITON_CACHE_DIR", "")) / ABOUT
     if not about.exists():
-        return "Triton cache: none was carried, kernels are compiled"
+        return False, "Triton cache: none was carried, kernels are compiled"
     there, here = json.loads(about.read_text()), _about()
-    if there["triton_key"] == here["triton_key"]:
-        return f"Triton cache: built for this Triton, {there['kernels']} kernels"
-    return f"Triton cache: of no use, built for {_brief(there)}, this is {_brief(here)}"
+    if there["triton_key"] != here["triton_key"]:
+        return False, f"Triton cache: of no use, built for {_brief(there)}, this is {_brief(here)}"
+    if there["code"] != here["code"]:
+        return False, "Triton cache: built from other code, what has changed is compiled"
+    return True, f"Triton cache: built for this Triton and code, {there['kernels']} kernels"
 
 
 def _environment(folder: Path) -> dict[str, str]:
@@ -71,8 +74,12 @@ def _about() -> dict[str, Any]:
     from triton import __version__
     from triton.runtime.cache import triton_key
 
+    # The kernels, what chooses among them, and what the suite launches.
+    files = sorted((*ROOT.glob("kernels/*.py"), *ROOT.glob("benchmarks/*.py")))
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     return {
         "triton": __version__, "python": platform.python_version(), "triton_key": triton_key(),
+        "code": code,
     }  # fmt: skip
 
 
@@ -240,11 +247,8 @@ def _training() -> None:
 # --- filling it ----------------------------------------------------------------------------------
 
 
-def fill(folder: Path, only: str, part: int = 0, parts: int = 1) -> Counter[str]:
-    """Makes every parts-th launch whose name holds `only`; how many kernels were compiled, and
-    how many the cache had."""
-    os.environ.update(_environment(folder))
-    os.environ.pop("TRITON_INTERPRET", None)  # read when Triton is imported
+def install() -> Counter[str]:
+    """This process launches on the stand-in; how many kernels it has compiled and loaded so far."""
     torch.set_num_threads(1)
     from triton import knobs
 
@@ -257,8 +261,19 @@ def fill(folder: Path, only: str, part: int = 0, parts: int = 1) -> Counter[str]
 
     knobs.compilation.listener = heard
     stub.install(_driver())
+    return total
+
+
+def fill(folder: Path, only: str, part: int, parts: int, until: float) -> Counter[str]:
+    """Makes every parts-th launch whose name holds `only`, and begins none after `until`; how many
+    kernels were compiled, and how many the cache had."""
+    os.environ.update(_environment(folder))
+    os.environ.pop("TRITON_INTERPRET", None)  # read when Triton is imported
+    total = install()
     for name, launch in [one for one in launches() if only in one[0]][part::parts]:
         before, began = total.copy(), time.monotonic()
+        if began > until:
+            break
         try:
             launch()
             found = ", ".join(f"{n} {what}" for what, n in (total - before).items())
@@ -267,6 +282,19 @@ def fill(folder: Path, only: str, part: int = 0, parts: int = 1) -> Counter[str]
             found = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         print(f"{name}: {found or 'nothing new'}, {time.monotonic() - began:.1f} s", flush=True)
     return total
+
+
+def fill_tests(folder: Path, only: str, part: int, parts: int) -> Counter[str]:
+    """The same by the tests of every parts-th file that run on the device; see launched.py."""
+    from . import gpu
+
+    files = [file for file in gpu.tests_on_device() if only in file][part::parts]
+    plugin = ("-p", "benchmarks.launched", "-p", "no:cacheprovider", "--quick", "-q", "--tb=no")
+    done = subprocess.run(
+        [sys.executable, "-O", "-m", "pytest", *plugin, *files],
+        cwd=ROOT, env=os.environ | _environment(folder), stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    return Counter(json.loads(done.stdout.splitlines()[-1]))
 
 
 def _driver() -> Any:
@@ -312,25 +340,29 @@ def prune(folder: Path) -> tuple[int, int]:
     return len(kernels), sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="benchmarks.cache", description=__doc__)
+    top.add_argument("folder", type=Path, help="is made, or added to")
+    top.add_argument("--only", default="", help="launches, or files of tests, that hold this")
+    top.add_argument("--tests", action="store_true", help="those of the tests on the device")
+    top.add_argument("--jobs", type=int, default=1, help="processes that compile")
+    top.add_argument("--limit", type=float, default=math.inf, help="seconds to begin launches in")
+    return top
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.cache", description=__doc__)
-    parser.add_argument("folder", type=Path, help="is made, or added to")
-    parser.add_argument("--only", default="", help="launches whose name holds this")
-    parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
-    options = parser.parse_args(arguments)
-    folder = options.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / ABOUT).exists():
-        enter(folder)
+    options = parser().parse_args(arguments)
+    folder, until = options.folder.resolve(), time.monotonic() + options.limit
+    enter(folder)
     total: Counter[str] = Counter()
+    filled = fill_tests if options.tests else partial(fill, until=until)
     with ProcessPoolExecutor(options.jobs) as pool:
         parts = [
-            pool.submit(fill, folder, options.only, part, options.jobs)
+            pool.submit(filled, folder, options.only, part=part, parts=options.jobs)
             for part in range(options.jobs)
         ]
         for part in parts:
             total += part.result()
-    os.environ.update(_environment(folder))
     kernels, size = prune(folder)
     print(f"{total['compiled']} compiled, {total['loaded']} loaded, {total['failed']} failed")
     print(f"{folder}: {kernels} kernels, {size / 2**20:.1f} MiB, {_brief(_about())}")

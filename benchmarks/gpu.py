@@ -35,7 +35,11 @@ PATIENCE = 100
 DEVICE_LOST = 3
 SUMMARY, LOG, TEST_LOG, TABLE = "summary.txt", "suite.log", "tests.log", "table.md"
 # Tests of these files run on the device; the others, which do not, would take its time.
-ON_DEVICE = re.compile(r"\bDEVICE\b|\btests\.running\b|def test_\w+\([^)]*\bdevice\b")
+ON_DEVICE = re.compile(
+    r"^from tests\.(conftest import .*\bDEVICE\b|running import (?!NO_TRITON$))"
+    r"|^def test_\w+\([^)]*\bdevice\b",
+    re.MULTILINE,
+)
 VERDICT = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
 
 
@@ -66,13 +70,16 @@ class Ending(NamedTuple):
 # --- the steps -----------------------------------------------------------------------------------
 
 
-def steps(out: Path, options: Sequence[str], rehearsal: bool) -> list[Step]:
-    """options: of each part of `--suite gpu`."""
+def steps(
+    out: Path, options: Sequence[str], rehearsal: bool, lacking: Path | None = None
+) -> list[Step]:
+    """options: of each part of `--suite gpu`. lacking: a Triton cache without all kernels."""
     python = (sys.executable, "-u", "-m")
     part = (*python, "benchmarks", "--suite", "gpu", "--out", str(out), *options, "--step")
     small = ("--dry-run",) if rehearsal else ()
     found = [
         Step("versions", 40, (*part, "versions")),
+        *(() if lacking is None else (_kernels(python, lacking),)),
         Step("verify", 50, (*python, "benchmarks.verify", *small)),
         Step("ceilings", 25, (*part, "ceilings")),
         Step("headline", 60, (*part, "headline"), again=True),
@@ -86,15 +93,31 @@ def steps(out: Path, options: Sequence[str], rehearsal: bool) -> list[Step]:
     return [one._replace(seconds=4 * one.seconds) for one in found] if rehearsal else found
 
 
+def _kernels(python: Sequence[str], cache: Path) -> Step:
+    """By all processors at once, where the steps would compile one kernel after the other."""
+    fill = (*python, "benchmarks.cache", str(cache), "--jobs", str(_spare()), "--limit", "30")
+    return Step("kernels", 50, fill)
+
+
+def _spare() -> int:
+    """Processors, but for those that the suite itself takes."""
+    return max(1, (os.cpu_count() or 2) - 2)
+
+
+def tests_on_device() -> list[str]:
+    """The files that have them, from the root of the checkout."""
+    tests = sorted((ROOT / "tests").glob("test_*.py"))
+    return [str(file.relative_to(ROOT)) for file in tests if ON_DEVICE.search(file.read_text())]
+
+
 def _tests(rehearsal: bool) -> list[str]:
     """Verdicts come line by line, so that a kill costs only those to come; a rehearsal collects."""
-    tests = sorted((ROOT / "tests").glob("test_*.py"))
-    files = [str(file.relative_to(ROOT)) for file in tests if ON_DEVICE.search(file.read_text())]
+    files = tests_on_device()
     command = [sys.executable, "-u", "-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider"]
     if rehearsal:
         return [*command, "--collect-only", files[0]]
     if importlib.util.find_spec("xdist"):
-        command += ["-n", str(max(1, (os.cpu_count() or 2) - 2)), "--dist", "worksteal"]
+        command += ["-n", str(_spare()), "--dist", "worksteal"]
     if importlib.util.find_spec("pytest_timeout"):
         command += ["--timeout", "60"]
     return [*command, "--quick", *files]

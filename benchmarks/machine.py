@@ -54,7 +54,7 @@ def announce(device: torch.device, arguments: Sequence[str], commit: str | None)
     """Says what is measured on, whether a carried cache serves here, and what runs; 0 if all."""
     for name, value in header(device, arguments, commit).items():
         print(f"{name}: {value}")
-    print(cache.verdict(), flush=True)
+    print(cache.verdict()[1], flush=True)
     return doctor.run()
 
 

@@ -29,9 +29,9 @@ SWEPT = (
 
 def assembled(ptx: str, cap: int) -> bytes:
     """The machine code of a kernel whose threads have at most `cap` registers."""
-    import triton
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    tool = get_ptxas(int(TARGET.removeprefix("sm_"))).path
     text = re.sub(r"\.maxnreg \d+\n?", "", ptx)
     if cap:
         text = re.sub(r"(\.reqntid [\d, ]+)", rf"\1\n.maxnreg {cap}", text, count=1)

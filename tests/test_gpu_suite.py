@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu, measure
+from benchmarks import cache, gpu, measure
 from benchmarks.check import Refused
 from benchmarks.operators import OPERATORS
 from benchmarks.results import ABSENT, OK, Results
@@ -190,7 +190,18 @@ def test_a_silent_step_is_killed(tmp_path, hurried, monkeypatch):
 def test_the_device_runs_the_tests_that_use_it(tmp_path):
     (tests,) = (step for step in gpu.steps(tmp_path, [], False) if step.name == "tests")
     assert {"tests/test_kernels.py", "tests/test_logits.py", "tests/test_nan.py"} < {*tests.command}
-    assert not {"tests/test_readme.py", "tests/test_distill.py"} & {*tests.command}
+    others = {"tests/test_readme.py", "tests/test_distill.py", "tests/test_a_new_divergence.py"}
+    assert not others & {*tests.command}
+
+
+def test_what_a_cache_lacks_is_compiled_before_it_is_needed(tmp_path):
+    """By as many processes as there are processors, for less time than the step has."""
+    without = gpu.steps(tmp_path, [], False)
+    (step,) = (one for one in gpu.steps(tmp_path, [], False, tmp_path) if one not in without)
+    assert gpu.steps(tmp_path, [], False, tmp_path)[1] == step
+    options = cache.parser().parse_args(step.command[step.command.index("benchmarks.cache") + 1 :])
+    assert options.folder == tmp_path
+    assert options.limit < step.seconds - 10
 
 
 def test_verdicts_of_tests_count_as_far_as_they_came(tmp_path):

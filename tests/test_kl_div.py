@@ -21,9 +21,9 @@ from fastkd.eager import elementwise as eager
 from fastkd.elementwise import kl_div
 from tests import oracle
 from tests.closeness import assert_close, assert_zero
+from tests.conftest import DEVICE
 
 ROOT = Path(__file__).parents[1]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF, NAN = math.inf, math.nan
 BACKENDS = ["torch", "triton"]
 REDUCTIONS = ["none", "sum", "mean", "batchmean"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +18,13 @@ from benchmarks import cache
 ROOT = Path(__file__).parents[1]
 
 
-def filled(folder):
+SMALL = ("--only", "tvd fp32 4096x10 plain")
+
+
+def filled(folder, *options, only=SMALL):
     """What a process says that makes the launches of one small case."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.cache", folder, "--only", "tvd fp32 4096x10 plain"],
+        [sys.executable, "-m", "benchmarks.cache", folder, *only, *options],
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
@@ -38,19 +42,41 @@ def test_a_second_process_compiles_nothing_though_the_cache_has_moved(tmp_path):
     assert "\n0 compiled, 4 loaded, 0 failed\n" in filled(second)
 
 
-def test_a_cache_of_another_triton_is_told_apart(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_tests_launch_on_the_stand_in_what_they_will_on_a_gpu(tmp_path):
+    tests = ("--tests", "--only", "test_dim")
+    said = filled(tmp_path, only=tests)
+    assert (found := re.search(r"^([1-9]\d*) compiled, \d+ loaded, 0 failed$", said, re.M))
+    assert f"0 compiled, {found[1]} loaded, 0 failed" in filled(tmp_path, only=tests)
+
+
+def test_no_launch_begins_after_the_limit(tmp_path):
+    said = filled(tmp_path, "--limit", "0")
+    assert said.startswith("0 compiled, 0 loaded, 0 failed\n")
+    assert json.loads((tmp_path / cache.ABOUT).read_text())["kernels"] == 0
+
+
+def test_a_cache_of_another_triton_or_other_code_is_told_apart(tmp_path, monkeypatch):
     for name in ("TRITON_CACHE_DIR", "TRITON_DISABLE_LINE_INFO"):
         monkeypatch.setenv(name, "")
-    assert "none was carried" in cache.verdict()
-    with pytest.raises(ValueError, match="it has no about"):
-        cache.enter(tmp_path)
+
+    def verdict(**changes):
+        (tmp_path / cache.ABOUT).write_text(json.dumps({**about, **changes}))
+        return cache.verdict()
+
     about = {**cache._about(), "kernels": 3}
-    (tmp_path / cache.ABOUT).write_text(json.dumps(about))
+    cache.enter(tmp_path / "new")
+    serves, said = cache.verdict()
+    assert not serves
+    assert "none was carried" in said
     cache.enter(tmp_path)
-    assert cache.verdict() == "Triton cache: built for this Triton, 3 kernels"
-    about |= {"triton_key": "another", "triton": "3.6.0", "python": "3.12.3"}
-    (tmp_path / cache.ABOUT).write_text(json.dumps(about))
-    assert "of no use, built for Triton 3.6.0 for Python 3.12.3, this is" in cache.verdict()
+    assert verdict() == (True, "Triton cache: built for this Triton and code, 3 kernels")
+    serves, said = verdict(triton_key="another", triton="3.6.0", python="3.12.3")
+    assert not serves
+    assert "of no use, built for Triton 3.6.0 for Python 3.12.3, this is" in said
+    serves, said = verdict(code="another")
+    assert not serves
+    assert "what has changed is compiled" in said
 
 
 EVERY_LAUNCH = """
