@@ -177,6 +177,24 @@ def uld_loss(
     return _reduce(_sorted_distance(_exact(student), teacher), weight, reduction)
 
 
+def summed(divergence: str | Divergence | Bernoulli) -> Divergence:
+    """A divergence that is a sum over tokens, which the shared ones are a part of.
+
+    Raises:
+        ValueError: for any other.
+
+    Example:
+        >>> summed("tvd")
+        TVD()
+    """
+    terms = checks.divergence(divergence)
+    if isinstance(terms, Bernoulli):
+        raise ValueError("divergence must be one of distributions over tokens, got Bernoulli()")
+    if terms.label_aware or type(terms).value is Divergence.value:
+        raise ValueError(f"divergence must be a sum over tokens, which {terms} is not")
+    return terms
+
+
 def shared_token_loss(
     student: Tensor,
     teacher: Tensor,
@@ -213,11 +231,7 @@ def shared_token_loss(
         >>> shared_token_loss(student, teacher, torch.tensor([[0, 4], [2, 1]])).backward()
     """
     _check(student, teacher, weight, reduction)
-    terms = JSD(0.5) if divergence is None else checks.divergence(divergence)
-    if isinstance(terms, Bernoulli):
-        raise ValueError("divergence must be one of distributions over tokens, got Bernoulli()")
-    if terms.label_aware or type(terms).value is Divergence.value:
-        raise ValueError(f"divergence must be a sum over tokens, which {terms} is not")
+    terms = JSD(0.5) if divergence is None else summed(divergence)
     _ids("shared", shared)
     if shared.dim() != 2 or shared.size(1) != 2 or shared.dtype != torch.long:
         raise ValueError(

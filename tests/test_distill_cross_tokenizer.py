@@ -209,6 +209,13 @@ def test_the_teacher_reads_no_more_than_it_can(home):
         ({"standardize": True}, "standardize: with cross_tokenizer it has no meaning"),
         ({"teacher": ("HOME", "OTHER")}, "cross_tokenizer takes one teacher, got 2"),
         ({"teacher": ("s",), "lora": "4", "alpha": 0.5}, "teacher and student are one model"),
+        *(
+            (
+                {"divergence": name},
+                f"cross_tokenizer: divergence must be a sum over tokens, {which}",
+            )
+            for name, which in (("dkd", "which DKD"), ("dist", "which DIST"), ("akl", "which AKL"))
+        ),
         ({"cross_tokenizer": "uld", "divergence": "tvd"}, "divergence: uld has its own distance"),
     ],
 )

@@ -416,6 +416,7 @@ def test_conversations_are_distilled_on_completions(home, chat, tmp_path, loss_o
         {"weight_decay": 50.0},
         {"lr_schedule": "constant"},
         {"warmup": 4},
+        {"lr_schedule": "reduce_lr_on_plateau"},
         {"clip": 1e-3, "optimizer": "sgd"},
     ],
     ids=str,

@@ -45,7 +45,8 @@ class Job:
         quantised.check(chosen.teacher_precision, chosen.quantize)
         placement(chosen.teacher_device)
         self.dtype = precision(chosen.precision, self.device)
-        _check_optimizer(chosen, _arguments(chosen, tokens, self.device, self.dtype))
+        common = (chosen, tokens, self.device, self.dtype)
+        _check_optimizer(chosen, _arguments(*common, eval_strategy="steps"))
         if chosen.sampling_server:
             _reach(chosen.sampling_server)
         cache = cached.opened(chosen) if chosen.teacher_cache else None

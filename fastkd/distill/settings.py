@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from fastkd.cross_tokenizer import summed
+
 from .errors import Usage, in_range, known
 from .files import find
 from .hub import PREFIX
@@ -321,6 +323,10 @@ class UserModels(Common):
             raise Usage("cross_tokenizer: teacher and student are one model: leave it out")
         if self.cross_tokenizer == "uld" and self._given("divergence"):
             raise Usage("divergence: uld has its own distance: leave it out, or take gold")
+        try:
+            summed(divergence(self.divergence))
+        except ValueError as error:
+            raise Usage(f"cross_tokenizer: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
