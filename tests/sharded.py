@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
@@ -17,8 +18,12 @@ Case = Callable[[], None]
 
 
 def on_ranks(world: int, cases: dict[str, Case], folder: Path) -> dict[str, str]:
-    """Runs all cases on so many processes, started once; by name the faults of those that fail."""
-    mp.start_processes(_rank, (world, cases, str(folder)), world, start_method="spawn")
+    """Runs all cases on so many processes, started once; by name the faults of those that fail.
+
+    They are forked of one that has imported all cases, which takes as long as many of them.
+    """
+    multiprocessing.set_forkserver_preload(["tests.test_sharded"])
+    mp.start_processes(_rank, (world, cases, str(folder)), world, start_method="forkserver")
     faults: dict[str, str] = {}
     for rank in range(world):
         for name, fault in torch.load(folder / f"{rank}.pt").items():

@@ -209,12 +209,22 @@ def wait_for(path, process, pattern="*"):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGHUP, signal.SIGTERM])
-def test_a_killed_run_goes_on_to_the_same_student(home, tmp_path, kind):
-    """What was logged is there at once; what a save did not see is done again, to the bit."""
+@pytest.fixture(scope="module")
+def sixty(home, tmp_path_factory):
+    """The options of a run that saves every 10 steps, and its results."""
     chosen = options(home, steps=60, log_every=1, evaluate_every=25, save_every=10, epochs=9)
-    whole, out = tmp_path / "whole", tmp_path / "out"
+    whole = tmp_path_factory.mktemp("whole") / "out"
     assert distil("--out", whole, *chosen) == 0
+    return chosen, whole
+
+
+# Of SIGKILL see test_distill_kills.py too.
+@pytest.mark.parametrize(
+    "kind", [pytest.param(signal.SIGKILL, marks=pytest.mark.full), signal.SIGHUP, signal.SIGTERM]
+)
+def test_a_killed_run_goes_on_to_the_same_student(sixty, tmp_path, kind):
+    """What was logged is there at once; what a save did not see is done again, to the bit."""
+    (chosen, whole), out = sixty, tmp_path / "out"
     running = launched(out, "--out", out, *chosen)
     wait_for(out, running, "checkpoint-[12]0")
     time.sleep(random.Random(kind).random() / 10)

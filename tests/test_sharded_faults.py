@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
@@ -43,8 +44,9 @@ def _rank(rank: int, folder: str) -> None:
 
 
 def test_a_killed_rank_hangs_nobody(tmp_path):
+    multiprocessing.set_forkserver_preload([__name__])
     processes = mp.start_processes(
-        _rank, (str(tmp_path),), 2, join=False, start_method="spawn"
+        _rank, (str(tmp_path),), 2, join=False, start_method="forkserver"
     ).processes
     for process in processes:
         process.join(60 + TIMEOUT)
