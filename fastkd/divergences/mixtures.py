@@ -227,10 +227,10 @@ class TVD(Divergence):
     @classmethod
     def value_and_descent(cls, pair, a, b):
         p, q = pair.teacher, pair.student
-        excess = torch.mul(q.exp, p.sum_exp / q.sum_exp, out=pair.spare())
-        excess.sub_(p.exp)  # of q over p
+        ratio = p.sum_exp / q.sum_exp
+        excess = torch.addcmul(p.exp, q.exp, ratio, value=-1, out=pair.spare())  # of p over q
         terms = torch.sign(excess, out=pair.new()).mul_(q.exp)
-        return 0.5 * pair.total(excess.abs_()) / p.sum_exp, _descent(pair, terms, -0.5 / q.sum_exp)
+        return 0.5 * pair.total(excess.abs_()) / p.sum_exp, _descent(pair, terms, 0.5 / q.sum_exp)
 
     def dual(self):
         return self.name, self.parameters, 1.0
@@ -267,11 +267,11 @@ def _shares(pair: Pair, p: Softmax, q: Softmax, a: float) -> tuple[Tensor, Tenso
         d = pair.d(m) if p is pair.teacher else pair.d(m).neg_()
         log_share = _log_share(d.clamp_(-MOST, MOST), a, spare)
         return torch.exp(log_share, out=m), log_share
-    least = torch.finfo(p.exp.dtype).tiny
-    torch.mul(q.exp, (1 - a) * p.sum_exp / q.sum_exp, out=m)
-    m.add_(p.exp, alpha=a).clamp_min_(least)
-    share = torch.div(p.exp, m, out=m)
-    return share, torch.clamp(share, min=least, out=spare).log_()
+    # Added to numbers that are not 0 it is nothing, and takes no pass of its own.
+    least = m.new_full((), torch.finfo(m.dtype).tiny)
+    torch.add(least, p.exp, alpha=a, out=m).addcmul_(q.exp, (1 - a) * p.sum_exp / q.sum_exp)
+    share = torch.addcdiv(least, p.exp, m, out=m)
+    return share, torch.log(share, out=spare)
 
 
 def _log_share(d: Tensor, a: float, out: Tensor) -> Tensor:
@@ -295,5 +295,6 @@ def _log_shares(d: Tensor, a: float, spare: Tensor) -> tuple[Tensor, Tensor]:
     if a < 0.5:
         q_to_m = torch.add(d, logit, out=spare).neg_().sigmoid_().div_(1 - a).log_()
         return d.add_(q_to_m), q_to_m
-    p_to_m = torch.add(d, logit, out=spare).sigmoid_().div_(a).log_()
+    p_to_m = torch.sigmoid(torch.add(d, logit, out=spare) if logit else d, out=spare)
+    p_to_m.div_(a).log_()
     return p_to_m, torch.sub(p_to_m, d, out=d)
