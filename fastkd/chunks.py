@@ -61,7 +61,7 @@ class Chunked(NamedTuple):
             ((rows, part), self.backend.phases(part, entropy, metrics))
             for rows, part in _chunks(problem, self.name, ahead=True)
         )
-        for (rows, part), found in sharding.overlapped(sharding.of(problem.merge), calls):
+        for (rows, part), found in sharding.overlapped(problem.merge, calls):
             yield rows, part, found
 
     def phases(

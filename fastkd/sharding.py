@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -228,9 +228,18 @@ def copied(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     return found
 
 
-def run(name: str, phases: Phases[Result]) -> Result:
-    """The result of phases between which the merge of that name gathers."""
-    return together(of(name), phases)[0]
+def run(name: str, phases: Phases[Result], pieces: Tensor | None = None) -> Result:
+    """The result of phases between which the merge of that name gathers.
+
+    pieces: what it has gathered already, of phases that have begun.
+    """
+    merge, sent = of(name), cast(Tensor, pieces)  # a generator begins with None
+    while True:
+        try:
+            fields = phases.send(sent)
+        except StopIteration as end:
+            return cast(Result, end.value)
+        sent = merge.gather(fields)
 
 
 def together(merge: Merge, *phases: Phases[Result]) -> list[Result]:
@@ -253,14 +262,14 @@ def together(merge: Merge, *phases: Phases[Result]) -> list[Result]:
 
 
 def overlapped(
-    merge: Merge, calls: Iterable[tuple[Key, Phases[Result]]]
+    name: str, calls: Iterable[tuple[Key, Phases[Result]]]
 ) -> Iterator[tuple[Key, Result]]:
     """Runs one after the other, each by some key; while one waits for its first gather, the next is
     made, and comes to its own.
     """
     begun: list[tuple[Key, Callable[[], Result]]] = []
     for key, phases in calls:
-        begun.append((key, _begun(merge, phases)))
+        begun.append((key, _begun(name, phases)))
         if len(begun) > 1:
             before, end = begun.pop(0)
             yield before, end()
@@ -268,25 +277,14 @@ def overlapped(
         yield key, end()
 
 
-def _begun(merge: Merge, phases: Phases[Result]) -> Callable[[], Result]:
+def _begun(name: str, phases: Phases[Result]) -> Callable[[], Result]:
     """Starts its first gather; what is given back runs it to its end."""
     try:
-        wait = merge.start(next(phases))
+        wait = of(name).start(next(phases))
     except StopIteration as stop:  # it needs none
         result: Result = stop.value
         return lambda: result
-
-    def finish() -> Result:
-        pieces = wait()
-        while True:
-            try:
-                fields = phases.send(pieces)
-            except StopIteration as stop:
-                found: Result = stop.value
-                return found
-            pieces = merge.gather(fields)
-
-    return finish
+    return lambda: run(name, phases, wait())
 
 
 def _gathered(merge: Merge, fields: list[Tensor]) -> list[Tensor]:

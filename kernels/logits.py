@@ -46,7 +46,7 @@ from fastkd.problem import (
     Coefficients,
     Problem,
 )
-from fastkd.sharding import LOCAL, Merge, Phases, of, together
+from fastkd.sharding import LOCAL, Merge, Phases, of, run
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def backward(
     sweeps = temperature and not problem.merge
     temperature_grad = None
     if gradient or sweeps:
-        (temperature_grad,) = together(LOCAL, _launches(
+        temperature_grad = run("", _launches(
             problem, P.GRADIENT, upstream.entropy is not None, False, upstream, state=state,
             gradient=grad, temperature_grad=sweeps,
         ))  # fmt: skip
@@ -100,7 +100,7 @@ def fused(
     coefficients = coefficients.rows(problem)
     loss = new_rows(problem, 1)[0]
     values = new_rows(problem, 5) if metrics else None
-    together(of(problem.merge), _launches(
+    run(problem.merge, _launches(
         problem, P.STATISTICS, coefficients.entropy is not None, metrics, coefficients,
         values=values, loss=loss, gradient=gradient,
     ))  # fmt: skip
