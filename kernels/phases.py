@@ -249,6 +249,13 @@ def rest_of(z, y, at, row, sides, FACTS: tl.constexpr):
 
 
 @triton.jit
+def kd_factor(row, factors, temper):
+    """Of the slopes: 0 where the row does not count, or its constant is infinite."""
+    defined = row.alive & (tl.abs(row.c) != float("inf"))
+    return tl.where(defined, factors.kd * temper.s_rate, 0.0)
+
+
+@triton.jit
 def gradient_tile(z, pair, column, sides, asked, FACTS: tl.constexpr):
     """The gradient, its part that goes through the temperature, and the divergence's terms.
 
@@ -265,8 +272,8 @@ def gradient_tile(z, pair, column, sides, asked, FACTS: tl.constexpr):
     scale_slope = tl.where(
         defined & (asked.factors.kd != 0), asked.factors.kd * row.scale_slope, 0.0
     )
-    kd = tl.where(defined, asked.factors.kd * temper.s_rate, 0.0)
-    gradient = kd * tl.where(kd != 0, slope, 0.0)
+    kd = kd_factor(row, asked.factors, temper)
+    gradient = kd * (slope if FACTS.BLANKED else tl.where(kd != 0, slope, 0.0))
     if FACTS.H:
         entropy = tl.where(row.alive, asked.factors.entropy, 0.0)
         scale_slope += entropy * row.entropy_slope

@@ -189,6 +189,9 @@ class Facts(NamedTuple):
     TEMPERATURE: Any = False
     CE: Any = False
     H: Any = False
+    # Whether rows that `phases.kd_factor` says 0 of are blanked by the schedule, whatever the tiles
+    # of their gradient hold: a choice for each entry would cost every row an instruction.
+    BLANKED: Any = False
 
 
 def replace(record: Any, **fields: Any) -> Any:

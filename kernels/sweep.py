@@ -75,6 +75,7 @@ def phases(
         SUMS=records.LATE & WANT != 0 and LAST == P.GRADIENT,
         TEMPERATURE=outputs.temperature is not None,
         CE=factors.ce is not None, H=factors.entropy is not None,
+        BLANKED=factors.ce is None and factors.entropy is None and records.STANDARDIZED & WANT == 0,
     )  # fmt: skip
     a, b, smoothing = P.singles(divergence.a, divergence.b, targets.smoothing)
     rows, columns = number(extent.rows), extent.columns
@@ -370,13 +371,22 @@ def gradient_sweep(
             ALONE: tl.constexpr = records.Facts(
                 ~records.REST & FACTS.WANT, divergence.slope, FACTS.SAME,
                 SUMS=False, TEMPERATURE=FACTS.TEMPERATURE, CE=FACTS.CE, H=FACTS.H,
+                BLANKED=FACTS.BLANKED,
             )  # fmt: skip
             alone = records.replace(stretch, full=tl.where(known, stretch.full, 0))
             W.full_tiles(gathered, alone, sides, asked, ALONE, P.gradient_step, FORWARD)
             left = records.replace(stretch, full=tl.where(known, 0, stretch.full))
         gathered = W.walk(gathered, left, sides, asked, FACTS, P.gradient_step, FORWARD)
+        kd = P.kd_factor(row, terms, sides.temper)
+        if FACTS.BLANKED and sides.gradient is not None:
+            if kd == 0:
+                tl.debug_barrier()  # after what other threads have written there
+                begin = tl.maximum(stretch.begin, stretch.shift)
+                M.fill_zero(sides.gradient, begin, stretch.end, LANES * TILE.vector)
         if FACTS.TEMPERATURE:
             slope = -sides.temper.s_rate * tl.sum(gathered.temperature)
+            if FACTS.BLANKED:
+                slope = tl.where(kd != 0, slope, 0.0)
             tl.store(outputs.temperature + piece.index * TILE.splits + piece.split, slope)
     return gathered.sums
 

@@ -332,6 +332,20 @@ def test_disjoint_supports(plan, force, device):
 
 
 @pytest.mark.parametrize("plan", SCHEDULES)
+def test_a_factor_of_0_leaves_no_gradient(plan, force, device):
+    """Of rows with a NaN, or with an infinite slope."""
+    force(plan)
+    z, y = torch.randn(2, 3, 75, device=device)
+    z[0, 5], y[1, 5] = math.nan, -math.inf
+    factors = Coefficients(torch.tensor([0.0, 0.0, 1.0], device=device), None, None)
+    for divergence in (FORWARD_KL, fastkd.ReverseKL(), fastkd.JSD()):
+        loss, _, gradient = logits.fused(problem_of(z, y, divergence), factors, False, None)
+        assert_zero(loss[:2])
+        assert_zero(gradient[:2])
+        assert gradient[2].abs().max() > 1e-3, divergence
+
+
+@pytest.mark.parametrize("plan", SCHEDULES)
 def test_absent_terms_touch_nothing(plan, force, device):
     """A factor of 0 removes an infinite term; a row whose factors are all 0 is not read."""
     force(plan)
