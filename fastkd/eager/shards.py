@@ -144,6 +144,9 @@ class Sweeps(Columns):
         if (kept := self._place(rows)) is not None:
             weight, place = self._of("weight", rows), kept if later else self.store.new()
             sides[0].find_exp = lambda: torch.mul(kept, weight, out=place)
+            if not self.sides[1:]:  # the cross-entropy asks for shares alone
+                q = Softmax(sides[0].shift, kept, kept, sides[0].sum_exp / weight)
+                return self._shard([q], rows, scales[0], self.store.new, later)
         return self._shard(sides, rows, scales[0], self.store.new, later)
 
     def _shard(
