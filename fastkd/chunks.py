@@ -51,7 +51,7 @@ class Chunked(NamedTuple):
         for rows, part, found in self._forwards(problem, entropy, metrics):
             values.add(rows, found[0])
             state.add(rows, _with_moments(part, found[1]))
-        return values.all(), state.all()
+        return values.found, state.found
 
     def _forwards(
         self, problem: Problem, entropy: bool, metrics: bool
@@ -64,15 +64,13 @@ class Chunked(NamedTuple):
         for (rows, part), found in sharding.overlapped(problem.merge, calls):
             yield rows, part, found
 
-    def phases(
-        self, problem: Problem, entropy: bool, metrics: bool
-    ) -> sharding.Phases[tuple[Tensor, Tensor]]:
+    def phases(self, problem: Problem, entropy: bool, metrics: bool) -> sharding.Forward:
         values, state = _Rows(problem), _Rows(problem)
         for rows, part in _chunks(problem, self.name):
             found = yield from self.backend.phases(part, entropy, metrics)
             values.add(rows, found[0])
             state.add(rows, _with_moments(part, found[1]))
-        return values.all(), state.all()
+        return values.found, state.found
 
     def backward(
         self,
@@ -93,7 +91,7 @@ class Chunked(NamedTuple):
             if temperature_grad is not None:
                 temperatures.add(rows, temperature_grad[None])
         gradients = None if sums is None else sums.gradients()
-        return gradients, temperatures.all()[0] if temperature else None
+        return gradients, temperatures.found[0] if temperature else None
 
     def fused(
         self, problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
@@ -109,7 +107,7 @@ class Chunked(NamedTuple):
             if figures is not None:
                 values.add(rows, figures)
             sums.add(rows, part, found)
-        return losses.all()[0], values.all() if metrics else None, sums.gradients()
+        return losses.found[0], values.found if metrics else None, sums.gradients()
 
     def _fused_of_several(
         self, problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
@@ -123,7 +121,7 @@ class Chunked(NamedTuple):
             losses.add(rows, weights.weigh(figures)[None])
             values.add(rows, figures)
             sums.add(rows, part, found)
-        return losses.all()[0], values.all() if metrics else None, sums.gradients()
+        return losses.found[0], values.found if metrics else None, sums.gradients()
 
 
 # --- moments over several owners ---------------------------------------------------------------
@@ -188,9 +186,6 @@ def _(
 ) -> Tensor:
     mixture = Problem.unpack(tensors, numbers, vocab_size, spec).teacher
     return temperature.new_empty(len(mixture.members), 3, temperature.size(0), dtype=EXACT)
-
-
-# --- chunks ----------------------------------------------------------------------------------
 
 
 def _chunks(
@@ -266,6 +261,3 @@ class _Rows:
         if len(piece) != len(self.found) or piece.dtype != self.found.dtype:
             self.found = piece.new_zeros(len(piece), self.found.size(1))
         self.found[:, rows] = piece
-
-    def all(self) -> Tensor:
-        return self.found

@@ -252,9 +252,6 @@ def shared_token_loss(
     return _reduce(weights[0] * value + weights[1] * rest, weight, reduction)
 
 
-# --- parts -----------------------------------------------------------------------------------
-
-
 def _cuts(side: str, offsets: Sequence[tuple[int, int]]) -> dict[int, int]:
     """Places in the text between tokens: to how many tokens come before."""
     checks.several(f"the {side}'s offsets", offsets)

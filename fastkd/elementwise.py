@@ -234,9 +234,6 @@ def _laid_out(backend: Any, *tensors: Tensor | None) -> list[Any]:
     return [None if t is None else t.reshape(sizes) for t in tensors]
 
 
-# --- autograd --------------------------------------------------------------------------------
-
-
 class _KLDiv(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -34,9 +34,7 @@ class Listed(NamedTuple):
 
     backend: Any
 
-    def phases(
-        self, problem: Problem, entropy: bool, metrics: bool
-    ) -> sharding.Phases[tuple[Tensor, Tensor]]:
+    def phases(self, problem: Problem, entropy: bool, metrics: bool) -> sharding.Forward:
         shares = yield from _shares(problem)
         if problem.labels is None and not entropy and not metrics:
             values = problem.student_temperature.new_zeros(1, problem.rows)

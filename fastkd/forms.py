@@ -109,9 +109,6 @@ def side_of(kind: str, found: Iterator[Any], scales: Iterator[Any]) -> Any:
     ))  # fmt: skip
 
 
-# --- rows ---------------------------------------------------------------------------------
-
-
 def rows_of_sides(sides: Sequence[Any]) -> list[Any]:
     """Logits as [O, I, width], beside a head as [1, N, width], and heads' hidden states as [N, H].
 

@@ -45,9 +45,6 @@ def head_of(side: LinearHead, dtype: torch.dtype) -> Head:
     )
 
 
-# --- gradients -------------------------------------------------------------------------------
-
-
 def sums_of(problem: Problem, out: Tensor | None = None) -> Any:
     if isinstance(problem.student, Head):
         return _HeadGradients(problem)
@@ -121,9 +118,6 @@ class _HeadGradients:
             None if self.weight is None else self.weight.to(head.weight.dtype),
             None if self.bias is None or head.bias is None else self.bias.to(head.bias.dtype),
         ]
-
-
-# --- products --------------------------------------------------------------------------------
 
 
 def logits(head: Head, out: Tensor) -> Tensor:

@@ -325,9 +325,6 @@ def scale_(gradient: Tensor, upstream: Tensor, name: str) -> None:
     _loaded(MODULES[name, "logits"]).scale_(gradient, upstream)
 
 
-# --- calls -----------------------------------------------------------------------------------
-
-
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """function.apply(*arguments), none of which has a default.
 

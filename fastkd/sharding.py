@@ -19,6 +19,7 @@ from . import tracing
 Key = TypeVar("Key")
 Result = TypeVar("Result")
 Phases = Generator[Tensor, Tensor, Result]  # a backend's function that gathers between its phases
+Forward = Phases[tuple[Tensor, Tensor]]  # `values` and `state`
 
 
 class Merge:

@@ -30,9 +30,7 @@ class SoftLabels(NamedTuple):
 
     backend: Any
 
-    def phases(
-        self, problem: Problem, entropy: bool, metrics: bool
-    ) -> sharding.Phases[tuple[Tensor, Tensor]]:
+    def phases(self, problem: Problem, entropy: bool, metrics: bool) -> sharding.Forward:
         labels = yield from _of(problem)
         values, state = yield from self.backend.phases(labels.problem, entropy, metrics)
         labels.complete(values[CE])

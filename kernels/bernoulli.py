@@ -23,7 +23,7 @@ from fastkd.kernels.launch import new_gradient, of_rows, rows_in_memory
 from fastkd.kernels.terms import EXPM1_RADIUS, LOG1P_RADIUS, expm1_remainder
 from fastkd.kernels.tuning import schedule
 from fastkd.problem import Coefficients, Problem
-from fastkd.sharding import Phases, of
+from fastkd.sharding import Forward, of
 
 # Beyond this difference of logits a reverse divergence takes its direct form.
 APART = tl.constexpr(64.0)
@@ -252,7 +252,7 @@ def _bernoulli(
 # --- launchers, as problem.py asks for them ---------------------------------------------------
 
 
-def phases(problem: Problem, entropy: bool, metrics: bool) -> Phases[tuple[Tensor, Tensor]]:
+def phases(problem: Problem, entropy: bool, metrics: bool) -> Forward:
     """The state: of rows with several owners the derivatives of kd and entropy to T, [2, N]."""
     kinds = problem.kinds(entropy, metrics)
     values, _ = _run(problem, kinds)

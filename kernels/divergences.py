@@ -24,19 +24,8 @@ import triton.language as tl
 
 from fastkd.divergences import Divergence
 from fastkd.divergences.base import NONE, REVERSE_KL, SLOPE_SUM, exchanged
+from fastkd.kernels import label_aware
 from fastkd.kernels.arithmetic import LN2, LOG2E, fast_log2, log1p, log1p_remainder, reciprocal
-from fastkd.kernels.label_aware import (
-    cross_entropy,
-    cross_entropy_exchanged,
-    dkd_at_label,
-    dkd_exchanged_at_label,
-    dkd_exchanged_outer,
-    dkd_outer,
-    nkd_at_label,
-    nkd_exchanged_at_label,
-    nkd_exchanged_outer,
-    nkd_outer,
-)
 from fastkd.kernels.terms import (
     EXP2M1_RADIUS,
     EXPM1_RADIUS,
@@ -69,9 +58,6 @@ class Device(NamedTuple):
     outer: Any = identity
     constant: str | None = None  # where it is not the class's
     at_label: Any = None  # of one that looks at the label
-
-
-# --- the divergences -------------------------------------------------------------------------
 
 
 @triton.jit
@@ -344,14 +330,21 @@ TABLE = {
     "todi": Device(todi),
     "taid": Device(taid, taid_outer),
     "alpha_beta": Device(alpha_beta),
-    "dkd": Device(forward_kl, dkd_outer, at_label=dkd_at_label),
-    "nkd": Device(cross_entropy, nkd_outer, at_label=nkd_at_label),
+    "dkd": Device(forward_kl, label_aware.dkd_outer, at_label=label_aware.dkd_at_label),
+    "nkd": Device(
+        label_aware.cross_entropy, label_aware.nkd_outer, at_label=label_aware.nkd_at_label
+    ),
 }
 # With the roles exchanged, of those that say `dual_on_device`.
 EXCHANGED = {
-    exchanged("dkd"): Device(reverse_kl, dkd_exchanged_outer, REVERSE_KL, dkd_exchanged_at_label),
+    exchanged("dkd"): Device(
+        reverse_kl, label_aware.dkd_exchanged_outer, REVERSE_KL, label_aware.dkd_exchanged_at_label
+    ),
     exchanged("nkd"): Device(
-        cross_entropy_exchanged, nkd_exchanged_outer, SLOPE_SUM, nkd_exchanged_at_label
+        label_aware.cross_entropy_exchanged,
+        label_aware.nkd_exchanged_outer,
+        SLOPE_SUM,
+        label_aware.nkd_exchanged_at_label,
     ),
 }
 # What has their slope in fewer instructions, of rows whose value the first sweep's sums give.

@@ -28,7 +28,7 @@ from fastkd.kernels.listed import BITS, List, listed
 from fastkd.kernels.pieces import STATISTICS_FIELDS
 from fastkd.kernels.tuning import power_of_two, schedule
 from fastkd.problem import Coefficients, Problem
-from fastkd.sharding import Phases
+from fastkd.sharding import Forward
 
 MOST = 2048  # events of a tile
 LINE = 32  # words of a cache line: no other program's marks lie on it
@@ -48,7 +48,7 @@ def serves(problem: Problem) -> bool:
     )  # fmt: skip
 
 
-def phases(problem: Problem, entropy: bool, metrics: bool) -> Phases[tuple[Tensor, Tensor]]:
+def phases(problem: Problem, entropy: bool, metrics: bool) -> Forward:
     """(values, state) of `problem.py`."""
     yield from ()  # an owner of all columns gathers nothing
     kinds = problem.kinds(entropy, metrics)

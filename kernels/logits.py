@@ -46,7 +46,7 @@ from fastkd.problem import (
     Coefficients,
     Problem,
 )
-from fastkd.sharding import LOCAL, Merge, Phases, of, run
+from fastkd.sharding import LOCAL, Forward, Merge, Phases, of, run
 
 
 @triton.jit
@@ -63,10 +63,7 @@ def _scale(gradient, upstream, extent, ALIGN: tl.constexpr, BLOCK: tl.constexpr)
         tl.store(row + at, x.to(row.dtype.element_ty), mask=inside)
 
 
-# --- launchers -------------------------------------------------------------------------------
-
-
-def phases(problem: Problem, entropy: bool, metrics: bool) -> Phases[tuple[Tensor, Tensor]]:
+def phases(problem: Problem, entropy: bool, metrics: bool) -> Forward:
     """(values, state) of `problem.py`."""
     kinds = problem.kinds(entropy, metrics)
     values = new_rows(problem, kinds)

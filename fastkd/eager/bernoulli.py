@@ -24,9 +24,7 @@ BLOCK_ELEMENTS = 1 << 15  # in fp64, with some ten temporaries
 CERTAIN = 1e200
 
 
-def phases(
-    problem: Problem, entropy: bool, metrics: bool
-) -> sharding.Phases[tuple[Tensor, Tensor]]:
+def phases(problem: Problem, entropy: bool, metrics: bool) -> sharding.Forward:
     """`values`, and as `state` what the gradient needs of other owners' columns.
 
     A row is a sum over classes, and so is its derivative to T, which owners of some classes keep.
@@ -81,9 +79,6 @@ def fused(
     if out is not None:
         blank(problem, target)
     return coefficients.weigh(values), values if metrics else None, target
-
-
-# --- blocks -----------------------------------------------------------------------------------
 
 
 class _Sigmoids:

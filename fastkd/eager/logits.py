@@ -10,13 +10,13 @@ from torch import Tensor
 
 from fastkd.divergences.pair import LN2, MASKED_BELOW
 from fastkd.problem import WIDTH, Coefficients, Problem, held_by
-from fastkd.sharding import Phases
+from fastkd.sharding import Forward
 
 from .blocks import Rows, blank, new_gradient, new_values, place_of, vocabulary
 from .solver import Solver, Terms, of_rows
 
 
-def phases(problem: Problem, entropy: bool, metrics: bool) -> Phases[tuple[Tensor, Tensor]]:
+def phases(problem: Problem, entropy: bool, metrics: bool) -> Forward:
     """`values`, and an empty `state`: the backward recomputes from the logits."""
     yield from ()  # an owner of all columns gathers nothing
     values = new_values(problem, problem.kinds(entropy, metrics))

@@ -15,16 +15,7 @@ from torch import Tensor
 
 from fastkd import sharding
 from fastkd.divergences.pair import LN2, MASKED, MASKED_BELOW, Descent, Softmax, total
-from fastkd.problem import (
-    AGREEMENT,
-    CE,
-    ENTROPY,
-    KD,
-    TEACHER_ENTROPY,
-    WIDTH,
-    Coefficients,
-    Problem,
-)
+from fastkd.problem import AGREEMENT, CE, ENTROPY, KD, TEACHER_ENTROPY, WIDTH, Coefficients, Problem
 
 from .blocks import Rows, blank, new_gradient, new_values, vocabulary
 from .columns import Columns
@@ -43,24 +34,14 @@ from .joins import (
     statistics_names,
 )
 from .logits import weights_of, write_gradient
-from .solver import (
-    CLOSE,
-    FAR,
-    ROUNDING,
-    SPREAD,
-    Terms,
-    of_rows,
-    without,
-)
+from .solver import CLOSE, FAR, ROUNDING, SPREAD, Terms, of_rows, without
 
 # From here on an owner takes the slope of its own columns for near its bound: where a row is
 # saturated, the columns of owners that do not find so weigh little.
 NEARLY_HERE = 1 - 2.0**-5
 
 
-def phases(
-    problem: Problem, entropy: bool, metrics: bool
-) -> sharding.Phases[tuple[Tensor, Tensor]]:
+def phases(problem: Problem, entropy: bool, metrics: bool) -> sharding.Forward:
     """`values`, and as `state` all that the gradient needs of other owners, in fp64."""
     sweeps = Sweeps(problem, entropy, metrics)
     known = yield from sweeps.known()
