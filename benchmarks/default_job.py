@@ -1,7 +1,5 @@
-"""README's account of the default job, from a run of it on a machine with nothing else to do.
-
-    python -m benchmarks.default_job            runs it, with its time, and writes
-    python -m benchmarks.default_job FOLDER     writes from a run that is there
+"""README's account of the default job, from a run of it on a machine with nothing else to do:
+`python -m benchmarks.default_job`.
 
 README.md gets the table, the margin and the time, docs/distilling.md the steps of equal time, and
 docs/distill.png the run's picture.
@@ -9,6 +7,7 @@ docs/distill.png the run's picture.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -62,8 +61,14 @@ def publish(folder: Path, seconds: float | None) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        publish(Path(sys.argv[1]), None)
+    parser = argparse.ArgumentParser(prog="benchmarks.default_job", description=__doc__)
+    parser.add_argument(
+        "folder", nargs="?", type=Path, help="a run that is there, without its time"
+    )
+    if (given := parser.parse_args().folder) is not None:
+        if not (given / "metrics.json").exists():
+            parser.error(f"{given} is no run of fastkd distill: it has no metrics.json")
+        publish(given, None)
         return
     folder, began = ROOT / "runs" / f"readme-{time.strftime('%Y-%m-%d_%H-%M-%S')}", time.monotonic()
     subprocess.run([sys.executable, "-m", "fastkd", "distill", "--out", folder], check=True)

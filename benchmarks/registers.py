@@ -20,10 +20,12 @@ from .cubins import disassembled
 from .report import table
 
 TARGET = "sm_90"
+NAMES = (*configurations.NAMES, *configurations.ROWS)
 CANDIDATES = (0, 64, 80, 96, 128)  # 0: no cap
 SWEPT = (
     *(one for one in (*configurations.MAIN, *configurations.MORE) if one.columns > 4096),
     *(one for one in configurations.OTHERS if one.columns > 4096 and "multi" not in one.name),
+    configurations.Configuration("everything, odd", "fused", 8192, 50257, everything=True),
 )
 
 
@@ -73,10 +75,10 @@ HEAD = (
 
 def main(arguments: Sequence[str], show: Callable[[str], None] = print) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.registers", description=__doc__)
+    parser.add_argument("--divergence", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument(
-        "--divergence", nargs="+", default=configurations.NAMES, choices=configurations.NAMES
+        "--only", nargs="+", metavar="CONFIGURATION", default=[one.name for one in SWEPT]
     )
-    parser.add_argument("--only", nargs="+", default=[one.name for one in SWEPT])
     options = parser.parse_args(arguments)
     found = [
         line

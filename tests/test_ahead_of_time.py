@@ -13,14 +13,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="the kernels need triton")
 
 import triton
 
-from benchmarks.configurations import configurations, tasks
+from benchmarks import model
+from benchmarks.configurations import EVERYTHING, configurations, tasks
 from fastkd.divergences import Divergence
 from fastkd.divergences.base import SLOPE_SUM
+from fastkd.kernels import tuning
 
 ROOT = Path(__file__).parents[1]
 # SASS instructions per position on sm_90 in bf16, over all sweeps: loss and gradient in one launch,
@@ -72,15 +75,20 @@ ENTRIES = {"bf16": 24, "fp32": 42}
 # All options at once add this much to a sweep.
 OPTIONS = 40
 BESIDE = 12  # and this, where the sweeps leave the label out
-# Threads that a processor of sm_90 holds, of 2048, in a sweep: what hides the latency of its loads.
-# Fewer where more is wanted than the divergence of rows that begin alike.
-THREADS, FEWER = 768, 512
-CROWDED = ("everything", "standardized", "slices, own gradient", "split")
-CROWDED_ALONE = [("skew_kl", "shared"), ("skew_reverse_kl", "shared")]
-# Their loops would spill at half the registers; and those of nkd, without more, at 80.
-LARGE = [("jeffreys", "everything"), ("nkd", "everything")]
-LARGER = ("alpha_beta",)  # everywhere
-WIDE = ("nkd",)
+# Threads that a processor of sm_90 holds, of 2048, in whatever goes over a row by tiles: what hides
+# the latency of its loads. Fewer where the loops would spill, as results/NOTES.md has it: (whether
+# only the divergence is wanted, how many).
+THREADS = 768
+FEWER = {
+    "reverse_kl": {False: 512}, "jeffreys": {False: 512}, "skew_kl": {False: 512},
+    "alpha": {False: 512}, "renyi": {False: 512}, "dkd": {False: 512},
+    "nkd": {True: 512, False: 256}, "alpha_beta": {True: 256, False: 256},
+}  # fmt: skip
+FEWER_SHARED = {"skew_kl": 512, "skew_reverse_kl": 512, "alpha_beta": 256}
+OF_A_NEW_ONE = {False: 512}
+# Under Triton 3.6 and 3.9, in the loop of the gradient: for twice as many threads.
+SPILLED = {("jeffreys", "everything"): 0 if triton.__version__.startswith("3.7.") else 10}
+MORE_TO_DO = ("everything", "standardized", "slices, own gradient")
 # Where a row lies in registers, or of other targets: all its loads are under way at once.
 LEAST = 256
 # Scalars that ptxas sets aside once per row, outside the loops; which of the kernels that happens
@@ -140,7 +148,8 @@ def test_every_configuration_is_compiled(target, name, compiled, request):
 @EVERY
 def test_no_spills(target, name, compiled):
     for kernel in compiled[target, name]:
-        assert all(loop["spills"] == 0 for loop in kernel["loops"]), kernel
+        few = SPILLED.get((name, kernel["configuration"]), 0)
+        assert all(loop["spills"] <= few for loop in kernel["loops"]), kernel
         allowed = {"everything, hundred columns": SHORT, "odd": ODD, "shared": ODD}
         spills = kernel["all"]["spills"]
         assert spills <= allowed.get(kernel["configuration"], SET_ASIDE), kernel
@@ -181,15 +190,44 @@ def test_slices_of_wider_tensors_move_like_whole_ones(compiled):
     assert sum(split) <= sum(whole) + 2
 
 
+def least_threads(name, plain):
+    return FEWER.get(name, {} if name in BUDGET | ROW_BUDGET else OF_A_NEW_ONE).get(plain, THREADS)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("name", [*EVERYTHING[:-1], "one without a row of its own"])
+def test_caps_of_registers_leave_room_for_enough_threads(name, plain, shifted, monkeypatch):
+    """Every choice that tuning.py has; where it sets no cap, what is compiled tells."""
+    monkeypatch.setattr(tuning, "generation", lambda device: tuning.HOPPER)
+    cap = tuning.registers(torch.device("cuda"), name, shifted, plain)["maxnreg"]
+    assert cap or (plain and not shifted)
+    if cap:
+        threads = 32 * 8 * model.occupancy(model.GPUS["sm_90"], cap, 0, 8)
+        assert threads >= least_threads(name, plain)
+
+
+@pytest.mark.parametrize("lean", [True, False])
+@pytest.mark.parametrize("name", EVERYTHING[:-1])
+def test_shared_rows_leave_room_for_enough_threads(name, lean, monkeypatch):
+    monkeypatch.setattr(tuning, "generation", lambda device: tuning.HOPPER)
+    monkeypatch.setattr(tuning, "multiprocessors", lambda device: 1)
+    programs, options = tuning.at_once(torch.device("cuda"), name, lean, 8)
+    held = model.occupancy(model.GPUS["sm_90"], options["maxnreg"], 0, 8)
+    assert programs == held
+    assert 32 * 8 * held >= min(FEWER_SHARED.get(name, THREADS), THREADS if lean else 512)
+
+
 @EVERY
 def test_enough_warps_fit_a_processor(target, name, compiled):
     for kernel in compiled[target, name]:
         threads = kernel["occupancy"] * kernel["warps"] * (64 if "gfx" in target else 32)
-        crowded = kernel["configuration"].startswith(CROWDED) or name in WIDE
-        crowded |= (name, kernel["configuration"]) in CROWDED_ALONE
-        swept = target == "sm_90" and kernel["kernel"] in ("sweep", "shared")
-        swept &= (name, kernel["configuration"]) not in LARGE and name not in LARGER
-        assert threads >= ((FEWER if crowded else THREADS) if swept else LEAST), kernel
+        least = LEAST
+        if target == "sm_90" and kernel["loops"]:
+            least = least_threads(name, not kernel["configuration"].startswith(MORE_TO_DO))
+            if kernel["kernel"] == "shared":
+                least = FEWER_SHARED.get(name, THREADS)
+        assert threads >= least, kernel
 
 
 @HOPPER
