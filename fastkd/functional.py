@@ -228,8 +228,8 @@ def distillation_loss(
     reads_teacher = _reads_teacher(given, outlines[1])
     problem = Problem.of(
         given,
-        sides.side_of(student, given, labels, columns, backend, dtype),
-        sides.side_of(teacher, given, labels, of_all, backend, dtype) if reads_teacher else None,
+        sides.side_of(student, given, labels, columns, dtype),
+        sides.side_of(teacher, given, labels, of_all, dtype) if reads_teacher else None,
         labels if _reads_labels(given) else None, counted, columns, dtype,
         sharding.name_of(merge),
     )  # fmt: skip

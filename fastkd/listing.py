@@ -44,7 +44,9 @@ def events_of(
         rest = _log_of_rest(lp)
     else:
         rest = teacher.tail_log_prob.flatten().double()
-    if teacher.tail == "bucket":  # what was stored in few bits adds up to 1 again
+    everything = (indices != NOTHING).sum(-1) == columns
+    rest = torch.where(everything, -math.inf, rest)  # what rounding leaves is nobody's
+    if teacher.tail == "bucket":
         return _whole(indices, lp, rest)
     assert labels is not None
     label = labels.flatten().long()[:, None]
@@ -53,23 +55,20 @@ def events_of(
     lp[:, -1] = torch.logaddexp(rest, torch.where(here, lp[:, :-1], -math.inf).logsumexp(-1))
     lp[:, :-1].masked_fill_(here, -math.inf)
     indices = torch.cat([torch.where(here, NOTHING, indices), label.clamp(min=NOTHING)], -1)
-    return _events(indices, lp, torch.full_like(rest, -math.inf))
+    return _whole(indices, lp)
 
 
 def _whole(indices: Tensor, lp: Tensor, rest: Tensor | None = None) -> Events:
-    """What is made to add up to 1; without a rest, None, by the listed entries alone."""
+    """What is made to add up to 1 again, as it was before it was stored in few bits; without a
+    rest, None, by the listed entries alone. In rows without any mass the rest is all.
+    """
     rest = torch.full_like(lp[:, 0], -math.inf) if rest is None else rest
-    total = torch.cat([lp, rest[:, None]], -1).logsumexp(-1)
-    total = torch.where(total == -math.inf, 0.0, total)
-    return _events(indices, lp - total[:, None], rest - total)
-
-
-def _events(indices: Tensor, lp: Tensor, rest: Tensor) -> Events:
-    """In rows without any mass nothing is listed, and the rest is all."""
-    lp_and_rest = torch.cat([lp, rest[:, None]], -1)
-    indices = _with_mass(indices, lp_and_rest)
-    rest = torch.where((lp_and_rest == -math.inf).all(-1), 0.0, rest)
-    return Events(indices, lp, rest)
+    both = torch.cat([lp, rest[:, None]], -1)
+    total = both.logsumexp(-1)
+    none = total == -math.inf
+    total = torch.where(none, 0.0, total)
+    rest = torch.where(none, 0.0, rest - total)
+    return Events(_with_mass(indices, both), lp - total[:, None], rest)
 
 
 def _with_mass(indices: Tensor, lp: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .divergences import Divergence
 from .divergences.pair import plogr
+from .forms import Head
 from .problem import EPS, FLAT, Problem
 
 
@@ -60,7 +61,22 @@ def _soft_cross_entropy(z: Tensor, labels: Tensor, smoothing: float) -> Tensor:
 def _logits(problem: Problem) -> list[Tensor]:
     """Of student and teacher, in fp64; without a teacher, the student's twice."""
     teacher = problem.student if problem.teacher is None else problem.teacher
-    return [x[..., : problem.vocab_size].flatten(0, 1).double() for x in (problem.student, teacher)]
+    return [
+        _of_head(side, problem) if isinstance(side, Head)
+        else side[..., : problem.vocab_size].flatten(0, 1).double()
+        for side in (problem.student, teacher)
+    ]  # fmt: skip
+
+
+def _of_head(head: Head, problem: Problem) -> Tensor:
+    hidden, weight = head.hidden.double(), head.weight[: problem.vocab_size].double()
+    if problem.counted is not None:  # what does not count may hold NaN
+        hidden = torch.where(problem.counted[:, None], hidden, 0.0)
+    logits = hidden @ weight.mT
+    if head.bias is not None:
+        logits = logits + head.bias[: problem.vocab_size].double()
+    logits = logits * head.scale
+    return head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
 
 
 def _temperatures(problem: Problem) -> list[Tensor]:

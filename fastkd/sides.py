@@ -231,16 +231,15 @@ def side_of(
     given: Settings,
     labels: Tensor | None,
     columns: int,
-    backend: str,
     dtype: torch.dtype,
 ) -> Any:
     """Logits, a Head, Events or a Mixture; dtype: of the arithmetic."""
     if isinstance(operand, LinearHead):
-        return operand.logits() if backend == "reference" else head_of(operand, dtype)
+        return head_of(operand, dtype)
     if isinstance(operand, (TopK, Sampled)):
         return events_of(operand, given, labels, columns)
     if isinstance(operand, Ensemble):
-        return _mixture_of(operand, given, labels, columns, backend, dtype)
+        return _mixture_of(operand, given, labels, columns, dtype)
     return readable(operand)
 
 
@@ -249,14 +248,13 @@ def _mixture_of(
     given: Settings,
     labels: Tensor | None,
     columns: int,
-    backend: str,
     dtype: torch.dtype,
 ) -> Mixture:
     """Without the teachers whose weight is the number 0."""
     weights = [1.0] * len(operand.teachers) if operand.weights is None else operand.weights
     weights = [weight if isinstance(weight, Tensor) else float(weight) for weight in weights]
     kept = [
-        (side_of(teacher, given, labels, columns, backend, dtype), weight)
+        (side_of(teacher, given, labels, columns, dtype), weight)
         for teacher, weight in zip(operand.teachers, weights, strict=True)
         if isinstance(weight, Tensor) or weight > 0
     ]

@@ -368,6 +368,8 @@ def device_of(name: str, a: float, b: float) -> Device:
     """The entry of table 2, or what the user's own class brings."""
     if name == "taid" and b == 0:
         return Device(forward_kl, constant=NONE)
+    if name == "jeffreys" and b == 0:  # without reverse KL, which may be infinite
+        return Device(jeffreys, constant=NONE)
     near = NEAR_ZERO if abs(a) < NEAR_END else NEAR_ONE if abs(b) < NEAR_END else {}
     device = near.get(name) or TABLE.get(name) or EXCHANGED.get(name)
     device = device or Divergence.of_name(name).device

@@ -11,7 +11,7 @@ import fastkd
 from fastkd.divergences import Divergence
 from tests.cases import BOUNDED, DIVERGENCES, logits
 from tests.closeness import assert_close
-from tests.running import run
+from tests.running import FUSED, run
 
 LN2, LN3 = math.log(2), math.log(3)
 # Student, teacher: p = (1/3, 2/3), q = (2/3, 1/3).
@@ -243,3 +243,17 @@ def test_a_divergence_needs_a_name():
 
         class Nameless(fastkd.Divergence):
             pass
+
+
+@pytest.mark.parametrize("backend", ["reference", *FUSED])
+@pytest.mark.parametrize(("forward", "reverse"), [(0.0, 1.0), (1.0, 0.0)])
+def test_a_term_of_weight_0_is_left_out_were_it_infinite(forward, reverse, backend):
+    student, teacher = (x.float() for x in logits(3, 6))
+    (student if reverse else teacher)[0, 1] = -math.inf
+    name = "reverse_kl" if reverse else "forward_kl"
+    found = [
+        run(student, teacher, divergence=divergence, backend=backend)
+        for divergence in (fastkd.Jeffreys(forward, reverse), name)
+    ]
+    assert_close(found[0][0], found[1][0].double())
+    assert_close(found[0][1], found[1][1].double(), "gradient")

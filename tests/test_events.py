@@ -437,6 +437,38 @@ def test_a_row_without_mass_counts_0(name, mode, backend):
             assert_zero(found)
 
 
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("tail", ["bucket", "label"])
+def test_what_rounding_leaves_of_a_row_that_is_listed_whole_is_nobodys(tail, backend):
+    student, other = logits(ROWS, 6)
+    lp = other.log_softmax(-1).half().float() - 1e-3
+    teacher = fastkd.TopK(torch.arange(6).expand(ROWS, 6), lp, tail)
+    labels = torch.randint(6, (ROWS,))
+    truth, _ = defined(student.double(), lp.double(), divergence="forward_kl")
+    assert_close(fastkd.distillation_loss(student, teacher, labels, backend=backend), truth)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_label_s_stored_tail_adds_up_to_1(mode, backend):
+    """As it was before both were stored in few bits."""
+    student, other = logits(ROWS, VOCAB)
+    exact = fastkd.TopK.from_logits(other, K, "label")
+    teacher = fastkd.TopK(
+        exact.indices, exact.log_probs + 0.05, "label", exact.tail_log_prob + 0.05
+    )
+    labels = torch.randint(VOCAB, (ROWS,))
+    for divergence in ("forward_kl", fastkd.SkewReverseKL(0.1)):
+        ours, expected = student.clone().requires_grad_(), student.clone().requires_grad_()
+        settings = {"divergence": divergence, "gradient": mode, "backend": backend}
+        loss = fastkd.distillation_loss(ours, teacher, labels, **settings)
+        truth = fastkd.distillation_loss(expected, exact, labels, **settings)
+        loss.backward()
+        truth.backward()
+        assert_close(loss, truth)
+        assert_close(ours.grad, expected.grad, "gradient")
+
+
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "drop", "label", "sampled"])
 def test_one_row_without_leading_dimensions(tail):
     student, other = logits(VOCAB)

@@ -17,7 +17,7 @@ from fastkd.distill.measure import peak_memory
 from fastkd.operands import LinearHead
 from tests.cases import DIVERGENCES
 from tests.closeness import assert_close, assert_zero
-from tests.running import FUSED, defined
+from tests.running import BACKENDS, FUSED, defined
 
 ROWS, HIDDEN, TEACHER_HIDDEN, VOCAB = 11, 8, 5, 37
 MODES = ["forward", "backward"]
@@ -132,13 +132,17 @@ def test_few_rows_that_count_are_gathered_before_the_products(mode, monkeypatch)
     assert rows[:2] == [2, 2]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("head", [{}, {"logit_softcap": 3.0, "logit_scale": 0.5}], ids=str)
-def test_ignored_rows_may_hold_nan(head, mode):
+def test_ignored_rows_may_hold_nan(head, mode, backend):
     case, labels = Case(**head), labels_of(ROWS)
     with torch.no_grad():
         case.leaves[0][1] = torch.nan
-    fastkd.distillation_loss(*case.operands(), labels, alpha=0.5, gradient=mode).backward()
+    loss = fastkd.distillation_loss(
+        *case.operands(), labels, alpha=0.5, gradient=mode, backend=backend
+    )
+    loss.backward()
     assert all(gradient.isfinite().all() for gradient in case.gradients())
     assert_zero(case.leaves[0].grad[1])
 
@@ -183,6 +187,21 @@ def test_beside_a_side_in_fp64(dtype, mode):
         assert loss.dtype == torch.float64
         assert (loss - truth).abs() < 1e-10 * truth
     assert (leaf.grad - expected).abs().max() < 1e-10 * expected.abs().max()
+    for ours, theirs in zip(case.gradients(), true.gradients(), strict=True):
+        assert_close(ours, theirs, "gradient")
+
+
+@pytest.mark.parametrize("head", [{}, {"logit_softcap": 3.0, "logit_scale": 0.5}], ids=str)
+def test_the_reference_rounds_no_logits(head):
+    case = Case(torch.bfloat16, **head)
+    true = case.in_fp64()
+    settings = {"alpha": 0.5, "vocab_size": 33, "divergence": "reverse_kl"}
+    labels = labels_of(ROWS).clamp(max=32)
+    truth, _ = defined(*true.logits(), labels, **settings)
+    loss = fastkd.distillation_loss(*case.operands(), labels, backend="reference", **settings)
+    loss.backward()
+    truth.backward()
+    assert_close(loss, truth)
     for ours, theirs in zip(case.gradients(), true.gradients(), strict=True):
         assert_close(ours, theirs, "gradient")
 

@@ -121,7 +121,8 @@ class Jeffreys(Divergence):
 
     @staticmethod
     def value(lp, lq, a, b):
-        return a * plogr(lp, lp - lq) + b * plogr(lq, lq - lp)
+        forward = a * plogr(lp, lp - lq) if a else torch.zeros_like(lp)
+        return forward + b * plogr(lq, lq - lp) if b else forward
 
     @staticmethod
     def curvature(a, b):
