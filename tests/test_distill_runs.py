@@ -278,6 +278,23 @@ def stopped(home, tmp_path):
     return tmp_path / "out", inputs
 
 
+def test_sequences_that_are_broken_are_made_again(stopped, capsys):
+    out, _ = stopped
+    tokens = out / "tokens"
+    for name, content in (("data.json", "{"), ("training.arrow", "x"), ("training.arrow", None)):
+        kept = (tokens / name).read_bytes()
+        (tokens / name).unlink()
+        if content is not None:
+            (tokens / name).write_text(content)
+        assert distil("--resume", out) == 1
+        said = last_line(capsys)
+        assert f"{tokens / name} is broken and cannot be read" in said
+        assert f"delete {tokens}, which --resume makes again from the data" in said
+        (tokens / name).write_bytes(kept)
+    shutil.rmtree(tokens)
+    assert distil("--resume", out) == 0
+
+
 @pytest.mark.parametrize("changed", ["data", "teacher", "tokenizer", "student here"])
 def test_a_run_goes_on_only_with_what_it_began_with(stopped, capsys, changed):
     out, inputs = stopped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -17,7 +18,7 @@ from torch import Tensor
 from . import aligned, files, hub, storage
 from .cached import ROW
 from .documents import Counts, Document, Reader
-from .errors import RunError
+from .errors import RunError, one_line
 from .settings import UserModels
 
 if TYPE_CHECKING:
@@ -53,12 +54,13 @@ def prepare(
     fingerprint = _fingerprint(chosen, tokenizers, itertools.chain(*wanted.values()))
     described = folder / "data.json"
     if described.exists():
-        known = json.loads(described.read_text())
-        if known["fingerprint"] != fingerprint:
+        with _made_again(described):
+            known = json.loads(described.read_text())
+            before, reader.counts = known["fingerprint"], Counts(**known["counts"])
+        if before != fingerprint:
             raise RunError(
                 "the data or its tokenizer is another than when this run began: start again"
             )
-        reader.counts = Counts(**known["counts"])
     else:
         folder.mkdir(exist_ok=True)
         reader.counts.passed_over = [name for each in found.values() for name in each.passed_over]
@@ -75,7 +77,10 @@ def prepare(
             _write(folder / f"{name}.arrow", packed, tell, columns)
         values = {"fingerprint": fingerprint, "counts": asdict(reader.counts)}
         storage.write(described, json.dumps(values))
-    sets = {name: Dataset.from_file(str(folder / f"{name}.arrow")) for name in wanted}
+    sets = {}
+    for name in wanted:
+        with _made_again(folder / f"{name}.arrow"):
+            sets[name] = Dataset.from_file(str(folder / f"{name}.arrow"))
     training = sets["training"]
     if "held-out" in sets:
         _enough(training, 1, chosen.data, chosen.sequence_length)
@@ -87,6 +92,18 @@ def prepare(
         seed=chosen.seed,
     )
     return parts["train"], parts["test"], reader.counts
+
+
+@contextlib.contextmanager
+def _made_again(path: Path) -> Iterator[None]:
+    """What cannot be read of the sequences comes from data that is there."""
+    try:
+        yield
+    except Exception as error:  # datasets, pyarrow and json raise many kinds
+        raise RunError(
+            f"{path} is broken and cannot be read ({one_line(error)}): delete {path.parent}, which "
+            "--resume makes again from the data"
+        ) from None
 
 
 def _enough(packed: Dataset, least: int, data: Sequence[str], length: int) -> None:
