@@ -220,6 +220,9 @@ def shared_token_loss(
         weights: (w_1, w_2); None: the share M / V_t of the teacher's vocabulary, and the rest.
         weight, reduction: as in `uld_loss`.
 
+    Returns:
+        fp32, or fp64 where the student is.
+
     Raises:
         ValueError: shapes that do not fit, an unknown reduction or divergence.
 

@@ -218,6 +218,10 @@ def by_entropy(
     Returns:
         RowTemperatures, the same tensor twice; else as from `dtkd`.
 
+    Raises:
+        ValueError, TypeError: logits that do not go together, `low` or `high` that is no finite
+            temperature > 0, an unknown `of`.
+
     Source: the direction, low for hard rows and high for easy ones, is that of Xie et al. 2025
     (AdaKD), arXiv 2510.11615, who measure difficulty by a Hellinger distance; the rule is simpler.
 
@@ -336,6 +340,9 @@ def ttm(temperature: float = 4.0) -> dict[str, Any]:
 
     Args:
         temperature: the teacher's, T > 0; the authors' gamma is 1 / T.
+
+    Raises:
+        ValueError, TypeError: a temperature that is no finite number > 0.
 
     Source: Zheng & Yang 2024, arXiv 2402.11148.
 
