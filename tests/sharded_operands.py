@@ -117,6 +117,10 @@ def listed() -> None:
             for settings in (
                 {}, {"alpha": 0.4, "entropy_weight": 0.2, "label_smoothing": 0.1},
                 {"temperature": ROWS, "teacher_temperature": 1.0, "reduction": "none"},
+                {
+                    "alpha": 0.4, "temperature": 2.0, "teacher_temperature": 1.0,
+                    "gradient": "backward",
+                },
             ):  # fmt: skip
                 one_list(student, teacher, mine, {"divergence": kind} | settings)
 
@@ -137,7 +141,7 @@ def one_list(student: Tensor, teacher: Any, mine: slice, settings: dict[str, Any
         with sharded.Counted() as gathers:
             loss.backward(torch.linspace(0.3, 2.0, max(loss.numel(), 1)).view(loss.shape))
         assert gathers.count == 0
-        temperature_grad = given["temperature"].grad if "temperature" in given else None
+        temperature_grad = getattr(given.get("temperature"), "grad", None)
         grad = leaf.grad
         if group:
             pieces: list[Any] = [None] * dist.get_world_size()

@@ -81,8 +81,6 @@ class Columns:
         # Sides whose largest logits are to be known.
         self.topped = SIDES[: len(self.sides)] if metrics else SIDES[: int(self.guarded)]
         self.exact_scales = exact_scales(problem)
-        if problem.teacher is None and not self.means:  # only the cross-entropy is wanted
-            self.exact_scales = [1.0]
         self.exact_store = Store(problem, torch.float64)
         self.plain_store = Store(problem, problem.dtype)
         # Rows that need fp64, as far as this owner's columns are concerned.
