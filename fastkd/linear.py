@@ -79,7 +79,9 @@ class _HeadGradients:
         self.columns = problem.vocab_size
         hidden, weight, bias = head.trains
         new = problem.student_temperature.new_zeros
-        self.hidden = torch.zeros_like(head.hidden) if hidden else None
+        # By rows, as a backend scales it, whatever the layout of the hidden states is.
+        rows = torch.contiguous_format
+        self.hidden = torch.zeros_like(head.hidden, memory_format=rows) if hidden else None
         self.weight = new(head.weight.shape) if weight else None
         self.bias = new(head.weight.size(0)) if bias else None
 

@@ -206,6 +206,17 @@ def test_the_reference_rounds_no_logits(head):
         assert_close(ours, theirs, "gradient")
 
 
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("mode", MODES)
+def test_hidden_states_and_weight_by_columns(mode, backend):
+    case = Case()
+    case.leaves = [
+        x.detach().mT.contiguous().mT.requires_grad_(x.requires_grad) if x.dim() > 1 else x
+        for x in case.leaves
+    ]
+    check(case, upstream=torch.tensor(2.5), gradient=mode, backend=backend)
+
+
 def test_metrics_are_those_of_the_logits():
     case, labels = Case(), labels_of(ROWS)
     settings = {"alpha": 0.5, "return_metrics": True}
