@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -234,12 +234,14 @@ def run(name: str, phases: Phases[Result], pieces: Tensor | None = None) -> Resu
 
     pieces: what it has gathered already, of phases that have begun.
     """
-    merge, sent = of(name), cast(Tensor, pieces)  # a generator begins with None
+    merge = of(name)
+    sent: Any = pieces  # a generator begins with None
     while True:
         try:
             fields = phases.send(sent)
         except StopIteration as end:
-            return cast(Result, end.value)
+            result: Result = end.value
+            return result
         sent = merge.gather(fields)
 
 
