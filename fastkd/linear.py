@@ -56,7 +56,12 @@ class _LogitsGradient:
 
     def __init__(self, problem: Problem, out: Tensor | None) -> None:
         student = problem.student
-        self.out = torch.zeros_like(student) if out is None else out.view(student.shape)
+        rows = torch.contiguous_format
+        self.out = (
+            torch.zeros_like(student, memory_format=rows)
+            if out is None
+            else out.view(student.shape)
+        )
         self.inplace = out is not None
         if out is not None and problem.counted is not None:
             self.out[:, ~problem.counted] = 0
