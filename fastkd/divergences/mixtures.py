@@ -239,6 +239,8 @@ class TVD(Divergence):
 # Log-ratios are clamped to it, which changes nothing beyond rounding, but keeps infinities out.
 MOST = 80
 
+# --- helpers ---------------------------------------------------------------------------------
+
 
 def _check_skew(owner: str, alpha: float) -> None:
     if not 0 <= alpha < 1:
