@@ -309,6 +309,19 @@ def test_a_gradient_beside_the_logits(divergence, monkeypatch):
     close_by_rows(_whole(on_shards(EDGES["two"], fused), "student"), case.truth()["student"])
 
 
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("divergence", KINDS, ids=str)
+def test_a_gradient_in_place_of_the_logits(divergence, standardize):
+    """Which are read for all of its parts before it overwrites them."""
+    student, teacher, temperature = rows()
+    case = Case(
+        divergence, student, teacher, temperature, labels=torch.tensor([3, 40, 44, 0]), alpha=0.6,
+        entropy=0.2, standardize=standardize,
+    )  # fmt: skip
+    found = on_shards(EDGES["two"], lambda shard: case.fused(shard, "torch"))
+    close_by_rows(_whole(found, "student"), case.truth()["student"])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("edges", EDGES.values(), ids=EDGES)
 def test_every_option(edges, backend, force):

@@ -303,9 +303,16 @@ class Sweeps(Columns):
             _, descent = self.kind.value_and_descent(pair, problem.a, problem.b)
             if odd is not None and odd[rows.flat].any():
                 descent = self._mended(rows, known, pair, descent)
+        self._make(pair.student if problem.teacher is not None or self.entropy else unit, unit)
         here = None if counts is None else counts[rows.flat, None]
         place = self._place(rows) if here is None else None
         return Terms({}, pair, descent, unit, here, tempering, place)
+
+    def _make(self, *sides: Softmax | None) -> None:
+        """Finds what the gradient reads of the student's logits, which it may overwrite."""
+        made = [side.exp for side in sides if side is not None]
+        if sides[0] is not None and made and (self.entropy or self.problem.moments is not None):
+            made.append(sides[0].log2_exp)
 
     def _mended(self, rows: Rows, known: Known, pair: Shard, descent: Descent) -> Descent:
         """See `Solver.mended`: but what says so is known of all columns."""
