@@ -278,8 +278,15 @@ def _shared(divergence: fastkd.Divergence, shape: tuple[int, int, int], dtype: t
     return Case(" ".join(("shared rows", *filter(None, words))), run)
 
 
+def infinite() -> Iterator[Case]:
+    """Rows whose gradient is 0: what a sweep wrote is blanked, by other threads than wrote it."""
+    for columns in (5000, 16389):
+        shape = (1, 2, columns)
+        yield _loss(fastkd.ReverseKL(), shape, BF16, "inplace", "plain", "plain", 0, "apart")
+
+
 GROUPS = (
     logits_in_place, slices_in_place, padded, far_apart, entry_by_entry, many_rows, divergences,
     multi_label, edges, other_gradients, columns_of_owners, beside_labels, listed_teachers,
-    shared_rows,
+    shared_rows, infinite,
 )  # fmt: skip

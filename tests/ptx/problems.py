@@ -27,7 +27,8 @@ def logits(shape: tuple[int, ...], seed: int, nature: str = "") -> tuple[Tensor,
     """Student and teacher in fp32.
 
     nature: "masked", a tenth of the columns of a row are -inf on both sides; "saturated", the
-    student of every other row has all but 1e-5 of its probability on one column.
+    student of every other row has all but 1e-5 of its probability on one column; "apart", a column
+    is -inf on the teacher's side alone.
     """
     generator = torch.Generator().manual_seed(seed)
     teacher = torch.randn(shape, generator=generator) * 2
@@ -35,6 +36,8 @@ def logits(shape: tuple[int, ...], seed: int, nature: str = "") -> tuple[Tensor,
     if nature == "saturated":
         rows = student.view(-1, shape[-1])[::2]
         rows[:, shape[-1] // 3] = rows.logsumexp(-1) + math.log(1e5)
+    if nature == "apart":
+        teacher[..., 7] = -torch.inf
     if nature == "masked":
         mask = torch.rand(shape, generator=generator) < 0.1
         mask[..., 0] = mask[..., -1] = False
