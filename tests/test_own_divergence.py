@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 
@@ -77,6 +80,16 @@ def test_a_class_of_ones_own_by_name():
     )
     with pytest.raises(ValueError, match=r"tvd.*halved, got 'halve'; did you mean 'halved'"):
         fastkd.distillation_loss(STUDENT, TEACHER, divergence="halve")
+
+
+def test_its_parameters_are_the_fields_that_are_numbers():
+    @dataclass(frozen=True)
+    class Weighed(fastkd.Divergence):
+        name: ClassVar[str] = "a test's own, weighed"
+        why: str
+        factor: float
+
+    assert Weighed("for a test", 3.0).parameters == (3.0, 0.0)
 
 
 class ChangedInPlace(fastkd.Divergence):

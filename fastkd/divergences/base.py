@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -94,9 +95,11 @@ class Divergence:
     @property
     def parameters(self) -> tuple[float, float]:
         """The run-time numbers (a, b) that `value`, `value_and_descent` and the device take: the
-        fields, and 0 where there are fewer.
+        fields that are numbers, and 0 where there are fewer.
         """
-        return (*vars(self).values(), 0.0, 0.0)[:2]
+        own = (getattr(self, field.name) for field in fields(self))
+        a, b, *_ = (*(float(x) for x in own if isinstance(x, Real)), 0.0, 0.0)
+        return a, b
 
     @staticmethod
     def value(lp: Tensor, lq: Tensor, a: float, b: float) -> Tensor:
