@@ -183,7 +183,9 @@ def events_of(entries, tilt, row, temper, a, b, REST: tl.constexpr, DIVERGENCE: 
     others = tl.sum(tl.where(certain, 0.0, slope))
     others = tl.where(tl.abs(others) < LEAST, 0.0, others)
     slope = tl.where(certain, -others, slope)
-    slope = tl.where(alive & (tl.abs(c) != float("inf")), slope, 0.0)
+    # Of an infinite value c may be NaN, as a difference of infinities; other NaN come out.
+    defined = tl.where(tl.abs(total) != float("inf"), tl.abs(c) != float("inf"), c - c == 0.0)
+    slope = tl.where(alive & defined, slope, 0.0)
     entropy = -tl.sum(tl.where(p64 > 0, p64 * lp, 0.0)).to(tl.float32)
     best = tl.max(tl.where(listed, lp, -float("inf")))
     both = listed & (lp == best) & (z == row.s_max)

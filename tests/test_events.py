@@ -410,6 +410,22 @@ def test_refusals():
         fastkd.distillation_loss(teacher, other)
 
 
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("divergence", [fastkd.AlphaBeta(0.0, 0.6), fastkd.AlphaBeta(-0.4, 0.4)])
+def test_an_infinite_row_has_a_gradient_of_0(divergence, backend):
+    student, other = logits(2, VOCAB)
+    other[0, 1] = -math.inf
+    student.requires_grad_()
+    teacher = fastkd.TopK.at(other, torch.tensor([[0, 1], [2, 3]]))
+    loss = fastkd.distillation_loss(
+        student, teacher, divergence=divergence, reduction="none", backend=backend
+    )
+    loss.sum().backward()
+    assert loss[0] == math.inf
+    assert_zero(student.grad[0])
+    assert student.grad[1].count_nonzero()
+
+
 def rows_without_mass():
     nothing = torch.full((3, 2), -math.inf)
     ids = torch.tensor([[0, 5], [3, -1], [-1, -1]])
