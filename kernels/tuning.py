@@ -11,6 +11,9 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+import triton
+
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 # Rows of up to so many columns take a schedule; longer ones are swept. "resident": a row is loaded
 # once and kept in registers; "cluster": in those of several thread blocks, which hold up to
@@ -49,9 +52,11 @@ REGISTERS: dict[str, tuple[int | None, int]] = {
     "alpha_beta": (255, 255),
 }  # fmt: skip
 OTHERS = (None, 128)
-# Where rows begin anywhere, at least; and of these.
+# Where rows begin anywhere, at least; and of these, until Triton 3.8, of which a loop would spill.
 ODD_REGISTERS = 80
-ODD_ONES = dict.fromkeys(("forward_kl", "reverse_kl", "tvd", "jsd"), 64)
+ODD_ONES = dict.fromkeys(
+    ("forward_kl", "reverse_kl", "tvd", "jsd"), 64 if TRITON < (3, 8) else ODD_REGISTERS
+)
 # Of shared rows on all targets of NVIDIA, as their programs must be there at the same time: where
 # only the divergence is wanted, and else.
 SHARED_REGISTERS = {
