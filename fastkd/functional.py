@@ -157,7 +157,8 @@ def distillation_loss(
             another operand lies in the same memory.
         backend: "triton" (GPU), "torch" (any device), "reference" (naive, differentiated by
             autograd), or "auto": triton on a GPU where it can run, else torch. Triton takes what
-            lies more than 3e38 T below the largest logit of its row for -inf.
+            lies more than 3e38 T below the largest logit of its row for -inf, and gives to 1e-7
+            what is left of a gradient where JSD, TVD or a skewed divergence is at its bound.
         return_metrics: return (loss, Metrics) instead.
         dim: the classes' dimension. Dense predictions [B, C, H, W] have 1, and rows [B, H, W]; they
             are read without a copy in torch.channels_last.
