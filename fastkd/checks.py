@@ -28,13 +28,13 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def choice(name: str, value: Any, options: Sequence[str]) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be one of {', '.join(options)}, got a {type(value).__name__}")
-    if value in options:
-        return
-    near = difflib.get_close_matches(value, options, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}{hint}")
+    got = f"{value!r}" if value is None else f"a {type(value).__name__}"
+    if isinstance(value, str):
+        if value in options:
+            return
+        near = difflib.get_close_matches(value, options, n=1)
+        got = f"{value!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    raise ValueError(f"{name} must be one of {', '.join(options)}, got {got}")
 
 
 def several(name: str, value: Any) -> None:

@@ -177,15 +177,16 @@ def test_a_mixture_of_teachers_teaches(home, tmp_path):
 
 
 def test_a_run_on_policy_goes_on_to_the_same_student(home, tmp_path, capsys):
+    steps = {"steps": 8, "divergence": "reverse_kl", "seed": 3, "save_every": 2}
     chosen = options(
-        home, on_policy=0.5, completion_length=8, prompt_length=4, top_p=0.95, steps=8,
-        sampling_temperature=0.9, divergence="reverse_kl", seed=3, save_every=2,
+        home, on_policy=0.5, completion_length=8, prompt_length=4, top_p=0.95,
+        sampling_temperature=0.9, **steps,
     )  # fmt: skip
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert distil("--out", whole, *chosen) == 0
     assert "in 50% of the steps the student writes what it learns from" in capsys.readouterr().err
     off = tmp_path / "off"
-    assert distil("--out", off, *chosen, "--on-policy=0") == 0
+    assert distil("--out", off, *options(home, **steps)) == 0
     assert losses(off) != losses(whole)
 
     with stopped_after(5):
