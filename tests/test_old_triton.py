@@ -61,7 +61,7 @@ PIECES = (
 )
 def test_launches_compile(packages, more, run):
     """A few for sm_90, of each divergence some, and down to the machine code for gfx942."""
-    run(packages, ("tests.ptx.scan", "--few", "--part", "0/6"), *more)
+    run(packages, ("tests.ptx.scan", "--few", "--part", "0/8"), *more)
 
 
 @pytest.mark.full

@@ -42,7 +42,7 @@ def test_a_second_process_compiles_nothing_though_the_cache_has_moved(tmp_path):
     assert "\n0 compiled, 4 loaded, 0 failed\n" in filled(second)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_tests_launch_on_the_stand_in_what_they_will_on_a_gpu(tmp_path):
     tests = ("--tests", "--only", "test_dim")
     said = filled(tmp_path, only=tests)

@@ -38,7 +38,7 @@ SHAPES = (
 )  # fmt: skip
 PLACES = ("plain", "slice", "wide", "shifted", "transposed", "slice3", "wide8")
 KINDS = ("plain", "full", "labels", "rows", "std", "stdfull")
-IN_CI = 5  # of so many cases one
+IN_CI = 6  # of so many cases one
 
 
 class Case(NamedTuple):
