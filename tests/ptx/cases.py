@@ -54,7 +54,7 @@ def every() -> list[Case]:
 
 def few() -> list[Case]:
     """Those that stand for all."""
-    return every()[::IN_CI]
+    return every()[IN_CI // 2 :: IN_CI]  # from where every kind is met
 
 
 def _loss(
