@@ -74,12 +74,12 @@ CANCELLING = (
 
 def _against_textbook(target: str, name: str) -> list[str]:
     """Instructions per position of the sweep, ours and with the values that cancel."""
-    from fastkd.kernels import logits
+    from fastkd.kernels import launch
 
     from .textbook import TABLE
 
     (ours,) = measure(target, name, MAIN[:1])
-    with replaced(logits, "device_of", lambda name, a, b: TABLE[name]):
+    with replaced(launch, "device_of", lambda name, a, b: TABLE[name]):
         (theirs,) = measure(target, name, MAIN[:1])
     width = model.GPUS[target].width
     count, plain = (work(one.binary, one.entry, width).instructions for one in (ours, theirs))

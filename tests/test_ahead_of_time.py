@@ -311,3 +311,18 @@ def test_kl_div_moves_every_entry_once(compiled):
         assert sum(work["loads"]) == pytest.approx(loads * size, abs=0.3)
         assert work["stored"] == pytest.approx(stores * size, abs=0.6)
         assert 0 < work["instructions"] <= ENTRIES[dtype]
+
+
+@pytest.mark.slow
+def test_the_tables_hold_a_sweep_against_its_textbook():
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.compiled", "--target", "sm_90"),
+            *("--divergence", "forward_kl", "--configuration", "sweep"),
+        ],
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-5000:]
+    ours, theirs = done.stdout.splitlines()[-1].split("|")[3:5]
+    assert float(ours) > float(theirs) > 0
