@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -18,26 +18,28 @@ class Rows(Protocol):
     def __getitem__(self, rows: Any, /) -> Any: ...
 
 
-def fingerprint(tokens: Tensor | Rows) -> str:
+def fingerprint(parts: Iterable[Tensor]) -> str:
     """SHA-256 of all tokens, as int32."""
     digest = hashlib.sha256()
-    for some in _parts(tokens):
+    for some in parts:
         digest.update(some.to(torch.int32).contiguous().numpy().data)
     return digest.hexdigest()
 
 
-def check_ids(tokens: Tensor | Rows, vocab_size: int) -> None:
-    """Raises ValueError for ids beyond the vocabulary, whose bits would not hold them."""
-    for some in _parts(tokens):
+def parts(tokens: Tensor | Rows) -> Iterator[Tensor]:
+    """All of the corpus, some rows at a time."""
+    for first in range(0, len(tokens), 1024):
+        yield rows(tokens, range(first, min(first + 1024, len(tokens))))
+
+
+def checked(parts: Iterable[Tensor], vocab_size: int) -> Iterator[Tensor]:
+    """These; raises ValueError at ids beyond the vocabulary, whose bits would not hold them."""
+    for some in parts:
         if some.min() < 0 or some.max() >= vocab_size:
             raise ValueError(
                 f"tokens must lie in [0, {vocab_size}), got {int(some.min())} to {int(some.max())}"
             )
-
-
-def _parts(tokens: Tensor | Rows) -> Iterator[Tensor]:
-    for first in range(0, len(tokens), 1024):
-        yield rows(tokens, range(first, min(first + 1024, len(tokens))))
+        yield some
 
 
 def rows(tokens: Tensor | Rows, wanted: range) -> Tensor:

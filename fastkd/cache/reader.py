@@ -99,7 +99,7 @@ class TeacherCache:
 
     def check_corpus(self, tokens: Tensor | corpus.Rows) -> None:
         """Raises CacheError where the cache is of other tokens than these, [N, T]."""
-        if corpus.fingerprint(tokens) != self.manifest.corpus:
+        if corpus.fingerprint(corpus.parts(tokens)) != self.manifest.corpus:
             raise CacheError(
                 f"{self.path} is of another corpus, or of another tokenizer or settings that make "
                 "tokens of it: write a cache of this one"

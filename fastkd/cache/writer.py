@@ -66,10 +66,9 @@ def write(
         len(tokens),
         positions,
         rows_per_shard or max(1, TOKENS_PER_SHARD // positions),
-        corpus.fingerprint(tokens),
+        corpus.fingerprint(corpus.checked(corpus.parts(tokens), vocab_size)),
         about or {},
     )
-    corpus.check_ids(tokens, vocab_size)
     folder = Path(path)
     with storage.new_folder(str(folder), ours=MANIFEST):
         if (folder / MANIFEST).exists():
