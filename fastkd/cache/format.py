@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layouts import LAYOUTS, Layout, check
+from .layouts import LAYOUTS, Layout
 
 FORMAT, VERSION = "fastkd teacher cache", 1
 MANIFEST = "cache.json"
@@ -60,7 +60,7 @@ class Manifest:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if not isinstance(self.about, dict):
             raise ValueError(f"about must be a dict, got {self.about!r}")
-        check(self.layout, self.vocab_size)
+        self.layout.check(self.vocab_size)
 
     @property
     def shards(self) -> int:

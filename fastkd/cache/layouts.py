@@ -2,7 +2,7 @@
 
 A layout turns a teacher's logits [n, T, V] into tensors [n, T, ...] (`observe`), those of a shard
 into what is stored (`encode`), and rows of that back (`decode`), from which `operand` makes what
-`distillation_loss` takes.
+`distillation_loss` takes. `check` raises ValueError for a vocabulary that it does not suit.
 """
 
 from __future__ import annotations
@@ -37,6 +37,15 @@ class Best:
     kind: ClassVar[str] = "top-k"
     k: int
     log_prob_bits: int = 16
+
+    def check(self, vocab_size: int) -> None:
+        most = min(vocab_size, MOST_ENTRIES)
+        if not 1 <= self.k <= most:
+            raise ValueError(
+                f"the best k entries of {vocab_size} tokens must be 1 to {most}, got k={self.k}"
+            )
+        if self.log_prob_bits not in LOG_PROB_BITS:
+            raise ValueError(f"log_prob_bits must be 8 or 16, got {self.log_prob_bits}")
 
     def observe(self, logits: Tensor, seeds: list[int]) -> Tensors:
         best = TopK.from_logits(logits, self.k)
@@ -82,6 +91,12 @@ class Draws:
     kind: ClassVar[str] = "samples"
     samples: int
 
+    def check(self, vocab_size: int) -> None:
+        if not 1 <= min(self.samples, vocab_size) <= MOST_ENTRIES:
+            raise ValueError(
+                f"samples must be 1 to {MOST_ENTRIES}, of which all may differ, got {self.samples}"
+            )
+
     def observe(self, logits: Tensor, seeds: list[int]) -> Tensors:
         # One generator for each row, so that batches of other sizes draw the same.
         rows = [
@@ -125,6 +140,9 @@ class Hidden:
 
     kind: ClassVar[str] = "hidden"
 
+    def check(self, vocab_size: int) -> None:
+        """Any vocabulary will do."""
+
     def observe(self, hidden: Tensor, seeds: list[int]) -> Tensors:
         return {"hidden": hidden}
 
@@ -141,6 +159,9 @@ class Full:
 
     kind: ClassVar[str] = "full"
 
+    def check(self, vocab_size: int) -> None:
+        """Any vocabulary will do."""
+
     def observe(self, logits: Tensor, seeds: list[int]) -> Tensors:
         return {"log_probs": logits.float().log_softmax(-1).half()}
 
@@ -156,21 +177,6 @@ class Full:
 
 Layout = Best | Draws | Hidden | Full
 LAYOUTS: dict[str, type[Layout]] = {layout.kind: layout for layout in (Best, Draws, Hidden, Full)}
-
-
-def check(layout: Layout, vocab_size: int) -> None:
-    """Raises ValueError for more entries than there are tokens, or than an operand lists."""
-    most = min(vocab_size, MOST_ENTRIES)
-    if isinstance(layout, Best) and not 1 <= layout.k <= most:
-        raise ValueError(
-            f"the best k entries of {vocab_size} tokens must be 1 to {most}, got k={layout.k}"
-        )
-    if isinstance(layout, Best) and layout.log_prob_bits not in LOG_PROB_BITS:
-        raise ValueError(f"log_prob_bits must be 8 or 16, got {layout.log_prob_bits}")
-    if isinstance(layout, Draws) and not 1 <= min(layout.samples, vocab_size) <= MOST_ENTRIES:
-        raise ValueError(
-            f"samples must be 1 to {MOST_ENTRIES}, of which all may differ, got {layout.samples}"
-        )
 
 
 def join(parts: list[Tensors]) -> Tensors:
