@@ -28,13 +28,13 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def choice(name: str, value: Any, options: Sequence[str]) -> None:
-    got = f"{value!r}" if value is None else f"a {type(value).__name__}"
+    got, near = "None" if value is None else f"a {type(value).__name__}", []
     if isinstance(value, str):
         if value in options:
             return
-        near = difflib.get_close_matches(value, options, n=1)
-        got = f"{value!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-    raise ValueError(f"{name} must be one of {', '.join(options)}, got {got}")
+        got, near = repr(value), difflib.get_close_matches(value, options, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{name} must be one of {', '.join(options)}, got {got}{hint}")
 
 
 def several(name: str, value: Any) -> None:

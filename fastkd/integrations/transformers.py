@@ -377,10 +377,11 @@ def _check_adapters(student: Any) -> None:
 
 
 def _refuse_what_has_no_meaning(trainer: Trainer, loss: Any) -> None:
-    for name in OF_THE_TRAINER & set(loss if isinstance(loss, Mapping) else ()):
-        raise ValueError(f"{name} is the Trainer's to give: leave it out of loss")
-    for name in set(loss if isinstance(loss, Mapping) else ()) - SETTINGS:
-        raise ValueError(f"loss: distillation_loss takes no {name!r}")
+    for name in loss if isinstance(loss, Mapping) else ():
+        if name in OF_THE_TRAINER:
+            raise ValueError(f"{name} is the Trainer's to give: leave it out of loss")
+        if name not in SETTINGS:
+            raise ValueError(f"loss: distillation_loss takes no {name!r}")
     if trainer.compute_loss_func is not None:
         raise ValueError("DistillationTrainer computes its own loss: drop compute_loss_func")
     if trainer.compute_metrics is not None:
