@@ -60,11 +60,19 @@ def test_every_pip_command_is_pinned():
     assert all("pip install -c constraints.txt " in line for line in commands)
 
 
+PUBLIC = [getattr(fastkd, name) for name in fastkd.__all__]
+KINDS = [kind for kind in PUBLIC if kind in fastkd.Divergence.__subclasses__()]
+
+
 def test_the_table_lists_every_divergence():
-    public = (getattr(fastkd, name) for name in fastkd.__all__)
-    for kind in public:
-        if kind in fastkd.Divergence.__subclasses__():
-            assert re.search(rf"^\| `{kind.name}` \| `{kind.__name__}\(", README, re.MULTILINE)
+    for kind in KINDS:
+        assert re.search(rf"^\| `{kind.name}` \| `{kind.__name__}\(", README, re.MULTILINE)
+
+
+def test_it_names_the_divergences_without_a_kernel():
+    sentence = re.search(r"^(.*) have no kernel:", README, re.MULTILINE)
+    without = {kind.name for kind in KINDS if not kind.has_device_function}
+    assert set(re.findall(r"`(\w+)`", sentence[1])) == without
 
 
 def test_a_run_of_the_default_job_is_written_into_the_documents(tmp_path, monkeypatch):
