@@ -138,7 +138,7 @@ class Decoder:
             "createpolicy": self._nothing, "mov": self._mov, "ld": self._load_or_store,
             "st": self._load_or_store, "setp": self._compare, "shfl": self._shuffle,
             "redux": self._reduce, "vote": self._vote, "ldmatrix": self._matrix,
-            "stmatrix": self._matrix, "atom": self._atomic,
+            "stmatrix": self._matrix, "atom": self._atomic, "red": self._atomic,
         }.get(first)  # fmt: skip
         if decode is None:
             raise ValueError(f"unknown instruction: {statement}")
@@ -251,11 +251,13 @@ class Decoder:
             self._word(one, "EXCH", operands[0], operands[1])
             one["a"][1] = self.operand("q", operands[2])
             return
-        if name != "atom.global.cta.relaxed.or.b32":
+        if not re.fullmatch(r"(atom|red)\.global\.cta\.relaxed\.or\.b32", name):
             raise ValueError(name)
         self._set(one, "ATOMOR")
-        one["a"][0], one["a"][1] = (self.operand("r", operands[k]) for k in (0, 2))
-        self.address(one, operands[1], False)
+        *old, address, bits = operands  # of a red nobody asks for the old ones
+        one["a"][0] = self.operand("r", old[0]) if old else -1
+        one["a"][1] = self.operand("r", bits)
+        self.address(one, address, False)
 
     def _word(self, one: Any, operation: str, to: str, address: str) -> None:
         self._set(one, operation)

@@ -4,7 +4,24 @@
 // 64-bit ones, FA, FB, FC the same as fp32, DA, DB, DC as fp64; l is the lane, w the warp, i the instruction.
 #pragma once
 
+// Of one number of 16 bits, and of two in a register.
+#define OF_16_BITS(X, type, operation, number) \
+  X(operation##_##type, R, by_##type(A, B, [](float a, float b) { return number; })) \
+  X(operation##_##type##x2, R, \
+    by_##type(A, B, [](float a, float b) { return number; }) | \
+    by_##type(A >> 16, B >> 16, [](float a, float b) { return number; }) << 16)
+#define HALVES(X, type) \
+  OF_16_BITS(X, type, ADD, a + b) \
+  OF_16_BITS(X, type, SUB, a - b) \
+  OF_16_BITS(X, type, MUL, a * b) \
+  OF_16_BITS(X, type, MAX, larger(a, b)) \
+  OF_16_BITS(X, type, MIN, smaller(a, b)) \
+  OF_16_BITS(X, type, MAXN, (a != a ? a : b != b ? b : larger(a, b))) \
+  OF_16_BITS(X, type, MINN, (a != a ? a : b != b ? b : smaller(a, b)))
+
 #define FORMULAS(X) \
+  HALVES(X, f16) \
+  HALVES(X, bf16) \
   X(MOV32, R, A) \
   X(ADD32, R, A + B) \
   X(SUB32, R, A - B) \
@@ -29,8 +46,8 @@
   X(DIVU32, R, B == 0 ? ~0u : A / B) \
   X(REMS32, R, B == 0 ? ~0u : (u32)(s32)((s64)(s32)A % (s32)B)) \
   X(REMU32, R, B == 0 ? ~0u : A % B) \
-  X(BFEU32, R, bit_field(A, B, C, false)) \
-  X(BFES32, R, bit_field(A, B, C, true)) \
+  X(BFEU32, R, bit_field<u32>(A, B, C)) \
+  X(BFES32, R, bit_field<s32>(A, B, C)) \
   X(POPC32, R, (u32)__builtin_popcount(A)) \
   X(CLZ32, R, A ? (u32)__builtin_clz(A) : 32) \
   X(PRMT, R, permuted(A, B, C)) \
@@ -42,6 +59,9 @@
   X(SUB16, R, (A - B) & 0xffff) \
   X(MULLO16, R, (A * B) & 0xffff) \
   X(FNEG16, R, (A ^ 0x8000) & 0xffff) \
+  X(FNEG16X2, R, A ^ 0x80008000) \
+  X(FABS16, R, A & 0x7fff) \
+  X(FABS16X2, R, A & 0x7fff7fff) \
   X(SELP32, R, chosen(w, i) >> l & 1 ? A : B) \
   X(SELP64, Q, chosen(w, i) >> l & 1 ? LA : LB) \
   X(MOV64, Q, LA) \
@@ -65,6 +85,8 @@
   X(DIVU64, Q, LB == 0 ? ~0ull : LA / LB) \
   X(REMS64, Q, LB == 0 ? ~0ull : (u64)((s64)LA % (s64)LB)) \
   X(REMU64, Q, LB == 0 ? ~0ull : LA % LB) \
+  X(BFEU64, Q, bit_field<u64>(LA, B, C)) \
+  X(BFES64, Q, (u64)bit_field<s64>(LA, B, C)) \
   X(MULHIS64, Q, (u64)(((__int128)(s64)LA * (s64)LB) >> 64)) \
   X(MULHIU64, Q, (u64)(((unsigned __int128)LA * LB) >> 64)) \
   X(MULWS, Q, (u64)((s64)(s32)A * (s64)(s32)B)) \

@@ -22,7 +22,8 @@ for _names, _operation, _operands in (
     ("rem.u32", "REMU32", _I),
     ("selp.b32 selp.f32 selp.b16 selp.s32 selp.u32", "SELP32", "r r r p"),
     ("selp.b64 selp.f64", "SELP64", "q q q p"), ("bfe.u32", "BFEU32", "r r r r"),
-    ("bfe.s32", "BFES32", "r r r r"), ("popc.b32", "POPC32", "r r"), ("clz.b32", "CLZ32", "r r"),
+    ("bfe.s32", "BFES32", "r r r r"), ("bfe.u64", "BFEU64", "q q r r"),
+    ("bfe.s64", "BFES64", "q q r r"), ("popc.b32", "POPC32", "r r"), ("clz.b32", "CLZ32", "r r"),
     ("prmt.b32", "PRMT", "r r r r"),
     ("add.s64 add.u64", "ADD64", _Q), ("sub.s64 sub.u64", "SUB64", _Q),
     ("mul.lo.s64 mul.lo.u64", "MULLO64", _Q), ("mad.lo.s64 mad.lo.u64", "MADLO64", "q q q q"),
@@ -56,7 +57,9 @@ for _names, _operation, _operands in (
     ("max.f32", "FMAX", _I), ("min.f32", "FMIN", _I), ("max.NaN.f32", "FMAXN", _I),
     ("min.NaN.f32", "FMINN", _I), ("neg.f32", "FNEG", "r r"), ("abs.f32", "FABS", "r r"),
     ("abs.ftz.f32", "FABSZ", "r r"),
-    ("neg.bf16 neg.f16", "FNEG16", "r r"), ("div.full.f32 div.approx.f32", "FDIV", _I),
+    ("neg.bf16 neg.f16", "FNEG16", "r r"), ("neg.bf16x2 neg.f16x2", "FNEG16X2", "r r"),
+    ("abs.bf16 abs.f16", "FABS16", "r r"), ("abs.bf16x2 abs.f16x2", "FABS16X2", "r r"),
+    ("div.full.f32 div.approx.f32", "FDIV", _I),
     ("div.rn.f32", "FDIVRN", _I), ("sqrt.approx.f32", "FSQRT", "r r"),
     ("sqrt.approx.ftz.f32", "FSQRTZ", "r r"), ("sqrt.rn.f32", "FSQRTRN", "r r"),
     ("rcp.approx.f32", "FRCP", "r r"), ("rcp.approx.ftz.f32", "FRCPZ", "r r"),
@@ -74,6 +77,13 @@ for _names, _operation, _operands in (
 ):  # fmt: skip
     for _name in _names.split():
         PLAIN[_name] = (_operation, _operands)
+for _type in ("f16", "bf16", "f16x2", "bf16x2"):
+    for _names, _operation in (
+        ("add add.rn", "ADD"), ("sub sub.rn", "SUB"), ("mul mul.rn", "MUL"), ("max", "MAX"),
+        ("min", "MIN"), ("max.NaN", "MAXN"), ("min.NaN", "MINN"),
+    ):  # fmt: skip
+        for _name in _names.split():
+            PLAIN[f"{_name}.{_type}"] = f"{_operation}_{_type}", _I
 
 COMPARE = {
     name: number

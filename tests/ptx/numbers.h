@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 typedef uint8_t u8;
 typedef uint16_t u16;
@@ -52,17 +53,21 @@ static inline u32 mixed(u32 x) {
   x = (x ^ x >> 15) * 0x846ca68b;
   return x ^ x >> 16;
 }
-// The bits of a from number b on, c of them.
-static inline u32 bit_field(u32 a, u32 b, u32 c, bool is_signed) {
-  u32 first = b & 0xff, count = std::min(c & 0xff, 32u);
-  if (!count || first > 31) return is_signed && first > 31 && count ? (u32)((s32)a >> 31) : 0;
-  u64 v = is_signed ? (u64)(s64)(s32)a : a;
-  v >>= first;
-  if (count < 32) {
-    v &= (1ull << count) - 1;
-    if (is_signed && (v >> (count - 1) & 1)) v |= ~((1ull << count) - 1);
-  }
-  return (u32)v;
+// Of numbers of 16 bits, by a function of fp32, where a result in fp32 has enough digits.
+template <class T> static inline u32 by_bf16(u32 a, u32 b, T function) {
+  return to_bf16(function(from_bf16(a), from_bf16(b)));
+}
+template <class T> static inline u32 by_f16(u32 a, u32 b, T function) {
+  return to_f16(function(from_f16(a), from_f16(b)));
+}
+// The bits of a from number b on, c of them; of a signed number the last one goes on.
+template <class T> static inline T bit_field(T a, u32 b, u32 c) {
+  const u32 bits = 8 * sizeof(T), first = b & 0xff, count = c & 0xff;
+  if (!count) return 0;
+  T sign = a < 0 ? -1 : 0;
+  if (first >= bits) return sign;
+  if (first + count >= bits) return a >> first;
+  return (T)((std::make_unsigned_t<T>)a << (bits - first - count)) >> (bits - count);
 }
 static inline u32 permuted(u32 a, u32 b, u32 selection) {
   u64 all = (u64)b << 32 | a;
