@@ -373,6 +373,25 @@ def test_saturated(divergence, backend, force):
     hold(Case(divergence, student, teacher, torch.ones(3)), EDGES["two"], backend)
 
 
+@pytest.mark.parametrize(
+    "divergence",
+    [
+        fastkd.ReverseKL(), fastkd.JSD(0.5), fastkd.SkewReverseKL(0.1), fastkd.SkewReverseKL(1e-3),
+        fastkd.TVD(),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_certain_student_far_from_the_teacher(divergence):
+    """The larger its slopes, and the nearer to their bound, the fewer digits fp32 leaves."""
+    student, teacher = torch.randn(64, V), 30 * torch.randn(64, V)
+    student[:, 2] += torch.linspace(4, 12, 64)
+    case = Case(divergence, student, teacher, torch.ones(64))
+    found = on_shards(EDGES["two"], lambda shard: case.outcome(shard, "torch"))
+    true = case.truth()
+    assert_close(case.coefficients.weigh(found[0]["values"]), true["loss"])
+    close_by_rows(_whole(found, "student"), true["student"])
+
+
 ONE_SWEEP = [
     fastkd.ForwardKL(), fastkd.ReverseKL(), fastkd.Jeffreys(0.7, 0.3), fastkd.AlphaDivergence(0.5),
     fastkd.AlphaDivergence(0.1), fastkd.Renyi(2.0),

@@ -38,12 +38,15 @@ from .joins import (
     with_gap,
 )
 from .near import apart, closeness
-from .solver import CERTAIN, FAR, LARGE, LEAST_SCALE, MOST_SUM_EXP, exact_scales, of_rows
+from .solver import FAR, LARGE, LEAST_SCALE, MOST_SUM_EXP, UNCERTAIN, exact_scales, of_rows
 
 # Rows whose sides are further apart than the first, in total variation, have divergences that fp32
 # gives. An owner takes the second for its own columns: where a row is near, the columns of owners
 # that do not find so weigh little.
 APART, APART_HERE = 1 / 7, 1 / 6
+# From here on an owner takes the slope of its own columns for near its bound: where a row is
+# saturated, the columns of owners that do not find so weigh little.
+NEARLY_HERE = 1 - 2.0**-5
 
 
 class Columns:
@@ -78,6 +81,9 @@ class Columns:
         self.means = entropy or metrics or self.tempered
         # Against a student that is nearly certain.
         self.guarded = self.means or (self.kind.cancels and problem.teacher is not None)
+        # So, and its slopes are summed when the sums of all are known.
+        self.cancels_later = self.kind.cancels and self.later > 0
+        self.bound = self.kind.most(problem.a, problem.b)
         # Sides whose largest logits are to be known.
         self.topped = SIDES[: len(self.sides)] if metrics else SIDES[: int(self.guarded)]
         self.exact_scales = exact_scales(problem)
@@ -149,16 +155,18 @@ class Columns:
         if "apart" in found:
             kept &= found["apart"] > APART_HERE
         if (STUDENT, "sum_exp") in found:
-            kept &= self._in_fp32(found)
+            value = None
             if self.sides[1:] and not self.later:
                 value = self._value(found)
                 kept &= value > self.kind.least_in_fp32
                 kept &= value < (LARGE if self.guarded else FAR)
+            kept &= self._in_fp32(found, value)
         for scale in self.exact_scales:
             if isinstance(scale, Tensor):
                 kept &= scale[:, 0] > LEAST_SCALE
-        if "saturated" in found:
-            kept &= found["saturated"] == 0
+        if "slope" in found:
+            kept &= found["slope"] <= NEARLY_HERE * self.bound
+            kept &= ~self._certain(self.known, found["slope"])
         for i in range(self.later):
             if ("later", i) in found:
                 kept &= found["later", i].abs() < LARGE * self.sum_exp
@@ -189,17 +197,21 @@ class Columns:
         self.sum_exp = torch.stack(
             [known[name, "sum_exp"] for name in SIDES[: len(self.sides)]]
         ).amax(0)
+        self.known = known
 
-    def _in_fp32(self, known: Known) -> Tensor:
+    def _in_fp32(self, known: Known, value: Tensor | None = None) -> Tensor:
         """Rows whose sums fp32 can hold, and whose student is not nearly certain."""
         sums = [x for name, x in known.items() if name == "unit" or name[1:] == ("sum_exp",)]
         kept = torch.stack(sums).amax(0) < MOST_SUM_EXP
-        if self.guarded:
-            scale = self.exact_scales[0]
-            scale = scale[:, 0] if isinstance(scale, Tensor) else scale
-            lower = known[STUDENT, "top"] - known[STUDENT, "shift"]
-            kept &= known[STUDENT, "sum_exp"] > CERTAIN * (lower * scale).exp()
-        return kept
+        return kept & ~self._certain(known, value) if self.guarded else kept
+
+    def _certain(self, known: Known, slope: Tensor | None) -> Tensor:
+        """See `solver.UNCERTAIN`; slope: a size of what its gradient is the difference of."""
+        scale = self.exact_scales[0]
+        scale = scale[:, 0] if isinstance(scale, Tensor) else scale
+        largest = ((known[STUDENT, "top"] - known[STUDENT, "shift"]) * scale).exp()
+        slope = torch.ones_like(largest) if slope is None else slope.clamp(1, LARGE)
+        return known[STUDENT, "sum_exp"] <= (1 + UNCERTAIN * slope) * largest
 
     def _place(self, rows: Rows) -> Tensor | None:
         """Where the student's exp stay, measured from the shift of these columns alone."""

@@ -36,10 +36,6 @@ from .joins import (
 from .logits import weights_of, write_gradient
 from .solver import CLOSE, FAR, ROUNDING, SPREAD, Terms, of_rows, without
 
-# From here on an owner takes the slope of its own columns for near its bound: where a row is
-# saturated, the columns of owners that do not find so weigh little.
-NEARLY_HERE = 1 - 2.0**-5
-
 
 def phases(problem: Problem, entropy: bool, metrics: bool) -> sharding.Forward:
     """`values`, and as `state` all that the gradient needs of other owners, in fp64."""
@@ -97,11 +93,13 @@ class Sweeps(Columns):
         later: list[Any] = [("later", i) for i in range(self.later)]
         if self.tempered and self.sides[1:]:
             later.append(("later", "log2_exp"))
+        later += ["mass"] * self.cancels_later
         if later:
             self._table(known)
-            own = ["saturated"] * (self.bound < torch.inf)
-            pieces = yield self._swept(later, self._sums, own)
+            pieces = yield self._swept(later, self._sums, ["slope"] * self.cancels_later)
             known.update(zip(later, pieces.sum(0), strict=True))
+        if self.cancels_later:
+            known[STUDENT, "sum_exp"] = known[STUDENT, "sum_exp"] * known["mass"]
         self._divergence(known)
         return known
 
@@ -148,21 +146,18 @@ class Sweeps(Columns):
         pair = (sides[0], sides[-1])
         return Shard(pair, scale, new, gap, first, sums, labels, student_mean)
 
-    @property
-    def bound(self) -> float:
-        """Of the slopes of a row, beyond which its gradient is a small difference."""
-        guarded = self.guarded and self.later
-        return self.kind.most(self.problem.a, self.problem.b) if guarded else torch.inf
-
     def _sums(self, rows: Rows) -> Known:
         """The sums that need the sums of the exponentials of all."""
         pair = self._pair(rows, later=False)
         _, descent = self.kind.value_and_descent(pair, self.problem.a, self.problem.b)
         found: Known = {("later", i): sums for i, sums in enumerate(pair.found_later)}
-        if self.bound < torch.inf:  # of this owner's share of the student's mass
+        if self.cancels_later:
             share = self._of("share", rows)
-            slopes = torch.as_tensor(descent.total, device=share.device).abs()
-            found["saturated"] = slopes > NEARLY_HERE * self.bound * share
+            slope = torch.as_tensor(descent.total, device=share.device).abs()
+            found["slope"] = slope / share.clamp_min(torch.finfo(share.dtype).tiny)
+            found["mass"] = share
+            if self.store is self.exact_store:  # with more digits than at first
+                found["mass"] = total(pair.student.exp) / pair.student.sum_exp
         if self.tempered:
             found["later", "log2_exp"] = total(_times_log2_exp(descent.terms, pair))
         return found
