@@ -1,5 +1,8 @@
 """fastkd: knowledge-distillation losses over large vocabularies, fused."""
 
+from . import cross_tokenizer as cross_tokenizer
+from . import sharding as sharding
+from . import temperature as temperature
 from .cache import TeacherCache
 from .divergences import (
     AKL,

@@ -27,14 +27,15 @@ HOTTEST = 1e18  # whose square leaves fp32 room for what multiplies it
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def choice(name: str, value: Any, options: Sequence[str]) -> None:
+def choice(name: str, value: Any, options: Sequence[str], other: str = "") -> None:
+    """Refuses what is none of the options; `other` says what else the argument may be."""
     got, near = "None" if value is None else f"a {type(value).__name__}", []
     if isinstance(value, str):
         if value in options:
             return
         got, near = repr(value), difflib.get_close_matches(value, options, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{name} must be one of {', '.join(options)}, got {got}{hint}")
+    raise ValueError(f"{name} must be one of {', '.join(options)}{other}, got {got}{hint}")
 
 
 def several(name: str, value: Any) -> None:
@@ -60,13 +61,14 @@ def divergence(value: Any) -> Divergence:
         raise TypeError(
             f"divergence must be a name or a fastkd.Divergence, got {type(value).__name__}"
         )
-    if value not in Divergence._classes:
-        choice("divergence", value, Divergence.names())
-    kind = Divergence.of_name(value)
-    if not kind.by_name:
+    name, colon, numbers = value.partition(":")  # as on the command line
+    if name not in Divergence._classes:
+        choice("divergence", value, Divergence.names(), ", or an object such as fastkd.JSD(0.1)")
+    kind = Divergence.of_name(name)
+    if colon or not kind.by_name:
         raise ValueError(
             f"divergence {value!r} has a parameter: pass an object, such as "
-            f"fastkd.{kind.__name__}()"
+            f"fastkd.{kind.__name__}({', '.join(numbers.split(','))})"
         )
     return kind()
 
@@ -105,7 +107,10 @@ def logits(student: Any, teacher: Any, vocab_size: Any, shard: bool = False) -> 
     """The number of columns that are vocabulary."""
     for name, tensor in (("student", student), ("teacher", teacher)):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor of logits, got {type(tensor).__name__}")
+            instead = ": pass its logits" if hasattr(tensor, "logits") else ""
+            raise TypeError(
+                f"{name} must be a tensor of logits, got {type(tensor).__name__}{instead}"
+            )
         dense(name, tensor)
         if tensor.dtype not in FLOATS:
             raise TypeError(
@@ -122,7 +127,7 @@ def logits(student: Any, teacher: Any, vocab_size: Any, shard: bool = False) -> 
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
             f"student and teacher must have equal leading shapes, got {tuple(student.shape)} and "
-            f"{tuple(teacher.shape)}"
+            f"{tuple(teacher.shape)}: slice and flatten both alike"
         )
     widths = student.size(-1), teacher.size(-1)
     if shard:  # which may be empty
@@ -160,7 +165,8 @@ def per_row(name: str, tensor: Any, student: Tensor) -> None:
     dense(name, tensor)
     if tensor.shape != rows:
         raise ValueError(
-            f"{name} must have the shape of the rows, {tuple(rows)}, got {tuple(tensor.shape)}"
+            f"{name} must have the shape of the rows, {tuple(rows)}, got {tuple(tensor.shape)}: "
+            "one for each row of the logits, sliced and flattened as they are"
         )
     beside(name, tensor, student)
 
@@ -181,7 +187,9 @@ def multi_label(standardize: bool, label_smoothing: float, ignore_index: int) ->
 def weight(tensor: Any, student: Tensor) -> None:
     per_row("weight", tensor, student)
     if tensor.dtype != torch.bool and tensor.dtype not in FLOATS:
-        raise TypeError(f"weight must be floating-point or bool, got {tensor.dtype}")
+        raise TypeError(
+            f"weight must be floating-point or bool, got {tensor.dtype}: of a mask pass mask.bool()"
+        )
 
 
 def temperature(name: str, value: Any) -> Any:
@@ -358,7 +366,9 @@ def _bytes(tensor: Tensor) -> tuple[Any, Any]:
 
 def teacher_gradient(teacher: Tensor, teacher_grad: bool) -> None:
     if trains(teacher) and not teacher_grad:
-        raise ValueError("teacher requires a gradient: detach it, or say teacher_grad=True")
+        raise ValueError(
+            "teacher, the second argument, requires a gradient: detach it, or say teacher_grad=True"
+        )
 
 
 def sharded(divergence: Divergence) -> None:

@@ -90,7 +90,7 @@ def _indices(tensor: Any, student: Tensor, vocab_size: int, ignore_index: int) -
     if tensor.dtype not in (torch.int64, torch.int32):
         raise TypeError(
             f"labels must be class indices in int64 or int32, or floating-point [..., V], got "
-            f"{tensor.dtype}"
+            f"{tensor.dtype}: pass labels.long(), and a mask of rows as `weight`"
         )
     if may_read(tensor) and not _within(tensor, vocab_size):
         wrong = (tensor != ignore_index) & ((tensor < 0) | (tensor >= vocab_size))

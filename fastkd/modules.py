@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .checks import REDUCTIONS, choice
 from .elementwise import kl_div
 from .functional import distillation_loss
+from .operands import Student, Teacher
 from .settings import Keywords, Settings
 
 if TYPE_CHECKING:
@@ -68,8 +69,8 @@ class DistillationLoss(nn.Module):
 
     def forward(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Student,
+        teacher: Teacher,
         labels: Tensor | None = None,
         *,
         weight: Tensor | None = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -343,13 +344,17 @@ ERRORS = [
     (TypeError, "float64, got torch.int64; class indices", {"student": torch.ones(N, V).long()}),
     (TypeError, "teacher must hold logits", {"teacher": torch.ones(N, V).bool()}),
     (ValueError, r"\[..., V\], got a 0-d", {"student": torch.tensor(1.0)}),
-    (ValueError, "equal leading shapes", {"teacher": torch.ones(N + 1, V)}),
+    (TypeError, "got SimpleNamespace: pass its logits", {"student": SimpleNamespace(logits=1)}),
+    (ValueError, "equal leading shapes.*both alike", {"teacher": torch.ones(N + 1, V)}),
     (ValueError, "10 and 12 columns: .* vocab_size", {"teacher": torch.ones(N, V + 2)}),
     (ValueError, "between 1 and the narrower width, got 11", {"vocab_size": V + 1}),
     (ValueError, "got 0", {"vocab_size": 0}),
     (TypeError, "vocab_size must be a whole number", {"vocab_size": 3.0}),
     (ValueError, "'forward_lk'; did you mean 'forward_kl'", {"divergence": "forward_lk"}),
+    (ValueError, r"such as fastkd.JSD\(0.1\), got 'js'", {"divergence": "js"}),
     (ValueError, r"fastkd.JSD\(\)", {"divergence": "jsd"}),
+    (ValueError, r"fastkd.AlphaBeta\(0.2, 0.7\)", {"divergence": "alpha_beta:0.2,0.7"}),
+    (ValueError, r"fastkd.Jeffreys\(1, 0\)", {"divergence": "jeffreys:1,0"}),
     (TypeError, r"write JSD\(\)", {"divergence": fastkd.JSD}),
     (TypeError, "a name or a fastkd.Divergence", {"divergence": 3}),
     (ValueError, "did you mean 'batchmean'", {"reduction": "batch_mean"}),
@@ -369,9 +374,11 @@ ERRORS = [
     (ValueError, "label_smoothing must lie in", {"label_smoothing": -0.1}),
     (ValueError, "entropy_weight must be finite", {"entropy_weight": math.inf}),
     (TypeError, "labels must be class indices", {"labels": torch.ones(N)}),
-    (ValueError, r"labels must have the shape", {"labels": torch.ones(2, 2).long()}),
+    (TypeError, r"pass labels.long\(\)", {"labels": torch.ones(N).short()}),
+    (TypeError, "a mask of rows as `weight`", {"labels": torch.ones(N).bool()}),
+    (ValueError, r"labels must have the shape.*sliced", {"labels": torch.ones(2, 2).long()}),
     (ValueError, r"weight must have the shape", {"weight": torch.ones(N, V)}),
-    (TypeError, "weight must be floating-point or bool", {"weight": torch.ones(N).long()}),
+    (TypeError, r"weight must be floating.*pass mask.bool\(\)", {"weight": torch.ones(N).long()}),
     (ValueError, "replaces the divisor", {"num_items": 3, "reduction": "sum"}),
     (ValueError, "num_items must be finite and > 0", {"num_items": 0}),
     (ValueError, "0-d tensor", {"num_items": torch.ones(2)}),
@@ -401,7 +408,7 @@ def test_labels_out_of_range_are_refused_where_looking_is_free(pair, monkeypatch
 
 def test_teacher_that_trains_is_refused(pair):
     teacher = pair[1].requires_grad_()
-    with pytest.raises(ValueError, match="detach it, or say teacher_grad=True"):
+    with pytest.raises(ValueError, match=r"second argument.*detach it, or say teacher_grad=True"):
         fastkd.distillation_loss(pair[0], teacher)
     with torch.no_grad():
         fastkd.distillation_loss(pair[0], teacher)

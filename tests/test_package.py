@@ -42,6 +42,16 @@ def test_import_brings_in_nothing_but_torch_and_the_standard_library():
     assert run(sys.executable, "-c", code, cwd=ROOT).split() == []
 
 
+def test_what_documents_name_is_there_once_fastkd_is_imported():
+    """But for what needs further packages, which has to be imported by its name."""
+    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
+    named = {name for page in pages for name in re.findall(r"`fastkd\.(\w+)", page.read_text())}
+    names = named - {"integrations"}
+    assert {"distillation_loss", "temperature", "cross_tokenizer"} <= names
+    code = f"import fastkd; print(*(name for name in {names} if not hasattr(fastkd, name)))"
+    assert run(sys.executable, "-c", code, cwd=ROOT).split() == []
+
+
 def test_import_takes_less_than_300_ms_beyond_torch():
     code = """if True:
         import time, torch

@@ -67,7 +67,7 @@ class LinearHead:
         if self.hidden.dim() == 0 or self.hidden.size(-1) != width:
             raise ValueError(
                 f"LinearHead: hidden must be [..., {width}] for a weight of "
-                f"{tuple(self.weight.shape)}, got {tuple(self.hidden.shape)}"
+                f"{tuple(self.weight.shape)}, which is [V, H], got {tuple(self.hidden.shape)}"
             )
         if self.bias is not None:
             checked.floating("LinearHead: bias", self.bias)
@@ -111,7 +111,9 @@ def _plain_weight(weight: Any) -> None:
     """Refuses what is no matrix of numbers."""
     name = "LinearHead: weight"
     if not isinstance(weight, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
+        raise TypeError(
+            f"{name} must be a tensor, got {type(weight).__name__}: of a layer pass its weight"
+        )
     if hasattr(weight, "device_mesh"):
         raise NotImplementedError(f"{name} is a DTensor, not supported yet: pass full_tensor()")
     wrapped = is_traceable_wrapper_subclass(weight)
