@@ -12,6 +12,7 @@ import torch.nn.functional as F
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 transformers = pytest.importorskip("transformers")
 
+import fastkd  # noqa: E402
 import fastkd.integrations  # noqa: E402
 from fastkd.integrations.models import is_causal, targets  # noqa: E402
 from fastkd.integrations.transformers import (  # noqa: E402
@@ -342,6 +343,11 @@ def test_a_student_of_peft_learns_from_itself_with_the_adapters_off(tmp_path):
         ({"loss": {"num_items": 7}}, "num_items is the Trainer's to give: leave it out"),
         ({"loss": {"reduction": "sum"}}, "reduction is the Trainer's to give"),
         ({"loss": {"return_metrics": False}}, "return_metrics is the Trainer's to give"),
+        ({"loss": {"ignore_index": 0}}, "ignore_index is the Trainer's to give"),
+        ({"loss": {"vocab_size": 40}}, "vocab_size is an argument of DistillationTrainer"),
+        ({"loss": fastkd.DistillationLoss()}, "got DistillationLoss: pass its `settings`"),
+        ({"loss": ["jsd"]}, "must be a dictionary of arguments.*got list"),
+        ({"temperature": 2.0}, r"pass loss=\{'temperature': ...\}"),
     ],
 )
 def test_what_has_no_meaning_is_refused(change, message, tmp_path):
@@ -351,9 +357,23 @@ def test_what_has_no_meaning_is_refused(change, message, tmp_path):
 
 
 @pytest.mark.skipif("function" not in VARIANTS, reason="before transformers 5.6")
-def test_a_function_of_a_model_that_teaches_itself_is_refused():
-    with pytest.raises(ValueError, match="teacher and student are one model"):
-        distillation_loss_func(STUDENT, STUDENT)
+@pytest.mark.parametrize(
+    ("teacher", "settings", "message"),
+    [
+        (STUDENT, {}, "teacher and student are one model"),
+        (None, {}, "teacher must be a model, got NoneType"),
+        (llama(1), {"T": 2.0}, "distillation_loss takes no 'T'"),
+    ],
+)
+def test_a_function_without_meaning_is_refused_before_it_trains(teacher, settings, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        distillation_loss_func(STUDENT, teacher, **settings)
+
+
+def test_what_a_function_of_the_step_returns_is_checked(tmp_path):
+    trainer = trainer_of("trainer", tmp_path, loss=lambda step, steps: {"T": 2.0})
+    with pytest.raises(ValueError, match="distillation_loss takes no 'T'"):
+        trainer.train()
 
 
 def test_the_trainers_own_name_finds_the_best_model(tmp_path):

@@ -42,9 +42,29 @@ def model_inputs(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
     """A batch without what only the model's own loss would take, nor a cache of the keys."""
     ours = (*TARGETS, ROW, "num_items_in_batch")
     others = {k: v for k, v in inputs.items() if k not in ours}
+    of_labels = getattr(base(model), "prepare_decoder_input_ids_from_labels", None)
+    if of_labels and not inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
+        if inputs.get("labels") is None:
+            raise ValueError(
+                "the batch has no decoder_input_ids: let the collator make them of the labels, as "
+                "DataCollatorForSeq2Seq(tokenizer, model=student) does"
+            )
+        others["decoder_input_ids"] = of_labels(labels=inputs["labels"])
     if "use_cache" in inspect.signature(base(model).forward).parameters:
         others["use_cache"] = False
     return others
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """Of what a model returns, the logits."""
+    mapping = isinstance(outputs, Mapping)
+    found = outputs.get("logits") if mapping else getattr(outputs, "logits", None)
+    if found is None:
+        raise TypeError(
+            "student and teacher must return their logits as `logits`, as the models of "
+            f"transformers with a head do, got {type(outputs).__name__}"
+        )
+    return found
 
 
 def is_causal(model: Any) -> bool:

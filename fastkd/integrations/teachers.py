@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastkd.cache import TeacherCache
 
-from .models import ROW, base, freeze, head_of, model_inputs
+from .models import ROW, base, freeze, head_of, logits_of, model_inputs
 
 Asked = Callable[[Mapping[str, Any]], Any]
 
@@ -19,7 +19,7 @@ def asked(teacher: Any, device: torch.device, heads: bool, sharded: bool) -> Ask
     """What a teacher says of a batch, by a function; `sharded`: over all processes, by FSDP2."""
     if isinstance(teacher, TeacherCache):
         cache = teacher.to(device)
-        return lambda inputs: cache[inputs[ROW].cpu()]
+        return lambda inputs: cache[_rows(inputs).cpu()]
     sharded = sharded and not stays_whole(teacher)
     freeze(teacher, None if sharded else device)
     here = sharded or all(weight.device == device for weight in teacher.parameters())
@@ -34,9 +34,18 @@ def asked(teacher: Any, device: torch.device, heads: bool, sharded: bool) -> Ask
         if not here:
             first = next(teacher.parameters()).device
             others = {k: v.to(first) if isinstance(v, Tensor) else v for k, v in others.items()}
-        return teacher(**others).logits.to(device)
+        return logits_of(teacher(**others)).to(device)
 
     return ask
+
+
+def _rows(inputs: Mapping[str, Any]) -> Tensor:
+    if ROW not in inputs:
+        raise ValueError(
+            f"the batch does not say which rows of the TeacherCache are its own: give each "
+            f"example its number there as `{ROW}`"
+        )
+    return inputs[ROW]
 
 
 def check(teacher: Any, student: Any) -> None:
@@ -45,6 +54,11 @@ def check(teacher: Any, student: Any) -> None:
         raise ValueError(
             "teacher and student are one model, whose weights would be frozen: pass a copy, or "
             "teacher=None for a student of peft, which teaches with its adapters off"
+        )
+    if teacher is None and not hasattr(student, "disable_adapter"):
+        raise ValueError(
+            "teacher=None takes the student with its adapters off, and this student has none: "
+            "pass a teacher, or wrap the student by peft.get_peft_model"
         )
     if not isinstance(teacher, nn.Module | TeacherCache | None):
         raise TypeError(

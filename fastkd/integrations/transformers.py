@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import require
 
@@ -21,23 +20,21 @@ from fastkd.functional import Metrics, distillation_loss  # noqa: E402
 from fastkd.operands import Ensemble, LinearHead, Sampled, TopK  # noqa: E402
 
 from .models import (  # noqa: E402
+    ROW,
     TARGETS,
     evaluating,
     freeze,
     head_of,
     is_causal,
+    logits_of,
     model_inputs,
     targets,
 )
 from .on_policy import OnPolicy  # noqa: E402
 from .processes import ProcessesTrainer  # noqa: E402
+from .settings import KEYWORDS, Settings, by_step, known  # noqa: E402
 from .teachers import asked, check  # noqa: E402
 
-# Keywords of distillation_loss, and which of them a Trainer gives itself.
-SETTINGS = set(inspect.signature(distillation_loss).parameters)
-OF_THE_TRAINER = {"student", "teacher", "labels", "num_items", "reduction", "return_metrics"}
-
-Settings = Callable[[int, int], Mapping[str, Any]]
 Operand = Tensor | LinearHead | TopK | Sampled | Ensemble
 
 
@@ -92,6 +89,7 @@ class DistillationTrainer(ProcessesTrainer):
     """
 
     loss_is_scaled_for_ga = True
+    heads = False
 
     def __init__(
         self,
@@ -106,21 +104,20 @@ class DistillationTrainer(ProcessesTrainer):
         tensor_parallel: int = 1,
         **options: Any,
     ) -> None:
+        for name in KEYWORDS & options.keys():
+            raise TypeError(f"{name} is an argument of the loss: pass loss={{{name!r}: ...}}")
         super().__init__(*arguments, **options)
-        _refuse_what_has_no_meaning(self, loss)
+        _refuse_what_has_no_meaning(self)
         self.model_accepts_loss_kwargs = True  # so that the tokens are counted
         if self.accelerator.mixed_precision == "bf16":
             # accelerate's own autocast would copy the student's logits to fp32.
             self.accelerator.native_amp = False
         # Older transformers let accelerate divide by the batches of a step once more.
         self.accelerator.gradient_accumulation_steps = 1
-        fixed = {} if loss is None else loss
-        self.loss: Settings = fixed if callable(fixed) else lambda step, steps: fixed
+        self.loss = by_step(loss)
         self.vocab_size = vocab_size
         self.shift = is_causal(self.model) if shift is None else shift
         self.step_figures: dict[int, Tensor] = {}  # the latest step's, summed over its batches
-        if teacher is None:
-            _check_adapters(self.model)
         teachers = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
         for each in teachers:
             check(each, self.model)
@@ -137,7 +134,7 @@ class DistillationTrainer(ProcessesTrainer):
                 "write: no TeacherCache, and causal language models"
             )
         self.on_policy, self.own_words = on_policy, False
-        heads = heads and not self._sharded()
+        self.heads = heads = heads and not self._sharded()
         self.student_head = head_of(self.model) if heads else None
         self._divide_vocabulary(tensor_parallel)
         sharded = self._fsdp_version() == 2
@@ -147,6 +144,17 @@ class DistillationTrainer(ProcessesTrainer):
             else asked(each, self.args.device, heads, sharded)
             for each in teachers
         ]
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """A new student for each run, with a head of its own."""
+        model = super().call_model_init(trial)
+        self.student_head = head_of(model) if self.heads else None
+        return model
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """What the loss reads stays in the batches, whatever the model's forward takes."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns: Any = list({*(self._signature_columns or ()), *TARGETS, ROW})
 
     def compute_loss(
         self,
@@ -158,7 +166,7 @@ class DistillationTrainer(ProcessesTrainer):
         labels = targets(inputs, self.shift)
         teacher = self.teacher_logits(inputs)
         outputs = self.student_outputs(model, inputs) if return_outputs else None
-        student = self.student_logits(model, inputs) if outputs is None else outputs.logits
+        student = self.student_logits(model, inputs) if outputs is None else logits_of(outputs)
         settings = {
             **self._vocabulary(),
             "num_items": num_items_in_batch,
@@ -185,7 +193,7 @@ class DistillationTrainer(ProcessesTrainer):
 
     def student_logits(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | LinearHead:
         if self.student_head is None:
-            return self.student_outputs(model, inputs).logits
+            return logits_of(self.student_outputs(model, inputs))
         with self._precision():
             return self.student_head(model, model_inputs(inputs, self.model))
 
@@ -333,6 +341,9 @@ def distillation_loss_func(
         torch.Size([])
     """
     require("transformers", "5.6", "6", extra="distill")
+    known(settings)
+    if not isinstance(teacher, nn.Module):
+        raise TypeError(f"teacher must be a model, got {type(teacher).__name__}")
     check(teacher, student)
     shifts = is_causal(student) if shift is None else shift
     freeze(teacher, None)
@@ -352,12 +363,13 @@ def distillation_loss_func(
         inputs = dict(kept)
         kept.clear()
         shifted = targets({**inputs, "labels": labels}, shifts)
-        if next(teacher.parameters()).device != outputs.logits.device:
-            freeze(teacher, outputs.logits.device)
+        logits = logits_of(outputs)
+        if next(teacher.parameters()).device != logits.device:
+            freeze(teacher, logits.device)
         with torch.no_grad():
-            target = teacher(**model_inputs(inputs, teacher)).logits
+            target = logits_of(teacher(**model_inputs(inputs, teacher)))
         options = {"num_items": num_items_in_batch, **settings}
-        return distillation_loss(outputs.logits, target, shifted, **options)
+        return distillation_loss(logits, target, shifted, **options)
 
     student.register_forward_pre_hook(keep, with_kwargs=True)
     return loss
@@ -368,20 +380,7 @@ def _by_sequence(rows: Tensor) -> Tensor:
     return rows.flatten(1).sum(-1) if rows.dim() > 1 else rows
 
 
-def _check_adapters(student: Any) -> None:
-    if not hasattr(student, "disable_adapter"):
-        raise ValueError(
-            "teacher=None takes the student with its adapters off, and this student has none: "
-            "pass a teacher, or wrap the student by peft.get_peft_model"
-        )
-
-
-def _refuse_what_has_no_meaning(trainer: Trainer, loss: Any) -> None:
-    for name in loss if isinstance(loss, Mapping) else ():
-        if name in OF_THE_TRAINER:
-            raise ValueError(f"{name} is the Trainer's to give: leave it out of loss")
-        if name not in SETTINGS:
-            raise ValueError(f"loss: distillation_loss takes no {name!r}")
+def _refuse_what_has_no_meaning(trainer: Trainer) -> None:
     if trainer.compute_loss_func is not None:
         raise ValueError("DistillationTrainer computes its own loss: drop compute_loss_func")
     if trainer.compute_metrics is not None:
