@@ -27,12 +27,12 @@ HOTTEST = 1e18  # whose square leaves fp32 room for what multiplies it
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def choice(name: str, value: Any, options: Sequence[str], other: str = "") -> None:
+def choice(name: str, value: Any, options: Sequence[str], other: str = "") -> str:
     """Refuses what is none of the options; `other` says what else the argument may be."""
     got, near = "None" if value is None else f"a {type(value).__name__}", []
     if isinstance(value, str):
         if value in options:
-            return
+            return value
         got, near = repr(value), difflib.get_close_matches(value, options, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"{name} must be one of {', '.join(options)}{other}, got {got}{hint}")
@@ -90,17 +90,14 @@ def dense(name: str, tensor: Tensor) -> None:
     raise NotImplementedError(f"{name} is {found}: pass {name}.{instead}")
 
 
-def group(value: Any, backend: str) -> None:
-    if value is None:
-        return
+def group(name: str, value: Any) -> Any:
     kinds = torch.distributed.ProcessGroup, Group
     if not any(isinstance(value, kind) for kind in kinds):  # torch.compile knows it by no tuple
         raise TypeError(
-            f"group must be a torch.distributed.ProcessGroup, got {type(value).__name__}: a mesh "
+            f"{name} must be a torch.distributed.ProcessGroup, got {type(value).__name__}: a mesh "
             "has it as get_group()"
         )
-    if backend == "reference":
-        raise NotImplementedError("backend='reference' has no group: pass backend='torch'")
+    return value
 
 
 def logits(student: Any, teacher: Any, vocab_size: Any, shard: bool = False) -> int:
@@ -252,12 +249,13 @@ def finite(name: str, value: Any) -> Any:
     return value
 
 
-def flag(name: str, value: Any) -> None:
+def flag(name: str, value: Any) -> Any:
     if type(value) is bool:
-        return
+        return value
     if isinstance(value, Tensor) or not isinstance(value, Hashable) or value not in (True, False):
         shown = repr(value) if isinstance(value, str | float) else f"a {type(value).__name__}"
         raise TypeError(f"{name} must be True or False, got {shown}")
+    return value
 
 
 def num_items(value: Any, reduction: str, student: Tensor) -> Any:

@@ -52,8 +52,7 @@ class DistillationLoss(nn.Module):
         settings: dict[str, Any] = dict(keywords)
         if return_metrics is not False:
             settings["return_metrics"] = return_metrics
-        defaults = {name: parameter.default for name, parameter in _SETTINGS.items()}
-        Settings.of(**defaults | settings)
+        Settings.of(**settings)
         for name, value in settings.items():
             if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
@@ -15,8 +17,27 @@ from .sharding import Group
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-OPTIONAL = ("teacher_temperature", "vocab_size", "chunk_bytes")  # what may be None
-FLAGS = ("scale_by_temperature", "standardize", "teacher_grad", "inplace", "return_metrics")
+# Of what is not as by default; each gives back what a Settings holds.
+CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "temperature": checks.temperature,
+    "teacher_temperature": checks.temperature,
+    "scale_by_temperature": checks.flag,
+    "standardize": checks.flag,
+    "alpha": checks.unit,
+    "label_smoothing": checks.unit,
+    "entropy_weight": checks.finite,
+    "ignore_index": checks.whole,
+    "reduction": partial(checks.choice, options=checks.REDUCTIONS),
+    "vocab_size": checks.at_least,
+    "teacher_grad": checks.flag,
+    "gradient": partial(checks.choice, options=checks.GRADIENTS),
+    "inplace": checks.flag,
+    "backend": partial(checks.choice, options=checks.BACKENDS),
+    "return_metrics": checks.flag,
+    "dim": checks.whole,
+    "group": checks.group,
+    "chunk_bytes": checks.at_least,
+}
 
 
 class Keywords(TypedDict, total=False):
@@ -49,49 +70,34 @@ class Settings(NamedTuple):
     """See distillation_loss; numbers are Python's own."""
 
     divergence: Divergence
-    temperature: float | Tensor
-    teacher_temperature: float | Tensor | None
-    scale_by_temperature: bool
-    standardize: bool
-    alpha: float
-    label_smoothing: float
-    entropy_weight: float
-    ignore_index: int
-    reduction: str
-    vocab_size: int | None
-    teacher_grad: bool
-    gradient: str
-    inplace: bool
-    backend: str
-    return_metrics: bool
-    dim: int
+    temperature: float | Tensor = 1.0
+    teacher_temperature: float | Tensor | None = None
+    scale_by_temperature: bool = True
+    standardize: bool = False
+    alpha: float = 1.0
+    label_smoothing: float = 0.0
+    entropy_weight: float = 0.0
+    ignore_index: int = -100
+    reduction: str = "mean"
+    vocab_size: int | None = None
+    teacher_grad: bool = False
+    gradient: str = "auto"
+    inplace: bool = False
+    backend: str = "auto"
+    return_metrics: bool = False
+    dim: int = -1
     group: ProcessGroup | Group | None = None
     chunk_bytes: int | None = None
 
     @staticmethod
-    def of(**values: Any) -> Settings:
+    def of(divergence: str | Divergence = "forward_kl", **values: Any) -> Settings:
         """All that can be refused by the settings alone is refused here."""
-        values["divergence"] = checks.divergence(values["divergence"])
-        checks.choice("reduction", values["reduction"], checks.REDUCTIONS)
-        checks.choice("gradient", values["gradient"], checks.GRADIENTS)
-        checks.choice("backend", values["backend"], checks.BACKENDS)
-        checks.group(values.get("group"), values["backend"])
-        for name in FLAGS:
-            checks.flag(name, values[name])
-        for name, check in (
-            ("temperature", checks.temperature),
-            ("teacher_temperature", checks.temperature),
-            ("alpha", checks.unit),
-            ("label_smoothing", checks.unit),
-            ("entropy_weight", checks.finite),
-            ("ignore_index", checks.whole),
-            ("dim", checks.whole),
-            ("vocab_size", checks.at_least),
-            ("chunk_bytes", checks.at_least),
-        ):
-            if values.get(name) is not None or name not in OPTIONAL:
-                values[name] = check(name, values[name])
-        given = Settings(**values)
+        for name, value in values.items():
+            if value is not DEFAULTS[name]:
+                values[name] = CHECKS[name](name, value)
+        given = Settings(checks.divergence(divergence), **values)
+        if given.group is not None and given.backend == "reference":
+            raise NotImplementedError("backend='reference' has no group: pass backend='torch'")
         if given.sigmoids:
             checks.multi_label(given.standardize, given.label_smoothing, given.ignore_index)
         if given.inplace and given.dim != -1:
@@ -147,3 +153,6 @@ class Settings(NamedTuple):
             and not tracing.trained_of(others)
         )
         return "forward" if held else "backward"
+
+
+DEFAULTS = Settings._field_defaults

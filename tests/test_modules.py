@@ -41,7 +41,8 @@ def test_each_keyword_is_shown_and_typed():
     for name in ("weight", "num_items"):
         del keywords[name]
     assert inspect.signature(fastkd.DistillationLoss).parameters == keywords
-    assert set(Settings._fields) == set(keywords)
+    defaults = {name: keyword.default for name, keyword in keywords.items()}
+    assert defaults == {"divergence": "forward_kl", **Settings._field_defaults}
     types = {name: of.__forward_arg__ for name, of in Keywords.__annotations__.items()}
     del keywords["return_metrics"]
     assert types == {n: x.annotation.replace("sharding.", "") for n, x in keywords.items()}
