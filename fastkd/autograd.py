@@ -35,7 +35,8 @@ class Rows(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         problem = Problem.unpack(tensors, numbers, vocab_size, spec)
-        return operators.forward(problem, entropy, metrics, name, dual, dual_numbers)
+        forward = operators.forward.caller(problem)
+        return forward(problem, entropy, metrics, name, dual, dual_numbers)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

@@ -20,7 +20,7 @@ from torch.nn import _reduction
 
 from . import checks
 from .eager import elementwise as eager
-from .operators import apply, operator, readable
+from .operators import caller, operator, readable
 
 __all__ = ["kl_div"]
 
@@ -87,7 +87,7 @@ def kl_div(
     compute = eager.at_least_fp32(dtype)
     # The gradient of a repeated operand is summed before it is rounded.
     x, t = (o if o.shape == shape else o.to(compute).expand(shape) for o in (input, target))
-    loss = apply(_KLDiv, x, t, log_target, kind != NONE, dtype if kind == NONE else compute)
+    loss = caller(_KLDiv)(x, t, log_target, kind != NONE, dtype if kind == NONE else compute)
     if kind == MEAN:
         loss = loss / x.numel()
     if reduction == "batchmean" and input.dim() > 0:

@@ -14,7 +14,7 @@ from . import autograd, checks, chunks, dtensors, moments, reference, sharding, 
 from .divergences import Divergence
 from .labels import soft as is_soft
 from .operands import Ensemble, Student, Teacher
-from .operators import apply, readable
+from .operators import caller, readable
 from .problem import KD, Problem, packed_numbers
 from .reduction import Metrics, factor_of_rows, factors_of_terms, rows_that_count, weighted
 from .settings import Keywords, Settings
@@ -244,15 +244,15 @@ def distillation_loss(
     shape = outlines[0].shape[:-1]
     if mode == "forward" and trains and backend != "reference":
         factors = factors_of_terms(given, row_weight, factor)
-        loss, values, *_ = apply(
-            autograd.Fused, inplace, return_metrics, backend, *factors, *problem.flat()
+        loss, values, *_ = caller(autograd.Fused)(
+            inplace, return_metrics, backend, *factors, *problem.flat()
         )
     else:
         if backend == "reference":
             values = reference.losses(problem, entropy_weight != 0, return_metrics, standardize)
         else:
-            values, *_ = apply(
-                autograd.Rows, entropy_weight != 0, return_metrics, backend,
+            values, *_ = caller(autograd.Rows)(
+                entropy_weight != 0, return_metrics, backend,
                 *_dual(problem, given.divergence, others, backend), *problem.flat(),
             )  # fmt: skip
         rows = weighted(values, factors_of_terms(given, row_weight, factor, values[KD]))

@@ -33,8 +33,11 @@ class Operator:
         self.register_fake: Callable[[Callable[..., Any]], Any] = self.traced.register_fake
 
     def __call__(self, *arguments: Any) -> Any:
-        watched = tracing.watched() or tracing.opaque(arguments[0])
-        return (self.traced if watched else self.function)(*arguments)
+        return self.caller(arguments[0])(*arguments)
+
+    def caller(self, first: Any) -> Callable[..., Any]:
+        """What calls it with this first argument: its function where no tracer looks on."""
+        return self.traced if tracing.watched() or tracing.opaque(first) else self.function
 
 
 PROBLEM = "Tensor?[] tensors, Tensor numbers, SymInt vocab_size, str spec"
@@ -55,10 +58,11 @@ class OfProblem(Operator):
         self.function = function
         self.register_fake = lambda fake: self.traced.register_fake(_of_packed(fake))
 
-    def __call__(self, problem: Problem, *rest: Any) -> Any:
-        if _traced(problem):
-            return self.traced(*problem.pack(), *rest)
-        return self.function(problem, *rest)
+    def caller(self, first: Problem) -> Callable[..., Any]:
+        return self.packed if _traced(first) else self.function
+
+    def packed(self, problem: Problem, *rest: Any) -> Any:
+        return self.traced(*problem.pack(), *rest)
 
 
 def _traced(problem: Problem) -> bool:
@@ -325,18 +329,18 @@ def scale_(gradient: Tensor, upstream: Tensor, name: str) -> None:
     _loaded(MODULES[name, "logits"]).scale_(gradient, upstream)
 
 
-def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """function.apply(*arguments), none of which has a default.
+def caller(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """function.apply, of arguments none of which has a default.
 
     In each call it looks for the signature of `forward`, and binds names to it, which takes 30 us,
     and 100 when the cache is cold. Transforms alone need more than what it comes to then.
     """
     if tracing.traced():
         _refuse_transforms()
-        return function.apply(*arguments)
+        return function.apply
     if not torch.is_grad_enabled():  # nothing is to be saved
-        return function.forward(*arguments)
-    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+        return function.forward
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def _refuse_transforms() -> None:

@@ -103,7 +103,7 @@ class Solver:
         exact = double  # where most rows of a block need fp64, the next begins with it
         for rows in blocks(self.problem.student, self.problem.counted, size):
             if not exact:
-                terms = self.plain_terms(rows)
+                terms = self.terms(rows, *self.plain(rows))
                 doubtful = self.doubtful(terms)
                 if not _most(doubtful):
                     yield from self.with_exact(rows, terms, doubtful)
@@ -169,15 +169,15 @@ class Solver:
     def logits(self, rows: Rows) -> list[Tensor]:
         return [side[rows.outer, rows.inner] for side in self.sides]
 
-    def plain_terms(self, rows: Rows) -> Terms:
-        """In the dtype of the problem."""
+    def plain(self, rows: Rows) -> tuple[Any, ...]:
+        """Of what terms are found in the dtype of the problem."""
         self.store.start(rows.size)
         logits = self.logits(rows)
         buffers = [self.store.new() for _ in logits]
         for side, buffer in enumerate(buffers):
             if logits[side].dtype != buffer.dtype:
                 logits[side] = buffer.copy_(logits[side])
-        return self.terms(rows, logits, buffers, self.store, self.scales)
+        return logits, buffers, self.store, self.scales
 
     def terms(
         self,
