@@ -15,12 +15,11 @@ from torch import Tensor
 from fastkd.cache import Best, CacheError, Draws, Full, Hidden, Layout, write
 from fastkd.integrations.models import head_of
 from fastkd.operands import LinearHead
-from fastkd.operands.checked import MOST_ENTRIES
 
 from . import cli, models, report, sequences, settings
 from .cached import APART, TOKENIZER, Corpus
 from .devices import pick
-from .errors import RunError, Usage, hush_torchao, in_range, needs
+from .errors import RunError, Usage, hush_torchao, needs
 from .job import precision, text
 
 CACHE = "Write what a teacher says of a text once, to train from it without the teacher."
@@ -43,7 +42,9 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=partial(cli.run, _cache))
     parser.add_argument("--out", metavar="DIR", required=True, help="where to write")
     kinds = parser.add_mutually_exclusive_group()
-    kinds.add_argument("--top-k", type=int, metavar="K", help="the best entries; default: 64")
+    kinds.add_argument(
+        "--top-k", type=int, metavar="K", default=64, help="the best entries; default: 64"
+    )
     kinds.add_argument("--samples", type=int, metavar="N", help="draws with replacement")
     kinds.add_argument("--hidden", action="store_true", help="hidden states, and the head once")
     kinds.add_argument("--full", action="store_true", help="all log-probabilities, in fp16")
@@ -72,18 +73,14 @@ def _cache(options: argparse.Namespace) -> None:
 
 
 def layout(options: argparse.Namespace) -> Layout:
-    for name in ("top_k", "samples"):
-        value = getattr(options, name)
-        if value is not None:
-            in_range(name, value, f"[1, {MOST_ENTRIES}]")
-    others = options.samples or options.hidden or options.full
-    if others and options.log_prob_bits:
+    others = options.samples is not None or options.hidden or options.full
+    if not others:
+        return Best(options.top_k, options.log_prob_bits or 16)
+    if options.log_prob_bits:
         raise Usage("log_prob_bits are of --top-k: leave one of them out")
-    if options.samples:
-        return Draws(options.samples)
     if options.hidden:
         return Hidden()
-    return Full() if options.full else Best(options.top_k or 64, options.log_prob_bits or 16)
+    return Full() if options.full else Draws(options.samples)
 
 
 def run(chosen: settings.UserModels, kept: Layout, folder: Path) -> None:
@@ -102,8 +99,10 @@ def run(chosen: settings.UserModels, kept: Layout, folder: Path) -> None:
     if chosen.chat_template:
         tokenizer.chat_template = text(chosen.chat_template)
     vocab_size = models.vocabulary(tokenizer, chosen.vocab_size)
-    if isinstance(kept, Best) and kept.k > vocab_size:
-        raise Usage(f"top_k={kept.k} is beyond the {vocab_size} tokens of the vocabulary")
+    try:
+        kept.check(vocab_size)
+    except ValueError as error:
+        raise Usage(str(error)) from None
     shape = models.configuration(name)
     models.check_width("teacher", shape, vocab_size, chosen.vocab_size)
     models.check_positions("teacher", shape, chosen.sequence_length)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from . import config
 
 
 def text(figures: dict[str, Any]) -> str:
@@ -27,9 +28,7 @@ def text(figures: dict[str, Any]) -> str:
         f"| {found['agreement']:.1%} |"
         for when, found in ((when, figures[when]) for when in ("before", "after"))
     )
-    spelt = "\n".join(
-        f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in chosen.items()
-    )
+    spelt = "\n".join(config.line(*item) for item in chosen.items())
     versions = ", ".join(f"{name} {value}" for name, value in figures["machine"].items())
     return f"""---
 {header.to_yaml()}

@@ -134,7 +134,7 @@ def _distill(options: argparse.Namespace) -> None:
         if given or options.config or options.out:
             raise Usage("--resume takes its settings from the folder: leave the other options out")
         with _one_process_locks(storage.old_folder, options.resume) as folder:
-            _start(_settings(config.read(folder / storage.CONFIG), {}), folder, resume=True)
+            _start(_of_run(folder / storage.CONFIG), folder, resume=True)
         return
     chosen = _settings(_from_file(options), given)
     if not options.out and _processes() > 1:
@@ -172,6 +172,16 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
 
 def _from_file(options: argparse.Namespace) -> dict[str, Any]:
     return config.read(Path(options.config)) if options.config else {}
+
+
+def _of_run(path: Path) -> settings.DefaultJob | settings.UserModels:
+    """The settings that a run wrote when it began: all of them, or it might be of the other job."""
+    values = config.read(path)
+    chosen = _settings(values, {})
+    for name in config.values(chosen):
+        if name not in values:
+            raise Usage(f"{path} says nothing of {name}: put back what it said when the run began")
+    return chosen
 
 
 def _processes() -> int:

@@ -5,11 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import Usage, needs, one_line
+from .errors import RunError, Usage, needs, one_line
 from .settings import Common
+from .storage import CONFIG
+
+# What may change while a run is stopped: the student does not depend on it. A teacher is known by
+# its weights, wherever they lie.
+MAY_CHANGE = {
+    "checkpointing", "chunk_mib", "device", "keep", "report_to", "teacher", "teacher_cache",
+    "teacher_device", "threads",
+}  # fmt: skip
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -30,11 +39,28 @@ def read(path: Path) -> dict[str, Any]:
 
 def text(settings: Common) -> str:
     """The settings as a file that --config takes."""
-    lines = []
-    for item in dataclasses.fields(settings):
-        value = getattr(settings, item.name)
-        value = list(value) if isinstance(value, tuple) else value
-        # Strings, lists, numbers and booleans of these kinds are spelt in TOML as in JSON.
-        line = f"{item.name} = {json.dumps(value, ensure_ascii=False)}"
-        lines.append(f"{line}  # {item.metadata['help']}")
-    return "\n".join(lines) + "\n"
+    about = {item.name: item.metadata["help"] for item in dataclasses.fields(settings)}
+    return "".join(f"{line(*item)}  # {about[item[0]]}\n" for item in values(settings).items())
+
+
+def values(settings: Common) -> dict[str, Any]:
+    """By name, as TOML and JSON have them."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in vars(settings).items()
+    }
+
+
+def line(name: str, value: Any) -> str:
+    """Of TOML, in which values of these kinds are spelt as in JSON."""
+    return f"{name} = {json.dumps(value, ensure_ascii=False)}"
+
+
+def check_same(settings: Common, before: Mapping[str, Any]) -> None:
+    """Refuses to go on with other settings than a run began with."""
+    for name, value in values(settings).items():
+        if name not in MAY_CHANGE and before.get(name, value) != value:
+            raise RunError(
+                f"{CONFIG} has {line(name, value)}, and this run began with "
+                f"{line(name, before[name])}: put that back, or start another run"
+            )

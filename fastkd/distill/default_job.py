@@ -43,6 +43,8 @@ def run(chosen: DefaultJob, folder: Path, *, resume: bool = False) -> report.Res
     """
     needs("tokenizers", "rich", "matplotlib", "safetensors")
     device = devices.pick(chosen.device)
+    state = storage.load_checkpoint(folder) if resume else None
+    config.check_same(chosen, state.get("settings", {}) if state else {})
     with repeatable(chosen.threads), Stop() as stop:
         found = files.find(chosen.data)
         text = corpus.prepare(
@@ -50,11 +52,9 @@ def run(chosen: DefaultJob, folder: Path, *, resume: bool = False) -> report.Res
         )
         check_memory(chosen, text.vocabulary, device)
         experiment = Experiment(chosen, text, device)
-        if resume:
-            state = storage.load_checkpoint(folder)
-            if state is not None:
-                experiment.load(state)
-        else:
+        if state is not None:
+            experiment.load(state)
+        if not resume:
             storage.write(folder / storage.CONFIG, config.text(chosen))
         for remark in Counts(passed_over=found.passed_over).remarks(0):
             report.say(remark)
@@ -204,6 +204,7 @@ class Experiment:
 
     def state(self) -> dict[str, Any]:
         return {
+            "settings": config.values(self.settings),
             "done": self.done,
             "student": getattr(self, "student", None),
             "training": self.training.state(),

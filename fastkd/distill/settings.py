@@ -233,10 +233,10 @@ class UserModels(Common):
             raise Usage(f"teacher_weights must be at least 0, and not all 0, got {given}")
         self._check_adapters()
         self._check_on_policy()
+        self._check_meaning()
         self._check_cross_tokenizer()
         if self.teacher and self.teacher_cache:
             raise Usage("--teacher-cache stands in place of --teacher: leave one of them out")
-        self._check_meaning()
         known("teacher_tail", self.teacher_tail, ("bucket", "renormalize", "drop", "label"))
         for name in ("teacher", "student", "data"):
             if not getattr(self, name) and not (name == "teacher" and self.teacher_cache):
@@ -256,7 +256,15 @@ class UserModels(Common):
     def _check_meaning(self) -> None:
         """Refuses what was asked for and would do nothing beside the other settings."""
         writing = "sampling_server sampling_temperature top_p completion_length prompt_length"
+        crossed = self.cross_tokenizer and "with cross_tokenizer it has no meaning, "
         cases = (
+            (crossed, "teacher_cache", f"{crossed}a cache is of the student's tokens"),
+            (crossed, "on_policy", f"{crossed}the student writes in its own tokens"),
+            (crossed, "standardize", f"{crossed}the losses are of probabilities"),
+            (crossed, "entropy_weight", f"{crossed}the losses have no such term"),
+            (crossed, "tensor_parallel", f"{crossed}uld sorts all probabilities"),
+            (crossed, "chunk_mib", f"{crossed}logits are made whole"),
+            (crossed, "chat_template", f"{crossed}conversations are refused"),
             (not self.on_policy, writing, "without on_policy the student writes nothing"),
             (not self.teacher_cache, "teacher_tail", "it is of a teacher_cache"),
             (self.teacher_cache, "teacher_precision teacher_device", "no teacher is loaded"),
@@ -276,6 +284,7 @@ class UserModels(Common):
     def _check_adapters(self) -> None:
         known("teacher_precision", self.teacher_precision, ("auto", "bf16", "fp32", *TEACHERS))
         known("quantize", self.quantize, ("", *STUDENTS))
+        known("cross_tokenizer", self.cross_tokenizer, ("", "uld", "gold"))
         if self.quantize and self.lora:
             raise Usage("quantize trains the weights themselves: leave --lora out")
         if not self.lora:
@@ -302,21 +311,8 @@ class UserModels(Common):
             )
 
     def _check_cross_tokenizer(self) -> None:
-        known("cross_tokenizer", self.cross_tokenizer, ("", "uld", "gold"))
         if not self.cross_tokenizer:
             return
-        refused = {
-            "teacher_cache": "a cache is of the student's tokens",
-            "on_policy": "the student writes in its own tokens",
-            "standardize": "the losses are of probabilities",
-            "entropy_weight": "the losses have no such term",
-            "tensor_parallel": "uld sorts all probabilities",
-            "chunk_mib": "logits are made whole",
-            "chat_template": "conversations are refused",
-        }
-        for name, why in refused.items():
-            if self._given(name):
-                raise Usage(f"{name}: with cross_tokenizer it has no meaning, {why}: leave it out")
         if len(self.teacher) > 1:
             raise Usage(f"cross_tokenizer takes one teacher, got {len(self.teacher)}")
         if self.teacher == (self.student,):

@@ -51,6 +51,8 @@ def _run(chosen: settings.UserModels, folder: Path, resume: bool) -> dict[str, A
     _check_trackers(chosen.report_to)
     from .watch import Watch
 
+    before = _began_with(folder / INPUTS)
+    config.check_same(chosen, before.get("settings", {}))
     checkpoint = storage.last_checkpoint(folder) if resume else None
     state = _state(checkpoint)
     over = state is not None and state.global_step >= state.max_steps
@@ -72,8 +74,11 @@ def _run(chosen: settings.UserModels, folder: Path, resume: bool) -> dict[str, A
             eval_on_start=checkpoint is None,
         )
     known = job.known_teacher(trainer.model)  # by all: each may have a shard
-    if first:
-        _same_teacher(known, folder / INPUTS)
+    if before.get("teacher", known) != known:
+        raise RunError("the teacher is another than when this run began: start again")
+    if first and not before:
+        inputs = {"teacher": known, "settings": config.values(chosen)}
+        storage.write(folder / INPUTS, json.dumps(inputs))
     if state is not None and over:  # it was killed while the result was saved
         trainer.state = state
     else:
@@ -178,6 +183,17 @@ def _size(model: Any, trained: bool = False) -> int:
 # --- training and stopping -------------------------------------------------------------------
 
 
+def _began_with(path: Path) -> dict[str, Any]:
+    """The teacher and the settings of a run that goes on."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is broken and cannot be read: {one_line(error)}") from None
+    return found
+
+
 def _state(checkpoint: Path | None) -> TrainerState | None:
     from transformers import TrainerState
 
@@ -187,15 +203,6 @@ def _state(checkpoint: Path | None) -> TrainerState | None:
         return TrainerState.load_from_json(str(checkpoint / storage.TRAINER_STATE))
     except Exception as error:
         raise _broken(checkpoint, error) from None
-
-
-def _same_teacher(key: str, path: Path) -> None:
-    """Refuses to go on with another teacher than the run began with."""
-    found = json.dumps({"teacher": key})
-    if not path.exists():
-        storage.write(path, found)
-    elif path.read_text() != found:
-        raise RunError("the teacher is another than when this run began: start again")
 
 
 def _train(
