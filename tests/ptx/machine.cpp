@@ -79,12 +79,13 @@ struct Machine {
 
   // A result that hardware gives to within config.ulp; absolute: of a logarithm near 0.
   float approximate(float y, u32 key, bool absolute = false) {
-    if (!config.ulp || !std::isfinite(y) || y == 0) return y;
+    if (!config.ulp || !std::isfinite(y) || y == 0 || key << 1 == 0) return y;  // 2^0 is exact
     u32 drawn = mixed(key ^ (u32)config.seed * 0x9e3779b9u);
     int off = (int)(drawn % (2 * config.ulp + 1)) - config.ulp;
     if (absolute && std::fabs(y) < 1)
       return (float)((double)y + off * 1.1920929e-7 * (config.ulp > 1 ? 1.0 : 0.5));
-    return F(U(y) + off);
+    float near = F(U(y) + off);
+    return std::isfinite(near) ? near : y;  // not beyond the largest and the smallest number
   }
 
   Access access(const Block &b, const Warp &w, int lane, int pc) {
