@@ -48,6 +48,17 @@ def aligned(x, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def rows_of(rows, counted, LANES: tl.constexpr):
+    """The rows [LANES, 1] of a program: their indices, which exist, and which of these count."""
+    index = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)[:, None]
+    exists = index < rows
+    live = exists
+    if counted is not None:
+        live &= tl.load(counted + index, mask=exists, other=0) != 0
+    return index, exists, live
+
+
+@triton.jit
 def row_at(index, operand, inner, ALIGN: tl.constexpr):
     """Where row `index` of an Operand begins, in 64 bits; divided in 32 bits."""
     if operand.pointer is None:
