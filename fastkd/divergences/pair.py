@@ -43,14 +43,9 @@ class Softmax(NamedTuple):
 
         whole: the largest logit of all is to be `shift`.
         """
-        double, bits = logits.dtype == torch.float64, scale / LN2
         shift = top(logits, whole)
-        if double or isinstance(bits, Tensor):  # a product by itself would round a common offset
-            torch.sub(logits, shift, out=log2_exp).mul_(bits)
-        else:
-            _affine(logits, bits, shift * -bits, log2_exp)
-        sum_exp = total(torch.exp2(log2_exp, out=exp))
-        return cls(shift, log2_exp, exp, sum_exp)
+        measured(logits, shift, scale, log2_exp)
+        return cls(shift, log2_exp, torch.exp2(log2_exp, out=exp), total(exp))
 
     @property
     def log_sum(self) -> Tensor:
@@ -177,6 +172,26 @@ def top(logits: Tensor, whole: bool) -> Tensor:
     if not (whole or logits.dtype == torch.float64):
         logits = logits[:, : SEARCHED if logits.size(1) >= SEARCHED else FEW]
     return logits.amax(-1, keepdim=True)
+
+
+def measured(logits: Tensor, shift: Tensor, scale: float | Tensor, out: Tensor) -> Tensor:
+    """log2 of exp((logits - shift) / T), in `out`, which may be the logits; shift in any dtype."""
+    dtype = logits.dtype
+    if dtype == torch.float64 or isinstance(scale, Tensor):
+        # A product by itself would round a common offset.
+        return torch.sub(logits, shift.to(dtype), out=out).mul_(scale / LN2)
+    bits = fp32_bits(scale)
+    return _affine(logits, bits, (shift * -bits).to(dtype), out)
+
+
+def measurable(shift: Tensor, scale: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """The shift next to it, in fp64, from which `measured` measures logits of the dtype without
+    rounding it: what is found of columns by themselves then joins.
+    """
+    if dtype == torch.float64 or isinstance(scale, Tensor):
+        return shift.to(dtype).double()
+    bits = fp32_bits(scale)
+    return (shift * -bits).to(dtype).double() / -bits
 
 
 def fp32_bits(scale: float) -> float:

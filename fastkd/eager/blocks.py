@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastkd.problem import Problem
+from fastkd.divergences.pair import MASKED
+from fastkd.problem import WIDTH, Problem, shared
 
 # Elements of a block: its buffers then fit the last cache, and a call's overhead is small; fewer,
 # but not fewer than the second, where a block would be more than an eighth of the problem, so that
@@ -31,11 +32,9 @@ class Rows(NamedTuple):
         some = self.inner
         return some.stop - some.start if isinstance(some, slice) else len(some)
 
-    def only(self, mask: Tensor) -> Rows:
-        """Those of one outer index that the mask, bool, has."""
-        some = mask.nonzero()[:, 0]
-        inner, flat = (i.start + some if isinstance(i, slice) else i[some] for i in self[1:])
-        return Rows(self.outer, inner, flat)
+    def only(self, some: Tensor) -> Rows:
+        """Some of them, by their places among these."""
+        return Rows(*(_some(index, some) for index in self))
 
     def parts(self, step: int) -> Iterator[Rows]:
         """At most `step` rows each; the first are the largest."""
@@ -46,10 +45,17 @@ class Rows(NamedTuple):
             yield Rows(*(_some(index, some) for index in self))
 
 
-def _some(index: int | slice | Tensor, some: slice) -> Any:
-    if isinstance(index, slice):
+def _some(index: int | slice | Tensor, some: slice | Tensor) -> Any:
+    if not isinstance(index, slice):
+        return index if isinstance(index, int) else index[some]
+    if isinstance(some, slice):
         return slice(index.start + some.start, index.start + some.stop)
-    return index if isinstance(index, int) else index[some]
+    return index.start + some
+
+
+def of_rows(factor: Any, rows: Rows) -> Any:
+    """Of these rows: [R, 1]; a number, or a 0-d tensor, is that of all."""
+    return factor[rows.flat] if isinstance(factor, Tensor) and factor.dim() else factor
 
 
 def slices(size: int, step: int) -> Iterator[slice]:
@@ -74,7 +80,7 @@ def blocks(logits: Tensor, counted: Tensor | None, step: int) -> Iterator[Rows]:
         first = outer * inner_rows
         rows = Rows(outer, slice(0, inner_rows), slice(first, first + inner_rows))
         if counted is not None and not (some := counted[rows.flat]).all():
-            rows = rows.only(some)
+            rows = rows.only(some.nonzero()[:, 0])
         yield from rows.parts(step)
 
 
@@ -114,6 +120,48 @@ def place_of(out: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor | None:
     if out.dtype != dtype or not isinstance(rows.inner, slice):
         return None
     return out[rows.outer, rows.inner]
+
+
+def scales_of(problem: Problem) -> list[float | Tensor]:
+    """1 / T of the student and, last, of the teacher: a number where all rows share it, which saves
+    passes, else [N, 1] in fp64.
+    """
+    temperatures = [problem.student_temperature]
+    if problem.teacher_temperature is not None:
+        temperatures.append(problem.teacher_temperature)
+    if problem.moments is not None:
+        widths = problem.moments[:, WIDTH].double()
+        return [1 / (temperatures[i].double() * widths[i])[:, None] for i in (0, -1)]
+    return [1 / (t[0].item() if shared(t) else t.double()[:, None]) for t in temperatures]
+
+
+class Precision:
+    """A dtype that blocks are computed in: buffers, and the logits and 1 / T of both sides."""
+
+    def __init__(
+        self, problem: Problem, dtype: torch.dtype, scales: Sequence[float | Tensor]
+    ) -> None:
+        sides = (problem.student, problem.teacher)
+        self.sides = [vocabulary(x, problem) for x in sides if x is not None]
+        self.scales = [x.to(dtype) if isinstance(x, Tensor) else x for x in scales]
+        self.dtype, self.store = dtype, Store(problem, dtype)
+        self.exact = dtype == torch.float64
+
+    def logits(self, rows: Rows) -> list[Tensor]:
+        """[R, V], in buffers where they are not in the dtype; in fp64 all are, with a number for
+        -inf, which times 0 is 0.
+        """
+        found = [side[rows.outer, rows.inner] for side in self.sides]
+        if self.exact:
+            return [self.store.new().copy_(x).clamp_min_(MASKED) for x in found]
+        return [x if x.dtype == self.dtype else self.store.new().copy_(x) for x in found]
+
+    def log2_exps(self, logits: Sequence[Tensor]) -> list[Tensor]:
+        """Where the logits' log2_exp may be written: in their own place, if it is a buffer."""
+        return [
+            x if self.exact or side.dtype != self.dtype else self.store.new()
+            for x, side in zip(logits, self.sides, strict=True)
+        ]
 
 
 class Store:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from fastkd import sharding
 from fastkd.divergences import Divergence
-from fastkd.divergences.pair import LN2, MASKED, Softmax, fp32_bits, top, total
+from fastkd.divergences.pair import MASKED, Softmax, measurable, measured, top, total
 from fastkd.problem import Problem
 
-from .blocks import Rows, Store, blocks, largest, place_of
+from .blocks import Precision, Rows, blocks, largest, of_rows, place_of, scales_of
 from .joins import (
     SIDES,
     STUDENT,
@@ -38,7 +38,7 @@ from .joins import (
     with_gap,
 )
 from .near import apart, closeness
-from .solver import FAR, LARGE, LEAST_SCALE, MOST_SUM_EXP, UNCERTAIN, exact_scales, of_rows
+from .solver import FAR, LARGE, LEAST_SCALE, MOST_SUM_EXP, UNCERTAIN
 
 # Rows whose sides are further apart than the first, in total variation, have divergences that fp32
 # gives. An owner takes the second for its own columns: where a row is near, the columns of owners
@@ -60,7 +60,7 @@ class Columns:
     ) -> None:
         self.problem, self.entropy, self.metrics, self.room = problem, entropy, metrics, room
         self.merge = sharding.of(problem.merge)
-        self.sides = [problem.student] + [problem.teacher] * (problem.teacher is not None)
+        self.sides = SIDES[: 1 + (problem.teacher is not None)]
         self.kind = Divergence.of_name(problem.divergence)
         self.first: tuple[Asked, ...] = ()
         self.later = 0
@@ -85,27 +85,18 @@ class Columns:
         self.cancels_later = self.kind.cancels and self.later > 0
         self.bound = self.kind.most(problem.a, problem.b)
         # Sides whose largest logits are to be known.
-        self.topped = SIDES[: len(self.sides)] if metrics else SIDES[: int(self.guarded)]
-        self.exact_scales = exact_scales(problem)
-        self.exact_store = Store(problem, torch.float64)
-        self.plain_store = Store(problem, problem.dtype)
+        self.topped = self.sides if metrics else SIDES[: int(self.guarded)]
+        scales = scales_of(problem)
+        self.plain = self.precision = Precision(problem, problem.dtype, scales)
+        self.exact = Precision(problem, torch.float64, scales)
         # Rows that need fp64, as far as this owner's columns are concerned.
-        self.exact = problem.student.new_full((problem.rows,), not single, dtype=torch.bool)
-        self.exact |= not problem.vocab_size
-        self.tables: dict[bool, Known] = {False: {}, True: {}}  # of rows, in fp64 or not
+        exact = not single or not problem.vocab_size
+        self.in_fp64 = problem.student.new_full((problem.rows,), exact, dtype=torch.bool)
+        self.known: Known = {}  # of all columns
         if problem.labels is not None:
             columns = problem.labels.long() - self.merge.first_column
             own = (columns >= 0) & (columns < problem.vocab_size)
             self.at_labels = own, torch.where(own, columns, 0)
-        self.begin(False)
-
-    def begin(self, exact: bool) -> None:
-        """What comes next is computed in fp64, or in the dtype of the problem."""
-        self.store = self.exact_store if exact else self.plain_store
-        self.scales = [
-            scale.to(self.store.dtype) if isinstance(scale, Tensor) else scale
-            for scale in self.exact_scales
-        ]
 
     def _swept(
         self, names: Sequence[Any], find: Callable[[Rows], Known], own: Sequence[Any] = ()
@@ -119,34 +110,31 @@ class Columns:
         for field, name in zip(fields, every, strict=True):
             if is_shift(name):
                 field.fill_(MASKED)
-        for exact in (False, True):
-            found = [(rows, find(rows)) for rows in self._rows(exact)]
-            if not found:
-                continue
-            where = _together([rows for rows, _ in found], problem.rows, fields.device)
-            sides = [(side, "shift") for side in SIDES]
-            scales = dict(zip(sides, (self.scales[0], self.scales[-1]), strict=True))
-            for field, name in zip(fields, every, strict=True):
-                if name in found[0][1]:
-                    column = torch.cat([some[name].view(-1) for _, some in found]).double()
-                    field[where] = self._shift(column, scales[name]) if name in scales else column
-            if not exact:
+        for precision in (self.plain, self.exact):
+            for rows in self._rows(precision):
+                found = find(rows)
+                fields[:, rows.flat] = torch.cat([found[name] for name in every], -1).t().double()
+            if precision is self.plain:
                 lost = self._lost(dict(zip(every, fields, strict=True)))
-                self.exact[where] |= lost[where]
+                self.in_fp64 |= lost if problem.counted is None else lost & problem.counted
         return fields[: len(names)]
 
-    def _rows(self, exact: bool) -> Iterator[Rows]:
-        """Those that count and need fp64, or do not, in blocks, and the store made ready."""
-        mask = self.exact if exact else ~self.exact
+    def _rows(self, precision: Precision) -> Iterator[Rows]:
+        """Those that count and are computed in it, in blocks, with buffers made ready."""
+        mask = self.in_fp64 if precision.exact else ~self.in_fp64
         if not self.problem.vocab_size or not mask.any():
             return
-        self.begin(exact)
+        self.precision = precision
         size, whole = largest(self.problem), bool(mask.all())
-        size = -(-size // 2) if exact else size  # fp64 takes twice the memory
+        size = -(-size // 2) if precision.exact else size  # fp64 takes twice the memory
         for rows in blocks(self.problem.student, self.problem.counted, size):
-            some = rows if whole or mask[rows.flat].all() else rows.only(mask[rows.flat])
+            some = (
+                rows
+                if whole or mask[rows.flat].all()
+                else rows.only(mask[rows.flat].nonzero()[:, 0])
+            )
             if some.size:
-                self.store.start(some.size)
+                precision.store.start(some.size)
                 yield some
 
     def _lost(self, found: Known) -> Tensor:
@@ -161,7 +149,7 @@ class Columns:
                 kept &= value > self.kind.least_in_fp32
                 kept &= value < (LARGE if self.guarded else FAR)
             kept &= self._in_fp32(found, value)
-        for scale in self.exact_scales:
+        for scale in self.exact.scales:
             if isinstance(scale, Tensor):
                 kept &= scale[:, 0] > LEAST_SCALE
         if "slope" in found:
@@ -169,7 +157,8 @@ class Columns:
             kept &= ~self._certain(self.known, found["slope"])
         for i in range(self.later):
             if ("later", i) in found:
-                kept &= found["later", i].abs() < LARGE * self.sum_exp
+                sums = [self.known[name, "sum_exp"] for name in self.sides]
+                kept &= found["later", i].abs() < LARGE * torch.stack(sums).amax(0)
         return ~kept
 
     def _value(self, found: Known) -> Tensor:
@@ -188,16 +177,12 @@ class Columns:
         pair = Shard(sides, 1.0, lambda: q.new_empty(len(q), 0), gap, first, [])
         return self.kind.value_and_descent(pair, self.problem.a, self.problem.b)[0][:, 0]
 
-    def _mark(self, known: Known) -> None:
+    def _mark(self) -> None:
         """Marks the rows that need fp64 by what is known of all columns."""
-        kept = self._in_fp32(known)
-        if "apart" in known:
-            kept &= known["apart"] > APART
-        self.exact |= ~kept
-        self.sum_exp = torch.stack(
-            [known[name, "sum_exp"] for name in SIDES[: len(self.sides)]]
-        ).amax(0)
-        self.known = known
+        kept = self._in_fp32(self.known)
+        if "apart" in self.known:
+            kept &= self.known["apart"] > APART
+        self.in_fp64 |= ~kept
 
     def _in_fp32(self, known: Known, value: Tensor | None = None) -> Tensor:
         """Rows whose sums fp32 can hold, and whose student is not nearly certain."""
@@ -207,7 +192,7 @@ class Columns:
 
     def _certain(self, known: Known, slope: Tensor | None) -> Tensor:
         """See `solver.UNCERTAIN`; slope: a size of what its gradient is the difference of."""
-        scale = self.exact_scales[0]
+        scale = self.exact.scales[0]
         scale = scale[:, 0] if isinstance(scale, Tensor) else scale
         largest = ((known[STUDENT, "top"] - known[STUDENT, "shift"]) * scale).exp()
         slope = torch.ones_like(largest) if slope is None else slope.clamp(1, LARGE)
@@ -215,123 +200,80 @@ class Columns:
 
     def _place(self, rows: Rows) -> Tensor | None:
         """Where the student's exp stay, measured from the shift of these columns alone."""
-        return None if self.room is None else place_of(self.room, rows, self.store.dtype)
-
-    def _logits(self, rows: Rows) -> list[Tensor]:
-        """Of both sides; in fp64 in buffers, and with a number for -inf, which times 0 is 0."""
-        columns = self.problem.vocab_size
-        found = [side[rows.outer, rows.inner, :columns] for side in self.sides]
-        if self.store is self.exact_store:
-            return [self.store.new().copy_(x).clamp_min_(MASKED) for x in found]
-        dtype = self.store.dtype
-        return [x if x.dtype == dtype else self.store.new().copy_(x) for x in found]
-
-    # --- what the logits of a block are measured from ---
-    #
-    # A rounding common to an owner's columns would not cancel against those of others. Logits are
-    # therefore measured from a shift before they are scaled. Where all rows share the scale, fp32
-    # does both at once, and as shifts serve those of which the product with the scale is exact.
-
-    def _log2_exp(self, x: Tensor, scale: float | Tensor, origin: Tensor) -> Tensor:
-        log2_exp, bits = self.store.new(), self._bits(scale)
-        if bits is None:
-            return torch.sub(x, origin, out=log2_exp).mul_(scale / LN2)
-        return torch.add(origin, x, alpha=bits, out=log2_exp)
+        return None if self.room is None else place_of(self.room, rows, self.precision.dtype)
 
     def _softmax(
-        self, x: Tensor, scale: float | Tensor, origin: Tensor, exp: Tensor | None = None
+        self, x: Tensor, shift: Tensor, scale: float | Tensor, exp: Tensor | None = None
     ) -> Softmax:
-        """Of these columns alone, with a place for exp; as `shift` it has the origin."""
-        log2_exp = self._log2_exp(x, scale, origin)
+        """Of these columns alone, with a place for exp, and about that shift, in fp64."""
+        if not self.precision.exact:
+            shift = measurable(shift, scale, self.precision.dtype)
+        log2_exp = measured(x, shift, scale, self.precision.store.new())
         if exp is None:
-            exp = self.store.new() if self._reads_logarithms() else log2_exp
-        return Softmax(origin, log2_exp, torch.exp2(log2_exp, out=exp), total(exp))
+            exp = self.precision.store.new() if self._reads_logarithms() else log2_exp
+        return Softmax(shift, log2_exp, torch.exp2(log2_exp, out=exp), total(exp))
 
     def _reads_logarithms(self) -> bool:
         """Whether the first sweep does; if not, exp takes their place."""
-        return self.means or bool(self.first) or self.store is self.exact_store
+        return self.means or bool(self.first) or self.precision.exact
 
-    def _later(self, x: Tensor, scale: float | Tensor, origin: Tensor, sum_exp: Tensor) -> Later:
-        """With the sum of all owners."""
-        side = Later(origin, origin, origin, sum_exp)
-        side.find_log2_exp = lambda: self._log2_exp(x, scale, origin)
-        side.find_exp = lambda: self._log2_exp(x, scale, origin).exp2_()
+    def _later(self, x: Tensor, shift: Tensor, scale: float | Tensor, sum_exp: Tensor) -> Later:
+        """With the shift and the sum of all owners."""
+        new, side = self.precision.store.new, Later(shift, shift, shift, sum_exp)
+        side.find_log2_exp = lambda: measured(x, shift, scale, new())
+        side.find_exp = lambda: measured(x, shift, scale, new()).exp2_()
         return side
 
-    def _bits(self, scale: float | Tensor) -> float | None:
-        """The scale, in bits, where fp32 scales and adds at once."""
-        if isinstance(scale, Tensor) or self.store.dtype != torch.float32:
-            return None
-        return fp32_bits(scale)
-
-    def _origin(self, shift: Tensor, scale: float | Tensor) -> Tensor:
-        """The shift; for fp32 what is added to the scaled logits."""
-        bits = self._bits(scale)
-        return (shift if bits is None else shift * -bits).to(self.store.dtype)
-
-    def _shift(self, origin: Tensor, scale: float | Tensor) -> Tensor:
-        """In fp64."""
-        bits = self._bits(scale)
-        return origin.double() if bits is None else origin.double() / -bits
-
-    def measured(self, shifts: Tensor, scale: float | Tensor, exact: Tensor) -> Tensor:
+    def shift_of_all(self, shifts: Tensor, scale: float | Tensor, exact: Tensor) -> Tensor:
         """The highest shift of all owners; if not all are exact, one near to it that fp32 has."""
-        self.begin(False)
         shift = shifts.amax(0)
-        near = self._shift(self._origin(shift, scale), scale)
+        near = measurable(shift, scale, self.plain.dtype)
         return torch.where(near.isfinite() & ~exact.all(0), near, shift)
 
     # --- what is known of all columns ---
 
-    def _table(self, known: Known) -> None:
-        """Makes it ready for blocks in either dtype, [N, 1]."""
-        every = torch.stack(list(known.values()))[..., None]
-        for exact in (False, True):
-            self.begin(exact)
-            found = dict(zip(known, every.to(self.store.dtype), strict=True))
-            for name, scale in zip(SIDES, (self.scales[0], self.scales[-1]), strict=True):
-                if (name, "shift") in known:
-                    shift = known[name, "shift"][:, None]
-                    found[name, "origin"] = self._origin(shift, scale)
-            self.tables[exact] = found
-
     def _of(self, name: Any, rows: Rows) -> Tensor:
         """Of these rows, [R, 1], in the dtype of what is computed."""
-        return self.tables[self.store is self.exact_store][name][rows.flat]
+        return self._in_full(name, rows).to(self.precision.dtype)
+
+    def _in_full(self, name: Any, rows: Rows) -> Tensor:
+        """In fp64, as shifts are."""
+        return self.known[name][rows.flat, None]
 
     def _unit(self, rows: Rows) -> Softmax:
         """The student's at temperature 1."""
-        shift = self.tables[True][STUDENT, "shift"][rows.flat]
-        origin = self._origin(shift, 1.0)
-        lower = shift - self._shift(origin, 1.0)
-        sum_exp = self.tables[True]["unit"][rows.flat] * lower.exp()
-        return self._later(self._logits(rows)[0], 1.0, origin, sum_exp.to(self.store.dtype))
+        shift = unit = self._in_full((STUDENT, "shift"), rows)
+        if not self.precision.exact:
+            unit = measurable(shift, 1.0, self.precision.dtype)
+        sum_exp = self._in_full("unit", rows) * (shift - unit).exp()
+        x = self.precision.logits(rows)[0]
+        return self._later(x, unit, 1.0, sum_exp.to(self.precision.dtype))
 
     def _at_labels(self, logits: Tensor, labels: Labels) -> Tensor:
-        """The labels' logits, 0 where another owner has them."""
-        return torch.where(labels.own, logits.gather(-1, labels.columns[:, None])[:, 0], 0.0)
+        """The labels' logits, 0 where another owner has them, [R, 1]."""
+        return torch.where(labels.own[:, None], logits.gather(-1, labels.columns[:, None]), 0.0)
 
     def _labels(self, rows: Rows) -> Labels:
         own, columns = (x[rows.flat] for x in self.at_labels)
-        known = "lp" in self.tables[True]
+        known = "lp" in self.known
         logs = [self._of(name, rows)[:, 0] if known else columns for name in ("lp", "lq")]
         return Labels(own, columns, *logs)
 
-    def _counts(self, known: Known) -> Tensor:
+    def _counts(self) -> Tensor:
         """Rows with a logit on either side, [N]."""
-        masked = [known[name, "shift"] == MASKED for name in SIDES[: len(self.sides)]]
+        masked = [self.known[name, "shift"] == MASKED for name in self.sides]
         return ~(masked[0] | masked[-1])
 
     def _statistics(self, rows: Rows) -> Known:
-        problem, new = self.problem, self.store.new
-        logits = self._logits(rows)
-        scales = [of_rows(scale, rows) for scale in self.scales]
+        problem, new = self.problem, self.precision.store.new
+        logits = self.precision.logits(rows)
+        scales = [of_rows(scale, rows) for scale in self.precision.scales]
         scales = [scales[0], scales[-1]]
         tops = [top(x, name in self.topped) for name, x in zip(SIDES, logits, strict=False)]
         found: Known = {(name, "top"): x for name, x in zip(self.topped, tops, strict=False)}
         if self.metrics:
             best = [x == most for x, most in ((logits[0], tops[0]), (logits[-1], tops[-1]))]
-            found["agreement"] = (best[0] & best[1]).any(-1)
+            found["agreement"] = (best[0] & best[1]).any(-1, keepdim=True)
         if problem.labels is not None:
             labels = self._labels(rows)
             found["label"] = self._at_labels(logits[0], labels)
@@ -340,13 +282,13 @@ class Columns:
             if self.kind.label_aware and self.sides[1:]:
                 found["teacher_label"] = self._at_labels(logits[-1], labels)
         softmaxes = [
-            self._softmax(x, scale, self._origin(most, scale), place)
-            for x, scale, most, place in zip(
-                logits, scales, tops, (self._place(rows), None), strict=False
+            self._softmax(x, most.double(), scale, place)
+            for x, most, scale, place in zip(
+                logits, tops, scales, (self._place(rows), None), strict=False
             )
         ]
         for name, side in zip(SIDES, softmaxes, strict=False):
-            found[name, "shift"], found[name, "sum_exp"] = side.shift, side.sum_exp  # an origin
+            found[name, "shift"], found[name, "sum_exp"] = side.shift, side.sum_exp
             if self.means:
                 products = torch.mul(side.exp, side.log2_exp, out=new())
                 found[name, "log2_exp"] = total(products)
@@ -355,15 +297,13 @@ class Columns:
         if problem.labels is not None:
             found["unit"] = softmaxes[0].sum_exp
             if not isinstance(scales[0], float) or scales[0] != 1:
-                unit = self._softmax(logits[0], 1.0, self._origin(tops[0], 1.0))
-                lower = self._shift(unit.shift, 1.0) - self._shift(softmaxes[0].shift, scales[0])
-                found["unit"] = unit.sum_exp * lower.exp()
+                unit = self._softmax(logits[0], tops[0].double(), 1.0)
+                found["unit"] = unit.sum_exp * (unit.shift - softmaxes[0].shift).exp()
         if softmaxes[1:]:
             q, p = softmaxes
             if self.later:
                 found["apart"] = apart(q, p, new())
-            if self.store is self.exact_store:
-                found |= closeness(q, p, new, self.tempered)
+            found |= closeness(q, p, new, self.tempered)
             if self.first:
                 pair = Shard((q, p), scales[0], new, torch.zeros_like(q.sum_exp))
                 self.kind.value_and_descent(pair, problem.a, problem.b)
@@ -382,12 +322,3 @@ def _growth(pair: Shard, side: str, order: float) -> Tensor:
     shift, sum_exp = pair.found_first["blend", a]
     own = pair.student if side == STUDENT else pair.teacher
     return sum_exp.double() * shift.double().exp2() - own.sum_exp
-
-
-def _together(blocks: Sequence[Rows], rows: int, device: torch.device) -> slice | Tensor:
-    """The indices in [N] of all blocks."""
-    if sum(some.size for some in blocks) == rows:
-        return slice(None)
-    flat = [x.flat for x in blocks]
-    every = torch.arange(rows, device=device)
-    return torch.cat([every[some] if isinstance(some, slice) else some for some in flat])

@@ -187,7 +187,7 @@ def is_shift(name: Any) -> bool:
 def statistics_names(sweeps: Columns) -> list[Any]:
     problem = sweeps.problem
     names: list[Any] = []
-    for side in SIDES[: len(sweeps.sides)]:
+    for side in sweeps.sides:
         names += [(side, "shift"), (side, "sum_exp"), *[(side, "log2_exp")] * sweeps.means]
     if problem.labels is not None:
         names += ["unit", "label", *["sum"] * bool(problem.label_smoothing)]
@@ -244,12 +244,12 @@ def is_tempered(problem: Problem) -> bool:
 def joined(sweeps: Columns, pieces: Known) -> Known:
     """Of the statistics of each owner, [size, N], those of the rows, [N]."""
     known: Known = {}
-    scales = [scale[:, 0] if isinstance(scale, Tensor) else scale for scale in sweeps.exact_scales]
+    scales = [scale[:, 0] if isinstance(scale, Tensor) else scale for scale in sweeps.exact.scales]
     scale = dict(zip(SIDES, (scales[0], scales[-1]), strict=True))
     lower, weight = {}, {}  # of an owner's shift to the highest, in nats, and its exponential
-    for side in SIDES[: len(sweeps.sides)]:
+    for side in sweeps.sides:
         shifts, sums_exp = pieces[side, "shift"], pieces[side, "sum_exp"]
-        known[side, "shift"] = shift = sweeps.measured(shifts, scale[side], pieces["exact"])
+        known[side, "shift"] = shift = sweeps.shift_of_all(shifts, scale[side], pieces["exact"])
         lower[side] = (shifts - shift) * scale[side]
         weight[side] = lower[side].exp()
         known[side, "sum_exp"] = sum_exp = (weight[side] * sums_exp).sum(0)

@@ -12,8 +12,8 @@ from fastkd.divergences.pair import LN2, MASKED_BELOW
 from fastkd.problem import WIDTH, Coefficients, Problem, held_by
 from fastkd.sharding import Forward
 
-from .blocks import Rows, blank, new_gradient, new_values, place_of, vocabulary
-from .solver import Solver, Terms, of_rows
+from .blocks import Rows, blank, new_gradient, new_values, of_rows, place_of, vocabulary
+from .solver import Solver, Terms
 
 
 def phases(problem: Problem, entropy: bool, metrics: bool) -> Forward:
@@ -34,7 +34,7 @@ def backward(
     target = None if out is None else vocabulary(out, problem)
     temperature_grad = upstream.kd.new_zeros(problem.rows) if temperature else None
     solver = Solver(problem, upstream.entropy is not None, False, gradient=True)
-    weights = weights_of(upstream, solver.scales[0])
+    weights = weights_of(upstream, solver.plain.scales[0])
     for rows, terms in solver:
         write_gradient(problem, rows, terms, weights, target, temperature_grad)
     return out, temperature_grad
@@ -54,7 +54,7 @@ def fused(
     kept = values.unbind()
     solver = Solver(problem, entropy, metrics, True, room, inplace)
     coefficients = coefficients.numbers()
-    weights = weights_of(coefficients, solver.scales[0])
+    weights = weights_of(coefficients, solver.plain.scales[0])
     for rows, terms in solver:
         _store(kept, rows, terms)
         write_gradient(problem, rows, terms, weights, target, None)

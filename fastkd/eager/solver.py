@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property, reduce
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastkd.divergences import Divergence
 from fastkd.divergences.pair import LN2, MASKED, SEARCHED, Descent, Pair, Softmax, total
-from fastkd.problem import AGREEMENT, CE, ENTROPY, KD, TEACHER_ENTROPY, WIDTH, Problem, shared
+from fastkd.problem import AGREEMENT, CE, ENTROPY, KD, TEACHER_ENTROPY, Problem
 
-from .blocks import Rows, Store, blocks, largest, marked, place_of, vocabulary
+from .blocks import Precision, Rows, blocks, largest, marked, of_rows, place_of, scales_of
+from .near import CLOSE, ROUNDING, first_term, log_ratios, serves
 
 # From here on a value is infinite: the largest of fp32. What stands for -inf is far beyond.
 FAR = torch.finfo(torch.float32).max
@@ -29,14 +30,10 @@ MOST_SUM_EXP = 2.0**64
 # by the divergence, above 1. So it may be where the divergence is above LARGE, or its slope this
 # near to its bound.
 UNCERTAIN, LARGE, NEARLY = 2.0**-9, 256.0, 1 - 2.0**-6
-CERTAIN = 1 + UNCERTAIN
 # Logits of a problem that are few.
 FEW = 1 << 14
 # The least scale, 1 / T over the width of a row, at which fp32 has room for logits over it.
 LEAST_SCALE = 1e-30
-# In fp64, a divergence below CLOSE loses digits; where its log-ratios spread by less than SPREAD,
-# its first term is as good. What is below ROUNDING has no digits.
-CLOSE, SPREAD, ROUNDING = 1e-13, 1e-7, 1e-15
 
 
 class Terms(NamedTuple):
@@ -72,8 +69,6 @@ class Solver:
         self.problem, self.entropy, self.metrics = problem, entropy, metrics
         self.room, self.inplace = room, inplace
         self.again: Tensor | None = None  # [N], bool: rows to come in fp64 when all others are done
-        sides = (problem.student, problem.teacher)
-        self.sides = [vocabulary(x, problem) for x in sides if x is not None]
         # To search all of few logits for their largest takes less than to look at the sums then.
         self.few = problem.rows * problem.vocab_size <= FEW
         self.kind = Divergence.of_name(problem.divergence)
@@ -85,16 +80,12 @@ class Solver:
         self.near = -torch.inf if problem.teacher is None else self.kind.least_in_fp32
         self.far = LARGE if self.guarded else FAR
         self.most = NEARLY * self.kind.most(problem.a, problem.b) if self.guarded else torch.inf
-        self.exact_scales = exact_scales(problem)
-        self.scales = [
-            scale.to(problem.dtype) if isinstance(scale, Tensor) else scale
-            for scale in self.exact_scales
-        ]
-        self.store = Store(problem, problem.dtype)
+        self.scales = scales_of(problem)
+        self.plain = Precision(problem, problem.dtype, self.scales)
 
     @cached_property
-    def exact_store(self) -> Store:
-        return Store(self.problem, torch.float64)
+    def exact(self) -> Precision:
+        return Precision(self.problem, torch.float64, self.scales)
 
     def __iter__(self) -> Iterator[tuple[Rows, Terms]]:
         size = largest(self.problem)
@@ -103,7 +94,7 @@ class Solver:
         exact = double  # where most rows of a block need fp64, the next begins with it
         for rows in blocks(self.problem.student, self.problem.counted, size):
             if not exact:
-                terms = self.terms(rows, *self.plain(rows))
+                terms = self.terms(rows, self.plain)
                 doubtful = self.doubtful(terms)
                 if not _most(doubtful):
                     yield from self.with_exact(rows, terms, doubtful)
@@ -124,7 +115,7 @@ class Solver:
         if doubtful is None:
             yield rows, terms
         elif self.inplace:  # before the gradient goes to where the logits are
-            some = rows.only(doubtful)
+            some = rows.only(doubtful.nonzero()[:, 0])
             exact = self.exact_terms(some)
             yield rows, terms
             yield some, exact
@@ -166,30 +157,14 @@ class Solver:
         lost += [mask for mask in certain if mask is not None and mask.any()]
         return reduce(torch.logical_or, lost) if lost else None
 
-    def logits(self, rows: Rows) -> list[Tensor]:
-        return [side[rows.outer, rows.inner] for side in self.sides]
-
-    def plain(self, rows: Rows) -> tuple[Any, ...]:
-        """Of what terms are found in the dtype of the problem."""
-        self.store.start(rows.size)
-        logits = self.logits(rows)
-        buffers = [self.store.new() for _ in logits]
-        for side, buffer in enumerate(buffers):
-            if logits[side].dtype != buffer.dtype:
-                logits[side] = buffer.copy_(logits[side])
-        return logits, buffers, self.store, self.scales
-
-    def terms(
-        self,
-        rows: Rows,
-        logits: list[Tensor],
-        log2_exps: list[Tensor],
-        store: Store,
-        scales: list[float | Tensor],
-    ) -> Terms:
-        """With the buffers of the log2_exps, which may be the logits themselves."""
-        problem, z, y = self.problem, logits[0], logits[-1]
-        scales = [of_rows(scale, rows) for scale in scales]
+    def terms(self, rows: Rows, precision: Precision) -> Terms:
+        """By the formulas."""
+        problem, store = self.problem, precision.store
+        store.start(rows.size)
+        logits = precision.logits(rows)
+        log2_exps = precision.log2_exps(logits)
+        z, y = logits[0], logits[-1]
+        scales = [of_rows(scale, rows) for scale in precision.scales]
         if problem.teacher is None and not (self.entropy or self.metrics):
             scales = [1.0]  # only the cross-entropy is wanted
         values, unit = {}, None
@@ -223,38 +198,19 @@ class Solver:
         return Terms(values, pair, descent, unit, None, place=room)
 
     def exact_terms(self, rows: Rows) -> Terms:
-        """The terms in fp64, with a number for -inf, which times 0 is 0; its traces are removed."""
-        store = self.exact_store
-        store.start(rows.size)
-        numbers = [store.new().copy_(side).clamp_min_(MASKED) for side in self.logits(rows)]
-        values, pair, descent, unit, *_ = self.terms(
-            rows, numbers, numbers, store, self.exact_scales
-        )
+        """The terms in fp64, without traces of the number that stands for -inf."""
+        values, pair, descent, unit, *_ = self.terms(rows, self.exact)
         counts = ((pair.student.shift != MASKED) & (pair.teacher.shift != MASKED))[:, 0]
         values = {
             kind: torch.where(value > FAR, torch.inf, value).where(counts, 0.0)
             for kind, value in values.items()
         }
         if descent is not None:
-            descent = self.mended(rows, values[KD], pair, descent, ~counts)
+            close = values[KD].abs() < CLOSE
+            if close.any():
+                descent = self.close(rows, close, values[KD], pair, descent)
+            descent = mended(descent, values[KD], ~counts)
         return Terms(values, pair, descent, unit, None if counts.all() else counts[:, None])
-
-    def mended(
-        self, rows: Rows, values: Tensor, pair: Pair, descent: Descent, dead: Tensor
-    ) -> Descent:
-        """What plain formulas do not give: no descent of dead rows, [R], nor of infinite ones."""
-        infinite = values.abs() > FAR
-        if infinite.any():
-            size = descent.terms.abs().amax(-1, keepdim=True) * descent.factor
-            dead = dead | infinite & ~(size.abs() < FAR)[:, 0]
-        close = values.abs() < CLOSE
-        if close.any():
-            descent = self.close(rows, close, values, pair, descent)
-        if values.isnan().any():  # and so is all of the gradient, which shows it
-            descent = descent._replace(
-                factor=descent.factor * torch.where(values.isnan(), values, 1)[:, None]
-            )
-        return without(descent, dead[:, None]) if dead.any() else descent
 
     def close(
         self, rows: Rows, close: Tensor, values: Tensor, pair: Pair, descent: Descent
@@ -262,45 +218,38 @@ class Solver:
         """Puts in the first term of rows that differ little: at high temperatures, say."""
         values.masked_fill_(values.abs() < ROUNDING, 0.0)
         some = close.nonzero()[:, 0]
-        z, y = (side[some].double().clamp_min_(MASKED) for side in self.logits(rows))
-        scales = [of_rows(scale, rows) for scale in self.exact_scales]
-        scales = [scale[some] if isinstance(scale, Tensor) else scale for scale in scales]
+        d = log_ratios(self.exact, rows, pair, some)
         q, sum_exp = pair.student.exp[some], pair.student.sum_exp[some]
-        d = (y - y.amax(-1, keepdim=True)) * scales[-1]
-        d -= (z - z.amax(-1, keepdim=True)) * scales[0]
-        d.masked_fill_(q + pair.teacher.exp[some] == 0, 0.0)
         d -= total(d * q) / sum_exp
-        curvature, spread = self.kind.curvature(self.problem.a, self.problem.b), d.abs().amax(-1)
-        small = spread == 0 if curvature is None else spread < SPREAD
-        some, q, d, sum_exp = some[small], q[small], d[small], sum_exp[small]
-        curvature = curvature or 0.0
-        values[some] = curvature / 2 * (total(d * d * q) / sum_exp)[:, 0]
-        descent.terms[some] = d * q
-        size = descent.terms.new_ones(rows.size, 1)
-        factor, sums = size * descent.factor, size * descent.total
-        factor[some], sums[some] = curvature / sum_exp, 0.0
-        return Descent(descent.terms, factor, sums)
+        curvature = self.kind.curvature(self.problem.a, self.problem.b)
+        near = serves(d.abs().amax(-1), curvature)
+        variance = (total(d * d * q) / sum_exp)[:, 0]
+        values[some[near]] = (curvature or 0.0) / 2 * variance[near]
+        return first_term(descent, some[near], d[near], pair.student, curvature)
 
 
-def without(descent: Descent, dead: Tensor) -> Descent:
-    factor, total = (
-        torch.where(dead, 0.0, part).to(descent.terms.dtype)
+def mended(descent: Descent, values: Tensor, dead: Tensor) -> Descent:
+    """What plain formulas do not give: no descent of dead rows, [R], nor of infinite ones."""
+    infinite = values.abs() > FAR
+    if infinite.any():
+        dead = dead | infinite & ~finite(descent)[:, 0]
+    if values.isnan().any():  # and so is all of the gradient, which shows it
+        shown = torch.where(values.isnan(), values, 1)[:, None]
+        descent = descent._replace(factor=descent.factor * shown)
+    if not dead.any():
+        return descent
+    factor, sums = (
+        torch.where(dead[:, None], 0.0, part).to(descent.terms.dtype)
         for part in (descent.factor, descent.total)
     )
-    return Descent(torch.where(dead, 0.0, descent.terms), factor, total)
+    return Descent(torch.where(dead[:, None], 0.0, descent.terms), factor, sums)
 
 
-def exact_scales(problem: Problem) -> list[float | Tensor]:
-    """1 / T of the student and, last, of the teacher: a number where all rows share it, which saves
-    passes, else [N, 1] in fp64.
-    """
-    temperatures = [problem.student_temperature]
-    if problem.teacher_temperature is not None:
-        temperatures.append(problem.teacher_temperature)
-    if problem.moments is not None:
-        widths = problem.moments[:, WIDTH].double()
-        return [1 / (temperatures[i].double() * widths[i])[:, None] for i in (0, -1)]
-    return [1 / (t[0].item() if shared(t) else t.double()[:, None]) for t in temperatures]
+def finite(descent: Descent) -> Tensor:
+    """Whether the slopes of a row are, [R, 1]; with a slope, their sum is infinite."""
+    here = descent.terms.device
+    factor, sums = (torch.as_tensor(x, device=here) for x in (descent.factor, descent.total))
+    return factor.abs() + sums.abs() < FAR
 
 
 def _cross_entropy(unit: Softmax, labels: Tensor, smoothing: float) -> Tensor:
@@ -334,8 +283,3 @@ def _certain(side: Softmax, bounds: Sequence[float], value: Tensor, worst: float
 
 def _most(doubtful: Tensor | None) -> bool:
     return doubtful is not None and 2 * doubtful.count_nonzero().item() > len(doubtful)
-
-
-def of_rows(factor: Any, rows: Rows) -> Any:
-    """Of these rows: [R, 1]; a number, or a 0-d tensor, is that of all."""
-    return factor[rows.flat] if isinstance(factor, Tensor) and factor.dim() else factor
