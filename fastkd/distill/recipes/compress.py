@@ -31,7 +31,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from fastkd.distill.errors import hush_torchao
 
-from .digits import Digits, Loss, MLPs, adam, cross_entropy, kd
+from .digits import Digits, Loss, MLPs, cross_entropy, kd, train
 from .report import Report, Table, bars, need
 
 DENSE = "dense"
@@ -151,12 +151,7 @@ class Rounded(nn.Module):
 
 def recover(digits: Digits, networks: MLPs, loss: Loss) -> MLPs:
     x, y, teacher = digits.x[:, :100], digits.y[:, :100], digits.teacher[:, :100]
-    optimizer = adam(networks.parameters(), 3e-3)
-    for step in range(digits.steps):
-        optimizer.zero_grad()
-        loss(networks(x), teacher, y, step).backward()
-        optimizer.step()
-    return networks
+    return train(networks, x, lambda z, step: loss(z, teacher, y, step), digits.steps)
 
 
 def latencies(quick: bool) -> dict[str, dict[int, float]]:

@@ -23,16 +23,14 @@ certainty 84.7, by class 90.4; one teacher with all images 95.0.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 import fastkd
 from fastkd import Ensemble
 
-from .digits import Digits, MLPs, adam, cross_entropy
-from .report import Report, Table, bars
+from .digits import Digits, MLPs, cross_entropy, train
+from .report import Report, Table
 
 CLIENTS, PRIVATE = 5, 600
 KEPT = (1.0, 0.8, 0.6, 0.4, 0.2)  # of the images that would make all clients equal
@@ -58,7 +56,6 @@ def run(quick: bool) -> Report:
         [table],
         claims(table),
         {"images of each client": owned.sum((1, 2)).tolist()},
-        draw=lambda figure: draw(figure, table),
     )
 
 
@@ -95,13 +92,7 @@ def train_clients(digits: Digits, owned: Tensor) -> MLPs:
         each[:, :PRIVATE].repeat(CLIENTS, *[1] * (each.dim() - 1)) for each in (digits.x, digits.y)
     )
     loss = cross_entropy(weight=owned.flatten(0, 1).float())
-    optimizer = adam(networks.parameters(), 3e-3)
-    for step in range(digits.steps):
-        optimizer.zero_grad()
-        logits = networks(x)
-        loss(logits, logits.detach(), y, step).backward()
-        optimizer.step()
-    return networks
+    return train(networks, x, lambda z, step: loss(z, z.detach(), y, step), digits.steps)
 
 
 def teachers(digits: Digits, owned: Tensor, answers: Tensor) -> dict[str, Tensor | Ensemble]:
@@ -133,20 +124,14 @@ def students(digits: Digits, teachers: dict[str, Tensor | Ensemble]) -> dict[str
     """Accuracy of a student 64-16-10 of each teacher, on the images that are not private."""
     networks = MLPs(digits.seeds, (64, 16, 10), len(teachers))
     x = digits.x[:, PRIVATE:].repeat(len(teachers), 1, 1)
-    optimizer = adam(networks.parameters(), 3e-3)
-    for _ in range(digits.steps):
-        optimizer.zero_grad()
+
+    def loss(logits: Tensor, step: int) -> Tensor:
+        pairs = zip(logits.split(digits.seeds), teachers.values(), strict=True)
         losses = [
             fastkd.distillation_loss(student, teacher, num_items=student.size(-2))
-            for student, teacher in zip(
-                networks(x).split(digits.seeds), teachers.values(), strict=True
-            )
+            for student, teacher in pairs
         ]
-        torch.stack(losses).sum().backward()
-        optimizer.step()
+        return torch.stack(losses).sum()
+
+    train(networks, x, loss, digits.steps)
     return dict(zip(teachers, digits.accuracy(networks), strict=True))
-
-
-def draw(figure: Any, table: Table) -> None:
-    figure.set_size_inches(8, 3.6)
-    bars(figure.subplots(), table)

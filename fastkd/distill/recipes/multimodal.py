@@ -21,11 +21,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .digits import TRAINING, Digits, Loss, MLPs, adam, cross_entropy, kd
-from .report import Report, Table, bars, mean_and_error
+from .digits import TRAINING, Digits, Loss, MLPs, cross_entropy, kd, train
+from .report import Report, Table, mean_and_error
 
 LABELS = 100
 CE, FEW, PAIRS = "100 labels", "100 images", "1000 pairs"
@@ -43,7 +42,6 @@ def run(quick: bool) -> Report:
         "Multimodal: a teacher that sees more, or something else (digits)",
         tables,
         claims(*tables),
-        draw=lambda figure: draw(figure, tables),
     )
 
 
@@ -66,7 +64,7 @@ def standardized(x: Tensor, x_test: Tensor) -> tuple[Tensor, Tensor]:
 
 def compare(digits: Digits, title: str, view: Any, own: str, other: str) -> Table:
     x, x_test = standardized(view(digits.x), view(digits.x_test))
-    of_view = teacher(digits, x)
+    of_view = digits.teachers(x)
     with torch.no_grad():
         teachers = {own: of_view(x), other: digits.teacher}
     scores = {
@@ -78,7 +76,7 @@ def compare(digits: Digits, title: str, view: Any, own: str, other: str) -> Tabl
         students[f"{name}, {FEW}"] = (kd(temperature=4.0, alpha=0.9), logits, LABELS)
         students[f"{name}, {PAIRS}"] = (kd(temperature=4.0), logits, TRAINING)
     for name, (loss, logits, images) in students.items():
-        student = train(digits, x[:, :images], logits[:, :images], loss)
+        student = taught(digits, x[:, :images], logits[:, :images], loss)
         scores[name] = digits.accuracy(student, x_test, digits.y_test)[0]
     return Table(title, scores, CE)
 
@@ -113,33 +111,7 @@ def claims(views: Table, modalities: Table) -> dict[str, bool]:
     }
 
 
-def teacher(digits: Digits, x: Tensor) -> MLPs:
-    """-128-128-10 on all training images, as Digits trains its own."""
-    networks = MLPs(digits.seeds, (x.size(-1), 128, 128, 10))
-    optimizer = adam(networks.parameters(), 2e-3)
-    generator, rows = torch.Generator().manual_seed(0), torch.arange(digits.seeds)[:, None]
-    for _ in range(30 if digits.quick else 600):
-        batch = torch.randint(TRAINING, (digits.seeds, 128), generator=generator)
-        logits = networks(x[rows, batch], dropout=0.3, generator=generator)
-        loss = F.cross_entropy(logits.flatten(0, 1), digits.y[rows, batch].flatten())
-        optimizer.zero_grad()
-        (digits.seeds * loss).backward()
-        optimizer.step()
-    return networks
-
-
-def train(digits: Digits, x: Tensor, logits: Tensor, loss: Loss) -> MLPs:
-    networks = MLPs(digits.seeds, (x.size(-1), 16, 10))
-    optimizer = adam(networks.parameters(), 3e-3)
-    labels = digits.y[:, : x.size(1)]
-    for step in range(digits.steps):
-        optimizer.zero_grad()
-        loss(networks(x), logits, labels, step).backward()
-        optimizer.step()
-    return networks
-
-
-def draw(figure: Any, tables: list[Table]) -> None:
-    figure.set_size_inches(12, 4)
-    for axes, table in zip(figure.subplots(1, 2), tables, strict=True):
-        bars(axes, table)
+def taught(digits: Digits, x: Tensor, teacher: Tensor, loss: Loss) -> MLPs:
+    """Students 16-10 on the first images as x has them."""
+    networks, labels = MLPs(digits.seeds, (x.size(-1), 16, 10)), digits.y[:, : x.size(1)]
+    return train(networks, x, lambda z, step: loss(z, teacher, labels, step), digits.steps)

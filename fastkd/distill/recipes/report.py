@@ -105,7 +105,7 @@ class Report:
     Attributes:
         claims: sentence to whether this run bears it out.
         notes: figures that are not scores over seeds.
-        draw: draws the picture on a matplotlib figure.
+        draw: draws the picture on a matplotlib figure; by default, the tables side by side.
     """
 
     title: str
@@ -142,9 +142,12 @@ class Report:
             "versions": versions("torch"),
         }  # fmt: skip
         write(out / "results.json", json.dumps(content, indent=1))
-        if self.draw is not None:
-            need("matplotlib", "matplotlib")
-            write(out / "plot.png", png(self.draw))
+        write(out / "plot.png", png(self.draw or self._bars))
+
+    def _bars(self, figure: Any) -> None:
+        figure.set_size_inches(12 if len(self.tables) > 1 else 8, 4)
+        for place, table in enumerate(self.tables, 1):
+            bars(figure.add_subplot(1, len(self.tables), place), table)
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:

@@ -23,8 +23,8 @@ from torch import Tensor
 
 import fastkd
 
-from .digits import Digits, MLPs, adam, cross_entropy, kd
-from .report import Report, Table, bars
+from .digits import Digits, MLPs, cross_entropy, kd, train
+from .report import Report, Table
 
 CE = "hard labels"
 FORWARD = fastkd.Bernoulli()
@@ -52,7 +52,6 @@ def run(quick: bool) -> Report:
         "Soft labels: cross-entropy plus alpha times entropy (digits, 100 labels)",
         [classes, heads],
         claims,
-        draw=lambda figure: draw(figure, classes, heads),
     )
 
 
@@ -78,7 +77,7 @@ def sigmoids(digits: Digits) -> Table:
     """Five questions; the score is the share of images with all five answers right."""
     answers = torch.tensor(QUESTIONS)
     y, y_test = answers[digits.y], answers[digits.y_test]
-    teachers = train(digits, (64, 128, 128, 5), lambda z: yes_no(z, y))
+    teachers = answering(digits, (64, 128, 128, 5), lambda z: yes_no(z, y))
     with torch.no_grad():
         teacher = teachers(digits.x)[:, :100]
     few = y[:, :100]
@@ -101,7 +100,7 @@ def sigmoids(digits: Digits) -> Table:
     }
     scores = {}
     for name, loss in losses.items():
-        said = train(digits, (64, 16, 5), loss, images=100)(digits.x_test) > 0
+        said = answering(digits, (64, 16, 5), loss, images=100)(digits.x_test) > 0
         scores[name] = 100 * (said == y_test).all(-1).double().mean(-1)
     return Table("Five yes-or-no answers, all right", scores, CE)
 
@@ -110,14 +109,9 @@ def yes_no(z: Tensor, answers: Tensor) -> Tensor:
     return len(z) * F.binary_cross_entropy_with_logits(z, answers.float())
 
 
-def train(digits: Digits, widths: tuple[int, ...], loss: Any, images: int = 1000) -> MLPs:
-    networks = MLPs(digits.seeds, widths)
-    optimizer = adam(networks.parameters(), 3e-3)
-    for _ in range(digits.steps):
-        optimizer.zero_grad()
-        loss(networks(digits.x[:, :images])).backward()
-        optimizer.step()
-    return networks
+def answering(digits: Digits, widths: tuple[int, ...], loss: Any, images: int = 1000) -> MLPs:
+    x = digits.x[:, :images]
+    return train(MLPs(digits.seeds, widths), x, lambda z, step: loss(z), digits.steps)
 
 
 def same_as_torch() -> bool:
@@ -128,9 +122,3 @@ def same_as_torch() -> bool:
     theirs = theirs - F.binary_cross_entropy_with_logits(teacher, p)
     ours = fastkd.distillation_loss(student, teacher, divergence=FORWARD) / student.size(-1)
     return torch.allclose(ours, theirs, rtol=1e-9)
-
-
-def draw(figure: Any, *tables: Table) -> None:
-    figure.set_size_inches(11, 4)
-    for axes, table in zip(figure.subplots(1, 2), tables, strict=True):
-        bars(axes, table)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import fastkd
 from fastkd import cache
 
-from .report import Report, Table, bars
+from .report import Report, Table
 
 WORDS, CONTEXT, LENGTH, BATCH = 1000, 4, 64, 8
 CE, ONLINE, ALL = "hard labels", "all, online", "all, fp16"
@@ -64,7 +64,6 @@ def run(quick: bool) -> Report:
         claims(table),
         {"bytes per token": sizes, "teacher": cross_entropy(teacher, held_out)},
         text="\n".join(["Bytes per token in the cache:", *lines]),
-        draw=lambda figure: draw(figure, table),
     )
 
 
@@ -168,8 +167,3 @@ def ways(teacher: Words, training: Tensor, folder: Path) -> tuple[dict[str, Any]
     }
     sizes = {"top-12": best, SAMPLES: drawn, ALL: full}
     return losses, {name: source.bytes_per_token() for name, source in sizes.items()}
-
-
-def draw(figure: Any, table: Table) -> None:
-    figure.set_size_inches(8, 3.2)
-    bars(figure.subplots(), table)

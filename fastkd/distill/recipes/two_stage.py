@@ -18,7 +18,6 @@ Seen besides: low first and high then, the other order, is better here than eith
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +25,8 @@ from torch import Tensor
 import fastkd
 from fastkd.temperature import Constant, Cosine, Exponential, Linear, Schedule, TwoStage
 
-from .digits import Digits, Loss, MLPs, adam, kd
-from .report import Report, Table, bars
+from .digits import Digits, Loss, MLPs, kd, train
+from .report import Report, Table
 
 
 def run(quick: bool) -> Report:
@@ -53,7 +52,6 @@ def run(quick: bool) -> Report:
         "Two stages: a high temperature, then a low one (digits)",
         [scheduled, selected],
         claims,
-        draw=lambda figure: draw(figure, scheduled, selected),
     )
 
 
@@ -106,15 +104,4 @@ def second_stage(digits: Digits, first: MLPs, kept: Tensor) -> MLPs:
     networks = copy.deepcopy(first)
     rows = torch.arange(digits.seeds)[:, None]
     x, y, teacher = digits.x[rows, kept], digits.y[rows, kept], digits.teacher[rows, kept]
-    optimizer = adam(networks.parameters(), 3e-3)
-    for step in range(digits.steps // 2):
-        optimizer.zero_grad()
-        kd()(networks(x), teacher, y, step).backward()
-        optimizer.step()
-    return networks
-
-
-def draw(figure: Any, *tables: Table) -> None:
-    figure.set_size_inches(12, 4)
-    for axes, table in zip(figure.subplots(1, 2), tables, strict=True):
-        bars(axes, table)
+    return train(networks, x, lambda z, step: kd()(z, teacher, y, step), digits.steps // 2)
