@@ -114,7 +114,8 @@ def _shares(problem: Problem) -> sharding.Phases[Tensor | None]:
         return None
     count = problem.teacher.indices.size(1)
     own = problem.student.new_zeros(count + SHARES, problem.rows, dtype=torch.float64)
-    for rows, part in _chunks(problem):
+    own[: count + 1] = -math.inf
+    for rows, part in _chunks(problem) if problem.vocab_size else ():  # an owner may have no column
         z = part.student_temperature.new_empty(part.rows, part.vocab_size)
         logits = _own_logits(part, slice(None), *_places(part), z)
         T = part.student_temperature[:, None]
@@ -227,7 +228,8 @@ class _Terms(NamedTuple):
             logits, highest, total = _rest(part, index, own, bits, None, z)
         else:
             logits, highest = (x.to(z.dtype) for x in (shares[:, :-SHARES], shares[:, -3:-2]))
-            _rest(part, index, own, bits, highest, z)
+            if part.vocab_size:
+                _rest(part, index, own, bits, highest, z)
             total = shares[:, -2:-1]
         best = logits >= torch.maximum(highest, logits.amax(-1, keepdim=True))
         best = best & (events.indices != NOTHING)
@@ -278,6 +280,8 @@ class _Terms(NamedTuple):
         temperature_grad = kd.new_zeros(0)
         if temperature:
             temperature_grad = self._temperature(events, scale, T).to(hot.dtype)
+        if not part.vocab_size:
+            return self.rest, temperature_grad
         listed = _only(self.own, events[:, :-1], hot.dtype)
         return self.rest.mul_(scale).scatter_add_(-1, self.listed, listed), temperature_grad
 

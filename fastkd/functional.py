@@ -206,7 +206,7 @@ def distillation_loss(
     labels = sides.classes_last(labels, given.dim) if soft or given.sigmoids else labels
     sides.check(given, student, teacher, labels)
     merge = sharding.of_group(given.group, sides.outline(student), given.vocab_size)
-    teacher = sides.own_columns(teacher, merge)
+    teacher = sides.own_columns(teacher, merge, student)
     labels = sides.own_columns(labels, merge) if soft or given.sigmoids else labels
     outlines = sides.outlines(student, teacher)
     columns = sides.columns(given, merge, *outlines, labels, weight)
@@ -224,7 +224,9 @@ def distillation_loss(
     counted, row_weight = rows_that_count(
         None if soft or given.sigmoids else labels, weight, given.ignore_index, dtype
     )
-    factor = factor_of_rows(reduction, num_items, counted, row_weight, outlines[0], dtype)
+    factor = factor_of_rows(
+        reduction, num_items, counted, row_weight, outlines[0], dtype, merge.columns
+    )
     of_all = merge.columns or columns
     reads_teacher = _reads_teacher(given, outlines[1])
     problem = Problem.of(

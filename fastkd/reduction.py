@@ -68,13 +68,16 @@ def factor_of_rows(
     row_weight: Tensor | None,
     student: Tensor,
     dtype: torch.dtype,
+    columns: int | None,
 ) -> float | Tensor:
+    """columns: of all ranks, where several share those of the student."""
     counts = counted if row_weight is None else row_weight
     factor: float | Tensor
     if reduction in ("none", "sum"):
         factor = 1.0
     elif reduction == "batchmean":
-        factor = 1 / max(student.size(0), 1)
+        batch = columns if columns and student.dim() == 1 else student.size(0)
+        factor = 1 / max(batch, 1)
     elif isinstance(num_items, Tensor):
         factor = 1 / divisor(num_items, counted, student, dtype)
     elif num_items is not None:

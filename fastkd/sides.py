@@ -32,20 +32,26 @@ def classes_last(operand: Any, dim: int) -> Any:
     return operand.movedim(dim, -1)
 
 
-def own_columns(operand: Any, merge: Merge) -> Any:
-    """Of what has the columns of all ranks those of this one; what has fewer is split already."""
+def own_columns(operand: Any, merge: Merge, student: Any = None) -> Any:
+    """Of what has the columns of all ranks those of this one; what has fewer is split already.
+
+    student: what has as many as it is split too; with padding they may be as many as all.
+    """
     if not isinstance(merge, Group):
         return operand
-    mine = slice(merge.first_column, merge.first_column + merge.mine)
-    if isinstance(operand, LinearHead) and operand.shape[-1] >= merge.columns:
-        bias = None if operand.bias is None else operand.bias[mine]
-        return replace(operand, weight=operand.weight[mine], bias=bias)
     if isinstance(operand, Ensemble):
-        own = [own_columns(teacher, merge) for teacher in operand.teachers]
+        own = [own_columns(teacher, merge, student) for teacher in operand.teachers]
         return replace(operand, teachers=own)
-    if isinstance(operand, Tensor) and operand.dim() and operand.size(-1) >= merge.columns:
+    if not isinstance(operand, (Tensor, LinearHead)) or not operand.shape:
+        return operand
+    columns = operand.shape[-1]
+    if columns < merge.columns or (student is not None and columns == student.shape[-1]):
+        return operand
+    mine = slice(merge.first_column, merge.first_column + merge.mine)
+    if isinstance(operand, Tensor):
         return operand[..., mine]
-    return operand
+    bias = None if operand.bias is None else operand.bias[mine]
+    return replace(operand, weight=operand.weight[mine], bias=bias)
 
 
 def outline(operand: Any, student: Any = None) -> Tensor:
@@ -171,7 +177,7 @@ def _ensemble(given: Settings, teacher: Ensemble, student: Any, labels: Tensor |
         else:
             widths.add(one.shape[-1])
         checks.beside(f"teacher {i} of the ensemble", outline(one, first), first)
-    if len(widths) > 1 and given.vocab_size is None:
+    if len(widths) > 1 and given.vocab_size is None and given.group is None:
         raise ValueError(
             f"the ensemble's teachers have {sorted(widths)} columns: if the wider are padded, pass "
             "vocab_size, the tokenizer's true size"

@@ -18,6 +18,7 @@ from tests import (
     sharded,
     sharded_compiled,
     sharded_dtensors,
+    sharded_edges,
     sharded_operands,
     sharded_several,
     sharded_training,
@@ -366,7 +367,7 @@ def cases(world: int) -> dict[str, sharded.Case]:
     if world == 4:
         found["uneven"] = uneven
     else:
-        found |= sharded_training.CASES | sharded_compiled.CASES
+        found |= sharded_training.CASES | sharded_compiled.CASES | sharded_edges.CASES
     found["one raises"] = one_raises  # the last: its group is of no use afterwards
     return found
 

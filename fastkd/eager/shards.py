@@ -242,14 +242,13 @@ class Sweeps(Columns):
 
     def _temperature(self, weights: Coefficients) -> Tensor:
         """The derivative to T of each row, the same on all owners."""
-        known = self.known
-        slopes = (known.get("kd_slope"), None, known.get("entropy_slope"))
-        found = sum(
-            -(weight[:, 0] if isinstance(weight, Tensor) else weight) * slope
-            for weight, slope in zip(weights, slopes, strict=True)
-            if weight is not None and slope is not None
-        )
         kept = self._counts()
+        none = torch.zeros_like(kept, dtype=torch.float64)
+        slopes = [self.known.get(name, none) for name in ("kd_slope", "entropy_slope")]
+        kd, entropy = (
+            x[:, 0] if isinstance(x, Tensor) else x for x in (weights.kd, weights.entropy)
+        )
+        found = -Coefficients(kd, entropy, None).weigh(slopes)
         if self.problem.counted is not None:
             kept = kept & self.problem.counted
         if self.problem.moments is not None:

@@ -74,7 +74,9 @@ class Ensemble:
                     f"{type(teacher).__name__}"
                 )
             if isinstance(teacher, Tensor):
-                checked.logits("Ensemble: a teacher", teacher)
+                checked.floating("Ensemble: a teacher", teacher)
+                if not teacher.dim():
+                    raise ValueError("Ensemble: a teacher must have shape [..., V], got ()")
             if self.combine == "logits" and not isinstance(teacher, dense):
                 raise ValueError(
                     f"Ensemble: combine='logits' needs logits of every teacher, and a "
