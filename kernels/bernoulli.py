@@ -151,7 +151,7 @@ def _step(sums, tile, sides, row, FACTS: tl.constexpr):
         agreement = tl.where((z > 0) == (y > 0), 1.0, 0.0)
         agreement_sum = _row_sum(agreement_sum, agreement, inside)
 
-    g = row.factors.kd * slope
+    g = tl.where(row.factors.kd != 0, row.factors.kd * slope, 0.0)  # were the teacher's logits NaN
     if FACTS.H:
         g -= row.factors.entropy * _times(bell, tempered)
     g *= row.s_rate

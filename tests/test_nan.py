@@ -44,3 +44,28 @@ def test_an_infinite_divergence_has_a_gradient_of_zero(columns, backend):
     loss, gradient = run(student, teacher, divergence="reverse_kl", backend=backend)
     assert loss == math.inf
     assert not gradient.any()
+
+
+@pytest.mark.parametrize("backend", ["torch", *TRITON])
+def test_a_teacher_without_a_say_breaks_no_gradient(backend):
+    """At alpha = 0 it is read for figures, or since it trains."""
+    student, teacher, hot = torch.randn(2, 7), torch.randn(2, 7), torch.rand(2, 7)
+    teacher[0, 1] = math.nan
+    for divergence, labels in (
+        ("forward_kl", torch.tensor([1, 2])),
+        (fastkd.JSD(0.3), torch.tensor([1, 2])),
+        (fastkd.Bernoulli(1.0, 0.5), hot),
+    ):
+        for way in ("forward", "backward"):
+            leaf, other = student.clone().requires_grad_(), teacher.clone()
+            other.requires_grad_(way == "backward")
+            loss, metrics = fastkd.distillation_loss(
+                leaf, other, labels, divergence=divergence, alpha=0.0, backend=backend,
+                gradient=way, return_metrics=True, teacher_grad=True,
+            )  # fmt: skip
+            loss.backward()
+            assert metrics.kd[0].isnan()
+            assert leaf.grad.isfinite().all()
+            assert leaf.grad[0].all()
+            if other.requires_grad:
+                assert not other.grad.any()

@@ -55,10 +55,7 @@ def backward(
     for block in _blocks(problem):
         _gradient(problem, block, upstream, out, None if len(state) else temperature_grad)
     if temperature_grad is not None and len(state):
-        factors = (upstream.kd, upstream.entropy)
-        temperature_grad += sum(
-            x * row for x, row in zip(factors, state, strict=True) if x is not None
-        )
+        temperature_grad += Coefficients(upstream.kd, upstream.entropy, None).weigh(state)
     return out, temperature_grad
 
 
@@ -176,7 +173,7 @@ def _gradient(
     if problem.b:
         apart = student.logit - teacher.logit
         gradient += problem.b * student.bell * apart.masked_fill_(apart.abs() > FAR, 0.0)
-    gradient *= kd
+    gradient.mul_(kd).masked_fill_(kd == 0, 0.0)  # were the teacher's logits NaN
     if entropy is not None:
         gradient -= entropy * student.bell * student.logit
     gradient *= block.rate

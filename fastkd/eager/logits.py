@@ -73,9 +73,15 @@ def scale_(gradient: Tensor, upstream: Tensor) -> None:
 
 
 def weights_of(upstream: Coefficients, scale: float | Tensor) -> Coefficients:
-    """For the gradient by logits: [N, 1], or a number that all rows share; scale: the student's."""
+    """For the gradient by logits: [N, 1], or a number that all rows share; scale: the student's.
+
+    kd is the number 0 where no row asks for the divergence's gradient.
+    """
     kd, ce, entropy = (x[:, None] if isinstance(x, Tensor) else x for x in upstream.numbers())
-    return Coefficients(kd * scale, ce, None if entropy is None else entropy * scale)
+    asked = kd.any() if isinstance(kd, Tensor) else kd
+    return Coefficients(
+        kd * scale if asked else 0.0, ce, None if entropy is None else entropy * scale
+    )
 
 
 def write_gradient(
@@ -87,6 +93,8 @@ def write_gradient(
     temperature: Tensor | None,
 ) -> None:
     """Writes the block's gradient to the student's logits [O, I, V], and to its temperature."""
+    if not isinstance(weights.kd, Tensor) and weights.kd == 0:  # were the teacher's logits NaN
+        terms = terms._replace(descent=None)
     place = terms.place
     if place is None and out is not None and terms.counts is None:
         place = place_of(out, rows, terms.pair.student.exp.dtype)
@@ -155,7 +163,7 @@ def _temperature_grad(gradient: Tensor, terms: Terms) -> Tensor:
 def _weighed(terms: Terms, weights: Coefficients, rows: Rows) -> Tensor:
     assert terms.tempering is not None
     kd, entropy = terms.tempering
-    grad = -of_rows(weights.kd, rows) * kd
+    grad = torch.zeros_like(kd) if terms.descent is None else -of_rows(weights.kd, rows) * kd
     return grad if weights.entropy is None else grad - of_rows(weights.entropy, rows) * entropy
 
 
