@@ -11,8 +11,9 @@ import torch
 pytest.importorskip("triton", reason="the kernels need triton")
 
 import fastkd
-from fastkd.kernels import logits
-from fastkd.kernels.arguments import varying
+from fastkd.kernels import labels, logits
+from fastkd.kernels.arguments import number, varying
+from fastkd.kernels.pieces import STATISTICS_FIELDS, SUMS_FIELDS
 from fastkd.problem import CE, KD, Coefficients
 from fastkd.sharding import run
 from tests.closeness import assert_close
@@ -159,3 +160,11 @@ def test_which_operands_begin_alike(places, alike, monkeypatch, force, device):
     for side, (first, _) in zip(("student", "teacher", "gradient"), places, strict=True):
         assert passed[side].pointer.data_ptr() % 16 == 0
         assert passed[side].first == varying(first % 8)
+
+
+def test_fields_of_many_rows_lie_as_far_as_they_may():
+    """Where the last of them begins beyond 2^31, the number of rows comes in 64 bits."""
+    fields = max(STATISTICS_FIELDS.value, SUMS_FIELDS.value, labels.LOGIT.value + 1)
+    rows = -(-(2**31) // (fields - 1))
+    assert varying(rows) >= 2**31
+    assert number.fn(varying(rows)) == rows

@@ -202,7 +202,7 @@ def _operands(arguments: Sequence[Argument]) -> Iterator[tuple[str, torch.Tensor
         if isinstance(value, torch.Tensor):
             owner, _, field = name.rpartition(".")
             first = by_name.get(f"{owner}.first") if field == "pointer" else None
-            if first is not None and first >> 2:
+            if first is not None and first >> 4:
                 size, stride, offset = value.size(), value.stride(), value.storage_offset()
-                value = value.as_strided(size, stride, offset + (first >> 2))
+                value = value.as_strided(size, stride, offset + (first >> 4))
             yield owner if field == "pointer" else name, value
