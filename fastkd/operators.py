@@ -19,7 +19,7 @@ from . import tracing
 from .divergences import Divergence
 from .forms import Events, Head, sources
 from .problem import Coefficients, Problem, unpacked_numbers
-from .sharding import of, run, together
+from .sharding import run, together
 
 
 class Operator:
@@ -179,10 +179,11 @@ def forward(
     module = _module(name, problem)
     if dual_numbers is not None:
         other = _exchanged(problem, dual, dual_numbers)
-        phases = module.phases(problem, entropy, metrics)
-        found = together(
-            of(problem.merge), phases, _module(name, other).phases(other, False, False)
+        both = together(
+            module.phases(problem, entropy, metrics),
+            _module(name, other).phases(other, False, False),
         )
+        found = run(problem.merge, both)
         return *found[0], found[1][1]
     if problem.merge and (problem.soft or problem.makes_logits):  # chunks, whose gathers overlap
         return *module.forward(problem, entropy, metrics), None

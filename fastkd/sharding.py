@@ -245,7 +245,7 @@ def run(name: str, phases: Phases[Result], pieces: Tensor | None = None) -> Resu
         sent = merge.gather(fields)
 
 
-def together(merge: Merge, *phases: Phases[Result]) -> list[Result]:
+def together(*phases: Phases[Result]) -> Phases[list[Result]]:
     """Runs all to their ends, each a backend's function that gathers between its phases.
 
     Where a phase ends it yields fields [F, ...] and is sent those of all owners, [size, F, ...];
@@ -253,15 +253,21 @@ def together(merge: Merge, *phases: Phases[Result]) -> list[Result]:
     """
     results: dict[int, Result] = {}
     sent: dict[int, Any] = dict.fromkeys(range(len(phases)))
-    while sent:
+    while True:
         fields: dict[int, Tensor] = {}
         for index, pieces in sent.items():
             try:
                 fields[index] = phases[index].send(pieces)
             except StopIteration as end:
                 results[index] = end.value
-        sent = dict(zip(fields, _gathered(merge, list(fields.values())), strict=True))
-    return [results[index] for index in range(len(phases))]
+        if not fields:
+            return [results[index] for index in range(len(phases))]
+        found = yield torch.cat([one.flatten() for one in fields.values()])
+        parts = found.split([one.numel() for one in fields.values()], 1)
+        sent = {
+            index: part.view(len(found), *one.shape)
+            for (index, one), part in zip(fields.items(), parts, strict=True)
+        }
 
 
 def overlapped(
@@ -288,14 +294,3 @@ def _begun(name: str, phases: Phases[Result]) -> Callable[[], Result]:
         result: Result = stop.value
         return lambda: result
     return lambda: run(name, phases, wait())
-
-
-def _gathered(merge: Merge, fields: list[Tensor]) -> list[Tensor]:
-    if len(fields) < 2:
-        return [merge.gather(one) for one in fields]
-    found = merge.gather(torch.cat([one.flatten() for one in fields]))
-    sizes = [one.numel() for one in fields]
-    return [
-        pieces.view(merge.size, *one.shape)
-        for one, pieces in zip(fields, found.split(sizes, 1), strict=True)
-    ]

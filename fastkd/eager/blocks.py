@@ -123,8 +123,8 @@ def place_of(out: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor | None:
 
 
 def scales_of(problem: Problem) -> list[float | Tensor]:
-    """1 / T of the student and, last, of the teacher: a number where all rows share it, which saves
-    passes, else [N, 1] in fp64.
+    """1 / T of student and teacher: a number where all rows share it, which saves passes, else
+    [N, 1] in fp64.
     """
     temperatures = [problem.student_temperature]
     if problem.teacher_temperature is not None:
@@ -132,7 +132,8 @@ def scales_of(problem: Problem) -> list[float | Tensor]:
     if problem.moments is not None:
         widths = problem.moments[:, WIDTH].double()
         return [1 / (temperatures[i].double() * widths[i])[:, None] for i in (0, -1)]
-    return [1 / (t[0].item() if shared(t) else t.double()[:, None]) for t in temperatures]
+    scales = [1 / (t[0].item() if shared(t) else t.double()[:, None]) for t in temperatures]
+    return [scales[0], scales[-1]]
 
 
 class Precision:

@@ -9,6 +9,7 @@ before. Figures of rows are in fp64.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -93,73 +94,77 @@ class Columns:
         exact = not single or not problem.vocab_size
         self.in_fp64 = problem.student.new_full((problem.rows,), exact, dtype=torch.bool)
         self.known: Known = {}  # of all columns
+        self.every = Rows(0, slice(0, problem.rows), slice(0, problem.rows))
         if problem.labels is not None:
             columns = problem.labels.long() - self.merge.first_column
             own = (columns >= 0) & (columns < problem.vocab_size)
             self.at_labels = own, torch.where(own, columns, 0)
 
     def _swept(
-        self, names: Sequence[Any], find: Callable[[Rows], Known], own: Sequence[Any] = ()
+        self,
+        names: Sequence[Any],
+        find: Callable[[Rows], Known],
+        doubtful: Callable[[Known], Tensor],
+        own: Sequence[Any] = (),
     ) -> Tensor:
         """What a sweep finds of this owner's columns, [F, N]; 0 in rows that do not count.
 
-        own: names of what it finds for itself alone, to say which rows need fp64.
+        doubtful: which rows need fp64 by what is found, [N].
+        own: names of what is found for that alone.
         """
         problem, every = self.problem, [*names, *own]
         fields = problem.student.new_zeros(len(every), problem.rows, dtype=torch.float64)
         for field, name in zip(fields, every, strict=True):
             if is_shift(name):
                 field.fill_(MASKED)
+        if not problem.vocab_size:
+            return fields[: len(names)]
         for precision in (self.plain, self.exact):
             for rows in self._rows(precision):
                 found = find(rows)
                 fields[:, rows.flat] = torch.cat([found[name] for name in every], -1).t().double()
-            if precision is self.plain:
-                lost = self._lost(dict(zip(every, fields, strict=True)))
+            if not precision.exact:
+                lost = doubtful(dict(zip(every, fields, strict=True))) | ~fields.isfinite().all(0)
                 self.in_fp64 |= lost if problem.counted is None else lost & problem.counted
         return fields[: len(names)]
 
     def _rows(self, precision: Precision) -> Iterator[Rows]:
         """Those that count and are computed in it, in blocks, with buffers made ready."""
         mask = self.in_fp64 if precision.exact else ~self.in_fp64
-        if not self.problem.vocab_size or not mask.any():
+        if not mask.any():
             return
         self.precision = precision
         size, whole = largest(self.problem), bool(mask.all())
         size = -(-size // 2) if precision.exact else size  # fp64 takes twice the memory
         for rows in blocks(self.problem.student, self.problem.counted, size):
-            some = (
-                rows
-                if whole or mask[rows.flat].all()
-                else rows.only(mask[rows.flat].nonzero()[:, 0])
-            )
-            if some.size:
-                precision.store.start(some.size)
-                yield some
+            if not (whole or (some := mask[rows.flat]).all()):
+                rows = rows.only(some.nonzero()[:, 0])
+            if rows.size:
+                precision.store.start(rows.size)
+                yield rows
 
-    def _lost(self, found: Known) -> Tensor:
-        """Rows of which this owner's columns need fp64, [N]."""
-        kept = torch.stack(list(found.values())).isfinite().all(0)
-        if "apart" in found:
-            kept &= found["apart"] > APART_HERE
-        if (STUDENT, "sum_exp") in found:
-            value = None
-            if self.sides[1:] and not self.later:
-                value = self._value(found)
-                kept &= value > self.kind.least_in_fp32
-                kept &= value < (LARGE if self.guarded else FAR)
-            kept &= self._in_fp32(found, value)
+    def _doubtful_statistics(self, found: Known) -> Tensor:
+        kept, value = self._in_fp32(found), None
         for scale in self.exact.scales:
             if isinstance(scale, Tensor):
                 kept &= scale[:, 0] > LEAST_SCALE
-        if "slope" in found:
-            kept &= found["slope"] <= NEARLY_HERE * self.bound
-            kept &= ~self._certain(self.known, found["slope"])
+        if self.later:
+            kept &= found["apart"] > APART_HERE
+        elif self.sides[1:]:
+            value = self._value(found)
+            kept &= value > self.kind.least_in_fp32
+            kept &= value < (LARGE if self.guarded else FAR)
+        return ~kept | self._certain(found, value)
+
+    def _doubtful_sums(self, found: Known) -> Tensor:
+        sum_exp = torch.maximum(*(self.known[name, "sum_exp"] for name in SIDES))
+        doubtful = torch.zeros_like(self.in_fp64)
         for i in range(self.later):
-            if ("later", i) in found:
-                sums = [self.known[name, "sum_exp"] for name in self.sides]
-                kept &= found["later", i].abs() < LARGE * torch.stack(sums).amax(0)
-        return ~kept
+            doubtful |= ~(found["later", i].abs() < LARGE * sum_exp)
+        if self.cancels_later:
+            doubtful |= ~(found["slope"] <= NEARLY_HERE * self.bound)
+            doubtful |= self._certain(self.known, found["slope"])
+        return doubtful
 
     def _value(self, found: Known) -> Tensor:
         """The divergence of these columns alone, of which their sums say all, [N].
@@ -180,18 +185,22 @@ class Columns:
     def _mark(self) -> None:
         """Marks the rows that need fp64 by what is known of all columns."""
         kept = self._in_fp32(self.known)
-        if "apart" in self.known:
+        if self.later:
             kept &= self.known["apart"] > APART
-        self.in_fp64 |= ~kept
+        self.in_fp64 |= ~kept | self._certain(self.known, None)
 
-    def _in_fp32(self, known: Known, value: Tensor | None = None) -> Tensor:
-        """Rows whose sums fp32 can hold, and whose student is not nearly certain."""
+    def _in_fp32(self, known: Known) -> Tensor:
+        """Rows whose sums fp32 can hold."""
         sums = [x for name, x in known.items() if name == "unit" or name[1:] == ("sum_exp",)]
-        kept = torch.stack(sums).amax(0) < MOST_SUM_EXP
-        return kept & ~self._certain(known, value) if self.guarded else kept
+        return torch.stack(sums).amax(0) < MOST_SUM_EXP
 
     def _certain(self, known: Known, slope: Tensor | None) -> Tensor:
-        """See `solver.UNCERTAIN`; slope: a size of what its gradient is the difference of."""
+        """Rows whose student is nearly certain: see `solver.UNCERTAIN`.
+
+        slope: a size of what the gradient is a difference of.
+        """
+        if not self.guarded:
+            return torch.zeros_like(self.in_fp64)
         scale = self.exact.scales[0]
         scale = scale[:, 0] if isinstance(scale, Tensor) else scale
         largest = ((known[STUDENT, "top"] - known[STUDENT, "shift"]) * scale).exp()
@@ -259,7 +268,8 @@ class Columns:
         logs = [self._of(name, rows)[:, 0] if known else columns for name in ("lp", "lq")]
         return Labels(own, columns, *logs)
 
-    def _counts(self) -> Tensor:
+    @cached_property
+    def counts(self) -> Tensor:
         """Rows with a logit on either side, [N]."""
         masked = [self.known[name, "shift"] == MASKED for name in self.sides]
         return ~(masked[0] | masked[-1])
@@ -268,7 +278,6 @@ class Columns:
         problem, new = self.problem, self.precision.store.new
         logits = self.precision.logits(rows)
         scales = [of_rows(scale, rows) for scale in self.precision.scales]
-        scales = [scales[0], scales[-1]]
         tops = [top(x, name in self.topped) for name, x in zip(SIDES, logits, strict=False)]
         found: Known = {(name, "top"): x for name, x in zip(self.topped, tops, strict=False)}
         if self.metrics:

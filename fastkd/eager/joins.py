@@ -245,7 +245,7 @@ def joined(sweeps: Columns, pieces: Known) -> Known:
     """Of the statistics of each owner, [size, N], those of the rows, [N]."""
     known: Known = {}
     scales = [scale[:, 0] if isinstance(scale, Tensor) else scale for scale in sweeps.exact.scales]
-    scale = dict(zip(SIDES, (scales[0], scales[-1]), strict=True))
+    scale = dict(zip(SIDES, scales, strict=True))
     lower, weight = {}, {}  # of an owner's shift to the highest, in nats, and its exponential
     for side in sweeps.sides:
         shifts, sums_exp = pieces[side, "shift"], pieces[side, "sum_exp"]

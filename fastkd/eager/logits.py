@@ -162,9 +162,8 @@ def _temperature_grad(gradient: Tensor, terms: Terms) -> Tensor:
 
 def _weighed(terms: Terms, weights: Coefficients, rows: Rows) -> Tensor:
     assert terms.tempering is not None
-    kd, entropy = terms.tempering
-    grad = torch.zeros_like(kd) if terms.descent is None else -of_rows(weights.kd, rows) * kd
-    return grad if weights.entropy is None else grad - of_rows(weights.entropy, rows) * entropy
+    kd, entropy = (of_rows(weight, rows) for weight in (weights.kd, weights.entropy))
+    return -Coefficients(kd, entropy, None).weigh(terms.tempering)
 
 
 def _add_through_width(

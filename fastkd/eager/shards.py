@@ -8,6 +8,7 @@ Figures of rows are in fp64, and so the gathers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fastkd import sharding
 from fastkd.divergences.pair import LN2, MASKED_BELOW, Descent, Softmax, total
-from fastkd.problem import AGREEMENT, CE, ENTROPY, KD, TEACHER_ENTROPY, WIDTH, Coefficients, Problem
+from fastkd.problem import AGREEMENT, CE, ENTROPY, KD, TEACHER_ENTROPY, Coefficients, Problem
 
 from .blocks import Rows, blank, new_gradient, new_values, of_rows, vocabulary
 from .columns import Columns
@@ -50,28 +51,33 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradient of the student's logits, in their dtype, and of each row's temperature."""
     sweeps = Sweeps(problem, upstream.entropy is not None, False)
-    out = new_gradient(problem) if gradient else None
-    degrees = upstream.kd.new_zeros(problem.rows) if temperature else None
     sweeps.unpack(state)
-    sweeps.gradient(upstream, out, degrees)
-    return out, degrees
+    out = new_gradient(problem) if gradient else None
+    target = None if out is None else vocabulary(out, problem)
+    temperature_grad = upstream.kd.new_zeros(problem.rows) if temperature else None
+    weights = weights_of(upstream, sweeps.plain.scales[0])
+    for rows, terms in sweeps:
+        write_gradient(problem, rows, terms, weights, target, temperature_grad)
+    return out, temperature_grad
 
 
 def fused(
     problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Weighted loss rows, `values` with metrics, and the gradient of the sum of those rows."""
-    target = new_gradient(problem) if out is None else out.view(problem.student.shape)
-    entropy = coefficients.entropy is not None
+    inplace = out is not None
+    out = new_gradient(problem) if out is None else out.view(problem.student.shape)
+    target, entropy = vocabulary(out, problem), coefficients.entropy is not None
     alone = (coefficients.ce is None or problem.teacher is None) and not entropy
-    room = vocabulary(target, problem) if alone and out is None else None
-    sweeps = Sweeps(problem, entropy, metrics, room)
+    sweeps = Sweeps(problem, entropy, metrics, target if alone and not inplace else None)
     sharding.run(problem.merge, sweeps.forward())
     values = sweeps.values()
-    sweeps.gradient(coefficients, target, None)
-    if out is not None:
-        blank(problem, target)
-    return coefficients.weigh(values), values if metrics else None, target
+    weights = weights_of(coefficients, sweeps.plain.scales[0])
+    for rows, terms in sweeps:
+        write_gradient(problem, rows, terms, weights, target, None)
+    if inplace:
+        blank(problem, out)
+    return coefficients.weigh(values), values if metrics else None, out
 
 
 # --- sweeps -----------------------------------------------------------------------------------
@@ -85,7 +91,7 @@ class Sweeps(Columns):
     def forward(self) -> sharding.Phases[None]:
         """Finds all that is to be known of the rows, by two sweeps."""
         names = statistics_names(self)
-        fields = self._swept(names, self._statistics)
+        fields = self._swept(names, self._statistics, self._doubtful_statistics)
         pieces = yield torch.cat([fields, self.in_fp64[None].double()])
         self.known = joined(self, dict(zip([*names, "exact"], pieces.unbind(1), strict=True)))
         self._mark()
@@ -94,7 +100,8 @@ class Sweeps(Columns):
             later.append(("later", "log2_exp"))
         later += ["mass"] * self.cancels_later
         if later:
-            pieces = yield self._swept(later, self._sums, ["slope"] * self.cancels_later)
+            own = ["slope"] * self.cancels_later
+            pieces = yield self._swept(later, self._sums, self._doubtful_sums, own)
             self.known.update(zip(later, pieces.sum(0), strict=True))
         if self.cancels_later:
             sum_exp = self.known[STUDENT, "sum_exp"] * self.known["mass"]
@@ -112,9 +119,7 @@ class Sweeps(Columns):
             self._later(
                 x, self._in_full((name, "shift"), rows), scale, self._of((name, "sum_exp"), rows)
             )
-            for name, x, scale in zip(
-                SIDES, precision.logits(rows), (scales[0], scales[-1]), strict=False
-            )
+            for name, x, scale in zip(SIDES, precision.logits(rows), scales, strict=False)
         ]
         if (kept := self._place(rows)) is not None:
             weight, place = self._of("weight", rows), kept if later else precision.store.new()
@@ -160,10 +165,9 @@ class Sweeps(Columns):
     def _divergence(self) -> None:
         """Adds the divergence of all rows, its derivative to T, and which differ little."""
         problem, known, self.precision = self.problem, self.known, self.exact
-        rows = Rows(0, slice(0, problem.rows), slice(0, problem.rows))
-        sides = [empty(*(self._of((name, part), rows) for part in PARTS)) for name in SIDES]
+        sides = [empty(*(self._of((name, part), self.every) for part in PARTS)) for name in SIDES]
         none, scale = sides[0].exp, self.exact.scales[0]
-        pair = self._shard(sides, rows, scale, lambda: torch.empty_like(none), later=True)
+        pair = self._shard(sides, self.every, scale, lambda: torch.empty_like(none), later=True)
         value, descent = self.kind.value_and_descent(pair, problem.a, problem.b)
         kd = value[:, 0].clone()
         close = kd.abs() < CLOSE
@@ -175,7 +179,7 @@ class Sweeps(Columns):
         if self.tempered:
             mean, sums = known[STUDENT, "log2_exp"], known["later", "log2_exp"]
             slope = LN2 * (descent.total * mean[:, None] - descent.factor * sums[:, None])[:, 0]
-            dead = ~self._counts() | (kd.abs() > FAR) & ~finite(descent)[:, 0].expand_as(kd)
+            dead = ~self.counts | (kd.abs() > FAR) & ~finite(descent)[:, 0].expand_as(kd)
             slope = torch.where(dead, 0.0, slope)
             if curvature is not None:
                 slope = torch.where(close, -curvature * LN2 * known["covariance"], slope)
@@ -196,9 +200,7 @@ class Sweeps(Columns):
             found[TEACHER_ENTROPY] = self._entropy(TEACHER)
             found[AGREEMENT] = known["agreement"]
         values = new_values(problem, kinds)
-        kept = self._counts()
-        if problem.counted is not None:
-            kept = kept & problem.counted
+        kept = self.counts if problem.counted is None else self.counts & problem.counted
         for kind, value in found.items():
             if kind < kinds and value is not None:
                 value = torch.where(value > FAR, torch.inf, value)
@@ -220,65 +222,43 @@ class Sweeps(Columns):
         name = name if name in self.sides else STUDENT
         return self.known[name, "sum_exp"].log() - LN2 * self.known[name, "log2_exp"]
 
-    def gradient(self, upstream: Coefficients, out: Tensor | None, degrees: Tensor | None) -> None:
-        """Writes the gradient to the student's logits, and to the temperature of each row."""
-        target = None if out is None else vocabulary(out, self.problem)
-        weights = weights_of(upstream, self.plain.scales[0])
-        for rows, terms in self._terms_of_all():
-            write_gradient(self.problem, rows, terms, weights, target, None)
-        if degrees is not None:
-            degrees.copy_(self._temperature(weights_of(upstream, self.exact.scales[0])))
-
-    def _terms_of_all(self) -> Iterator[tuple[Rows, Terms]]:
-        counts, odd = self._counts(), None
-        if self.sides[1:]:  # rows whose descent is none, or not that of the formulas
-            kd, close = self.known["kd"], self.known["close"]
-            odd = ~counts | ~(kd.abs() < FAR) | (close > 0)
-        some_count = None if counts.all() else counts
-        odd = None if odd is None or not odd.any() else odd
+    def __iter__(self) -> Iterator[tuple[Rows, Terms]]:
+        """The terms of all rows that count, block by block, but for their values."""
         for precision in (self.plain, self.exact):
             for rows in self._rows(precision):
-                yield rows, self._terms(rows, some_count, odd)
+                yield rows, self._terms(rows)
 
-    def _temperature(self, weights: Coefficients) -> Tensor:
-        """The derivative to T of each row, the same on all owners."""
-        kept = self._counts()
-        none = torch.zeros_like(kept, dtype=torch.float64)
+    @cached_property
+    def odd(self) -> Tensor:
+        """Rows whose descent is none, or not that of the formulas, [N]."""
+        kd, close = self.known["kd"], self.known["close"]
+        return ~self.counts | ~(kd.abs() < FAR) | (close > 0)
+
+    @cached_property
+    def tempering(self) -> list[Tensor]:
+        """As in Terms, [N, 1]; in fp64, and so the same on all owners."""
+        none = torch.zeros_like(self.known[STUDENT, "shift"])
         slopes = [self.known.get(name, none) for name in ("kd_slope", "entropy_slope")]
-        kd, entropy = (
-            x[:, 0] if isinstance(x, Tensor) else x for x in (weights.kd, weights.entropy)
-        )
-        found = -Coefficients(kd, entropy, None).weigh(slopes)
-        if self.problem.counted is not None:
-            kept = kept & self.problem.counted
-        if self.problem.moments is not None:
-            found = found * self.problem.moments[0, WIDTH]
-        return torch.where(kept, found, 0.0)
+        return [torch.where(self.counts, slope, 0.0)[:, None] for slope in slopes]
 
-    def _terms(self, rows: Rows, counts: Tensor | None, odd: Tensor | None) -> Terms:
-        """counts, odd: [N], of rows; None: all count, none is odd."""
-        problem, tempering = self.problem, None
-        pair, unit = self._pair(rows, later=True), None
+    def _terms(self, rows: Rows) -> Terms:
+        problem, pair = self.problem, self._pair(rows, later=True)
+        descent = unit = counts = tempering = None
         if problem.labels is not None:
             unit = pair.student
             if not isinstance(pair.student_scale, float) or pair.student_scale != 1:
                 unit = self._unit(rows)
-        if self.tempered:
-            zero = torch.zeros_like(pair.student.sum_exp)
-            slopes = [
-                self._of(name, rows) if name in self.known else zero
-                for name in ("kd_slope", "entropy_slope")
-            ]
-            tempering = slopes[0], slopes[1]
-        descent = None
-        if problem.teacher is not None:
+        if self.sides[1:]:
             _, descent = self.kind.value_and_descent(pair, problem.a, problem.b)
-            if odd is not None and odd[rows.flat].any():
+            if self.odd[rows.flat].any():
                 descent = self._mended(rows, pair, descent)
-        self._make(pair.student if problem.teacher is not None or self.entropy else unit, unit)
-        here = None if counts is None else counts[rows.flat, None]
-        place = self._place(rows) if here is None else None
-        return Terms({}, pair, descent, unit, here, tempering, place)
+        self._make(pair.student if self.sides[1:] or self.entropy else unit, unit)
+        if not (here := self.counts[rows.flat, None]).all():
+            counts = here
+        if self.tempered:
+            tempering = [slope[rows.flat] for slope in self.tempering]
+        place = self._place(rows) if counts is None else None
+        return Terms({}, pair, descent, unit, counts, tempering, place)
 
     def _make(self, *sides: Softmax | None) -> None:
         """Finds what the gradient reads of the student's logits, which it may overwrite."""
@@ -294,7 +274,7 @@ class Sweeps(Columns):
             d -= self._in_full("mean", rows)[some]
             curvature = self.kind.curvature(self.problem.a, self.problem.b)
             descent = first_term(descent, some, d, pair.student, curvature)
-        return mended(descent, self._of("kd", rows)[:, 0], ~self._counts()[rows.flat])
+        return mended(descent, self._of("kd", rows)[:, 0], ~self.counts[rows.flat])
 
     def packed(self) -> Tensor:
         """What the gradient needs, [F, N]."""

@@ -45,7 +45,7 @@ class Terms(NamedTuple):
     unit: Softmax | None  # the student's at temperature 1; None: no cross-entropy
     counts: Tensor | None  # [R, 1], bool: rows with a logit on either side; None: all
     # -T times the derivatives of divergence and entropy to T, [R, 1]; None: from the gradient.
-    tempering: tuple[Tensor, Tensor] | None = None
+    tempering: Sequence[Tensor] | None = None
     place: Tensor | None = None  # of the gradient, where the student's `exp` are
 
 
