@@ -197,33 +197,22 @@ def _generalized_jsd(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return loss
 
 
-def _rows_of_logits(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _rows(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Of logits; log-probabilities are some, whose callers norm them and pass the gradient on."""
+    signature = inspect.signature(own)
+
     @functools.wraps(own)
-    def loss(
-        student_logits: Tensor, teacher_logits: Tensor, *, distillation_alpha: float
-    ) -> Tensor:
-        return _rows(student_logits, teacher_logits, distillation_alpha)
+    def loss(*arguments: Any, **keywords: Any) -> Tensor:
+        student, teacher, beta = signature.bind(*arguments, **keywords).arguments.values()
+        return distillation_loss(
+            student,
+            teacher,
+            divergence=divergence_of(beta),
+            reduction="none",
+            teacher_grad=teacher.requires_grad,
+        )
 
     return loss
-
-
-def _rows_of_log_probs(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    @functools.wraps(own)
-    def loss(student_log_probs: Tensor, teacher_log_probs: Tensor, alpha: float) -> Tensor:
-        return _rows(student_log_probs, teacher_log_probs, alpha)
-
-    return loss
-
-
-def _rows(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    """Log-probabilities are logits too: the callers norm them, and pass the gradient through."""
-    return distillation_loss(
-        student,
-        teacher,
-        divergence=divergence_of(beta),
-        reduction="none",
-        teacher_grad=teacher.requires_grad,
-    )
 
 
 def _heads(own: Any) -> type:
@@ -233,39 +222,35 @@ def _heads(own: Any) -> type:
         """Takes the place of TRL's autograd Function of this signature."""
 
         @staticmethod
-        def apply(
-            student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None,
-            teacher_hidden: Tensor, teacher_weight: Tensor, teacher_bias: Tensor | None,
-            beta: float, temperature: float = 1.0,
-            student_logit_scale: float = 1.0,
-            student_final_logit_softcapping: float | None = None,
-            teacher_logit_scale: float = 1.0,
-            teacher_final_logit_softcapping: float | None = None,
-        ) -> tuple[Tensor, Tensor]:  # fmt: skip
-            """The divergence of each row and the student's entropy there, fp32 [N]."""
-            if zero3():  # the backward would find the heads in pieces
-                return own.apply(
-                    student_hidden, student_weight, student_bias,
-                    teacher_hidden, teacher_weight, teacher_bias, beta, temperature,
-                    student_logit_scale, student_final_logit_softcapping,
-                    teacher_logit_scale, teacher_final_logit_softcapping,
-                )  # fmt: skip
-            bias = None if teacher_bias is None else teacher_bias.detach()
-            rows, metrics = distillation_loss(
-                LinearHead(
-                    student_hidden, student_weight, student_bias,
-                    student_logit_scale, student_final_logit_softcapping,
-                ),
-                LinearHead(
-                    teacher_hidden.detach(), teacher_weight.detach(), bias,
-                    teacher_logit_scale, teacher_final_logit_softcapping,
-                ),
-                divergence=divergence_of(beta), temperature=temperature,
-                scale_by_temperature=False, reduction="none", return_metrics=True,
-            )  # fmt: skip
-            return rows, metrics.student_entropy
+        def apply(*arguments: Any) -> tuple[Tensor, Tensor]:
+            # Under ZeRO-3 the backward would find the heads in pieces.
+            return own.apply(*arguments) if zero3() else _divergence_of_heads(*arguments)
 
     return ChunkedDivergence
+
+
+def _divergence_of_heads(
+    student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None,
+    teacher_hidden: Tensor, teacher_weight: Tensor, teacher_bias: Tensor | None,
+    beta: float, temperature: float = 1.0,
+    student_logit_scale: float = 1.0, student_final_logit_softcapping: float | None = None,
+    teacher_logit_scale: float = 1.0, teacher_final_logit_softcapping: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The divergence of each row and the student's entropy there, fp32 [N]."""
+    bias = None if teacher_bias is None else teacher_bias.detach()
+    rows, metrics = distillation_loss(
+        LinearHead(
+            student_hidden, student_weight, student_bias,
+            student_logit_scale, student_final_logit_softcapping,
+        ),
+        LinearHead(
+            teacher_hidden.detach(), teacher_weight.detach(), bias,
+            teacher_logit_scale, teacher_final_logit_softcapping,
+        ),
+        divergence=divergence_of(beta), temperature=temperature,
+        scale_by_temperature=False, reduction="none", return_metrics=True,
+    )  # fmt: skip
+    return rows, metrics.student_entropy
 
 
 PLACES = (
@@ -296,14 +281,12 @@ PLACES = (
         Place(
             trainer,
             tuple(f"trl.experimental.{trainer}.{m}" for m in ("loss_utils", f"{trainer}_trainer")),
-            name, parameters, replacement,
+            name, parameters, _rows,
         )
         for trainer in ("sdft", "sdpo")
-        for name, parameters, replacement in (
-            ("compute_divergence", ("student_log_probs", "teacher_log_probs", "alpha"),
-             _rows_of_log_probs),
-            ("compute_full_logit_self_distillation_loss", (*LOGITS, "distillation_alpha"),
-             _rows_of_logits),
+        for name, parameters in (
+            ("compute_divergence", ("student_log_probs", "teacher_log_probs", "alpha")),
+            ("compute_full_logit_self_distillation_loss", (*LOGITS, "distillation_alpha")),
         )
     ),
 )  # fmt: skip
