@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import torch
 from torch import Tensor
 
 from fastkd.cache import Best, CacheError, Draws, Full, Hidden, Layout, write
@@ -18,9 +17,8 @@ from fastkd.operands import LinearHead
 
 from . import cli, models, report, sequences, settings
 from .cached import APART, TOKENIZER, Corpus
-from .devices import pick
 from .errors import RunError, Usage, hush_torchao, needs
-from .job import precision, text
+from .job import precision, set_up
 
 CACHE = "Write what a teacher says of a text once, to train from it without the teacher."
 ABOUT_CACHE = """
@@ -58,10 +56,7 @@ def add(commands: Any) -> None:
 
 
 def _cache(options: argparse.Namespace) -> None:
-    given = {name: value for name, value in vars(options).items() if name in SETTINGS}
-    for name in ("data", "eval_data", "teacher"):
-        if name in given:
-            given[name] = settings.absolute(name, given[name])
+    given = settings.absolute({k: v for k, v in vars(options).items() if k in SETTINGS})
     # The student plays no part, but these are the settings of a run that has one.
     if len(given["teacher"]) > 1:
         raise Usage("--teacher: a cache cites one teacher")
@@ -87,25 +82,15 @@ def run(chosen: settings.UserModels, kept: Layout, folder: Path) -> None:
     """Writes the cache, and says what it takes."""
     hush_torchao()
     needs("transformers", "datasets", "accelerate", "rich", "safetensors")
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if chosen.threads:
-        torch.set_num_threads(chosen.threads)
-    device = pick(chosen.device)
+    device = set_up(chosen)
     (name,) = chosen.teacher
-    tokenizer = models.common_tokenizer(chosen.teacher, name)
-    if chosen.chat_template:
-        tokenizer.chat_template = text(chosen.chat_template)
+    tokenizer = models.common_tokenizer(chosen.teacher, name, chosen.chat_template)
     vocab_size = models.vocabulary(tokenizer, chosen.vocab_size)
     try:
         kept.check(vocab_size)
     except ValueError as error:
         raise Usage(str(error)) from None
-    shape = models.configuration(name)
-    models.check_width("teacher", shape, vocab_size, chosen.vocab_size)
-    models.check_positions("teacher", shape, chosen.sequence_length)
+    models.check_shape("teacher", name, chosen, vocab_size)
     model = models.load(name, precision(chosen.precision, device)).to(device).eval()
     with tempfile.TemporaryDirectory() as temporary, report.bars() as bars:
         training, held_out, counts = sequences.prepare(

@@ -192,10 +192,7 @@ def _settings(
     values: dict[str, Any], given: dict[str, Any]
 ) -> settings.DefaultJob | settings.UserModels:
     """The settings of the job that is meant: options win over the file, and that over defaults."""
-    both = {**values, **given}
-    for name in ("data", "eval_data", "teacher", "teacher_cache", "student", "chat_template"):
-        if name in both:
-            both[name] = settings.absolute(name, both[name])
+    both = settings.absolute({**values, **given})
     if both.keys() & {"teacher", "teacher_cache", "student"}:
         return settings.build(settings.UserModels, both)
     return settings.build(settings.DefaultJob, both)

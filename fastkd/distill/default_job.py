@@ -24,9 +24,9 @@ from . import config, corpus, devices, files, report, storage
 from .corpus import Corpus
 from .documents import Counts
 from .errors import Interrupted, RunError, Usage, needs
-from .methods import EAGER, FASTKD, HARD, LONGER, TEACHER
+from .methods import EAGER, FASTKD, FIGURES, HARD, LONGER, TEACHER
 from .settings import DefaultJob
-from .train import FIGURES, Training
+from .train import Training
 
 # Largest relative difference allowed between fastkd's loss and the other spelling's of it, both in
 # fp32 on the same logits, in any step.
@@ -218,7 +218,7 @@ class Experiment:
             parts = self.parts()
             self.training = self._begin(parts[min(len(self.done), len(parts) - 1)])
             self.training.load(state["training"])
-        except (KeyError, TypeError, AttributeError) as error:
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise RunError(
                 f"the checkpoint does not fit this run ({type(error).__name__}): start again"
             ) from None

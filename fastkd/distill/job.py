@@ -33,57 +33,56 @@ class Job:
         tokens: Path,
         tell: Callable[[int], None] = lambda sequences: None,
     ) -> None:
-        import transformers
         from accelerate import PartialState
 
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        if chosen.threads:
-            torch.set_num_threads(chosen.threads)
-        self.device = pick(chosen.device)
-        _check_processes(chosen)
-        quantised.check(chosen.teacher_precision, chosen.quantize)
-        placement(chosen.teacher_device)
+        self.device = set_up(chosen)
         self.dtype = precision(chosen.precision, self.device)
-        common = (chosen, tokens, self.device, self.dtype)
-        _check_optimizer(chosen, _arguments(*common, eval_strategy="steps"))
-        if chosen.sampling_server:
-            _reach(chosen.sampling_server)
-        cache = cached.opened(chosen) if chosen.teacher_cache else None
-        self.teacher_tokens = None
-        if chosen.cross_tokenizer:
-            self.tokens, self.teacher_tokens = models.both_tokenizers(
-                chosen.teacher[0], chosen.student
-            )
-        else:
-            sources = chosen.teacher if cache is None else (str(cache.path / cached.TOKENIZER),)
-            self.tokens = models.common_tokenizer(sources, chosen.student)
-        if chosen.chat_template:
-            self.tokens.chat_template = text(chosen.chat_template)
+        _check_machine(chosen)
+        _check_optimizer(
+            chosen, _arguments(chosen, tokens, self.device, self.dtype, eval_strategy="steps")
+        )
+        self.cache = cached.opened(chosen) if chosen.teacher_cache else None
+        self.tokens, self.teacher_tokens = self._tokenizers(chosen)
         self.vocab_size = models.vocabulary(self.tokens, chosen.vocab_size)
-        if cache is not None:
-            cached.check_loss(cache, chosen, self.vocab_size)
-        named = [*(("teacher", each) for each in chosen.teacher), ("student", chosen.student)]
-        other = None  # a teacher of other tokens
-        for what, name in named:
-            shape = models.configuration(name)
-            if what == "teacher" and self.teacher_tokens is not None:
-                models.check_width(what, shape, models.vocabulary(self.teacher_tokens, 0))
-                other = self.teacher_tokens, models.positions(shape)
-                continue
-            models.check_width(what, shape, self.vocab_size, chosen.vocab_size)
-            models.check_positions(what, shape, chosen.sequence_length)
-        models.check_rank(shape, chosen.lora)  # of the student, the last one
+        if self.cache is not None:
+            cached.check_loss(self.cache, chosen, self.vocab_size)
+        other = self._check_shapes(chosen)
         names = () if chosen.own_teacher() else chosen.teacher
         self.teachers = [models.teacher(name, chosen, self.dtype, self.device) for name in names]
-        self.cache = cache
         processes = PartialState(cpu=self.device.type == "cpu")
         with processes.main_process_first():
             self.training, self.held_out, self.counts = sequences.prepare(
                 chosen, self.tokens, tokens, tell, other
             )
-        if cache is not None:
-            self.training, self.held_out = cached.with_rows(cache, self.training, self.held_out)
+        if self.cache is not None:
+            self.training, self.held_out = cached.with_rows(
+                self.cache, self.training, self.held_out
+            )
+
+    def _tokenizers(self, chosen: settings.UserModels) -> tuple[Any, Any]:
+        """The student's, and the teacher's where it is another."""
+        if chosen.cross_tokenizer:
+            return models.both_tokenizers(chosen.teacher[0], chosen.student)
+        cache = self.cache
+        sources = chosen.teacher if cache is None else (str(cache.path / cached.TOKENIZER),)
+        return models.common_tokenizer(sources, chosen.student, chosen.chat_template), None
+
+    def _check_shapes(self, chosen: settings.UserModels) -> tuple[Any, int] | None:
+        """Refuses models that do not suit the tokens, before any weights are read.
+
+        Of a teacher of other tokens: its tokenizer, and the most tokens that it takes.
+        """
+        other = None
+        for name in chosen.teacher:
+            if self.teacher_tokens is None:
+                models.check_shape("teacher", name, chosen, self.vocab_size)
+            else:
+                shape = models.configuration(name)
+                models.check_width("teacher", shape, models.vocabulary(self.teacher_tokens, 0))
+                other = self.teacher_tokens, models.positions(shape)
+        shape = models.check_shape("student", chosen.student, chosen, self.vocab_size)
+        models.check_rank(shape, chosen.lora)
+        return other
 
     def trainer(
         self,
@@ -95,49 +94,52 @@ class Job:
         """Of a student as it was before any training, or as a checkpoint has it."""
         from transformers import PrinterCallback
 
-        from fastkd.integrations.transformers import DistillationTrainer
-
         model, self.came_in = self.student(chosen)
         if checkpoint is not None:
             model, _ = self.student(chosen, checkpoint)
         apart = self.cache is None or bool(self.cache.manifest.about.get(cached.APART))
         self.separate = apart and all(map(models.keeps_documents_apart, (*self.teachers, model)))
-        common = {
-            "loss": chosen.loss,
-            "vocab_size": self.vocab_size,
-            "shift": True,  # of whatever class: it was loaded as a causal language model
-            "model": model,
-            "args": _arguments(chosen, folder, self.device, self.dtype, **arguments),
-            "train_dataset": self.training,
-            "eval_dataset": self.held_out,
-        }
+        kind, others = self._kind_of_trainer(chosen)
+        try:
+            trainer = kind(
+                loss=chosen.loss,
+                vocab_size=self.vocab_size,
+                shift=True,  # of whatever class: it was loaded as a causal language model
+                model=model,
+                args=_arguments(chosen, folder, self.device, self.dtype, **arguments),
+                train_dataset=self.training,
+                eval_dataset=self.held_out,
+                **others,
+            )
+        except Indivisible as error:
+            raise Usage(str(error)) from None
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def _kind_of_trainer(
+        self, chosen: settings.UserModels
+    ) -> tuple[type[DistillationTrainer], dict[str, Any]]:
+        """A Trainer, and what it is told of the teacher."""
         if self.teacher_tokens is not None:
             from .cross import CrossTokenizerTrainer
 
-            theirs = self.teacher_tokens
-            trainer: DistillationTrainer = CrossTokenizerTrainer(
-                shared=shared_tokens(self.tokens.get_vocab(), theirs.get_vocab()),
-                teacher_vocab_size=models.vocabulary(theirs, 0),
-                distance=chosen.cross_tokenizer,
-                teacher=self.teachers,
-                data_collator=aligned.collate,
-                **common,
-            )
-        else:
-            try:
-                trainer = DistillationTrainer(
-                    teacher=self.cache if self.cache is not None else self.teachers or None,
-                    teacher_weights=parsing.weights(chosen.teacher_weights),
-                    heads=chosen.chunked_logits,
-                    on_policy=_on_policy(chosen, self.tokens.eos_token_id),
-                    tensor_parallel=chosen.tensor_parallel,
-                    data_collator=partial(sequences.collate, separate=self.separate),
-                    **common,
-                )
-            except Indivisible as error:
-                raise Usage(str(error)) from None
-        trainer.remove_callback(PrinterCallback)
-        return trainer
+            return CrossTokenizerTrainer, {
+                "teacher": self.teachers,
+                "shared": shared_tokens(self.tokens.get_vocab(), self.teacher_tokens.get_vocab()),
+                "teacher_vocab_size": models.vocabulary(self.teacher_tokens, 0),
+                "distance": chosen.cross_tokenizer,
+                "data_collator": aligned.collate,
+            }
+        from fastkd.integrations.transformers import DistillationTrainer
+
+        return DistillationTrainer, {
+            "teacher": self.cache if self.cache is not None else self.teachers or None,
+            "teacher_weights": parsing.weights(chosen.teacher_weights),
+            "heads": chosen.chunked_logits,
+            "on_policy": _on_policy(chosen, self.tokens.eos_token_id),
+            "tensor_parallel": chosen.tensor_parallel,
+            "data_collator": partial(sequences.collate, separate=self.separate),
+        }
 
     def student(
         self, chosen: settings.UserModels, checkpoint: Path | None = None
@@ -167,7 +169,19 @@ class Job:
         return " ".join(map(models.fingerprint, self.teachers or [student]))
 
 
-def _check_processes(chosen: settings.UserModels) -> None:
+def set_up(chosen: settings.UserModels) -> torch.device:
+    """Makes transformers quiet, takes the threads that were asked for; the device."""
+    from transformers import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    return pick(chosen.device)
+
+
+def _check_machine(chosen: settings.UserModels) -> None:
+    """Refuses what it has no processes, packages or devices for."""
     processes, share = int(os.environ.get("WORLD_SIZE", 1)), chosen.tensor_parallel
     if chosen.fsdp and processes == 1:
         raise Usage("fsdp: there is one process: start several by torchrun, or leave it out")
@@ -175,6 +189,10 @@ def _check_processes(chosen: settings.UserModels) -> None:
         check_processes(share, processes)
     except Indivisible as error:
         raise Usage(str(error)) from None
+    quantised.check(chosen.teacher_precision, chosen.quantize)
+    placement(chosen.teacher_device)
+    if chosen.sampling_server:
+        _reach(chosen.sampling_server)
 
 
 def precision(wanted: str, device: torch.device) -> torch.dtype:
@@ -182,13 +200,6 @@ def precision(wanted: str, device: torch.device) -> torch.dtype:
     able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = wanted == "bf16" or (wanted == "auto" and able)
     return torch.bfloat16 if bf16 else torch.float32
-
-
-def text(file: str) -> str:
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Usage(f"cannot read {file}: {one_line(error)}") from None
 
 
 def _on_policy(chosen: settings.UserModels, end: int | None) -> OnPolicy | None:

@@ -201,14 +201,20 @@ def positions(shape: Any) -> int:
     return most if isinstance(most, int) and most > 0 else sys.maxsize
 
 
-def check_positions(name: str, shape: Any, length: int) -> None:
-    most = positions(shape)
-    if most < length:
-        raise Usage(f"sequence_length={length} is beyond the {most} positions of the {name}")
+def check_shape(what: str, name: str, chosen: UserModels, size: int) -> Any:
+    """The configuration of a model; refuses one too small for the vocabulary or the sequences."""
+    shape, length = configuration(name), chosen.sequence_length
+    check_width(what, shape, size, chosen.vocab_size)
+    if (most := positions(shape)) < length:
+        raise Usage(f"sequence_length={length} is beyond the {most} positions of the {what}")
+    return shape
 
 
-def common_tokenizer(teachers: Sequence[str], student: str) -> Any:
-    """The one tokenizer of all models, of which some may come without."""
+def common_tokenizer(teachers: Sequence[str], student: str, template: str = "") -> Any:
+    """The one tokenizer of all models, of which some may come without.
+
+    `template` is a file with a chat template in place of its own.
+    """
     _check_path(student)
     tokens = [_tokenizer(name) for name in dict.fromkeys(teachers)]
     tokens += [] if is_config(student) or student in teachers else [_tokenizer(student)]
@@ -217,7 +223,16 @@ def common_tokenizer(teachers: Sequence[str], student: str) -> Any:
         raise RunError(f"neither {', '.join(teachers)} nor {student} holds a tokenizer")
     for other in found[1:]:
         check_tokenizers(found[0], other)
+    if template:
+        found[0].chat_template = _text(template)
     return found[0]
+
+
+def _text(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Usage(f"cannot read {file}: {one_line(error)}") from None
 
 
 def both_tokenizers(teacher: str, student: str) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ import torch
 from fastkd.doctor import versions
 
 from . import storage
-from .methods import EAGER, FASTKD, HARD, LONGER, other_name
+from .methods import EAGER, FASTKD, FIGURES, HARD, LONGER, other_name
 from .picture import BLUE, GRAY, ORANGE, png
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from .default_job import Experiment
 
 Figures = dict[str, Any]
-MEANS = ("validation_loss", "kl_to_teacher", "agreement")
-COLUMNS = ("step", "way", "temperature", "loss", "validation_loss", "kl_to_teacher", "agreement")
+COLUMNS = ("step", "way", "temperature", "loss", *FIGURES)
 EXPERIMENT = (*COLUMNS, "seed", "learning_rate")
 
 
@@ -77,7 +76,7 @@ class Result:
         spoken = {"teacher": teacher, best: experiment.chosen(best)[0], FASTKD: first}
         return cls(
             students,
-            {name: teacher[name] for name in (*MEANS, "steps")}
+            {name: teacher[name] for name in (*FIGURES, "steps")}
             | {"parameters": experiment.training.teacher.size()},
             other_name(experiment.settings.loss(step=0, steps=1)),
             first["difference"],
@@ -97,7 +96,7 @@ def _means(seeds: list[Figures]) -> Figures:
     """Of students that differ in their seed: means over all."""
     losses = [each["validation_loss"] for each in seeds]
     return {
-        **{name: statistics.mean(each[name] for each in seeds) for name in MEANS},
+        **{name: statistics.mean(each[name] for each in seeds) for name in FIGURES},
         "spread": statistics.stdev(losses) if len(losses) > 1 else 0.0,
         "losses": losses,
         **{name: seeds[0][name] for name in ("learning_rate", "steps")},
@@ -225,9 +224,7 @@ def say(text: str) -> None:
 
 
 def evaluation(step: int, figures: Figures) -> str:
-    loss, kl, agreement = (
-        figures[f"eval_{name}"] for name in ("validation_loss", "kl_to_teacher", "agreement")
-    )
+    loss, kl, agreement = (figures[f"eval_{name}"] for name in FIGURES)
     return f"step {step}: held-out loss {loss:.4f}, KL {kl:.4f}, agreement {agreement:.1%}"
 
 

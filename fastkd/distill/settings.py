@@ -24,6 +24,7 @@ S = TypeVar("S", bound="Common")
 
 # Of steps and the like; torch and NumPy take seeds of this size, and of a few more.
 COUNT = "[1, 2147483647]"
+PATHS = ("data", "eval_data", "teacher", "teacher_cache", "student", "chat_template")
 
 
 def setting(default: Any, text: str, within: str = "") -> Any:
@@ -383,14 +384,18 @@ def _as(kind: Any, name: str, value: Any) -> Any:
     raise Usage(f"{name} must be {expected.get(kind, 'a list of strings')}, got {value!r}")
 
 
-def absolute(name: str, value: Any) -> Any:
-    """Local paths so that a resumed run finds them from any folder; all else as it is."""
+def absolute(values: Mapping[str, Any]) -> dict[str, Any]:
+    """With local paths so that a resumed run finds them from any folder."""
+    return {name: _path(name, each) if name in PATHS else each for name, each in values.items()}
+
+
+def _path(name: str, value: Any) -> Any:
     if name in ("data", "eval_data"):
         names = [value] if isinstance(value, str) else value
         if isinstance(names, list | tuple) and all(isinstance(each, str) for each in names):
             find(names)
             return [each if each.startswith(PREFIX) else os.path.abspath(each) for each in names]
     if isinstance(value, list | tuple):
-        return [absolute("", each) for each in value]
+        return [_path("", each) for each in value]
     here = isinstance(value, str) and value and os.path.exists(value)
     return str(Path(value).resolve()) if here else value

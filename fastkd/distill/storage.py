@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ CHECKPOINT = "checkpoint.pt"
 CONFIG = "config.toml"
 METRICS = "metrics.json"
 TRAINER_STATE = "trainer_state.json"
-# What a process leaves that is killed while it probes a folder or replaces a file.
-LEFTOVER = re.compile(r"\.(probe-|.+\.)\d+")
+# What a process leaves that is killed while it replaces a file.
+LEFTOVER = re.compile(r"\..+\.\d+")
 
 
 @contextlib.contextmanager
@@ -43,10 +44,8 @@ def new_folder(out: str | None, *, ours: str = "") -> Iterator[Path]:
             _check_empty(folder)
         for path in _leftovers(folder):
             path.unlink(missing_ok=True)
-        with _writable(folder):  # before hours go into training
-            probe = folder / f".probe-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
+        with _writable(folder), tempfile.TemporaryFile(dir=folder):
+            pass  # before hours go into training
         try:
             yield folder
         finally:

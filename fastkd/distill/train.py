@@ -18,13 +18,12 @@ from . import measure, settings
 from .corpus import Corpus
 from .errors import RunError
 from .gpt import GPT, Shape, optimizer
-from .methods import EAGER, FASTKD, HARD, TEACHER, Loss, methods, needs_teacher
+from .methods import EAGER, FASTKD, FIGURES, HARD, TEACHER, Loss, methods, needs_teacher
 
 # The teacher sees other batches than the students: both draw from the seed, under these names.
 TEACHER_BATCHES, STUDENT_BATCHES = 1, 2
-# Rows of held-out text that are evaluated at once, and what comes of them.
+# Rows of held-out text that are evaluated at once.
 EVALUATED = 1024
-FIGURES = ("validation_loss", "kl_to_teacher", "agreement")
 
 Row = dict[str, Any]
 
@@ -175,10 +174,7 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """On held-out text, per token: nats, nats, and a share.
-
-        Of the students, or of the teacher where there are none.
-        """
+        """FIGURES of the students, or of the teacher where there are none."""
         ids, labels = self.corpus.held_out(self.settings.sequence_length)
         size = max(1, EVALUATED // self.settings.sequence_length)
         models = self.students or {TEACHER: self.teacher}
@@ -244,19 +240,14 @@ class Training:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        try:
-            if state["fingerprint"] != self.corpus.fingerprint():
-                raise RunError(
-                    "the text or its tokenizer is another than when this run began "
-                    "(another Python? a changed file?): start again"
-                )
-            for name, model in self._models().items():
-                model.load_state_dict(state["models"][name])
-                self._optimizers[name].load_state_dict(state["optimizers"][name])
-            self.teacher_step, self.step = state["teacher_step"], state["step"]
-            self.rows, self.seconds = state["rows"], state["seconds"]
-            self.difference, self.drift = state["differences"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if state["fingerprint"] != self.corpus.fingerprint():
             raise RunError(
-                f"the checkpoint does not fit this run ({type(error).__name__}): start again"
-            ) from None
+                "the text or its tokenizer is another than when this run began "
+                "(another Python? a changed file?): start again"
+            )
+        for name, model in self._models().items():
+            model.load_state_dict(state["models"][name])
+            self._optimizers[name].load_state_dict(state["optimizers"][name])
+        self.teacher_step, self.step = state["teacher_step"], state["step"]
+        self.rows, self.seconds = state["rows"], state["seconds"]
+        self.difference, self.drift = state["differences"]

@@ -21,6 +21,7 @@ from .default_job import Stop
 from .devices import enough_memory
 from .errors import Interrupted, RunError, Usage, hush_torchao, needs, one_line
 from .job import Job, precision
+from .methods import FIGURES
 
 if TYPE_CHECKING:
     from transformers import TrainerState
@@ -90,16 +91,7 @@ def _run(chosen: settings.UserModels, folder: Path, resume: bool) -> dict[str, A
             _train(trainer, watch, folder, checkpoint)
         if watch.stopped:
             raise Interrupted(f"stopped; go on with: fastkd distill --resume {folder}")
-    evaluated = [entry for entry in trainer.state.log_history if "eval_agreement" in entry]
-    figures = {
-        "before": plain(evaluated[0]),
-        "after": plain(evaluated[-1]),
-        "teacher": ", ".join(chosen.teacher or job.cited),
-        "settings": asdict(chosen),
-        "vocab_size": job.vocab_size,
-        "data": asdict(job.counts),
-        "machine": report.machine(trainer.args.device),
-    }
+    figures = _figures(trainer, job, chosen)
     _save(trainer, job, chosen, figures, folder)
     return figures
 
@@ -239,9 +231,22 @@ def _broken(checkpoint: Path, error: Exception) -> RunError:
     )
 
 
+def _figures(trainer: DistillationTrainer, job: Job, chosen: settings.UserModels) -> dict[str, Any]:
+    """What metrics.json and the model card say."""
+    evaluated = [entry for entry in trainer.state.log_history if "eval_agreement" in entry]
+    return {
+        "before": plain(evaluated[0]),
+        "after": plain(evaluated[-1]),
+        "teacher": ", ".join(chosen.teacher or job.cited),
+        "settings": asdict(chosen),
+        "vocab_size": job.vocab_size,
+        "data": asdict(job.counts),
+        "machine": report.machine(trainer.args.device),
+    }
+
+
 def plain(values: dict[str, float]) -> dict[str, float]:
-    names = ("validation_loss", "kl_to_teacher", "agreement")
-    return {name: values[f"eval_{name}"] for name in names}
+    return {name: values[f"eval_{name}"] for name in FIGURES}
 
 
 # --- what came of it -------------------------------------------------------------------------
