@@ -282,7 +282,7 @@ def taid(lp, lq, p, q, d, d2, c, a, b):
 
 @triton.jit
 def taid_outer(total, c, a, b):
-    return tl.where(c > -float("inf"), total, float("inf"))
+    return tl.where(c == -float("inf"), float("inf"), total)
 
 
 @triton.jit
@@ -314,7 +314,8 @@ def alpha_beta(lp, lq, p, q, d, d2, c, a, b):
     value = tl.where(near, tl.exp2(times(s, lo)) * (x * x) * bent, far)
     slope = -growth(lp, lq, d2, a, a + b)
     slope = tl.where(slope == slope, slope, float("inf"))
-    return tl.where(some, value, 0.0), tl.where(some, slope, 0.0) - q * c
+    fault = (p + q) * 0.0  # NaN of a broken row, which `far` has not kept
+    return tl.where(some, value, 0.0) + fault, tl.where(some, slope, 0.0) - q * c
 
 
 TABLE = {

@@ -33,7 +33,7 @@ def dkd_exchanged_outer(total, c, a, b, label):
 @triton.jit
 def dkd_exchanged_at_label(total, c, a, b, label):
     q, rest = probabilities(label.s_odds)
-    return b, tl.where(tl.abs(label.d) < float("inf"), a * (q * rest) * -label.d, 0.0)
+    return b, tl.where(tl.abs(label.d) == float("inf"), 0.0, a * (q * rest) * -label.d)
 
 
 @triton.jit

@@ -103,7 +103,9 @@ def join(row, stats, label, s_logit, t_logit, temper, SAME: tl.constexpr, WANT: 
     if AT_LABEL is None:
         return row
     else:
-        nowhere, inf = tl.where(label == NOWHERE, float("nan"), 0.0), float("inf")
+        inf = float("inf")
+        fault = (label == NOWHERE) | (s_logit == inf) | (t_logit == inf)
+        fault = tl.where(fault, float("nan"), 0.0)
         t_odds, s_odds, _, _, d, _ = R.elements(s_logit, t_logit, row, temper, SAME)
         # Of a side that has no other column it is certain.
         s_some, t_some = stats.s_sum != 0, stats.t_sum != 0
@@ -113,7 +115,7 @@ def join(row, stats, label, s_logit, t_logit, temper, SAME: tl.constexpr, WANT: 
         s_odds, t_odds = tl.where(alive, s_odds, 0.0), tl.where(alive, t_odds, 0.0)
         zero = tl.zeros_like(row.s_max)
         beside = records.Label(
-            s_logit, t_logit, s_odds + nowhere, t_odds + nowhere, d + nowhere, zero, zero
+            s_logit, t_logit, s_odds + fault, t_odds + fault, d + fault, zero, zero
         )
         t_entropy = row.t_entropy
         if records.TEACHER_ENTROPY & WANT:
@@ -159,14 +161,17 @@ def with_slopes(row, total, a, b, WANT: tl.constexpr, AT_LABEL: tl.constexpr):
 
 @triton.jit
 def beside_others(label):
-    """Whether both sides have other columns."""
-    return (label.s_odds < float("inf")) & (label.t_odds < float("inf"))
+    """Whether both sides have other columns, as far as that is known."""
+    return (label.s_odds != float("inf")) & (label.t_odds != float("inf"))
 
 
 @triton.jit
 def total_of(row, total):
-    """The sum of the others' values: 0 where a side has none, but for a mass that nothing meets."""
-    return tl.where(beside_others(row.label) | (total == float("inf")), total, 0.0)
+    """The sum of the others' values: 0 where a side has none, but for a mass that nothing meets;
+    NaN where the label or another column is, of which a divergence may ask no more than this."""
+    s_odds, t_odds = row.label.s_odds, row.label.t_odds
+    total = tl.where(beside_others(row.label) | (total == float("inf")), total, 0.0)
+    return tl.where((s_odds == s_odds) & (t_odds == t_odds), total, float("nan"))
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -14,8 +15,11 @@ TRITON = [pytest.param("triton", marks=NO_TRITON)]
 DIVERGENCES = [
     "forward_kl", "reverse_kl", fastkd.Jeffreys(0.3, 0.7), fastkd.JSD(0.5), fastkd.JSD(1e-4),
     fastkd.SkewKL(0.1), fastkd.SkewReverseKL(0.1), "tvd", fastkd.AlphaDivergence(2.0),
-    fastkd.AlphaDivergence(0.001), fastkd.Renyi(0.5),
+    fastkd.AlphaDivergence(0.001), fastkd.Renyi(0.5), fastkd.TAID(0.4), fastkd.AlphaBeta(0.2, 0.7),
+    fastkd.ToDi(),
 ]  # fmt: skip
+LABEL_AWARE = [fastkd.DKD(), fastkd.DKD(0.0, 2.0), fastkd.NKD()]
+BROKEN = ((0, math.nan), (1, math.nan), (0, math.inf), (1, math.inf))
 COLUMNS = [pytest.param(3, id="resident"), pytest.param(300, id="swept")]
 
 
@@ -24,7 +28,7 @@ COLUMNS = [pytest.param(3, id="resident"), pytest.param(300, id="swept")]
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_a_broken_row_has_a_broken_gradient(divergence, columns, backend):
     """Zeros there would let a GradScaler take the step."""
-    for side, broken in ((0, math.nan), (1, math.nan), (0, math.inf), (1, math.inf)):
+    for side, broken in BROKEN:
         sides = [torch.randn(2, columns) for _ in range(2)]
         sides[side][0, 1] = broken
         for way in ("forward", "backward"):
@@ -34,6 +38,31 @@ def test_a_broken_row_has_a_broken_gradient(divergence, columns, backend):
             assert loss.isnan(), (side, broken, way)
             assert gradient[0].isnan().all(), (side, broken, way)
             assert gradient[1].isfinite().all(), (side, broken, way)
+
+
+@pytest.mark.parametrize("backend", ["torch", *TRITON])
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("divergence", LABEL_AWARE, ids=str)
+def test_a_row_broken_at_its_label_or_beside_it(divergence, columns, backend):
+    """A label at +inf is not a student that is certain of it."""
+    broken = list(product(BROKEN, (0, 1)))
+    sides = [torch.randn(len(broken) + 1, columns) for _ in range(2)]
+    for row, ((side, number), _) in enumerate(broken):
+        sides[side][row, 1] = number
+    labels = torch.tensor([*(label for _, label in broken), 0])
+    for way, reduction in (("forward", "sum"), ("backward", "none")):
+        leaves = [x.clone().requires_grad_(x is sides[0] or way == "backward") for x in sides]
+        loss = fastkd.distillation_loss(
+            *leaves, labels, divergence=divergence, backend=backend, gradient=way,
+            teacher_grad=True, reduction=reduction,
+        )  # fmt: skip
+        loss.sum().backward()
+        assert loss.flatten()[: len(broken)].isnan().all(), way
+        assert loss.flatten()[-1].isfinite() or reduction == "sum"
+        for leaf in leaves:
+            if leaf.requires_grad:
+                assert leaf.grad[:-1].isnan().all(), (way, leaf.grad[:, 1])
+                assert leaf.grad[-1].isfinite().all(), way
 
 
 @pytest.mark.parametrize("backend", TRITON)
