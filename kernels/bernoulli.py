@@ -30,6 +30,7 @@ APART = tl.constexpr(64.0)
 
 
 class Logistic(NamedTuple):
+    x: Any
     small: Any  # sigmoid(-|x|)
     large: Any  # sigmoid(|x|)
     log: Any  # log(1 + e^-|x|), which is minus the log of the latter
@@ -71,18 +72,19 @@ def _logistic(x, DIGITS: tl.constexpr):
     log = A.fast_log2(1.0 + e) * A.LN2
     if DIGITS:
         log = tl.where(e < LOG1P_RADIUS, e - e * (e * A.log1p_remainder(e)), log)
-    return Logistic(e * large, large, log)
+    return Logistic(x, e * large, large, log)
 
 
 @triton.jit
-def _divergence(z, y, h, student, teacher, a, b, REVERSE: tl.constexpr):
-    """a KL(p || q) + b KL(q || p), its slope to the tempered logit z, and q (1 - q); h = z - y.
+def _divergence(student, teacher, h, a, b, REVERSE: tl.constexpr):
+    """a KL(p || q) + b KL(q || p), its slope to the student's tempered logit, and q (1 - q).
 
     Both are the same with yes and no exchanged: so that p of the first becomes s <= 1/2.
-    student, teacher: Logistic of z and of y.
+    h: the difference of the tempered logits.
     """
-    s, up = teacher.small, y > 0
-    z, y, h = tl.where(up, -z, z), -tl.abs(y), tl.where(up, -h, h)
+    s, up = teacher.small, teacher.x > 0
+    z, y = tl.where(up, -student.x, student.x), -tl.abs(teacher.x)
+    h = tl.where(up, -h, h)
     q = tl.where(z > 0, student.large, student.small)
     rest = tl.where(z > 0, student.small, student.large)
     near = tl.abs(h) < EXPM1_RADIUS
@@ -93,7 +95,7 @@ def _divergence(z, y, h, student, teacher, a, b, REVERSE: tl.constexpr):
     far = tl.where(z > 0, 1.0 - s, -s) * z + tl.where(s > 0, s * y, 0.0) + student.log - teacher.log
     forward = tl.where(tl.abs(r) < LOG1P_RADIUS, excess - r * (r * A.log1p_remainder(r)), far)
     # A weight of exactly 0 also removes an infinite term.
-    value, slope, bell = tl.where(a > 0, a * forward, 0.0), a * rise, q * rest
+    value, slope, variance = tl.where(a > 0, a * forward, 0.0), a * rise, q * rest
     if REVERSE:
         certain = tl.abs(z) == float("inf")
         both = tl.where(rise != 0, rise * h, 0.0) - forward
@@ -101,8 +103,8 @@ def _divergence(z, y, h, student, teacher, a, b, REVERSE: tl.constexpr):
         apart = tl.where(z > 0, -rest * z - q * y, tl.where(q != 0, q * h, 0.0)) - student.log
         apart = tl.where(certain, tl.where(z > 0, -y, 0.0), apart) + teacher.log
         value += b * tl.where(certain | (tl.abs(h) > APART), apart, both)
-        slope += b * tl.where(tl.abs(h) < float("inf"), bell * h, 0.0)
-    return value, tl.where(up, -slope, slope), bell
+        slope += b * tl.where(tl.abs(h) < float("inf"), variance * h, 0.0)
+    return value, tl.where(up, -slope, slope), variance
 
 
 @triton.jit
@@ -124,48 +126,57 @@ def _row_sum(total, x, inside):
 
 
 @triton.jit
+def _entropy(side):
+    """log(1 + e^-|x|) + |x| sigmoid(-|x|)"""
+    return side.log + _times(side.small, tl.abs(side.x))
+
+
+@triton.jit
+def _add(sums, value, z, y, student, teacher, inside, VALUES: tl.constexpr):
+    """The sums with a tile's added, but for the cross-entropy."""
+    if VALUES > 0:
+        sums = records.replace(sums, kd=_row_sum(sums.kd, value, inside))
+    if VALUES > 1:
+        sums = records.replace(sums, entropy=_row_sum(sums.entropy, _entropy(student), inside))
+    if VALUES > 3:
+        entropy = _row_sum(sums.teacher_entropy, _entropy(teacher), inside)
+        agreement = tl.where((z > 0) == (y > 0), 1.0, 0.0)
+        agreement = _row_sum(sums.agreement, agreement, inside)
+        sums = records.replace(sums, teacher_entropy=entropy, agreement=agreement)
+    return sums
+
+
+@triton.jit
 def _step(sums, tile, sides, row, FACTS: tl.constexpr):
     """Adds a tile to the sums, and writes its gradient."""
-    kd_sum, ce_sum, entropy_sum, teacher_sum, agreement_sum, scale_grad = sums
     VALUES: tl.constexpr = FACTS.VALUES
     at, inside = tile.at, tile.inside
     z = M.load(sides.student, at, inside, "evict_first")
     y = M.load_beside(z, sides.teacher, at, inside, "evict_first")
     tempered, tempered_teacher = z * row.s_rate, y * row.t_rate
     h = (z - y) * row.s_rate if FACTS.SAME else tempered - tempered_teacher
-    q = _logistic(tempered, VALUES > 1 or (FACTS.REVERSE and VALUES > 0))
-    p = _logistic(tempered_teacher, VALUES > 3 or (FACTS.REVERSE and VALUES > 0))
-    value, slope, bell = tl.zeros_like(z), tl.zeros_like(z), q.small * q.large
+    student = _logistic(tempered, VALUES > 1 or (FACTS.REVERSE and VALUES > 0))
+    teacher = _logistic(tempered_teacher, VALUES > 3 or (FACTS.REVERSE and VALUES > 0))
+    value, slope, variance = tl.zeros_like(z), tl.zeros_like(z), student.small * student.large
     if sides.teacher is not None:
-        value, slope, bell = _divergence(
-            tempered, tempered_teacher, h, q, p, sides.a, sides.b, FACTS.REVERSE
-        )
-    if VALUES > 0:
-        kd_sum = _row_sum(kd_sum, value, inside)
-    if VALUES > 1:
-        # H = log(1 + e^-|z|) + |z| sigmoid(-|z|)
-        entropy_sum = _row_sum(entropy_sum, q.log + _times(q.small, tl.abs(tempered)), inside)
-    if VALUES > 3:
-        teacher_entropy = p.log + _times(p.small, tl.abs(tempered_teacher))
-        teacher_sum = _row_sum(teacher_sum, teacher_entropy, inside)
-        agreement = tl.where((z > 0) == (y > 0), 1.0, 0.0)
-        agreement_sum = _row_sum(agreement_sum, agreement, inside)
+        value, slope, variance = _divergence(student, teacher, h, sides.a, sides.b, FACTS.REVERSE)
+    sums = _add(sums, value, z, y, student, teacher, inside, VALUES)
 
     g = tl.where(row.factors.kd != 0, row.factors.kd * slope, 0.0)  # were the teacher's logits NaN
     if FACTS.H:
-        g -= row.factors.entropy * _times(bell, tempered)
+        g -= row.factors.entropy * _times(variance, student.x)
     g *= row.s_rate
     if FACTS.TEMPERATURE:
-        scale_grad = _row_sum(scale_grad, _times(g, z), inside)
+        sums = records.replace(sums, scale_grad=_row_sum(sums.scale_grad, _times(g, z), inside))
     if sides.labels is not None:
         if FACTS.CE or VALUES > 1:
             label = tl.load(sides.labels + at, mask=inside).to(tl.float32)
             hard, sigmoid = _cross_entropy(z, label, _logistic(z, VALUES > 1))
-            ce_sum = _row_sum(ce_sum, hard, inside)
+            sums = records.replace(sums, ce=_row_sum(sums.ce, hard, inside))
             g += row.factors.ce * (sigmoid - label)
     if sides.gradient is not None:
         tl.store(sides.gradient + at, g.to(sides.gradient.dtype.element_ty), mask=inside)
-    return Sums(kd_sum, ce_sum, entropy_sum, teacher_sum, agreement_sum, scale_grad)
+    return sums
 
 
 @triton.jit
@@ -173,80 +184,92 @@ def _bernoulli(
     student, teacher, gradient, extent, temperatures, targets, factors, outputs, a, b,
     VALUES: tl.constexpr, REVERSE: tl.constexpr, RESIDENT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """RESIDENT: a lane is a row, of up to VECTOR columns; else `extent.span` columns of one row."""
+    """RESIDENT: a lane is a row; else all lanes have `extent.span` columns of one."""
     FACTS: tl.constexpr = Facts(
         VALUES, REVERSE, SAME=temperatures.teacher is None, CE=factors.ce is not None,
         H=factors.entropy is not None, TEMPERATURE=outputs.temperature is not None,
     )  # fmt: skip
-    ALIGN: tl.constexpr = TILE.align
-    LANES: tl.constexpr = TILE.lanes
-    VECTOR: tl.constexpr = TILE.vector
-    rows, columns = number(extent.rows), extent.columns
-    counted, labels = targets.counted, targets.labels
-    a, b, _ = P.singles(a, b, 0.0)
-    split = tl.program_id(1)
+    rows = number(extent.rows)
     if RESIDENT:
-        index = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)[:, None]
-        exists = index < rows
-        live = exists
-        if counted is not None:
-            live &= tl.load(counted + index, mask=exists, other=0) != 0
+        index, exists, live = M.rows_of(rows, targets.counted, TILE.lanes)
     else:
-        index = tl.program_id(0).to(tl.int64)
-        exists, live = None, None
+        index, exists, live = tl.program_id(0).to(tl.int64), None, None
     s_rate = 1.0 / P.per_row(temperatures.student, index, live, 1.0)
     t_rate = s_rate
     if temperatures.teacher is not None:
         t_rate = 1.0 / P.per_row(temperatures.teacher, index, live, 1.0)
     row = Row(s_rate, t_rate, P.factors_of(factors, index, live))
-    student_at = M.row_at(index, student, extent.inner, ALIGN)
-    teacher_at = M.row_at(index, teacher, extent.inner, ALIGN)
-    gradient_at = M.row_at(index, gradient, extent.inner, ALIGN)
+    student_at = M.row_at(index, student, extent.inner, TILE.align)
+    teacher_at = M.row_at(index, teacher, extent.inner, TILE.align)
+    gradient_at = M.row_at(index, gradient, extent.inner, TILE.align)
     student, teacher, gradient = student.pointer, teacher.pointer, gradient.pointer
+    labels = targets.labels
     student += student_at
     if teacher is not None:
         teacher += teacher_at
     if gradient is not None:
         gradient += gradient_at
     if labels is not None:
-        labels += index * columns
+        labels += index * extent.columns
+    a, b, _ = P.singles(a, b, 0.0)
     sides = records.Sides(student, teacher, gradient, a=a, b=b, labels=labels)
 
-    zero = tl.zeros([LANES, 1], tl.float32)
-    sums = Sums(zero, zero, zero, zero, zero, zero)
     if RESIDENT:
-        columns, vector = M.aligned(columns, ALIGN), tl.arange(0, VECTOR)[None, :]
-        tile = W.Tile(vector, live & (vector < columns))
-        sums = _step(sums, tile, sides, row, FACTS)
-        if gradient is not None:
-            nothing = tl.zeros([LANES, VECTOR], gradient.dtype.element_ty)
-            blank = exists & (vector < M.aligned(extent.width, ALIGN))
-            tl.store(gradient + vector, nothing, mask=blank & ((vector >= columns) | (live == 0)))
+        sums = _short_rows(exists, live, sides, row, extent, FACTS, TILE)
     else:
-        stretch = W.stretch_of(split, extent.span, 0, columns, LANES, VECTOR, 0)
-        left = stretch
-        if gradient is not None:
-            if split == 0:
-                M.fill_zero(gradient, columns, extent.width, LANES * VECTOR)
-        if counted is not None:
-            counts = tl.load(counted + index) != 0
-            if gradient is not None:
-                if counts == 0:
-                    M.fill_zero(gradient, stretch.begin, stretch.end, LANES * VECTOR)
-            left = records.replace(
-                stretch, full=tl.where(counts, stretch.full, 0),
-                end=tl.where(counts, stretch.end, stretch.begin),
-            )  # fmt: skip
-        sums = W.walk(sums, left, sides, row, FACTS, _step, True)
-    at = index * TILE.splits + split
-    for kind in tl.static_range(VALUES):
+        sums = _long_row(index, targets.counted, sides, row, extent, FACTS, TILE)
+    _write(outputs, sums, row, index, exists, rows, extent, RESIDENT, FACTS, TILE)
+
+
+@triton.jit
+def _no_sums(LANES: tl.constexpr):
+    zero = tl.zeros([LANES, 1], tl.float32)
+    return Sums(zero, zero, zero, zero, zero, zero)
+
+
+@triton.jit
+def _short_rows(exists, live, sides, row, extent, FACTS: tl.constexpr, TILE: tl.constexpr):
+    """The sums of whole rows, whose gradient is written; it is 0 where nothing counts."""
+    columns, at = M.aligned(extent.columns, TILE.align), tl.arange(0, TILE.vector)[None, :]
+    tile = W.Tile(at, live & (at < columns))
+    sums = _step(_no_sums(TILE.lanes), tile, sides, row, FACTS)
+    if sides.gradient is not None:
+        blank = exists & (at < M.aligned(extent.width, TILE.align))
+        nothing = tl.zeros(blank.shape, sides.gradient.dtype.element_ty)
+        tl.store(sides.gradient + at, nothing, mask=blank & ((at >= columns) | (live == 0)))
+    return sums
+
+
+@triton.jit
+def _long_row(index, counted, sides, row, extent, FACTS: tl.constexpr, TILE: tl.constexpr):
+    """The same of `extent.span` columns of a row."""
+    BLOCK: tl.constexpr = TILE.lanes * TILE.vector
+    split, columns = tl.program_id(1), extent.columns
+    stretch = W.stretch_of(split, extent.span, 0, columns, TILE.lanes, TILE.vector, 0)
+    left = stretch
+    if counted is not None:
+        counts = tl.load(counted + index) != 0
+        full, end = tl.where(counts, stretch.full, 0), tl.where(counts, stretch.end, stretch.begin)
+        left = records.replace(stretch, full=full, end=end)
+    if sides.gradient is not None:
+        M.fill_zero(sides.gradient, left.end, stretch.end, BLOCK)
+        if split == 0:
+            M.fill_zero(sides.gradient, columns, extent.width, BLOCK)
+    return W.walk(_no_sums(TILE.lanes), left, sides, row, FACTS, _step, True)
+
+
+@triton.jit
+def _write(outputs, sums, row, index, exists, rows, extent, RESIDENT: tl.constexpr,
+           FACTS: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    at = index * TILE.splits + tl.program_id(1)
+    for kind in tl.static_range(FACTS.VALUES):
         total = sums[kind] if RESIDENT else tl.sum(sums[kind])
         if kind == 4:
-            total /= columns if extent.owner is None else number(extent.owner.all_columns)
+            total /= extent.columns if extent.owner is None else number(extent.owner.all_columns)
         tl.store(outputs.value + kind * rows * TILE.splits + at, total, mask=exists)
     if FACTS.TEMPERATURE:
         total = sums.scale_grad if RESIDENT else tl.sum(sums.scale_grad)
-        tl.store(outputs.temperature + at, -s_rate * total, mask=exists)
+        tl.store(outputs.temperature + at, -row.s_rate * total, mask=exists)
 
 
 # --- launchers, as problem.py asks for them ---------------------------------------------------

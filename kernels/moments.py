@@ -142,28 +142,24 @@ def _moments(
     pieces: in place of `out`, where other owners have columns of these rows.
     """
     rows, columns = number(extent.rows), extent.columns
-    index = tl.program_id(0).to(tl.int64)
-    exists = None
+    # A row that does not count has no columns.
     if RESIDENT:
-        index = index * LANES + tl.arange(0, LANES)[:, None]
-        exists = index < rows
+        index, exists, live = M.rows_of(rows, counted, LANES)
+    else:
+        index, exists = tl.program_id(0).to(tl.int64), None
+        if counted is not None:
+            columns = tl.where(tl.load(counted + index) != 0, columns, 0)
     student = student.pointer + M.row_at(index, student, extent.inner, ALIGN)
     teacher = teacher.pointer + M.row_at(index, teacher, extent.inner, ALIGN)
     s, t = _empty(LANES), _empty(LANES)
     if RESIDENT:
-        live = exists
-        if counted is not None:
-            live &= tl.load(counted + index, mask=exists, other=0) != 0
-        vector = tl.arange(0, VECTOR)[None, :]
-        inside = live & (vector < M.aligned(columns, ALIGN))
-        s = _add(s, M.load(student, vector, inside, ""))
-        t = _add(t, M.load(teacher, vector, inside, ""))
+        at = tl.arange(0, VECTOR)[None, :]
+        inside = live & (at < M.aligned(columns, ALIGN))
+        s = _add(s, M.load(student, at, inside, ""))
+        t = _add(t, M.load(teacher, at, inside, ""))
     else:
-        if counted is not None:
-            columns = tl.where(tl.load(counted + index) != 0, columns, 0)
         stretch = W.stretch_of(0, columns, 0, columns, LANES, VECTOR, 0)
-        sides = records.Sides(student, teacher)
-        s, t = W.walk((s, t), stretch, sides, None, None, _step, True)
+        s, t = W.walk((s, t), stretch, records.Sides(student, teacher), None, None, _step, True)
         s, t = _collapse(s), _collapse(t)
     if pieces is None:
         _write(out, index, rows, s, exists)
