@@ -61,8 +61,8 @@ class Instruction(NamedTuple):
     read: int
     waits: tuple[int, ...]  # for these barriers
     latency: int
-    loaded: int  # bytes of a tile, by a warp
-    stored: int
+    loaded: float  # bytes of a tile, by a warp
+    stored: float
     meets: bool  # waits for all warps of the program
 
 
@@ -81,53 +81,81 @@ class Kernel(NamedTuple):
 # --- the code ----------------------------------------------------------------------------------
 
 
-def _decoded(line: str, control: int) -> Instruction:
+def _decoded(line: str, control: int, share: float) -> Instruction:
+    """share: of a tile that it moves."""
     bare = _PREDICATE.sub("", line)
     pipe, clocks = next((name, n) for name, n, of in PIPES if re.match(of, bare))
     mask = control >> 11 & 63
-    tile = 32 * assembly.width(bare.split()[0], assembly.SASS)
+    tile = share * 32 * assembly.width(bare.split()[0], assembly.SASS)
     return Instruction(
         pipe, clocks, max(control & 15, 1), control >> 5 & 7, control >> 8 & 7,
         tuple(n for n in range(6) if mask >> n & 1),
         next(n for n, of in LATENCIES if re.match(of, bare)),
-        tile if assembly.SASS.kept.match(bare) else 0, tile if bare.startswith("STG") else 0,
+        tile if assembly.SASS.kept.match(bare) else 0.0,
+        tile if bare.startswith("STG") else 0.0,
         bare.startswith("BAR"),
     )  # fmt: skip
+
+
+Encoded = tuple[str, int]  # an instruction, and its control code
 
 
 def trace(kernel: Kernel) -> Iterator[tuple[Instruction, bool]]:
     """What a warp issues for a row, and whether it is of a sweep after the first.
 
-    The loops that sweep the row come round as often as its columns need, of those that store its
-    gradient one. Other loops, and what a branch passes over together with one, are for other rows.
+    Loops that do not sweep such a row, and what a branch passes over together with one, are for
+    other rows.
     """
     code = {
         int(at, 16): (line, int(high, 16) >> 41) for at, line, high in _LINE.findall(kernel.text)
     }
     jumps = [(at, int(to[1], 16)) for at, (line, _) in code.items() if (to := _JUMP.search(line))]
     loops = {to: at for at, to in jumps if to < at}
-    bodies = {
-        begin: [_decoded(*one) for at, one in code.items() if begin <= at <= end]
-        for begin, end in loops.items()
+    rounds, masked, left = _rounds(kernel, code, loops)
+    over = {
+        at: to
+        for at, to in jumps
+        if any(at < begin < to for begin in loops.keys() - rounds)
+        and not any(at < begin < to for begin in rounds)
     }
-    rounds = {
-        begin: kernel.columns * kernel.entry // (loaded * kernel.warps)
-        for begin, body in bodies.items()
-        if (loaded := sum(one.loaded for one in body))
+    swept, goes_on = False, 0
+    for at, one in code.items():
+        if at < goes_on:
+            continue
+        if at in loops:
+            share = left if at in masked else 1.0
+            body = [(_decoded(*part, share), swept) for part in _between(code, at, loops[at])]
+            yield from body * rounds.get(at, 0)
+            swept |= at in rounds and at not in masked
+            goes_on = loops[at] + 1
+            continue
+        yield _decoded(*one, left), swept
+        goes_on = over.get(at, 0)
+        if swept and one[0].startswith("EXIT"):
+            return
+
+
+def _rounds(
+    kernel: Kernel, code: dict[int, Encoded], loops: dict[int, int]
+) -> tuple[dict[int, int], set[int], float]:
+    """Of the loops that sweep the row: one for each of its full tiles, and of those that store its
+    gradient in one alone. Which of them are of masked tiles, and the share of one that a row has.
+    """
+    bodies = {begin: _between(code, begin, end) for begin, end in loops.items()}
+    tiles = {begin: _tiles(kernel, body) for begin, body in bodies.items() if _loads(body)}
+    masked = {
+        begin for begin in tiles if all(line.startswith("@") for line in _loads(bodies[begin]))
     }
-    # Of masked tiles, which the ends of a row are, a row has one.
-    masked = [
-        begin
-        for begin in rounds
-        if all(
-            line.startswith("@")
-            for at, (line, _) in code.items()
-            if begin <= at <= loops[begin] and assembly.SASS.kept.search(line)
-        )
-    ]
-    rounds |= dict.fromkeys(masked, 1)
+    left = next((count % 1 for begin, count in tiles.items() if begin not in masked), 0.0)
+    rounds = {begin: int(count) for begin, count in tiles.items()}
+    for begin in masked:
+        # A row has one such tile, which the compiler may have taken out, to before the loop.
+        ended = max((end for end in loops.values() if end < begin), default=-1)
+        rounds[begin] = not _loads(_between(code, ended + 1, begin - 1))
     storing = [
-        begin for begin in rounds.keys() - masked if any(one.stored for one in bodies[begin])
+        begin
+        for begin in tiles.keys() - masked
+        if any(assembly.SASS.store.search(line) for line, _ in bodies[begin])
     ]
     chosen = (min if kernel.known else max)(
         storing, key=lambda begin: len(bodies[begin]), default=None
@@ -135,25 +163,22 @@ def trace(kernel: Kernel) -> Iterator[tuple[Instruction, bool]]:
     for begin in storing:
         if begin != chosen:
             del rounds[begin]
-    over = {
-        at: to
-        for at, to in jumps
-        if any(at < begin < to for begin in loops.keys() - rounds)
-        and not any(at < begin < to for begin in rounds)
-    }
-    begun, goes_on = 0, 0
-    for at, one in code.items():
-        if at < goes_on:
-            continue
-        if at in loops:
-            goes_on = loops[at] + 1
-            begun += at in rounds
-            yield from [(part, begun > 1) for part in bodies[at]] * rounds.get(at, 0)
-            continue
-        yield _decoded(*one), begun > 0
-        goes_on = over.get(at, 0)
-        if begun and one[0].startswith("EXIT"):
-            return
+    return rounds, masked, left
+
+
+def _between(code: dict[int, Encoded], begin: int, end: int) -> list[Encoded]:
+    return [one for at, one in code.items() if begin <= at <= end]
+
+
+def _loads(body: Sequence[Encoded]) -> list[str]:
+    """Those of a tile, which tell the cache how to keep it."""
+    return [line for line, _ in body if assembly.SASS.kept.search(line)]
+
+
+def _tiles(kernel: Kernel, body: Sequence[Encoded]) -> float:
+    """How many a row has of those that a round loads."""
+    loaded = sum(_decoded(*one, 1.0).loaded for one in body)
+    return kernel.columns * kernel.entry / (loaded * kernel.warps)
 
 
 # --- the processor -------------------------------------------------------------------------------

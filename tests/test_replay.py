@@ -86,6 +86,26 @@ def test_rare_loops_are_passed_over():
     assert len(codes) == 100 * 3 + 3
 
 
+MASKED = ("@P1 LDG.E.EF.128 R4, [R2.64]", {"result": 0})
+
+
+@pytest.mark.parametrize("taken_out", [False, True])
+def test_a_row_that_begins_anywhere_has_one_masked_tile(taken_out):
+    """Its loop stands before the full tiles', with its first round before it or not; both are of
+    the first sweep, and the masked tile moves what these leave."""
+    loop = [MASKED, USE, ("@P1 BRA {0:#06x}", {})]
+    lines = [*([MASKED, USE] if taken_out else []), *loop, LOAD, USE, ("@P0 BRA {1:#06x}", {})]
+    begins = [16 * (2 * taken_out), 16 * (2 * taken_out + 3)]
+    lines = [line(16 * n, of.format(*begins), **more) for n, (of, more) in enumerate(lines)]
+    lines.append(line(16 * len(lines), "EXIT"))
+    columns = int(100.25 * TILE / 4)
+    one = replay.Kernel("\n".join(lines), 1, 1, 4, columns, False, 1.0)
+    issued = list(replay.trace(one))
+    assert len(issued) == 3 - taken_out + 100 * 3 + 1
+    assert not any(again for part, again in issued if part.loaded)
+    assert sum(part.loaded for part, _ in issued) == 4 * columns
+
+
 @pytest.mark.parametrize(("width", "count"), [(".128", 512), (".64", 256), ("", 128), (".U16", 64)])
 def test_bytes_of_an_access_by_a_warp(width, count):
     for code in (f"LDG.E.EL{width} R4, [R2.64]", f"@P3 STG.E{width} [R2.64], R4"):
