@@ -134,42 +134,37 @@ class Draws:
         return Sampled(rows["ids"], rows["counts"])
 
 
+class _AsObserved:
+    """Of any vocabulary; stored as it is."""
+
+    def check(self, vocab_size: int) -> None:
+        """Any vocabulary will do."""
+
+    def encode(self, observed: Tensors, vocab_size: int) -> Tensors:
+        return observed
+
+    def decode(self, shard: Tensors, rows: Tensor, vocab_size: int) -> Tensors:
+        return {name: tensor[rows] for name, tensor in shard.items() if name != "tokens"}
+
+
 @dataclass(frozen=True)
-class Hidden:
+class Hidden(_AsObserved):
     """Hidden states, in the teacher's dtype; the head is stored once beside the shards."""
 
     kind: ClassVar[str] = "hidden"
 
-    def check(self, vocab_size: int) -> None:
-        """Any vocabulary will do."""
-
     def observe(self, hidden: Tensor, seeds: list[int]) -> Tensors:
         return {"hidden": hidden}
 
-    def encode(self, observed: Tensors, vocab_size: int) -> Tensors:
-        return observed
-
-    def decode(self, shard: Tensors, rows: Tensor, vocab_size: int) -> Tensors:
-        return {"hidden": shard["hidden"][rows]}
-
 
 @dataclass(frozen=True)
-class Full:
+class Full(_AsObserved):
     """All log-probabilities, in fp16."""
 
     kind: ClassVar[str] = "full"
 
-    def check(self, vocab_size: int) -> None:
-        """Any vocabulary will do."""
-
     def observe(self, logits: Tensor, seeds: list[int]) -> Tensors:
         return {"log_probs": logits.float().log_softmax(-1).half()}
-
-    def encode(self, observed: Tensors, vocab_size: int) -> Tensors:
-        return observed
-
-    def decode(self, shard: Tensors, rows: Tensor, vocab_size: int) -> Tensors:
-        return {"log_probs": shard["log_probs"][rows]}
 
     def operand(self, rows: Tensors, tail: str) -> Tensor:
         return rows["log_probs"]

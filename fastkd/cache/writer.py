@@ -20,6 +20,7 @@ from .reader import TeacherCache
 TOKENS_PER_SHARD = 1 << 16
 
 
+@torch.no_grad()
 def write(
     path: str | Path,
     layout: Layout,
@@ -113,7 +114,7 @@ def _whole(folder: Path, manifest: Manifest, shard: int | str) -> bool:
 
 
 def _head(manifest: Manifest, teacher: Any, tokens: Tensor) -> bytes:
-    head = _run(teacher, tokens, range(1))
+    head = teacher(tokens, range(1))
     if not isinstance(head, LinearHead):
         raise TypeError(f"a cache of hidden states needs LinearHeads, got {type(head).__name__}")
     tensors = {"weight": head.weight[: manifest.vocab_size]}
@@ -126,7 +127,7 @@ def _head(manifest: Manifest, teacher: Any, tokens: Tensor) -> bytes:
 
 
 def _observe(manifest: Manifest, teacher: Any, tokens: Tensor, rows: range) -> Tensors:
-    said = _run(teacher, tokens, rows)
+    said = teacher(tokens, rows)
     if isinstance(said, LinearHead):
         said = said.hidden
     elif said.shape[:-1] != tokens.shape or said.size(-1) < manifest.vocab_size:
@@ -138,8 +139,3 @@ def _observe(manifest: Manifest, teacher: Any, tokens: Tensor, rows: range) -> T
         said = said[..., : manifest.vocab_size]
     kept = manifest.layout.observe(said, list(rows))
     return {name: tensor.cpu() for name, tensor in kept.items()}
-
-
-def _run(teacher: Any, tokens: Tensor, rows: range) -> Any:
-    with torch.no_grad():
-        return teacher(tokens, rows)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastkd.cache import Best, CacheError, Draws, Full, Hidden, Layout, write
 from fastkd.integrations.models import head_of
+from fastkd.integrations.teachers import asked
 from fastkd.operands import LinearHead
 
 from . import cli, models, report, sequences, settings
@@ -91,7 +92,14 @@ def run(chosen: settings.UserModels, kept: Layout, folder: Path) -> None:
     except ValueError as error:
         raise Usage(str(error)) from None
     models.check_shape("teacher", name, chosen, vocab_size)
-    model = models.load(name, precision(chosen.precision, device)).to(device).eval()
+    model = models.load(name, precision(chosen.precision, device)).to(device)
+    hidden, separate = isinstance(kept, Hidden), models.keeps_documents_apart(model)
+    if hidden and head_of(model) is None:
+        raise RunError(
+            "the teacher's logits are not those of its hidden states and output head: "
+            "take --top-k, --samples or --full"
+        )
+    ask = asked(model, device, heads=hidden, sharded=False)
     with tempfile.TemporaryDirectory() as temporary, report.bars() as bars:
         training, held_out, counts = sequences.prepare(
             chosen, tokenizer, Path(temporary) / "tokens", lambda count: None
@@ -99,12 +107,17 @@ def run(chosen: settings.UserModels, kept: Layout, folder: Path) -> None:
         for remark in counts.remarks(chosen.sequence_length):
             report.say(remark)
         corpus = Corpus(training, held_out)
-        teacher = Teacher(model, corpus, hidden=isinstance(kept, Hidden))
+
+        def teacher(tokens: Tensor, rows: range) -> Tensor | LinearHead:
+            batch = sequences.collate([corpus.rows[row] for row in rows], separate)
+            said: Tensor | LinearHead = ask({k: v.to(device) for k, v in batch.items()})
+            return said
+
         about = {
             "teacher": name,
             "weights": models.fingerprint(model),
             "held_out_rows": len(held_out),
-            APART: teacher.separate,
+            APART: separate,
         }
         bar = bars.add_task("sequences", total=len(corpus), text="")
         cache = write(
@@ -123,26 +136,3 @@ def run(chosen: settings.UserModels, kept: Layout, folder: Path) -> None:
         f"{len(held_out):,} held out; {cache.bytes_per_token():.1f} bytes per token, where logits "
         f"in bf16 take {2 * vocab_size:,}\n\nSaved: {folder}/"
     )
-
-
-class Teacher:
-    """A causal language model, as `write` asks for it."""
-
-    def __init__(self, model: Any, corpus: Corpus, hidden: bool) -> None:
-        self.model, self.corpus = model, corpus
-        self.separate = models.keeps_documents_apart(model)
-        self.head = head_of(model) if hidden else None
-        if hidden and self.head is None:
-            raise RunError(
-                "the teacher's logits are not those of its hidden states and output head: "
-                "take --top-k, --samples or --full"
-            )
-
-    def __call__(self, tokens: Tensor, rows: range) -> Tensor | LinearHead:
-        batch = sequences.collate([self.corpus.rows[row] for row in rows], self.separate)
-        inputs = {k: v.to(self.model.device) for k, v in batch.items() if k != "labels"}
-        others = {**inputs, "use_cache": False}
-        if self.head is not None:
-            return self.head(self.model, others)
-        logits: Tensor = self.model(**others).logits
-        return logits

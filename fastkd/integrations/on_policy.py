@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .models import evaluating
 from .served import Server, ServerError
@@ -87,12 +88,8 @@ class OnPolicy:
         ends = torch.tensor(self._ends(student), device=prompts[0].device)
         longest = max(map(len, prompts))
         padding = int(ends[0]) if len(ends) else 0
-        ids = torch.stack(
-            [F.pad(each, (longest - len(each), 0), value=padding) for each in prompts]
-        )
-        seen = torch.stack(
-            [F.pad(torch.ones_like(each), (longest - len(each), 0)) for each in prompts]
-        )
+        ids = pad_sequence(prompts, True, padding, "left")
+        seen = pad_sequence([torch.ones_like(each) for each in prompts], True, 0, "left")
         if self.server:
             ids, real = self._served(student, prompts, ids, padding, vocab_size)
         else:

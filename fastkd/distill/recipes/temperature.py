@@ -150,7 +150,7 @@ def adaptive(digits: Digits, hard: Tensor) -> Table:
         return loss
 
     def curriculum(z: Tensor, y: Tensor, labels: Tensor, step: int) -> Tensor:
-        rows = per_seed(torch.stack([module(step) for module in learned]), z)
+        rows = per_model(torch.stack([module(step) for module in learned]), z)
         return kd(alpha=0.9, temperature=rows)(z, y, labels, step)
 
     scores = {
@@ -189,10 +189,6 @@ def scales(digits: Digits, hard: Tensor) -> Table:
         table.scores.update(zip(settings, scores, strict=True))
         table.expected.update(zip(settings, expected, strict=True))
     return table
-
-
-def per_seed(values: Tensor, logits: Tensor) -> Tensor:
-    return values[:, None].expand(logits.shape[:-1])
 
 
 def mistakes(digits: Digits) -> Table:
