@@ -17,7 +17,7 @@ from torch import Tensor
 from .divergences import Divergence
 from .scalars import number
 from .sharding import Group
-from .tracing import may_read, opaque, traced, trained_of, trains, watched
+from .tracing import may_read, opaque, traced, trains, watched
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 GRADIENTS = ("auto", "forward", "backward")
@@ -301,9 +301,9 @@ def held_gradient(reduction: str, inplace: bool, gradient: str) -> None:
         )
 
 
-def student_alone(operands: dict[str, Any]) -> None:
+def student_alone(trained: Sequence[str]) -> None:
     """Refuses other operands that train, where only the student's gradient is held."""
-    if trained := trained_of(operands):
+    if trained:
         raise ValueError(
             "gradient='forward' and inplace=True give the student's gradient only, but "
             f"{' and '.join(trained)} requires one too: pass gradient='backward'"

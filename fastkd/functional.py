@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from functools import reduce
-from typing import TYPE_CHECKING, Any, Literal, overload
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -205,35 +204,37 @@ def distillation_loss(
     soft = is_soft(labels) and not given.sigmoids
     labels = sides.classes_last(labels, given.dim) if soft or given.sigmoids else labels
     sides.check(given, student, teacher, labels)
-    merge = sharding.of_group(given.group, sides.outline(student), given.vocab_size)
+    outline = sides.outline(student)
+    merge = sharding.of_group(given.group, outline, given.vocab_size)
     teacher = sides.own_columns(teacher, merge, student)
     labels = sides.own_columns(labels, merge) if soft or given.sigmoids else labels
-    outlines = sides.outlines(student, teacher)
+    outlines = outline, sides.outline(teacher, outline)
     columns = sides.columns(given, merge, *outlines, labels, weight)
-    num_items = checks.num_items(num_items, reduction, outlines[0])
+    num_items = checks.num_items(num_items, reduction, outline)
     backend = _backend(given, *outlines)
     others = {"teacher": outlines[1], "weight": weight, **given.temperatures}
-    mode = given.gradient_mode(outlines[0], sides.in_half(student), others)
-    trains = tracing.trains(outlines[0])
+    trains, trained = tracing.trains(outline), tracing.trained_of(others)
+    held = given.holds(trains, sides.in_half(student), trained) and backend != "reference"
     if inplace and trains:
-        held = sides.tensors("teacher", teacher)
-        checks.inplace(outlines[0], {"labels": labels, **others, **held})
+        logits = sides.tensors("teacher", teacher)
+        checks.inplace(outline, {"labels": labels, **others, **logits})
 
-    dtype = reduce(torch.promote_types, (x.dtype for x in outlines), torch.float32)
+    double = torch.float64 in (outline.dtype, outlines[1].dtype)
+    dtype = torch.float64 if double else torch.float32
     given, labels, weight = given.readable(dtype), readable(labels), readable(weight)
     counted, row_weight = rows_that_count(
         None if soft or given.sigmoids else labels, weight, given.ignore_index, dtype
     )
     factor = factor_of_rows(
-        reduction, num_items, counted, row_weight, outlines[0], dtype, merge.columns
+        reduction, num_items, counted, row_weight, outline, dtype, merge.columns
     )
     of_all = merge.columns or columns
-    reads_teacher = _reads_teacher(given, outlines[1])
+    reads_teacher = _reads_teacher(given, trained)
     problem = Problem.of(
         given,
         sides.side_of(student, given, labels, columns, dtype),
         sides.side_of(teacher, given, labels, of_all, dtype) if reads_teacher else None,
-        labels if _reads_labels(given) else None, counted, columns, dtype,
+        labels if _reads_labels(given) else None, counted, columns, dtype, trained,
         sharding.name_of(merge),
     )  # fmt: skip
     if standardize and problem.makes_logits:
@@ -243,8 +244,8 @@ def distillation_loss(
     if isinstance(teacher, Ensemble):
         problem = chunks.normed(problem, backend)
 
-    shape = outlines[0].shape[:-1]
-    if mode == "forward" and trains and backend != "reference":
+    shape = outline.shape[:-1]
+    if held:
         factors = factors_of_terms(given, row_weight, factor)
         loss, values, *_ = caller(autograd.Fused)(
             inplace, return_metrics, backend, *factors, *problem.flat()
@@ -255,7 +256,7 @@ def distillation_loss(
         else:
             values, *_ = caller(autograd.Rows)(
                 entropy_weight != 0, return_metrics, backend,
-                *_dual(problem, given.divergence, others, backend), *problem.flat(),
+                *_dual(problem, given, trained, backend), *problem.flat(),
             )  # fmt: skip
         rows = weighted(values, factors_of_terms(given, row_weight, factor, values[KD]))
         loss = rows.view(shape) if reduction == "none" else rows.sum()
@@ -278,21 +279,20 @@ def _reads_labels(given: Settings) -> bool:
     return given.alpha < 1 or given.return_metrics or given.divergence.label_aware
 
 
-def _reads_teacher(given: Settings, teacher: Tensor) -> bool:
+def _reads_teacher(given: Settings, trained: Collection[str]) -> bool:
     """Not where alpha is 0 and nobody asks for its figures or for a gradient that is 0."""
-    trains = tracing.trains(teacher) or tracing.trains(given.teacher_temperature)
+    trains = "teacher" in trained or "teacher_temperature" in trained
     return given.alpha > 0 or given.return_metrics or trains
 
 
 def _dual(
-    problem: Problem, kind: Divergence, others: Mapping[str, Any], backend: str
+    problem: Problem, given: Settings, trained: Collection[str], backend: str
 ) -> tuple[str, Tensor | None]:
     """The divergence with the roles exchanged, where teacher or its temperature trains."""
-    names = ["teacher", "teacher_temperature"]
-    if others["teacher_temperature"] is None:
-        names.append("temperature")
-    if problem.teacher is None or not any(tracing.trains(others[name]) for name in names):
+    names = {"teacher", given.of_teacher[0]}
+    if problem.teacher is None or names.isdisjoint(trained):
         return "", None
+    kind = given.divergence
     name, (a, b), factor = kind.dual()
     if backend == "triton" and not Divergence.of_name(name).has_device_function:
         raise NotImplementedError(

@@ -34,7 +34,7 @@ def events_of(
     lp = teacher.log_probs.reshape(-1, width).double()
     lp = torch.where(indices == NOTHING, -math.inf, lp)
     if teacher.tail == "renormalize":
-        warm = given.temperature if given.teacher_temperature is None else given.teacher_temperature
+        _, warm = given.of_teacher
         if isinstance(warm, Tensor):
             warm = warm.detach().double().reshape(-1, 1) if warm.dim() else warm.detach().double()
         return _whole(indices, lp / warm)

@@ -12,7 +12,7 @@ with the layouts below, so that `autograd.py` does not know which of them it cal
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -136,9 +136,13 @@ class Problem(NamedTuple):
         counted: Tensor | None,
         vocab_size: int,
         dtype: torch.dtype,
+        trained: Collection[str],
         merge: str = "",
     ) -> Problem:
-        """From what distillation_loss was given, checked; dtype: of the arithmetic."""
+        """From what distillation_loss was given, checked.
+
+        dtype: of the arithmetic. trained: names of the keywords that train.
+        """
         source = sources(student)[0]
         row_dims, rows, device = source.dim() - 1, math.prod(source.shape[:-1]), source.device
         sides = [student] if teacher is None else [student, teacher]
@@ -154,7 +158,7 @@ class Problem(NamedTuple):
             sides[0], None if teacher is None else sides[1],
             per_row(given.temperature, rows, dtype, device), teacher_temperature, labels, counted,
             given.label_smoothing, given.divergence.name, a, b, vocab_size, merge=merge,
-            temperature_trains=any(map(tracing.trains, given.temperatures.values())),
+            temperature_trains="temperature" in trained or "teacher_temperature" in trained,
             chunk_bytes=given.chunk_bytes,
         )  # fmt: skip
 

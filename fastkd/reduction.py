@@ -116,9 +116,9 @@ def factors_of_terms(
     """
     scale: float | Tensor = 1.0
     if given.scale_by_temperature:
-        student, teacher = given.temperature, given.teacher_temperature
+        student, (_, teacher) = given.temperature, given.of_teacher
         scale = student if isinstance(student, Tensor) else float(student)
-        scale = scale * (student if teacher is None else teacher)
+        scale = scale * teacher
         power = given.divergence.temperature_power
         scale = scale if power == 2 else scale ** (power / 2)
         if isinstance(scale, Tensor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
@@ -106,7 +106,7 @@ class Settings(NamedTuple):
             )
         checks.held_gradient(given.reduction, given.inplace, given.gradient)
         if given.holds_gradient:
-            checks.student_alone(given.temperatures)
+            checks.student_alone(tracing.trained_of(given.temperatures))
         return given
 
     def readable(self, dtype: torch.dtype) -> Settings:
@@ -135,24 +135,24 @@ class Settings(NamedTuple):
         names = ("temperature", "teacher_temperature")
         return {name: getattr(self, name) for name in names}
 
-    def gradient_mode(self, student: Tensor, half: bool, others: dict[str, Any]) -> str:
-        """'forward' or 'backward'.
+    @property
+    def of_teacher(self) -> tuple[str, Any]:
+        """The teacher's temperature, by the name of what was given."""
+        if self.teacher_temperature is None:
+            return "temperature", self.temperature
+        return "teacher_temperature", self.teacher_temperature
 
-        half: whether a gradient of the student's would be held in float16.
-        others: the operands besides that may train.
+    def holds(self, trains: bool, half: bool, trained: Sequence[str]) -> bool:
+        """Whether the student's gradient, if it trains, is computed together with the loss.
+
+        half: whether it would be held in float16. trained: other operands that train.
         """
         if self.holds_gradient:
             checks.not_half(half)
-            checks.student_alone(others)
-            return "forward"
-        held = (
-            self.gradient == "auto"
-            and self.reduction != "none"
-            and not half
-            and tracing.trains(student)
-            and not tracing.trained_of(others)
-        )
-        return "forward" if held else "backward"
+            checks.student_alone(trained)
+            return trains
+        scalar = self.gradient == "auto" and self.reduction != "none"
+        return scalar and trains and not half and not trained
 
 
 DEFAULTS = Settings._field_defaults

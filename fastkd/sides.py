@@ -75,11 +75,6 @@ def outline(operand: Any, student: Any = None) -> Tensor:
     return operand
 
 
-def outlines(student: Any, teacher: Any) -> tuple[Tensor, Tensor]:
-    first = outline(student)
-    return first, outline(teacher, first)
-
-
 def in_half(student: Any) -> bool:
     """Whether a gradient of the student's would be held in float16."""
     if not isinstance(student, LinearHead):
@@ -146,7 +141,7 @@ def _listed(given: Settings, teacher: TopK | Sampled, labels: Tensor | None) -> 
             raise ValueError(
                 "TopK(tail='label') gives the rest to one true token: pass class indices"
             )
-    _one_temperature(kind, getattr(teacher, "tail", ""), given.temperatures)
+    _one_temperature(kind, getattr(teacher, "tail", ""), *given.of_teacher)
 
 
 def _ensemble(given: Settings, teacher: Ensemble, student: Any, labels: Tensor | None) -> None:
@@ -156,7 +151,7 @@ def _ensemble(given: Settings, teacher: Ensemble, student: Any, labels: Tensor |
         )
     if given.backend == "reference":
         raise NotImplementedError("backend='reference' has no Ensemble: pass backend='torch'")
-    name, value = _teachers_temperature(given.temperatures)
+    name, value = given.of_teacher
     if teacher.combine == "probs" and tracing.trains(value):
         raise NotImplementedError(
             f"{name} trains, and a mixture of probabilities gives the teachers' no gradient: pass "
@@ -187,14 +182,8 @@ def _ensemble(given: Settings, teacher: Ensemble, student: Any, labels: Tensor |
             checks.beside("a weight of the ensemble", weight, first)
 
 
-def _teachers_temperature(temperatures: dict[str, Any]) -> tuple[str, Any]:
-    name = "temperature" if temperatures["teacher_temperature"] is None else "teacher_temperature"
-    return name, temperatures[name]
-
-
-def _one_temperature(kind: str, tail: str, temperatures: dict[str, Any]) -> None:
+def _one_temperature(kind: str, tail: str, name: str, value: Any) -> None:
     """Refuses temperatures that train, or at which the mass of what is not listed is unknown."""
-    name, value = _teachers_temperature(temperatures)
     if tail == "renormalize":
         if tracing.trains(value):
             raise NotImplementedError(

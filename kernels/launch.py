@@ -52,10 +52,8 @@ def rows_in_memory(
     storage does not begin later, which one that PyTorch allocated does not.
     """
     outer_size, inner_size = (max(size, 1) for size in student.shape[:2])
-    if gradient is not None and gradient.dim() == 2:
-        gradient = gradient.unflatten(0, student.shape[:2])
     tensors = student, teacher, gradient
-    strides = [_strides(x) for x in tensors]
+    strides = [_strides(x, outer_size, inner_size) for x in tensors]
     outers, inners = zip(*strides, strict=True)
     entries = [0 if x is None else x.data_ptr() // x.element_size() for x in tensors]
     align = math.gcd(16, *entries, *outers, *inners, *counts)
@@ -88,10 +86,12 @@ def rows_in_memory(
     return Rows(operand(0), operand(1), operand(2), inner, align, shifted)
 
 
-def _strides(x: Tensor | None) -> tuple[int, int]:
+def _strides(x: Tensor | None, outer_size: int, inner_size: int) -> tuple[int, int]:
     if x is None:
         return 0, 0
-    return 0 if x.size(0) == 1 else x.stride(0), x.stride(1)
+    inner = x.stride(-2)
+    outer = inner_size * inner if x.dim() == 2 else x.stride(0)
+    return outer if outer_size > 1 else 0, inner
 
 
 def extent_of(problem: Problem, operands: Rows) -> Extent:
