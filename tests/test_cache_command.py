@@ -181,9 +181,9 @@ def test_a_model_that_makes_logits_in_another_way_has_no_head(name):
 # --- fastkd distill --teacher-cache -------------------------------------------------------------
 
 
-def distil(home, out, *options):
+def distil(home, out, *options, command="distill"):
     return __main__.main(
-        ["distill", "--student", str(home / "other"), "--data", str(home / "text.txt"), "--out",
+        [command, "--student", str(home / "other"), "--data", str(home / "text.txt"), "--out",
          str(out), "--sequence-length", str(T), "--device", "cpu", "--threads", "1",
          "--precision", "fp32", "--batch-size", "4", "--steps", "4", "--log-every", "1",
          "--temperature", "1", *options]
@@ -249,5 +249,8 @@ def test_a_cache_that_does_not_fit_is_one_line(home, tmp_path, capsys):
     refused("has no tokenizer: it is not finished, or not by fastkd cache")
     (tmp_path / "tokenizer").rename(kept / "tokenizer")
     refused("did you mean 'renormalize'", "--teacher-tail", "renormalise")
+    pytest.importorskip("optuna")
+    assert distil(home, tmp_path / "tuned", *of_cache, command="tune") == 2
+    assert "knows its teacher at T = 1 alone" in capsys.readouterr().err.splitlines()[-1]
     (kept / "00000.safetensors").write_bytes(b"x")
     refused("00000.safetensors is broken")

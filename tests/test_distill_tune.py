@@ -76,6 +76,15 @@ def test_a_search_is_kept_and_added_to_and_what_it_finds_has_its_error(
     assert "holds a search with other settings" in capsys.readouterr().err
 
 
+def test_what_never_trained_does_not_keep_its_folder(tmp_path, capsys):
+    """A slip is mended by the same command with other settings, not in another folder."""
+    (tmp_path / "empty.txt").touch()
+    for rate in (0.1, 0.2):
+        search = ["--data", tmp_path / "empty.txt", "--out", tmp_path / "out", *TINY]
+        assert tune(f"--learning-rate={rate}", *search) == 1
+        assert "there is no text" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("gains", "verdict"),
     [

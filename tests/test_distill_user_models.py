@@ -259,6 +259,7 @@ def test_a_stopped_run_goes_on_to_the_same_student(finished, home, tmp_path, cap
     [
         ({"student": "stranger"}, 1, "teacher and student have different tokenizers: token"),
         ({"student": "narrow"}, 1, "the student has 300 outputs, and the vocabulary 400 tokens"),
+        ({"student": "pictures/config.json"}, 1, "the student is no language model"),
         ({"student": "./nope"}, 2, "there is no such folder or file"),
         ({"student": "narrow/nope"}, 2, "narrow/nope: there is no such folder or file"),
         ({"student": "nope.json"}, 2, "nope.json: there is no such folder or file"),
@@ -277,6 +278,7 @@ def test_a_stopped_run_goes_on_to_the_same_student(finished, home, tmp_path, cap
 def test_bad_input_is_one_line(home, tmp_path, monkeypatch, capsys, changed, code, message):
     monkeypatch.chdir(home)
     (home / "empty.txt").write_text("")
+    transformers.ViTConfig().save_pretrained(home / "pictures")
     (home / "short.txt").write_text("a few words")
     (home / "broken.jsonl").write_text('{"text": ')
     assert distil("--out", tmp_path / "out", *options(home, **changed)) == code

@@ -53,7 +53,8 @@ def add(commands: Any) -> None:
     fields = {item.name: item for item in dataclasses.fields(settings.UserModels)}
     for name in SETTINGS:
         kind = get_type_hints(settings.UserModels)[name]
-        cli.option(parser, fields[name], kind, required=name in ("teacher", "data"))
+        about = {"help": "folder or hub name of the teacher"} if name == "teacher" else {}
+        cli.option(parser, fields[name], kind, required=name in ("teacher", "data"), **about)
 
 
 def _cache(options: argparse.Namespace) -> None:

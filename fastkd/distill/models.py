@@ -371,7 +371,9 @@ def check_rank(shape: Any, wanted: str) -> None:
 
 def check_width(name: str, shape: Any, size: int, wanted: int = 0) -> None:
     """Refuses a vocabulary, or the setting `vocab_size`, beyond the model's outputs."""
-    width = shape.get_text_config().vocab_size
+    width = getattr(shape.get_text_config(), "vocab_size", None)
+    if width is None:
+        raise RunError(f"the {name} is no language model: its configuration has no vocab_size")
     if width < wanted:
         raise Usage(f"vocab_size={wanted} is beyond the {width} outputs of the {name}")
     if width < size:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import config, corpus, default_job, devices, report, user_models
+from . import cached, config, corpus, default_job, devices, report, user_models
 from .errors import Interrupted, RunError, Usage, hush_torchao, needs
 from .job import Job
 from .methods import FASTKD
@@ -140,6 +140,8 @@ def _user_models(chosen: UserModels, folder: Path, tokens: Path) -> Train:
     """The user's models: a student as it was, for each training."""
     hush_torchao()
     needs("transformers", "datasets", "accelerate")
+    if chosen.teacher_cache:  # which may know its teacher at one temperature alone
+        cached.opened(replace(chosen, temperature=GRID["temperature"][-1]))
     job = Job(chosen, tokens)
 
     def train(changed: UserModels) -> dict[str, float]:
@@ -173,7 +175,7 @@ def _study(chosen: DefaultJob | UserModels, search: Search, folder: Path) -> Stu
         load_if_exists=True,
     )
     settings = f"seeds = {search.seeds}\n{config.text(chosen)}"
-    if study.user_attrs.get("settings", settings) != settings:
+    if _finished(study) and study.user_attrs.get("settings", settings) != settings:
         raise Usage(f"{folder} holds a search with other settings: choose another --out")
     study.set_user_attr("settings", settings)
     return study
