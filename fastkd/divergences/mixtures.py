@@ -82,7 +82,32 @@ class JSD(Divergence):
 
 
 @dataclass(frozen=True)
-class SkewKL(Divergence):
+class _Skewed:
+    """What both skewed divergences have in common."""
+
+    alpha: float = 0.1  # the share of its first side in the mixture
+
+    least_in_fp32 = 1 / 128  # above it, off by 1e-4 of itself at most
+
+    def __post_init__(self):
+        own_numbers(self)
+        if not 0 <= self.alpha < 1:
+            raise ValueError(
+                f"{type(self).__name__}: alpha must lie in [0, 1), got {self.alpha!r}; at 1 the "
+                "divergence is 0"
+            )
+
+    @property
+    def parameters(self):
+        return (self.alpha, 1 - self.alpha)
+
+    @staticmethod
+    def curvature(a, b):
+        return (1 - a) ** 2
+
+
+@dataclass(frozen=True)
+class SkewKL(_Skewed, Divergence):
     r"""Skewed forward KL: KL(p || m) with m = alpha p + (1 - alpha) q.
 
     Bounded by -log(alpha), so masks of the student are safe. alpha = 0 is forward KL.
@@ -100,27 +125,12 @@ class SkewKL(Divergence):
         0.8299
     """
 
-    alpha: float = 0.1
-
     name = "skew_kl"
     sharded = True
-    least_in_fp32 = 1 / 128  # above it, off by 1e-4 of itself at most
-
-    def __post_init__(self):
-        own_numbers(self)
-        _check_skew("SkewKL", self.alpha)
-
-    @property
-    def parameters(self):
-        return (self.alpha, 1 - self.alpha)
 
     @staticmethod
     def value(lp, lq, a, b):
         return plogr(lp, lp - log_mixture(lp, lq, a))
-
-    @staticmethod
-    def curvature(a, b):
-        return (1 - a) ** 2
 
     @classmethod
     def value_and_descent(cls, pair, a, b):
@@ -137,7 +147,7 @@ class SkewKL(Divergence):
 
 
 @dataclass(frozen=True)
-class SkewReverseKL(Divergence):
+class SkewReverseKL(_Skewed, Divergence):
     r"""Skewed reverse KL: KL(q || m) with m = (1 - alpha) p + alpha q.
 
     Bounded by -log(alpha), so masks of the teacher are safe. alpha = 0 is reverse KL.
@@ -156,27 +166,12 @@ class SkewReverseKL(Divergence):
         0.8299
     """
 
-    alpha: float = 0.1
-
     name = "skew_reverse_kl"
     sharded = True
-    least_in_fp32 = 1 / 128  # above it, off by 1e-4 of itself at most
-
-    def __post_init__(self):
-        own_numbers(self)
-        _check_skew("SkewReverseKL", self.alpha)
-
-    @property
-    def parameters(self):
-        return (self.alpha, 1 - self.alpha)
 
     @staticmethod
     def value(lp, lq, a, b):
         return plogr(lq, lq - log_mixture(lq, lp, a))
-
-    @staticmethod
-    def curvature(a, b):
-        return (1 - a) ** 2
 
     @staticmethod
     def most(a, b):
@@ -240,13 +235,6 @@ class TVD(Divergence):
 MOST = 80
 
 # --- helpers ---------------------------------------------------------------------------------
-
-
-def _check_skew(owner: str, alpha: float) -> None:
-    if not 0 <= alpha < 1:
-        raise ValueError(
-            f"{owner}: alpha must lie in [0, 1), got {alpha!r}; at 1 the divergence is 0"
-        )
 
 
 def log_mixture(lp: Tensor, lq: Tensor, w: float) -> Tensor:
