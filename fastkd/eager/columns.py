@@ -94,6 +94,7 @@ class Columns:
         exact = not single or not problem.vocab_size
         self.in_fp64 = problem.student.new_full((problem.rows,), exact, dtype=torch.bool)
         self.known: Known = {}  # of all columns
+        self._learn({})
         self.every = Rows(0, slice(0, problem.rows), slice(0, problem.rows))
         if problem.labels is not None:
             columns = problem.labels.long() - self.merge.first_column
@@ -120,17 +121,23 @@ class Columns:
         if not problem.vocab_size:
             return fields[: len(names)]
         for precision in (self.plain, self.exact):
-            for rows in self._rows(precision):
-                found = find(rows)
-                fields[:, rows.flat] = torch.cat([found[name] for name in every], -1).t().double()
+            mask = self._mask(precision)
+            if found := [find(rows) for rows in self._rows(precision)]:
+                columns = [torch.cat([some[name] for some in found]).double() for name in every]
+                fields[:, mask] = torch.cat(columns, -1).t()
             if not precision.exact:
                 lost = doubtful(dict(zip(every, fields, strict=True))) | ~fields.isfinite().all(0)
-                self.in_fp64 |= lost if problem.counted is None else lost & problem.counted
+                self.in_fp64 |= lost & mask
         return fields[: len(names)]
 
+    def _mask(self, precision: Precision) -> Tensor:
+        """Rows that count and are computed in it, [N]."""
+        mask, counted = self.in_fp64 if precision.exact else ~self.in_fp64, self.problem.counted
+        return mask if counted is None else mask & counted
+
     def _rows(self, precision: Precision) -> Iterator[Rows]:
-        """Those that count and are computed in it, in blocks, with buffers made ready."""
-        mask = self.in_fp64 if precision.exact else ~self.in_fp64
+        """These rows, in blocks, with buffers made ready."""
+        mask = self._mask(precision)
         if not mask.any():
             return
         self.precision = precision
@@ -214,10 +221,10 @@ class Columns:
     def _softmax(
         self, x: Tensor, shift: Tensor, scale: float | Tensor, exp: Tensor | None = None
     ) -> Softmax:
-        """Of these columns alone, with a place for exp, and about that shift, in fp64."""
+        """Of these columns alone, about that shift, which it has in fp64; with a place for exp."""
+        log2_exp = measured(x, shift, scale, self.precision.store.new())
         if not self.precision.exact:
             shift = measurable(shift, scale, self.precision.dtype)
-        log2_exp = measured(x, shift, scale, self.precision.store.new())
         if exp is None:
             exp = self.precision.store.new() if self._reads_logarithms() else log2_exp
         return Softmax(shift, log2_exp, torch.exp2(log2_exp, out=exp), total(exp))
@@ -241,13 +248,22 @@ class Columns:
 
     # --- what is known of all columns ---
 
-    def _of(self, name: Any, rows: Rows) -> Tensor:
-        """Of these rows, [R, 1], in the dtype of what is computed."""
-        return self._in_full(name, rows).to(self.precision.dtype)
+    def _learn(self, known: Known) -> None:
+        self.known |= known
+        # Of these, [N, 1] in a dtype.
+        self.tables: dict[torch.dtype, Known] = {self.plain.dtype: {}, torch.float64: {}}
+
+    def _of(self, name: Any, rows: Rows, dtype: torch.dtype | None = None) -> Tensor:
+        """Of these rows, [R, 1], in the dtype of what is computed, or in another."""
+        dtype = dtype or self.precision.dtype
+        table = self.tables[dtype]
+        if name not in table:
+            table[name] = self.known[name][:, None].to(dtype)
+        return table[name][rows.flat]
 
     def _in_full(self, name: Any, rows: Rows) -> Tensor:
         """In fp64, as shifts are."""
-        return self.known[name][rows.flat, None]
+        return self._of(name, rows, torch.float64)
 
     def _unit(self, rows: Rows) -> Softmax:
         """The student's at temperature 1."""
@@ -291,7 +307,7 @@ class Columns:
             if self.kind.label_aware and self.sides[1:]:
                 found["teacher_label"] = self._at_labels(logits[-1], labels)
         softmaxes = [
-            self._softmax(x, most.double(), scale, place)
+            self._softmax(x, most, scale, place)
             for x, most, scale, place in zip(
                 logits, tops, scales, (self._place(rows), None), strict=False
             )
@@ -306,7 +322,7 @@ class Columns:
         if problem.labels is not None:
             found["unit"] = softmaxes[0].sum_exp
             if not isinstance(scales[0], float) or scales[0] != 1:
-                unit = self._softmax(logits[0], tops[0].double(), 1.0)
+                unit = self._softmax(logits[0], tops[0], 1.0)
                 found["unit"] = unit.sum_exp * (unit.shift - softmaxes[0].shift).exp()
         if softmaxes[1:]:
             q, p = softmaxes

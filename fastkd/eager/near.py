@@ -31,7 +31,7 @@ def closeness(
     """How much the sides differ, and, of rows in fp64, sums of their log-ratio d."""
     none = torch.zeros_like(q.sum_exp)
     found: dict[Any, Tensor] = dict.fromkeys(("mean", "square", "cross"), none)
-    found |= {"excess": p.sum_exp.double() - q.sum_exp, "spread": none + 1}
+    found |= {"excess": p.sum_exp - q.sum_exp, "spread": torch.ones_like(none)}
     if q.exp.dtype != torch.float64:
         return found
     d = torch.sub(p.log2_exp, q.log2_exp, out=new()).mul_(LN2)

@@ -93,7 +93,7 @@ class Sweeps(Columns):
         names = statistics_names(self)
         fields = self._swept(names, self._statistics, self._doubtful_statistics)
         pieces = yield torch.cat([fields, self.in_fp64[None].double()])
-        self.known = joined(self, dict(zip([*names, "exact"], pieces.unbind(1), strict=True)))
+        self._learn(joined(self, dict(zip([*names, "exact"], pieces.unbind(1), strict=True))))
         self._mark()
         later: list[Any] = [("later", i) for i in range(self.later)]
         if self.tempered and self.sides[1:]:
@@ -102,10 +102,11 @@ class Sweeps(Columns):
         if later:
             own = ["slope"] * self.cancels_later
             pieces = yield self._swept(later, self._sums, self._doubtful_sums, own)
-            self.known.update(zip(later, pieces.sum(0), strict=True))
-        if self.cancels_later:
-            sum_exp = self.known[STUDENT, "sum_exp"] * self.known["mass"]
-            self.known[STUDENT, "sum_exp"] = sum_exp
+            found = dict(zip(later, pieces.sum(0), strict=True))
+            if self.cancels_later:
+                name = STUDENT, "sum_exp"
+                found[name] = self.known[name] * found["mass"]
+            self._learn(found)
         if self.sides[1:]:
             self._divergence()
 
@@ -229,10 +230,12 @@ class Sweeps(Columns):
                 yield rows, self._terms(rows)
 
     @cached_property
-    def odd(self) -> Tensor:
-        """Rows whose descent is none, or not that of the formulas, [N]."""
-        kd, close = self.known["kd"], self.known["close"]
-        return ~self.counts | ~(kd.abs() < FAR) | (close > 0)
+    def odd(self) -> Tensor | None:
+        """Rows that have no gradient, or not that of the formulas, [N]; None: there is none."""
+        odd = ~self.counts
+        if self.sides[1:]:
+            odd = odd | ~(self.known["kd"].abs() < FAR) | (self.known["close"] > 0)
+        return odd if odd.any() else None
 
     @cached_property
     def tempering(self) -> list[Tensor]:
@@ -250,11 +253,10 @@ class Sweeps(Columns):
                 unit = self._unit(rows)
         if self.sides[1:]:
             _, descent = self.kind.value_and_descent(pair, problem.a, problem.b)
-            if self.odd[rows.flat].any():
-                descent = self._mended(rows, pair, descent)
+        if self.odd is not None and self.odd[rows.flat].any():
+            counts = self.counts[rows.flat, None]
+            descent = None if descent is None else self._mended(rows, pair, descent)
         self._make(pair.student if self.sides[1:] or self.entropy else unit, unit)
-        if not (here := self.counts[rows.flat, None]).all():
-            counts = here
         if self.tempered:
             tempering = [slope[rows.flat] for slope in self.tempering]
         place = self._place(rows) if counts is None else None
@@ -284,7 +286,7 @@ class Sweeps(Columns):
 
     def unpack(self, state: Tensor) -> None:
         self.in_fp64 = state[0] > 0
-        self.known = dict(zip(self._kept(), state[1:], strict=False))
+        self._learn(dict(zip(self._kept(), state[1:], strict=False)))
 
     def _kept(self) -> list[Any]:
         """The names of what the gradient needs; the sums that the divergence asks for come last."""
