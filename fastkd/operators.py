@@ -338,10 +338,17 @@ def caller(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """
     if tracing.traced():
         _refuse_transforms()
-        return function.apply
+        return lambda *arguments: _apply_traced(function, arguments)
     if not torch.is_grad_enabled():  # nothing is to be saved
         return function.forward
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+def _apply_traced(function: type[torch.autograd.Function], arguments: tuple[Any, ...]) -> Any:
+    """Where nothing trains, Dynamo would hand `forward` a context that it has no place for."""
+    if torch.compiler.is_compiling() and not any(map(tracing.trains, arguments)):
+        return function.forward(*arguments)
+    return function.apply(*arguments)
 
 
 def _refuse_transforms() -> None:

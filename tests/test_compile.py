@@ -210,3 +210,27 @@ def test_operators_pass_opcheck(backend):
         operators.scale_.traced,
         torch.rand(4, 12, device=DEVICE), torch.tensor(2.0, device=DEVICE), backend,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_nothing_trains_is_one_graph_too(dynamic):
+    """As in an evaluation; and where a weight trains alone."""
+    student, teacher = (x.float().to(DEVICE) for x in logits(6, 20))
+    weight = torch.rand(6, device=DEVICE).requires_grad_()
+    leaf = student.clone().requires_grad_()
+
+    def evaluated(student, teacher):
+        with torch.no_grad():
+            loss, metrics = fastkd.distillation_loss(student, teacher, return_metrics=True)
+        return loss + metrics.kd.sum()
+
+    for step, sides in (
+        (evaluated, (leaf, teacher)),
+        (lambda s, t: fastkd.distillation_loss(s, t, weight=weight), (student, teacher)),
+        (
+            lambda x, target: fastkd.kl_div(x, target, reduction="sum"),
+            (student.log_softmax(-1), teacher.softmax(-1)),
+        ),
+    ):
+        compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=BACKEND)
+        assert_close(compiled(*sides), step(*sides).double())
