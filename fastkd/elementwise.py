@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction
 
-from . import checks
+from . import checks, tracing
 from .eager import elementwise as eager
 from .operators import caller, operator, readable
 
@@ -29,10 +29,6 @@ MEAN_WARNING = (
     "reduction: 'mean' divides the total loss by both the batch size and the support size. "
     "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
 )
-
-# Asked once, since the compiler of PyTorch 2.11 cannot trace the question.
-DEVICES = ("cpu", "cuda", "hpu", "ipu", "maia", "mps", "mtia", "privateuseone", "xla", "xpu")
-AUTOCASTS = [device for device in DEVICES if torch.amp.is_autocast_available(device)]
 
 
 def kl_div(
@@ -121,8 +117,7 @@ def _result_type(input: Tensor, target: Tensor) -> torch.dtype:
         dtype = torch.promote_types(input.dtype, target.dtype)
     else:  # a 0-d tensor does not promote the other
         dtype = input.dtype if input.dim() > 0 else target.dtype
-    autocast = device in AUTOCASTS and torch.is_autocast_enabled(device)
-    return eager.at_least_fp32(dtype) if autocast else dtype
+    return eager.at_least_fp32(dtype) if tracing.autocasts(device) else dtype
 
 
 def _check(input: Tensor, target: Tensor) -> torch.Size:

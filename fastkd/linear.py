@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, tracing
 from .eager.blocks import slices
 from .forms import Head
 from .operands import LinearHead
@@ -30,9 +30,10 @@ def head_of(side: LinearHead, dtype: torch.dtype) -> Head:
     """
     hidden, weight, bias = map(readable, (side.hidden, side.weight, side.bias))
     product = torch.promote_types(hidden.dtype, weight.dtype)
-    if torch.is_autocast_enabled(hidden.device.type):
-        product = torch.get_autocast_dtype(hidden.device.type)
-    if hidden.device.type == "cpu" or dtype == torch.float64:
+    place = hidden.device.type
+    if tracing.autocasts(place):
+        product = torch.get_autocast_dtype(place)
+    if place == "cpu" or dtype == torch.float64:
         product = torch.promote_types(product, dtype)
     return Head(
         hidden,

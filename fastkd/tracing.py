@@ -16,6 +16,9 @@ from torch._C import DispatchKey, _functorch, _SetExcludeDispatchKeyGuard
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 DEBUG = os.environ.get("FASTKD_DEBUG") == "1"
+# Asked once, since the compiler of PyTorch 2.11 cannot trace the question.
+DEVICES = ("cpu", "cuda", "hpu", "ipu", "maia", "mps", "mtia", "privateuseone", "xla", "xpu")
+AUTOCASTS = [device for device in DEVICES if torch.amp.is_autocast_available(device)]
 
 
 def trains(value: Any) -> bool:
@@ -56,6 +59,11 @@ def opaque(tensor: Tensor) -> bool:
 def may_read(tensor: Tensor) -> bool:
     """Whether looking at values costs no synchronisation, or was asked for."""
     return not (watched() or opaque(tensor)) and (tensor.device.type == "cpu" or DEBUG)
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device; some, as meta, know none."""
+    return device in AUTOCASTS and torch.is_autocast_enabled(device)
 
 
 @contextlib.contextmanager

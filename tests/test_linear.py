@@ -424,3 +424,16 @@ def test_a_product_holds_no_copy_of_the_logits_that_it_makes():
         [sys.executable, "-c", SCRATCH], check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
     assert float(done.stdout) < 0.5
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+def test_heads_without_numbers(mode):
+    """On the meta device, which knows no autocast: shapes, and gradients of these."""
+    with torch.device("meta"):
+        hidden, weight = torch.randn(3, 4), torch.randn(9, 4, requires_grad=True)
+        head = fastkd.LinearHead(hidden, weight, torch.randn(9))
+        for teacher in (torch.randn(3, 9), fastkd.LinearHead(torch.randn(3, 2), torch.randn(9, 2))):
+            loss = fastkd.distillation_loss(head, teacher, gradient=mode)
+            (gradient,) = torch.autograd.grad(loss, weight)
+            assert (loss.shape, loss.device.type) == ((), "meta")
+            assert gradient.shape == weight.shape
