@@ -140,7 +140,7 @@ class Fused(torch.autograd.Function):
         ctx.inputs, ctx.name, ctx.spent = len(inputs), inputs[2], False
         ctx.count = len(gradients)
         ctx.set_materialize_grads(False)  # or a tensor of zeros as large as the gradient is made
-        ctx.save_for_backward(*gradients, *inputs[9 : 9 + ctx.count])
+        ctx.save_for_backward(*gradients, *map(_origin, inputs[9 : 9 + ctx.count]))
         ctx.mark_non_differentiable(values, *(x for x in gradients if x is not None))
 
     @staticmethod
@@ -162,11 +162,19 @@ class Fused(torch.autograd.Function):
         return *[None] * 9, *map(_once, gradients, origins), *[None] * rest
 
 
+def _origin(source: Tensor | None) -> Tensor | None:
+    """An empty tensor where the source is in the graph, which keeps nothing of its memory."""
+    if source is None or tracing.traced():
+        return source
+    with torch.enable_grad():
+        return source.repeat(0, *[1] * (source.dim() - 1))
+
+
 class _Once(torch.autograd.Function):
     """Passes a gradient on; its own derivative, which would be wrongly 0, is refused."""
 
     @staticmethod
-    def forward(gradient: Tensor, source: Tensor) -> Tensor:
+    def forward(gradient: Tensor, origin: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
@@ -180,8 +188,8 @@ class _Once(torch.autograd.Function):
         )
 
 
-def _once(gradient: Tensor | None, source: Tensor | None) -> Any:
-    if source is None:  # of which an operator gives an empty tensor
+def _once(gradient: Tensor | None, origin: Tensor | None) -> Any:
+    if origin is None:  # of which an operator gives an empty tensor
         return None
     second = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return _Once.apply(gradient, source) if second and gradient is not None else gradient
+    return _Once.apply(gradient, origin) if second and gradient is not None else gradient

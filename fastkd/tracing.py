@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey, _functorch, _SetExcludeDispatchKeyGuard
+from torch._C import DispatchKey, _autograd, _functorch, _SetExcludeDispatchKeyGuard
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 DEBUG = os.environ.get("FASTKD_DEBUG") == "1"
@@ -59,6 +59,11 @@ def opaque(tensor: Tensor) -> bool:
 def may_read(tensor: Tensor) -> bool:
     """Whether looking at values costs no synchronisation, or was asked for."""
     return not (watched() or opaque(tensor)) and (tensor.device.type == "cpu" or DEBUG)
+
+
+def frozen(view: Tensor) -> bool:
+    """Whether autograd lets nobody write to a view: one of several, or given back by a Function."""
+    return _autograd._get_creation_meta(view) != _autograd.CreationMeta.DEFAULT
 
 
 def autocasts(device: str) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -149,3 +152,34 @@ def test_a_loss_whose_gradient_is_undefined_gives_none(gradient):
     loss = fastkd.distillation_loss(student, torch.randn(3, 5), gradient=gradient)
     Cut.apply(loss).backward()
     assert student.grad is None
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_the_logits_are_not_kept_beside_their_gradient(backend):
+    leaf, teacher = torch.randn(2, N, V, device=DEVICE).unbind()
+    settings = {"gradient": "forward", "backend": backend}
+    logit = leaf.clone().requires_grad_() * 1.0
+    memory = weakref.ref(logit.untyped_storage())
+    loss = fastkd.distillation_loss(logit, teacher, **settings)
+    del logit
+    gc.collect()  # of Triton's interpreter, which has cycles
+    assert memory() is None
+    loss.backward()
+
+    logit = leaf.clone().requires_grad_() * 1.0
+    loss = fastkd.distillation_loss(logit, teacher, **settings)
+    logit.mul_(2)  # which its gradient, already there, does not see
+    loss.backward()
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_views_that_autograd_keeps_are_not_overwritten(backend):
+    """Before anything is: PyTorch would refuse them when they are."""
+    layer = torch.nn.Linear(3, V, device=DEVICE)
+    layer.register_full_backward_hook(lambda *_: None)
+    rows = torch.randn(N, 3, device=DEVICE)
+    for logit in (layer(rows), torch.nn.functional.linear(rows, layer.weight).chunk(1)[0]):
+        before = logit.detach().clone()
+        with pytest.raises(ValueError, match=r"view that autograd keeps.*inplace=False"):
+            fastkd.distillation_loss(logit, before, inplace=True, backend=backend)
+        assert torch.equal(logit, before)
