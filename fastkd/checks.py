@@ -331,11 +331,8 @@ def inplace(student: Tensor, operands: dict[str, Any]) -> None:
             f"inplace=True would overwrite part of a larger tensor of shape {tuple(base.shape)}: "
             "pass inplace=False, or the whole of it"
         )
-    if base is not None and not traced() and frozen(student):
-        raise ValueError(
-            "inplace=True would overwrite a view that autograd keeps as it is, as of split, or of "
-            "a module with a full backward hook: pass inplace=False, or clone it"
-        )
+    if frozen(student):
+        raise ValueError("inplace=True would overwrite a view that autograd keeps: clone it")
     if any(stride == 0 and size > 1 for stride, size in zip(student.stride(), student.shape)):  # noqa: B905 (Dynamo)
         raise ValueError("inplace=True needs a tensor of its own, got an expanded one: clone it")
     if not traced() and student.is_neg():

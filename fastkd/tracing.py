@@ -61,9 +61,13 @@ def may_read(tensor: Tensor) -> bool:
     return not (watched() or opaque(tensor)) and (tensor.device.type == "cpu" or DEBUG)
 
 
-def frozen(view: Tensor) -> bool:
-    """Whether autograd lets nobody write to a view: one of several, or given back by a Function."""
-    return _autograd._get_creation_meta(view) != _autograd.CreationMeta.DEFAULT
+def frozen(tensor: Tensor) -> bool:
+    """Whether autograd lets nobody write to it: a view as of split, or of a module with a full
+    backward hook.
+    """
+    if traced() or tensor._base is None:
+        return False
+    return _autograd._get_creation_meta(tensor) != _autograd.CreationMeta.DEFAULT
 
 
 def autocasts(device: str) -> bool:
