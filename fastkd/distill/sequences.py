@@ -46,8 +46,8 @@ def prepare(
     """
     from datasets import Dataset
 
-    named = (("training", chosen.data), ("held-out", chosen.eval_data))
-    found = {name: files.find(data) for name, data in named if data}
+    named = {"training": chosen.data, "held-out": chosen.eval_data}
+    found = {name: files.find(data) for name, data in named.items() if data}
     wanted = {name: each.files for name, each in found.items()}
     reader = Reader(tokenizer, chosen)
     tokenizers = [tokenizer, teacher[0]] if teacher else [tokenizer]
@@ -81,16 +81,12 @@ def prepare(
     for name in wanted:
         with _made_again(folder / f"{name}.arrow"):
             sets[name] = Dataset.from_file(str(folder / f"{name}.arrow"))
-    training = sets["training"]
+    for name, rows in sets.items():
+        _enough(rows, 1 if "held-out" in sets else 2, named[name], chosen.sequence_length)
     if "held-out" in sets:
-        _enough(training, 1, chosen.data, chosen.sequence_length)
-        _enough(sets["held-out"], 1, chosen.eval_data, chosen.sequence_length)
-        return training, sets["held-out"], reader.counts
-    _enough(training, 2, chosen.data, chosen.sequence_length)
-    parts = training.train_test_split(
-        test_size=max(1, int(chosen.held_out * len(training))),
-        seed=chosen.seed,
-    )
+        return sets["training"], sets["held-out"], reader.counts
+    test_size = max(1, int(chosen.held_out * len(sets["training"])))
+    parts = sets["training"].train_test_split(test_size=test_size, seed=chosen.seed)
     return parts["train"], parts["test"], reader.counts
 
 

@@ -79,7 +79,7 @@ class Watch(TrainerCallback):
         if "loss" in logs:
             self.bars.update(self.bar, text=f"loss {float(logs['loss']):.4g}")
         if state.is_world_process_zero:
-            self.metrics.add(logs, state)
+            self.metrics.add(logs, state.global_step, state.max_steps)
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any
@@ -112,35 +112,28 @@ class Metrics:
 
     def begin(self, state: Any) -> None:
         """The rows up to here: what a run that was killed wrote after its last save goes."""
-        self.row, text = {}, report.table([])
-        for entry in state.log_history:
-            text += self._merged(entry, int(entry["step"]), state.max_steps)
-        storage.write(self.path, text)
-
-    def add(self, logs: dict[str, Any], state: Any) -> None:
-        self._append(self._merged(logs, state.global_step, state.max_steps))
-
-    def flush(self) -> None:
-        self._append(report.table([self.row], header=False) if self.row else "")
         self.row = {}
+        storage.write(self.path, report.table([]))
+        for entry in state.log_history:
+            self.add(entry, int(entry["step"]), state.max_steps)
 
-    def _merged(self, logs: dict[str, Any], step: int, steps: int) -> str:
-        """What is logged joins the row of its step; that of the step before, as text."""
-        done = ""
-        if self.row and self.row["step"] != step:
-            done, self.row = report.table([self.row], header=False), {}
+    def add(self, logs: dict[str, Any], step: int, steps: int) -> None:
+        """What is logged joins the row of its step."""
+        if self.row.get("step", step) != step:
+            self.flush()
         found = {k.removeprefix("eval_"): v for k, v in logs.items()}
         known = {k: v for k, v in found.items() if k in report.COLUMNS and k != "step"}
         if "loss" in known:
             known["temperature"] = self.loss(step - 1, steps)["temperature"]
         if known:
             self.row = {"step": step, "way": FASTKD, **self.row, **known}
-        return done
 
-    def _append(self, text: str) -> None:
-        if text:
-            try:
-                with open(self.path, "a") as file:
-                    file.write(text)
-            except OSError as error:
-                raise RunError(f"cannot write {self.path}: {error.strerror}") from None
+    def flush(self) -> None:
+        if not self.row:
+            return
+        try:
+            with open(self.path, "a") as file:
+                file.write(report.table([self.row], header=False))
+        except OSError as error:
+            raise RunError(f"cannot write {self.path}: {error.strerror}") from None
+        self.row = {}
