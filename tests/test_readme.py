@@ -1,9 +1,7 @@
 """README.md: its Python runs as written, its commands are pinned, its table is complete."""
 
-import ast
 import json
 import re
-from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -32,22 +30,6 @@ def variables():
 
 def test_snippets_run_and_before_equals_after(variables):
     torch.testing.assert_close(variables["after"], variables["before"])
-
-
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
-def test_python_in_the_documents_has_names_that_exist(page):
-    """It stands for what a user has, so that it cannot run; what it takes of fastkd is there."""
-    found = blocks("python", page.read_text())
-    assert found
-    for block in found:
-        names = {"fastkd": fastkd}
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                pytest.importorskip(getattr(node, "module", None) or node.names[0].name)
-                exec(ast.unparse(node), names)
-            path, _, rest = ast.unparse(node).partition(".")
-            if isinstance(node, ast.Attribute) and path == "fastkd" and "(" not in rest:
-                attrgetter(rest)(fastkd)
 
 
 def test_it_is_short():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import needs
+from .errors import known, needs
 
 TEACHERS = {"int8": "torchao", "llm_int8": "bitsandbytes", "nf4": "bitsandbytes"}
 STUDENTS = ("int8", "int4")
@@ -46,7 +46,8 @@ def loading(kind: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def quantise(model: Any, kind: str) -> None:
-    """Stores the weights in few bits."""
+    """Stores the weights in few bits, of int8 or int4."""
+    known("quantise", kind, STUDENTS)
     needs("torchao", extra="recipes")
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
 
