@@ -22,6 +22,7 @@ from fastkd.problem import Problem
 
 from .blocks import Precision, Rows, blocks, largest, of_rows, place_of, scales_of
 from .joins import (
+    PARTS,
     SIDES,
     STUDENT,
     TEACHER,
@@ -31,9 +32,7 @@ from .joins import (
     Later,
     Shard,
     asked,
-    by_asked,
     empty,
-    first_names,
     is_shift,
     is_tempered,
     with_gap,
@@ -180,11 +179,10 @@ class Columns:
         """
         q, p = (found[name, "sum_exp"][:, None] for name in SIDES)
         sums, gap = {STUDENT: q, TEACHER: p}, (q / p).log()
-        first = by_asked(self.first, lambda name: found[name][:, None])
+        first = {name: found[name][:, None] for name in self.first}
         for one in self.first:
             if one[0] == "growth":
-                (growth,), (side, order) = first[one], one[1:]
-                first[one] = (with_gap(growth, sums[side], order, gap),)
+                first[one] = with_gap(first[one], sums[one[1]], one[2], gap)
         sides = (empty(q, q), empty(p, p))
         pair = Shard(sides, 1.0, lambda: q.new_empty(len(q), 0), gap, first, [])
         return self.kind.value_and_descent(pair, self.problem.a, self.problem.b)[0][:, 0]
@@ -332,18 +330,16 @@ class Columns:
             if self.first:
                 pair = Shard((q, p), scales[0], new, torch.zeros_like(q.sum_exp))
                 self.kind.value_and_descent(pair, problem.a, problem.b)
-                sums = pair.found_first
+                found |= pair.found_first
                 for one in self.first:
-                    if one not in sums:  # fp32 asks for no growth
-                        sums[one] = (_growth(pair, *one[1:]),)
-                every = [x for one in self.first for x in sums[one]]
-                found |= zip(first_names(self.first), every, strict=True)
+                    if one not in found:  # fp32 asks for no growth
+                        found[one] = _growth(pair, *one[1:])
         return found
 
 
 def _growth(pair: Shard, side: str, order: float) -> Tensor:
     """The sum of a growth, from that of the blend with the same terms, [R, 1] in fp64."""
     a = order if side == STUDENT else order + 1
-    shift, sum_exp = pair.found_first["blend", a]
+    shift, sum_exp = (pair.found_first["blend", a, part] for part in PARTS)
     own = pair.student if side == STUDENT else pair.teacher
     return sum_exp.double() * shift.double().exp2() - own.sum_exp

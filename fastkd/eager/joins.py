@@ -8,7 +8,7 @@ all others are taken when the sums of the exponentials of all owners are known.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from .columns import Columns
 
 SIDES = STUDENT, TEACHER = "student", "teacher"
+PARTS = "shift", "sum_exp"
 # Pieces whose shifts lie nearer are joined by their differences too.
 NEAR = 1.0
 
 Known = dict[Any, Tensor]  # what the owners know of each row, [N], by names
-Asked = tuple[Any, ...]  # a kind of sum, and of what
-First = dict[Asked, tuple[Tensor, ...]]  # the sums, and before those of blends their shifts, [R, 1]
+Asked = tuple[Any, ...]  # a kind of sum, and of what; of a blend its shift too
 
 
 # --- the sums that a divergence asks for ------------------------------------------------------
@@ -66,7 +66,7 @@ class Shard(Pair):
         scale: float | Tensor,
         new: Callable[[], Tensor],
         gap: Tensor,
-        first: First | None = None,
+        first: Known | None = None,
         later: list[Tensor] | None = None,
         labels: Labels | None = None,
         student_mean: Tensor | None = None,
@@ -74,10 +74,10 @@ class Shard(Pair):
         super().__init__(*sides, scale, new, gap=gap)
         self.first, self.later, self.own_labels = first, later, labels
         self.student_mean = student_mean  # of its log2_exp
-        self.found_first: First = {}
+        self.found_first: Known = {}
         self.found_later: list[Tensor] = []
 
-    def _first(self, asked: Asked, find: Callable[[], tuple[Tensor, ...]]) -> Any:
+    def _first(self, asked: Asked, find: Callable[[], Tensor]) -> Tensor:
         found = find() if self.first is None else self.first[asked]
         self.found_first[asked] = found
         return found
@@ -97,21 +97,18 @@ class Shard(Pair):
         return self._later(lambda: total(x.mul_(side.exp)))
 
     def total_log2_ratio(self, side: Softmax, products: Callable[[], Tensor]) -> Tensor:
-        (found,) = self._first(("log2_ratio", self._name(side)), lambda: (total(products()),))
-        return found
+        return self._first(("log2_ratio", self._name(side)), lambda: total(products()))
 
     def total_growth(self, side: Softmax, order: float, terms: Tensor) -> Tensor:
-        (found,) = self._first(("growth", self._name(side), order), lambda: (total(terms),))
-        return found
+        return self._first(("growth", self._name(side), order), lambda: total(terms))
 
     def blend(self, log2_exp: Tensor, a: float) -> tuple[Tensor, Tensor, Tensor]:
-        def find() -> tuple[Tensor, Tensor]:
-            if not log2_exp.size(1):
-                return log2_exp.new_zeros(len(log2_exp), 1), log2_exp.new_zeros(len(log2_exp), 1)
-            shift = log2_exp.amax(-1, keepdim=True)
-            return shift, total(torch.exp2(log2_exp - shift))
+        def largest() -> Tensor:
+            none = log2_exp.new_zeros(len(log2_exp), 1)
+            return log2_exp.amax(-1, keepdim=True) if log2_exp.size(1) else none
 
-        shift, sum_exp = self._first(("blend", a), find)
+        shift = self._first(("blend", a, "shift"), largest)
+        sum_exp = self._first(("blend", a, "sum_exp"), lambda: total(torch.exp2(log2_exp - shift)))
         return log2_exp.sub_(shift).exp2_(), shift, sum_exp
 
     def mean_log2_exp(self, side: Softmax) -> Tensor:
@@ -142,10 +139,6 @@ class Labels(NamedTuple):
     lq: Tensor
 
 
-def _width(asked: Asked) -> int:
-    return 2 if asked[0] == "blend" else 1
-
-
 @cache
 def asked(
     kind: type[Divergence], a: float, b: float, dtype: torch.dtype
@@ -168,18 +161,6 @@ def empty(shift: Tensor, sum_exp: Tensor) -> Softmax:
 # --- names of fields --------------------------------------------------------------------------
 
 
-def first_names(asked: Sequence[Asked]) -> list[Any]:
-    names = (("first", i) for i in range(sum(map(_width, asked))))
-    shifts = [part for one in asked for part in (["shift", ""] if one[0] == "blend" else [""])]
-    return [(*name, shift) for name, shift in zip(names, shifts, strict=True)]
-
-
-def by_asked(asked: Sequence[Asked], of: Callable[[Any], Tensor]) -> First:
-    """The sums of the first sweep, each of which goes by a name."""
-    names = iter(first_names(asked))
-    return {one: tuple(of(next(names)) for _ in range(_width(one))) for one in asked}
-
-
 def is_shift(name: Any) -> bool:
     return isinstance(name, tuple) and name[-1] in ("shift", "top")
 
@@ -198,7 +179,7 @@ def statistics_names(sweeps: Columns) -> list[Any]:
         names.append("log2_exp_square")
     if problem.teacher is not None:
         names += ["excess", "mean", "square", "cross", "spread", *["apart"] * bool(sweeps.later)]
-        names += first_names(sweeps.first)
+        names += sweeps.first
         if sweeps.kind.label_aware:
             names.append("teacher_label")
     return names
@@ -319,9 +300,8 @@ def _join_sides(sweeps: Columns, pieces: Known, known: Known, lower: Known, weig
     spread = torch.where(nothing, 0.0, pieces["spread"] + apart.abs())
     known["spread"] = spread.amax(0) + mean.abs()
 
-    names = iter(first_names(sweeps.first))
-    for kind, *what in sweeps.first:
-        name = next(names)
+    for name in sweeps.first:
+        kind, *what = name
         if kind == "log2_ratio":
             side = what[0]
             log2_ratios = pieces[name] + pieces[side, "sum_exp"] * (apart / LN2)
@@ -332,15 +312,13 @@ def _join_sides(sweeps: Columns, pieces: Known, known: Known, lower: Known, weig
             growth = pieces[name] * move.exp() + sums_exp * move.expm1()
             growth = _weighted(weight[side], growth).sum(0)
             known[name] = with_gap(growth, known[side, "sum_exp"], order, known["gap"])
-        else:
-            (a,), sums_exp = what, pieces[next(names)]
+        elif what[1] == "shift":
+            a, sums_exp = what[0], pieces["blend", what[0], "sum_exp"]
             masked = (pieces[STUDENT, "shift"] == MASKED) & (pieces[TEACHER, "shift"] == MASKED)
             moved = (a * lower[TEACHER] + (1 - a) * lower[STUDENT]) / LN2
             shifts = torch.where(masked, MASKED, pieces[name] + moved)
             known[name] = shift = shifts.amax(0)
-            known[(*name[:1], name[1] + 1, "")] = _weighted((shifts - shift).exp2(), sums_exp).sum(
-                0
-            )
+            known["blend", a, "sum_exp"] = _weighted((shifts - shift).exp2(), sums_exp).sum(0)
 
 
 def with_gap(growth: Tensor, sum_exp: Tensor, order: float, gap: Tensor) -> Tensor:

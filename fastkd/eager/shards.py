@@ -21,14 +21,13 @@ from fastkd.problem import AGREEMENT, CE, ENTROPY, KD, TEACHER_ENTROPY, Coeffici
 from .blocks import Rows, blank, new_gradient, new_values, of_rows, vocabulary
 from .columns import Columns
 from .joins import (
+    PARTS,
     SIDES,
     STUDENT,
     TEACHER,
     Known,
     Shard,
-    by_asked,
     empty,
-    first_names,
     joined,
     kept_names,
     state_rows,
@@ -81,8 +80,6 @@ def fused(
 
 
 # --- sweeps -----------------------------------------------------------------------------------
-
-PARTS = ("shift", "sum_exp")
 
 
 class Sweeps(Columns):
@@ -138,7 +135,7 @@ class Sweeps(Columns):
         new: Callable[[], Tensor],
         later: bool,
     ) -> Shard:
-        first = by_asked(self.first, lambda name: self._of(name, rows))
+        first = {name: self._of(name, rows) for name in self.first}
         sums = [self._of(("later", i), rows) for i in range(self.later)] if later else None
         labels = None if self.problem.labels is None else self._labels(rows)
         gap = self._of("gap", rows) if sides[1:] else torch.zeros_like(sides[0].sum_exp)
@@ -290,8 +287,8 @@ class Sweeps(Columns):
 
     def _kept(self) -> list[Any]:
         """The names of what the gradient needs; the sums that the divergence asks for come last."""
-        names = kept_names(self.problem, self.entropy) + first_names(self.first)
-        return names + [("later", i) for i in range(self.later)]
+        later = [("later", i) for i in range(self.later)]
+        return [*kept_names(self.problem, self.entropy), *self.first, *later]
 
 
 # --- pieces of rows ---------------------------------------------------------------------------
