@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastkd.kernels import labels as L
 from fastkd.kernels import memory as M
 from fastkd.kernels import phases as P
 from fastkd.kernels import records
@@ -22,7 +21,7 @@ from fastkd.kernels import walk as W
 from fastkd.kernels.arguments import Factors, number
 from fastkd.kernels.arithmetic import LOG2E, log2
 from fastkd.kernels.pieces import read_statistics, write_statistics
-from fastkd.kernels.sweep import counts
+from fastkd.kernels.sweep import counts, label_of
 
 BITS = tl.constexpr(32)  # of a word of marks
 BARRED = tl.constexpr(-1e30)  # in fp64, for the logarithm of 0
@@ -44,12 +43,16 @@ class List(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """Of a row, tiles [1, EVENTS]."""
+    """Of a row's list, tiles [1, EVENTS]."""
 
+    at: Any  # in the lists of all rows
+    exists: Any
+    column: Any  # -1 for none
+    listed: Any  # where it is one of the row
+    position: Any
+    mine: Any  # whether the program has it
     logit: Any
-    listed: Any  # where there is one
     last: Any  # the place of all others, which are one event
-    log_prob: Any  # of the teacher
 
 
 class Events(NamedTuple):
@@ -67,12 +70,13 @@ class Events(NamedTuple):
 
 
 @triton.jit
-def mark(marks, position, mine, begin, end, BLOCK: tl.constexpr):
-    """Sets the bits of some positions, and clears all others from begin to end."""
+def mark(marks, entries, begin, end, BLOCK: tl.constexpr):
+    """Sets the bits of what is listed, and clears all others from begin to end."""
     M.fill_zero(marks, begin // BITS, end // BITS, BLOCK)
     tl.debug_barrier()
+    position = entries.position
     bit = tl.full(position.shape, 1, tl.int32) << (position % BITS).to(tl.int32)
-    tl.atomic_or(marks + position // BITS, bit, mask=mine, sem="relaxed", scope="cta")
+    tl.atomic_or(marks + position // BITS, bit, mask=entries.mine, sem="relaxed", scope="cta")
     tl.debug_barrier()
 
 
@@ -129,6 +133,47 @@ def gradient_step(scale_grad, tile, sides, unlisted, FACTS: tl.constexpr):
 
 
 @triton.jit
+def entries_of(piece, teacher, HANDED_ON: tl.constexpr, EVENTS: tl.constexpr):
+    """HANDED_ON: the logits are those that the launch before has left, as another program of this
+    one may have written over them.
+    """
+    count, stretch = number(teacher.count), piece.stretch
+    event = tl.arange(0, EVENTS)[None, :]
+    at, exists = piece.index * count + event, event < count
+    column = tl.load(teacher.indices + at, mask=exists, other=-1)
+    listed = (column >= 0) & (column < piece.all_columns)
+    position = tl.where(listed, column, 0).to(tl.int32) + stretch.shift
+    mine = listed & (position >= stretch.begin) & (position < stretch.end)
+    logits = teacher.logits + at if HANDED_ON else piece.sides.student + position
+    z = tl.load(logits, mask=listed, other=-float("inf")).to(tl.float32)
+    return Entries(at, exists, column, listed, position, mine, logit=z, last=event == count)
+
+
+@triton.jit
+def teacher_log_probs(entries, teacher, index):
+    """log p of the events, in fp64."""
+    lp = tl.load(teacher.log_probs + entries.at, mask=entries.column >= 0, other=-float("inf"))
+    if teacher.rest is not None:
+        lp = tl.where(entries.last, tl.load(teacher.rest + index), lp)
+    return lp
+
+
+@triton.jit
+def student_log_probs(entries, row, temper):
+    """log q of the events, in fp64, and the sum of their exponentials.
+
+    row.t_max and row.gap: the maximum of what is not listed, and the sum of its exponentials.
+    """
+    rate, s_max = temper.s_rate.to(tl.float64), row.s_max.to(tl.float64)
+    rest = (row.t_max.to(tl.float64) - s_max) * rate + tl.log(row.gap.to(tl.float64))
+    score = (entries.logit.to(tl.float64) - s_max) * rate
+    score = tl.where(entries.listed, score, -float("inf"))
+    score = tl.where(entries.last, rest, score)
+    total = tl.sum(tl.exp(score))
+    return score - tl.log(R.positive(total)), total
+
+
+@triton.jit
 def log_mixture(lp, lq, a):
     """log sum p^a q^(1-a)."""
     low = tl.maximum(lq, BARRED)
@@ -139,20 +184,23 @@ def log_mixture(lp, lq, a):
 
 
 @triton.jit
-def events_of(entries, tilt, row, temper, a, b, REST: tl.constexpr, DIVERGENCE: tl.constexpr,
-              CONSTANT: tl.constexpr):  # fmt: skip
-    """row.t_max and row.gap: the maximum of what is not listed, and the sum of its exponentials.
-
-    In fp64 up to the divergence's terms: there are few, and d is a difference of logarithms.
+def of_certain(slope, q):
+    """The slopes sum to 0; of an event that is nearly certain those of the others have the digits,
+    down to where fp64 has none.
     """
-    z, listed, last, lp = entries
-    rate, s_max = temper.s_rate.to(tl.float64), row.s_max.to(tl.float64)
-    rest = (row.t_max.to(tl.float64) - s_max) * rate + tl.log(row.gap.to(tl.float64))
-    score = tl.where(listed, (z.to(tl.float64) - s_max) * rate, -float("inf"))
-    score = tl.where(last, rest, score)
-    total = tl.sum(tl.exp(score))
+    certain = q > CERTAIN
+    others = tl.sum(tl.where(certain, 0.0, slope))
+    others = tl.where(tl.abs(others) < LEAST, 0.0, others)
+    return tl.where(certain, -others, slope)
+
+
+@triton.jit
+def events_of(entries, lp, tilt, row, temper, a, b, REST: tl.constexpr, DIVERGENCE: tl.constexpr,
+              CONSTANT: tl.constexpr):  # fmt: skip
+    """In fp64 up to the divergence's terms: there are few, and d is a difference of logarithms."""
+    listed = entries.listed
+    lq, total = student_log_probs(entries, row, temper)
     alive = row.alive & (total != 0)  # NaN stays
-    lq = score - tl.log(R.positive(total))
     q64, p64 = tl.exp(lq), tl.exp(lp)
     d64 = lp - lq
     p, q, d = p64.to(tl.float32), q64.to(tl.float32), d64.to(tl.float32)
@@ -177,29 +225,17 @@ def events_of(entries, tilt, row, temper, a, b, REST: tl.constexpr, DIVERGENCE: 
         slope -= q * tl.sum(slope)
         excess = tl.sum(tl.where(listed, p64 - q64, 0.0)).to(tl.float32)
         total = tl.sum(tl.where(listed, value, 0.0)) + tilt * excess
-    # The slopes sum to 0; of an event that is nearly certain those of the others have the digits,
-    # down to where fp64 has none.
-    certain = q > CERTAIN
-    others = tl.sum(tl.where(certain, 0.0, slope))
-    others = tl.where(tl.abs(others) < LEAST, 0.0, others)
-    slope = tl.where(certain, -others, slope)
+    slope = of_certain(slope, q)
     # Of an infinite value c may be NaN, as a difference of infinities; other NaN come out.
     defined = tl.where(tl.abs(total) != float("inf"), tl.abs(c) != float("inf"), c - c == 0.0)
     slope = tl.where(alive & defined, slope, 0.0)
     entropy = -tl.sum(tl.where(p64 > 0, p64 * lp, 0.0)).to(tl.float32)
     best = tl.max(tl.where(listed, lp, -float("inf")))
-    both = listed & (lp == best) & (z == row.s_max)
-    agreement = tl.max(tl.where(both, 1.0, 0.0))
-    return Events(slope, total, c, alive, entropy, agreement)
+    both = listed & (lp == best) & (entries.logit == row.s_max)
+    return Events(slope, total, c, alive, entropy, agreement=tl.max(tl.where(both, 1.0, 0.0)))
 
 
-@triton.jit
-def both_parts(unlisted, z, listed, temper, WANT: tl.constexpr):
-    """The statistics of all of a row."""
-    most = R.highest(z, unlisted.s_max)
-    moved = R.move(unlisted, most, most, temper, WANT)
-    some = R.piece(z, z, listed, most, most, R.FLOOR / 10, temper, WANT)
-    return R.collapse(R.both(moved, some, WANT), temper, WANT)
+# --- the kernel ------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -214,88 +250,57 @@ def listed(
     that follows from `outputs.state`. EVENTS: a power of two, above the number of listed columns.
     Positions, tiles and `shifted` are as in `sweep`.
     """
-    CONSTANT: tl.constexpr = divergence.constant
-    LANES: tl.constexpr = TILE.lanes
-    VECTOR: tl.constexpr = TILE.vector
-    T_GRAD: tl.constexpr = outputs.temperature is not None
+    BLOCK: tl.constexpr = TILE.lanes * TILE.vector
     BACKWARD: tl.constexpr = FIRST == P.GRADIENT and pieces.statistics is None
     FACTS: tl.constexpr = records.Facts(
-        WANT, P.nothing, True, SUMS=False, TEMPERATURE=T_GRAD, CE=factors.ce is not None,
-        H=factors.entropy is not None,
+        WANT, P.nothing, True, SUMS=False, TEMPERATURE=outputs.temperature is not None,
+        CE=factors.ce is not None, H=factors.entropy is not None,
     )  # fmt: skip
-    a, b, smoothing = P.singles(divergence.a, divergence.b, targets.smoothing)
     index, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    rows, columns, span = number(extent.rows), extent.columns, extent.span
     if not counts(index, targets, factors, BACKWARD):
         if LAST == P.GRADIENT:
             W.blank(index, split, student, student, gradient, extent, TILE)
         return
+    a, b, smoothing = P.singles(divergence.a, divergence.b, targets.smoothing)
+    rows, columns = number(extent.rows), extent.columns
     student_at, _, gradient_at, shift = W.start(index, student, student, gradient, extent, TILE)
-    stretch = W.stretch_of(split, span, shift, columns, LANES, VECTOR, TILE.shifted)
+    stretch = W.stretch_of(
+        split, extent.span, shift, columns, TILE.lanes, TILE.vector, TILE.shifted
+    )
     student, gradient = student.pointer + student_at, gradient.pointer
     if gradient is not None:
         gradient += gradient_at
         if LAST == P.GRADIENT and split == 0:
-            M.fill_beyond(gradient, shift, extent, LANES * VECTOR)
+            M.fill_beyond(gradient, shift, extent, BLOCK)
 
     temper = P.temper_of(temperatures, index, rows, None, a)
-    label, label_logit = -1, 0.0
-    if targets.labels is not None:
-        label = L.label_of(tl.load(targets.labels + index), columns, None)
-        label += tl.where(label >= 0, shift, 0)
-        label_logit = tl.load(student + label, mask=label >= 0, other=0.0).to(tl.float32)
+    label, logits = label_of(index, targets, extent, stretch, student, None, None)
     sides = records.Sides(student, None, gradient, temper, a, b)
-
-    count = number(teacher.count)
-    event = tl.arange(0, EVENTS)[None, :]
-    entry = index * count + event
-    column = tl.load(teacher.indices + entry, mask=event < count, other=-1)
-    known = (column >= 0) & (column < columns)
-    place = tl.where(known, column, 0).to(tl.int32) + shift
-    mine = known & (place >= stretch.begin) & (place < stretch.end)
-    logits = student + place
-    if FIRST == P.GRADIENT and not BACKWARD:  # another program may have written over them
-        logits = teacher.logits + entry
-    z = tl.load(logits, mask=known, other=-float("inf")).to(tl.float32)
+    piece = records.Piece(
+        index, index, rows, split, columns, label, logits, smoothing, stretch, sides
+    )
+    entries = entries_of(piece, teacher, FIRST == P.GRADIENT and not BACKWARD, EVENTS)
     marks = teacher.marks
-    if FIRST == P.STATISTICS or T_GRAD:
+    if FIRST == P.STATISTICS or FACTS.TEMPERATURE:
         marks += index * number(teacher.words)
-        mark(marks, place, mine, stretch.begin, stretch.begin + span, LANES * VECTOR)
-
-    if FIRST == P.STATISTICS:
-        stats = R.empty(LANES * VECTOR // P.THREAD)
-        stats = W.walk(stats, stretch, sides, marks, FACTS, unlisted_step, True)
-        stats = R.collapse(R.rebase(stats, temper, WANT), temper, WANT)
-        if LAST == P.STATISTICS:
-            label_logit = tl.where(split == 0, label_logit, 0.0)
-            write_statistics(
-                pieces.statistics, split, index, rows, stats, label_logit, 0.0, TILE.pieces
-            )
-            if split == 0:
-                tl.store(teacher.logits + entry, z, mask=event < count)
-            return
-    elif not BACKWARD:
-        stats, label_logit, _, _ = read_statistics(
-            pieces.statistics, index, rows, temper, WANT, TILE.pieces, TILE.padded
-        )
+        mark(marks, entries, stretch.begin, stretch.begin + extent.span, BLOCK)
 
     if BACKWARD:
         row = P.restore(outputs.state, index, rows, None, WANT, None)
     else:
-        rest_max, rest_sum = stats.s_max, stats.s_sum
-        stats = both_parts(stats, z, known, temper, WANT)
-        row = R.summarize(stats, temper, "none", WANT)
-        # What is not listed is in the place of the teacher: see `problem.py`.
-        row = records.replace(row, t_max=rest_max, gap=rest_sum)
-    REST: tl.constexpr = teacher.rest is not None
-    lp = tl.load(teacher.log_probs + entry, mask=(event < count) & (column >= 0),
-                 other=-float("inf"))  # fmt: skip
-    last = event == count
-    if REST:
-        lp = tl.where(last, tl.load(teacher.rest + index), lp)
+        stats, label_logit = unlisted_statistics(piece, marks, pieces, FIRST, FACTS, TILE)
+        if LAST == P.STATISTICS:
+            write_statistics(
+                pieces.statistics, split, index, rows, stats, label_logit, 0.0, TILE.pieces
+            )
+            if split == 0:
+                tl.store(teacher.logits + entries.at, entries.logit, mask=entries.exists)
+            return
+        row, stats = whole_row(stats, entries, temper, WANT)
+    lp = teacher_log_probs(entries, teacher, index)
     found = events_of(
-        Entries(z, listed=known, last=last, log_prob=lp), teacher.tilt, row, temper, a, b,
-        REST=REST, DIVERGENCE=divergence.evaluate, CONSTANT=CONSTANT,
+        entries, lp, teacher.tilt, row, temper, a, b, REST=teacher.rest is not None,
+        DIVERGENCE=divergence.evaluate, CONSTANT=divergence.constant,
     )  # fmt: skip
     terms = P.factors_of(factors, index, None)
     if not BACKWARD:
@@ -308,23 +313,62 @@ def listed(
                 outputs, records.Found(stats, row, sums, hard), terms,
                 index=index, rows=rows, live=None, a=a, b=b, WANT=WANT, OUTER=divergence.outer,
             )  # fmt: skip
+    if gradient is not None or FACTS.TEMPERATURE:
+        gradient_phase(piece, entries, found.slope, row, terms, marks, outputs, FACTS, TILE)
 
-    if gradient is not None or T_GRAD:
-        slope = found.slope * tl.where(terms.kd != 0, terms.kd * temper.s_rate, 0.0)
-        slope = tl.where(terms.kd != 0, slope, 0.0)
-        others = Factors(kd=row.s_max * 0.0, ce=terms.ce, entropy=terms.entropy)
-        asked = records.Asked(row, label, columns, smoothing, others)
-        unlisted = Unlisted(
-            marks, tl.sum(tl.where(last, slope, 0.0)), log2(R.positive(row.gap)), asked
+
+@triton.jit
+def unlisted_statistics(piece, marks, pieces, FIRST: tl.constexpr, FACTS: tl.constexpr,
+                        TILE: tl.constexpr):  # fmt: skip
+    """Of what is not listed, be it swept or handed on by the launch before; the label's logit."""
+    WANT: tl.constexpr = FACTS.WANT
+    BLOCK: tl.constexpr = TILE.lanes * TILE.vector
+    temper, logit = piece.sides.temper, piece.logits[0]
+    if FIRST == P.STATISTICS:
+        stats = R.empty(BLOCK // P.THREAD)
+        stats = W.walk(stats, piece.stretch, piece.sides, marks, FACTS, unlisted_step, True)
+        stats = R.collapse(R.rebase(stats, temper, WANT), temper, WANT)
+    else:
+        stats, logit, _, _ = read_statistics(
+            pieces.statistics, piece.index, piece.rows, temper, WANT, TILE.pieces, TILE.padded
         )
-        # Against the sweep before this one.
-        scale_grad = tl.zeros([LANES, 1], tl.float32)
-        scale_grad = W.walk(scale_grad, stretch, sides, unlisted, FACTS, gradient_step, False)
-        g, tempered, _, _ = P.gradient_tile(z, (z, z), place, sides, asked, FACTS)
-        if gradient is not None:
-            tl.debug_barrier()  # over what the sweep has written
-            tl.store(gradient + place, (g + slope).to(gradient.dtype.element_ty), mask=mine)
-        if T_GRAD:
-            own = P.temperature_term(tl.where(mine, tempered + slope, 0.0), z, row)
-            total = tl.sum(scale_grad) + tl.sum(own)
-            tl.store(outputs.temperature + index * TILE.splits + split, -temper.s_rate * total)
+    return stats, logit
+
+
+@triton.jit
+def whole_row(unlisted, entries, temper, WANT: tl.constexpr):
+    """The row and its statistics, with the listed as one more piece."""
+    z = entries.logit
+    most = R.highest(z, unlisted.s_max)
+    moved = R.move(unlisted, most, most, temper, WANT)
+    some = R.piece(z, z, entries.listed, most, most, R.FLOOR / 10, temper, WANT)
+    stats = R.collapse(R.both(moved, some, WANT), temper, WANT)
+    row = R.summarize(stats, temper, "none", WANT)
+    # What is not listed is in the place of the teacher: see `problem.py`.
+    return records.replace(row, t_max=unlisted.s_max, gap=unlisted.s_sum), stats
+
+
+@triton.jit
+def gradient_phase(piece, entries, slope, row, terms, marks, outputs, FACTS: tl.constexpr,
+                   TILE: tl.constexpr):  # fmt: skip
+    """Writes the piece's gradient, and its part of the temperature's; slope: of the events."""
+    LANES: tl.constexpr = TILE.lanes
+    sides, rate, z = piece.sides, piece.sides.temper.s_rate, entries.logit
+    slope *= tl.where(terms.kd != 0, terms.kd * rate, 0.0)
+    slope = tl.where(terms.kd != 0, slope, 0.0)
+    others = Factors(kd=row.s_max * 0.0, ce=terms.ce, entropy=terms.entropy)
+    asked = records.Asked(row, piece.label, piece.all_columns, piece.smoothing, others)
+    scale = tl.sum(tl.where(entries.last, slope, 0.0))
+    unlisted = Unlisted(marks, scale, log2(R.positive(row.gap)), asked)
+    # Against the sweep before this one.
+    scale_grad = tl.zeros([LANES, 1], tl.float32)
+    scale_grad = W.walk(scale_grad, piece.stretch, sides, unlisted, FACTS, gradient_step, False)
+    g, tempered, _, _ = P.gradient_tile(z, (z, z), entries.position, sides, asked, FACTS)
+    if sides.gradient is not None:
+        tl.debug_barrier()  # over what the sweep has written
+        g = (g + slope).to(sides.gradient.dtype.element_ty)
+        tl.store(sides.gradient + entries.position, g, mask=entries.mine)
+    if FACTS.TEMPERATURE:
+        own = P.temperature_term(tl.where(entries.mine, tempered + slope, 0.0), z, row)
+        total = tl.sum(scale_grad) + tl.sum(own)
+        tl.store(outputs.temperature + piece.index * TILE.splits + piece.split, -rate * total)
