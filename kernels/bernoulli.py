@@ -88,10 +88,10 @@ def _divergence(student, teacher, h, a, b, REVERSE: tl.constexpr):
     q = tl.where(z > 0, student.large, student.small)
     rest = tl.where(z > 0, student.small, student.large)
     near = tl.abs(h) < EXPM1_RADIUS
-    bent = h * (h * expm1_remainder(h))  # e^h - 1 - h
-    r = tl.where(near, s * (h + bent), (q - s) * A.reciprocal(rest))  # s (e^h - 1)
+    curved = h * (h * expm1_remainder(h))  # e^h - 1 - h
+    r = tl.where(near, s * (h + curved), (q - s) * A.reciprocal(rest))  # s (e^h - 1)
     rise = tl.where(near, r * rest, q - s)
-    excess = tl.where(near, s * bent, r - tl.where(s > 0, s * h, 0.0))
+    excess = tl.where(near, s * curved, r - tl.where(s > 0, s * h, 0.0))
     far = tl.where(z > 0, 1.0 - s, -s) * z + tl.where(s > 0, s * y, 0.0) + student.log - teacher.log
     forward = tl.where(tl.abs(r) < LOG1P_RADIUS, excess - r * (r * A.log1p_remainder(r)), far)
     # A weight of exactly 0 also removes an infinite term.

@@ -161,11 +161,11 @@ def skew_reverse_kl_near_one(lp, lq, p, q, d, d2, c, a, b):
     rise *= b
     log_m = fast_log2(m)
     near = tl.abs(rise) < LOG1P_RADIUS
-    bent = rise * log1p_remainder(rise)
-    value = tl.where(near, (q * rise) * bent, b * (p - q) - LN2 * (q * log_m))
+    curved = rise * log1p_remainder(rise)
+    value = tl.where(near, (q * rise) * curved, b * (p - q) - LN2 * (q * log_m))
     # log(m / q) + a (q / m - 1), whose first orders in rise cancel.
     share = reciprocal(m)
-    slope = tl.where(near, rise * (b * e * share - bent), LN2 * log_m + a * (share - 1.0))
+    slope = tl.where(near, rise * (b * e * share - curved), LN2 * log_m + a * (share - 1.0))
     return value, q * (slope * -1.0 - c)
 
 
@@ -310,8 +310,8 @@ def alpha_beta(lp, lq, p, q, d, d2, c, a, b):
     far = (growth(lm, lo, x, s, s) - growth(lm, lo, x, low, s)) / high
     far = tl.where(far == far, far, float("inf"))  # of infinite terms the larger
     near = tl.maximum(tl.abs(s * x), tl.abs(low * x)) < EXP2M1_RADIUS
-    bent = (s * exp2m1_remainder(s * x) - low * exp2m1_remainder(low * x)) / high
-    value = tl.where(near, tl.exp2(times(s, lo)) * (x * x) * bent, far)
+    curved = (s * exp2m1_remainder(s * x) - low * exp2m1_remainder(low * x)) / high
+    value = tl.where(near, tl.exp2(times(s, lo)) * (x * x) * curved, far)
     slope = -growth(lp, lq, d2, a, a + b)
     slope = tl.where(slope == slope, slope, float("inf"))
     fault = (p + q) * 0.0  # NaN of a broken row, which `far` has not kept

@@ -21,7 +21,7 @@ from fastkd.kernels import walk as W
 from fastkd.kernels.arguments import Factors, number
 from fastkd.kernels.arithmetic import LOG2E, log2
 from fastkd.kernels.pieces import read_statistics, write_statistics
-from fastkd.kernels.sweep import counts, label_of
+from fastkd.kernels.sweep import counts, label_of, write_row
 
 BITS = tl.constexpr(32)  # of a word of marks
 BARRED = tl.constexpr(-1e30)  # in fp64, for the logarithm of 0
@@ -309,10 +309,8 @@ def listed(
             hard = P.cross_entropy(stats, row, label, label_logit, columns, smoothing, WANT)
             zero = row.c * 0.0
             sums = records.Sums(found.value, zero, found.agreement, zero, zero)
-            P.write_row(
-                outputs, records.Found(stats, row, sums, hard), terms,
-                index=index, rows=rows, live=None, a=a, b=b, WANT=WANT, OUTER=divergence.outer,
-            )  # fmt: skip
+            whole = records.Found(stats, row, sums, hard)
+            write_row(piece, whole, terms, divergence, outputs, WANT)
     if gradient is not None or FACTS.TEMPERATURE:
         gradient_phase(piece, entries, found.slope, row, terms, marks, outputs, FACTS, TILE)
 
@@ -322,10 +320,9 @@ def unlisted_statistics(piece, marks, pieces, FIRST: tl.constexpr, FACTS: tl.con
                         TILE: tl.constexpr):  # fmt: skip
     """Of what is not listed, be it swept or handed on by the launch before; the label's logit."""
     WANT: tl.constexpr = FACTS.WANT
-    BLOCK: tl.constexpr = TILE.lanes * TILE.vector
     temper, logit = piece.sides.temper, piece.logits[0]
     if FIRST == P.STATISTICS:
-        stats = R.empty(BLOCK // P.THREAD)
+        stats = R.empty(TILE.lanes * TILE.vector // P.THREAD)
         stats = W.walk(stats, piece.stretch, piece.sides, marks, FACTS, unlisted_step, True)
         stats = R.collapse(R.rebase(stats, temper, WANT), temper, WANT)
     else:
