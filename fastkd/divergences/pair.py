@@ -180,7 +180,9 @@ def measured(logits: Tensor, shift: Tensor, scale: float | Tensor, out: Tensor) 
     if dtype == torch.float64 or isinstance(scale, Tensor):
         # A product by itself would round a common offset.
         return torch.sub(logits, shift.to(dtype), out=out).mul_(scale / LN2)
-    bits = fp32_bits(scale)
+    if shift.dtype == dtype:
+        return _affine(logits, scale / LN2, shift * (-scale / LN2), out)
+    bits = fp32_bits(scale)  # of which a `measurable` shift has a product without rounding
     return _affine(logits, bits, (shift * -bits).to(dtype), out)
 
 

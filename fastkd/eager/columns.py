@@ -62,22 +62,11 @@ class Columns:
         self.merge = sharding.of(problem.merge)
         self.sides = SIDES[: 1 + (problem.teacher is not None)]
         self.kind = Divergence.of_name(problem.divergence)
+        self.tempered = is_tempered(problem)
         self.first: tuple[Asked, ...] = ()
         self.later = 0
-        self.tempered = is_tempered(problem)
-        single = problem.dtype != torch.float64
         if problem.teacher is not None:
-            find: Any = asked
-            numbers = self.kind, problem.a, problem.b
-            self.first, self.later = find(*numbers, torch.float64)
-            first, later = find(*numbers, problem.dtype)
-            single = single and set(first) <= set(self.first) and later == self.later
-            # Of other sums come other terms, which differ by some q: a sum of these does not join.
-            single = single and (first == self.first or not self.tempered)
-            # Of rows further apart than APART, by Pinsker's bound; a parameter may make it small.
-            curvature = self.kind.curvature(problem.a, problem.b)
-            if self.later and curvature is not None:
-                single = single and 2 * curvature * APART**2 > self.kind.least_in_fp32
+            self.first, self.later = self._asked(torch.float64)
         self.means = entropy or metrics or self.tempered
         # Against a student that is nearly certain.
         self.guarded = self.means or (self.kind.cancels and problem.teacher is not None)
@@ -90,7 +79,7 @@ class Columns:
         self.plain = self.precision = Precision(problem, problem.dtype, scales)
         self.exact = Precision(problem, torch.float64, scales)
         # Rows that need fp64, as far as this owner's columns are concerned.
-        exact = not single or not problem.vocab_size
+        exact = not problem.vocab_size or not self._joins_in(problem.dtype)
         self.in_fp64 = problem.student.new_full((problem.rows,), exact, dtype=torch.bool)
         self.known: Known = {}  # of all columns
         self._learn({})
@@ -99,6 +88,28 @@ class Columns:
             columns = problem.labels.long() - self.merge.first_column
             own = (columns >= 0) & (columns < problem.vocab_size)
             self.at_labels = own, torch.where(own, columns, 0)
+
+    def _asked(self, dtype: torch.dtype) -> tuple[tuple[Asked, ...], int]:
+        find: Any = asked
+        return find(self.kind, self.problem.a, self.problem.b, dtype)
+
+    def _joins_in(self, dtype: torch.dtype) -> bool:
+        """Whether what an owner finds in this dtype joins what others find in fp64."""
+        if dtype == torch.float64:
+            return False
+        if not self.sides[1:]:
+            return True
+        first, later = self._asked(dtype)
+        if not set(first) <= set(self.first) or later != self.later:
+            return False
+        # Of other sums come other terms, which differ by some q: a sum of these does not join.
+        if first != self.first and self.tempered:
+            return False
+        # Of rows further apart than APART, by Pinsker's bound; a parameter may make it small.
+        curvature = self.kind.curvature(self.problem.a, self.problem.b)
+        if not self.later or curvature is None:
+            return True
+        return 2 * curvature * APART**2 > self.kind.least_in_fp32
 
     def _swept(
         self,
