@@ -268,6 +268,7 @@ def test_a_stopped_run_goes_on_to_the_same_student(finished, home, tmp_path, cap
         ({"data": "text.jsonl"}, 1, "prompt' and 'completion', but body: say which with --text"),
         ({"data": "broken.jsonl"}, 1, "broken.jsonl, line 1: this is not JSON"),
         ({"data": "empty.txt"}, 1, "there is no text in"),
+        ({"data": "asked.jsonl"}, 1, "to learn from; 2 rows without text left out"),
         ({"sequence_length": 65}, 2, "sequence_length=65 is beyond the 64 positions of the teach"),
         ({"data": "short.txt"}, 1, "1 sequences of 16 tokens, where at least 2"),
         ({"vocab_size": 300}, 2, "leaves out tokens: the tokenizer has 400"),
@@ -280,6 +281,7 @@ def test_bad_input_is_one_line(home, tmp_path, monkeypatch, capsys, changed, cod
     (home / "empty.txt").write_text("")
     transformers.ViTConfig().save_pretrained(home / "pictures")
     (home / "short.txt").write_text("a few words")
+    (home / "asked.jsonl").write_text('{"prompt": "a few words", "completion": ""}\n' * 2)
     (home / "broken.jsonl").write_text('{"text": ')
     assert distil("--out", tmp_path / "out", *options(home, **changed)) == code
     assert message in capsys.readouterr().err.splitlines()[-1]

@@ -82,7 +82,8 @@ def prepare(
         with _made_again(folder / f"{name}.arrow"):
             sets[name] = Dataset.from_file(str(folder / f"{name}.arrow"))
     for name, rows in sets.items():
-        _enough(rows, 1 if "held-out" in sets else 2, named[name], chosen.sequence_length)
+        least = 1 if "held-out" in sets else 2
+        _enough(rows, least, named[name], chosen.sequence_length, reader.counts)
     if "held-out" in sets:
         return sets["training"], sets["held-out"], reader.counts
     test_size = max(1, int(chosen.held_out * len(sets["training"])))
@@ -102,10 +103,11 @@ def _made_again(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _enough(packed: Dataset, least: int, data: Sequence[str], length: int) -> None:
+def _enough(packed: Dataset, least: int, data: Sequence[str], length: int, kept: Counts) -> None:
     count = len(packed)
     if not count:
-        raise RunError(f"there is no text in {', '.join(data)} to learn from")
+        left_out = "".join(f"; {remark}" for remark in kept.remarks(length))
+        raise RunError(f"there is no text in {', '.join(data)} to learn from{left_out}")
     if count < least:
         raise RunError(
             f"there is too little text in {', '.join(data)}: {count} sequences of {length} tokens, "
