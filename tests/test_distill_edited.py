@@ -76,6 +76,21 @@ def test_a_run_of_an_earlier_version_goes_on(copy):
     assert distil("--resume", copy) == 0
 
 
+@pytest.mark.parametrize("kind", [settings.DefaultJob, settings.UserModels])
+def test_the_settings_of_the_other_job_are_refused(copy, tmp_path, capsys, kind):
+    folder = copy if kind is settings.DefaultJob else tmp_path / "default"
+    if kind is settings.UserModels:
+        folder.mkdir()
+        (folder / "checkpoint.pt").write_bytes(b"")
+        shutil.copy(copy / "config.toml", folder)
+    else:
+        (folder / "config.toml").write_text(config.text(kind()))
+    before = contents(folder)
+    assert distil("--resume", folder) == 2
+    assert "config.toml is of the other job" in capsys.readouterr().err.splitlines()[-1]
+    assert contents(folder) == before
+
+
 def test_so_does_the_default_job(tmp_path, capsys):
     """Its students are compared with one another: as many steps for some alone would be unfair."""
     began = settings.build(settings.DefaultJob, {"steps": 100})

@@ -178,9 +178,13 @@ def _of_run(path: Path) -> settings.DefaultJob | settings.UserModels:
     """The settings that a run wrote when it began: all of them, or it might be of the other job."""
     values = config.read(path)
     chosen = _settings(values, {})
+    mend = "put back what it said when the run began"
     for name in config.values(chosen):
         if name not in values:
-            raise Usage(f"{path} says nothing of {name}: put back what it said when the run began")
+            raise Usage(f"{path} says nothing of {name}: {mend}")
+    other = storage.CHECKPOINT if isinstance(chosen, settings.UserModels) else storage.INPUTS
+    if (path.parent / other).exists():
+        raise Usage(f"{path} is of the other job, and {other} of this run is not: {mend}")
     return chosen
 
 

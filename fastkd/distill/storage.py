@@ -20,7 +20,8 @@ import torch
 
 from .errors import RunError, Usage, one_line
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT = "checkpoint.pt"  # of the default job
+INPUTS = "inputs.json"  # of the user's models: teacher and settings that the run began with
 CONFIG = "config.toml"
 METRICS = "metrics.json"
 TRAINER_STATE = "trainer_state.json"

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from .watch import Watch
 
-STUDENT, BEST, TOKENS, INPUTS = "student", "best", "tokens", "inputs.json"
+STUDENT, BEST, TOKENS = "student", "best", "tokens"
 
 
 def run(chosen: settings.UserModels, folder: Path, *, resume: bool = False) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def _run(chosen: settings.UserModels, folder: Path, resume: bool) -> dict[str, A
     _check_trackers(chosen.report_to)
     from .watch import Watch
 
-    before = _began_with(folder / INPUTS)
+    before = _began_with(folder / storage.INPUTS)
     config.check_same(chosen, before.get("settings", {}))
     checkpoint = storage.last_checkpoint(folder) if resume else None
     state = _state(checkpoint)
@@ -79,7 +79,7 @@ def _run(chosen: settings.UserModels, folder: Path, resume: bool) -> dict[str, A
         raise RunError("the teacher is another than when this run began: start again")
     if first and not before:
         inputs = {"teacher": known, "settings": config.values(chosen)}
-        storage.write(folder / INPUTS, json.dumps(inputs))
+        storage.write(folder / storage.INPUTS, json.dumps(inputs))
     if state is not None and over:  # it was killed while the result was saved
         trainer.state = state
     else:
@@ -288,7 +288,7 @@ def _save(
     storage.write(folder / storage.METRICS, storage.json_text(figures))
     for path in (*folder.glob("checkpoint-*"), folder / TOKENS):
         shutil.rmtree(path, ignore_errors=True)
-    (folder / INPUTS).unlink(missing_ok=True)
+    (folder / storage.INPUTS).unlink(missing_ok=True)
     report.show_user_models(figures, folder / STUDENT)
 
 
