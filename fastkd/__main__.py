@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from . import __version__, doctor
 from .distill import caching
 from .distill import cli as distill
+from .distill.errors import Interrupted
 from .distill.recipes import cli as recipes
 
 
@@ -29,7 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     caching.add(commands)
     recipes.add(commands)
     options = parser.parse_args(arguments)
-    return options.run(options) or 0
+    try:
+        return options.run(options) or 0
+    except KeyboardInterrupt:
+        sys.stderr.write(f"fastkd {options.command}: stopped\n")
+        return Interrupted.code
 
 
 if __name__ == "__main__":

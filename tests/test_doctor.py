@@ -86,6 +86,18 @@ def test_a_path_at_fault_fails(fault, monkeypatch, capsys):
     assert "What to do: " in out
 
 
+@pytest.mark.parametrize("command", ["doctor", "distill"])
+def test_ctrl_c_is_one_line(command, tmp_path, monkeypatch, capsys):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "run", stop)
+    monkeypatch.setattr("fastkd.distill.cli._start", stop)
+    given = ["--out", str(tmp_path / "out")] if command == "distill" else []
+    assert __main__.main([command, *given]) == 130
+    assert capsys.readouterr().err == f"fastkd {command}: stopped\n"
+
+
 def test_a_wrong_command_prints_the_usage(capsys):
     with pytest.raises(SystemExit) as ended:
         __main__.main(["nurse"])

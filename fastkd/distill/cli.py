@@ -104,7 +104,6 @@ def option(group: Any, item: dataclasses.Field[Any], kind: Any, **others: Any) -
 
 def run(command: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
     """Runs the command; 0, or the code of the one line it says about what went wrong."""
-    name = f"fastkd {options.command}"
     try:
         with devices.enough_memory():
             command(options)
@@ -112,11 +111,8 @@ def run(command: Callable[[argparse.Namespace], None], options: argparse.Namespa
         _tell_torchrun(error)
         if isinstance(error, Interrupted) and os.environ.get("RANK", "0") != "0":
             return error.code  # one of several processes has said it
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"fastkd {options.command}: {error}", file=sys.stderr)
         return error.code
-    except KeyboardInterrupt:
-        print(f"{name}: stopped", file=sys.stderr)
-        return Interrupted.code
     return 0
 
 
