@@ -159,7 +159,8 @@ class Memory {
     float x, y;
     memcpy(&x, &s.bytes[word], 4);
     memcpy(&y, value + (word - address), 4);
-    return std::fabs(x - y) <= 1e-5f * (std::fabs(x) + std::fabs(y)) + 1e-7f;  // of terms about 1
+    if (x != x && y != y) return true;
+    return std::fabs(x - y) <= 1e-5f * (std::fabs(x) + std::fabs(y)) + 1e-6f;  // of terms about 1
   }
 
   // Whether two accesses may come in either order, and between whom.
