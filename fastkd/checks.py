@@ -332,7 +332,7 @@ def inplace(student: Tensor, operands: dict[str, Any]) -> None:
             "pass inplace=False, or the whole of it"
         )
     if frozen(student):
-        raise ValueError("inplace=True would overwrite a view that autograd keeps: clone it")
+        raise ValueError("inplace=True would write to a view autograd keeps: pass inplace=False")
     if any(stride == 0 and size > 1 for stride, size in zip(student.stride(), student.shape)):  # noqa: B905 (Dynamo)
         raise ValueError("inplace=True needs a tensor of its own, got an expanded one: clone it")
     if not traced() and student.is_neg():

@@ -98,6 +98,23 @@ def near_in_double() -> None:
         assert torch.equal(side, kept)
 
 
+def held_in_double() -> None:
+    """In fp64 too each row is computed once, whose gradient may take the place of its logits."""
+    student, teacher = torch.randn(2, N, V, dtype=torch.float64)
+    mine = shares(4, V)
+    for divergence in ("reverse_kl", fastkd.JSD(0.3)):
+        for inplace in (False, True):
+            found = []
+            for held in ({"gradient": "backward"}, {"inplace": inplace, "gradient": "forward"}):
+                leaf = student[:, mine].clone().requires_grad_()
+                fastkd.distillation_loss(
+                    leaf * 1, teacher, divergence=divergence, **held,
+                    group=sharding.Group(dist.group.WORLD, mine.start, V),  # type: ignore[arg-type]
+                ).backward()  # fmt: skip
+                found.append(whole(leaf.grad))
+            assert_close(found[1], found[0], "gradient")
+
+
 def batchmean_of_one_row() -> None:
     """PyTorch divides by the columns there, which are those of all ranks."""
     student, teacher = torch.randn(2, V)
@@ -135,6 +152,6 @@ CASES = {
     case.__name__: case
     for case in (
         listed_without_columns, ensemble_without_columns, padding_beyond_all, near_in_double,
-        batchmean_of_one_row, no_divergence,
+        held_in_double, batchmean_of_one_row, no_divergence,
     )
 }  # fmt: skip

@@ -77,7 +77,8 @@ class Columns:
         self.topped = self.sides if metrics else SIDES[: int(self.guarded)]
         scales = scales_of(problem)
         self.plain = self.precision = Precision(problem, problem.dtype, scales)
-        self.exact = Precision(problem, torch.float64, scales)
+        self.exact = self.plain if self.plain.exact else Precision(problem, torch.float64, scales)
+        self.precisions = dict.fromkeys((self.plain, self.exact))  # of fp64 there is one alone
         # Rows that need fp64, as far as this owner's columns are concerned.
         exact = not problem.vocab_size or not self._joins_in(problem.dtype)
         self.in_fp64 = problem.student.new_full((problem.rows,), exact, dtype=torch.bool)
@@ -130,7 +131,7 @@ class Columns:
                 field.fill_(MASKED)
         if not problem.vocab_size:
             return fields[: len(names)]
-        for precision in (self.plain, self.exact):
+        for precision in self.precisions:
             mask = self._mask(precision)
             if found := [find(rows) for rows in self._rows(precision)]:
                 columns = [torch.cat([some[name] for some in found]).double() for name in every]

@@ -222,7 +222,7 @@ class Sweeps(Columns):
 
     def __iter__(self) -> Iterator[tuple[Rows, Terms]]:
         """The terms of all rows that count, block by block, but for their values."""
-        for precision in (self.plain, self.exact):
+        for precision in self.precisions:
             for rows in self._rows(precision):
                 yield rows, self._terms(rows)
 
