@@ -347,6 +347,7 @@ def test_a_student_of_peft_learns_from_itself_with_the_adapters_off(tmp_path):
         ({"loss": {"vocab_size": 40}}, "vocab_size is an argument of DistillationTrainer"),
         ({"loss": fastkd.DistillationLoss()}, "got DistillationLoss: pass its `settings`"),
         ({"loss": ["jsd"]}, "must be a dictionary of arguments.*got list"),
+        ({"on_policy": 0.5}, r"on_policy must be an OnPolicy, got float: pass OnPolicy\(share"),
         ({"temperature": 2.0}, r"pass loss=\{'temperature': ...\}"),
     ],
 )

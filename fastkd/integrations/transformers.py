@@ -127,6 +127,9 @@ class DistillationTrainer(ProcessesTrainer):
                 f"{len(teacher_weights)}"
             )
         self.teacher_weights = teacher_weights
+        if not isinstance(on_policy, OnPolicy | None):
+            got = type(on_policy).__name__
+            raise TypeError(f"on_policy must be an OnPolicy, got {got}: pass OnPolicy(share=...)")
         cached = any(isinstance(each, TeacherCache) for each in teachers)
         if on_policy is not None and (cached or not self.shift):
             raise ValueError(
