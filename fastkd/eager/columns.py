@@ -3,7 +3,8 @@
 Rows are computed in the dtype of the problem, and in fp64 where that may lose digits. Which these
 are the divergence of an owner's columns alone says after the first sweep, where its sums are all of
 the first; otherwise the total variation of both sides, of which that sweep gives bounds, says it
-before. Figures of rows are in fp64.
+before, and the slopes say after the second that a student is too certain. Figures of rows are in
+fp64.
 """
 
 from __future__ import annotations
@@ -162,6 +163,7 @@ class Columns:
                 yield rows
 
     def _doubtful_statistics(self, found: Known) -> Tensor:
+        """Rows that need fp64 by what the first sweep finds of these columns, [N]."""
         kept, value = self._in_fp32(found), None
         for scale in self.exact.scales:
             if isinstance(scale, Tensor):
@@ -175,6 +177,7 @@ class Columns:
         return ~kept | self._certain(found, value)
 
     def _doubtful_sums(self, found: Known) -> Tensor:
+        """Those that need it by what the second sweep finds, [N]."""
         sum_exp = torch.maximum(*(self.known[name, "sum_exp"] for name in SIDES))
         doubtful = torch.zeros_like(self.in_fp64)
         for i in range(self.later):
@@ -259,6 +262,7 @@ class Columns:
     # --- what is known of all columns ---
 
     def _learn(self, known: Known) -> None:
+        """Adds to what is known, [N] in fp64."""
         self.known |= known
         # Of these, [N, 1] in a dtype.
         self.tables: dict[torch.dtype, Known] = {self.plain.dtype: {}, torch.float64: {}}
