@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass, fields
 from numbers import Real
@@ -83,6 +84,12 @@ class Divergence:
                 f"{cls.__qualname__}: the name {name!r} belongs to "
                 f"{holder.__module__}.{holder.__qualname__} already; give it another"
             )
+        try:
+            inspect.signature(cls.value).bind(*range(4))
+        except TypeError:
+            raise TypeError(
+                f"{cls.__qualname__}.value must be a staticmethod of (lp, lq, a, b)"
+            ) from None
         if {"value_and_descent", "of_rows"} & vars(cls).keys():
             cls.sharded = vars(cls).get("sharded", False)
         built_in = cls.__module__.startswith(f"{__package__}.") and cls.__module__ != __name__
@@ -107,7 +114,7 @@ class Divergence:
 
         -inf on either side must not give NaN: see `plogr`.
         """
-        raise NotImplementedError
+        raise NotImplementedError("your divergence needs a staticmethod value(lp, lq, a, b)")
 
     @staticmethod
     def outer(total: Tensor, a: float, b: float, *label: Tensor) -> Tensor:
