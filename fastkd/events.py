@@ -293,7 +293,8 @@ class _Terms(NamedTuple):
         else:
             unlisted = scale[:, 0] * self.moved
         apart = (self.logits - self.shift).double()
-        listed = torch.where(events[:, :-1] == 0, 0.0, events[:, :-1] * apart).sum(-1)
+        moved = (events[:, :-1] != 0) & (apart > -math.inf)  # a masked logit does not
+        listed = torch.where(moved, events[:, :-1] * apart, 0.0).sum(-1)
         return -(unlisted.double() + listed) / T[:, 0]
 
 

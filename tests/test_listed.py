@@ -115,6 +115,27 @@ def test_a_row_that_is_masked_throughout_counts_0(backend):
     assert student.grad[0].count_nonzero()
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "jeffreys"])
+def test_an_infinite_row_has_a_finite_gradient_to_its_temperature(divergence, backend):
+    """The student masks what the teacher lists."""
+    student, teacher = sides(5)
+    student[1, teacher.indices[1, 2]] = -math.inf
+    found = []
+    for rows in (student, student[[0, 2]]):
+        T = torch.tensor(1.5, device=DEVICE, requires_grad=True)
+        some = [0, 1, 2] if len(rows) == ROWS else [0, 2]
+        loss = fastkd.distillation_loss(
+            rows, fastkd.TopK(teacher.indices[some], teacher.log_probs[some]), temperature=T,
+            teacher_temperature=1.0, divergence=divergence, reduction="none", backend=backend,
+        )  # fmt: skip
+        loss.sum().backward()
+        found.append(T.grad)
+        assert loss.isinf().any() == (len(rows) == ROWS)
+    assert found[0].isfinite()
+    assert found[0] != found[1]  # its finite part is there
+
+
 def test_nan_comes_out():
     student, teacher = sides(5)
     student[0, teacher.indices[0, 1]] = math.nan
