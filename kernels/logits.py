@@ -18,7 +18,16 @@ from fastkd.divergences.base import LOG_MIXTURE, REVERSE_KL, SLOPE_SUM
 from fastkd.kernels import memory as M
 from fastkd.kernels import phases as P
 from fastkd.kernels import records
-from fastkd.kernels.arguments import Extent, Held, Outputs, Owner, Pieces, number, varying
+from fastkd.kernels.arguments import (
+    Extent,
+    Formula,
+    Held,
+    Outputs,
+    Owner,
+    Pieces,
+    number,
+    varying,
+)
 from fastkd.kernels.divergences import SLOPES
 from fastkd.kernels.launch import (
     Rows,
@@ -127,23 +136,14 @@ def _launches(
     temperature_grad: bool = False,
 ) -> Phases[Tensor | None]:  # fmt: skip
     """Launches the phases from `first` on; the temperatures' gradient where that is wanted."""
-    merge = of(problem.merge)
-    student, teacher, rows = problem.student, problem.teacher, problem.rows
-    width, device = student.size(-1), student.device
-    sides = [x for x in (student, teacher) if x is not None]
-    formula = formula_of(problem)
-    constant = formula.constant.value
-    itemsize = min(x.element_size() for x in sides)
-    once = first.value == P.GRADIENT.value
+    merge, once = of(problem.merge), first.value == P.GRADIENT.value
+    student, rows, device = problem.student, problem.rows, problem.student.device
     more = problem.moments is not None or entropy or metrics
     lean = problem.labels is None and not more
-    # Only the divergence has use for labels.
-    beside = formula.at_label is not None and (factors is None or factors.ce is None)
-    handed_on = {} if merge is LOCAL else {"swept": True}
-    columns = width if merge.columns is None else triton.cdiv(merge.columns, merge.size)
-    plan = schedule(rows, columns, itemsize, device, once=once, lean=lean, **handed_on)
-    if plan.kind == "shared" and formula.at_label is not None:
-        plan = plan._replace(kind="sweep")
+    formula = formula_of(problem)
+    if problem.teacher is not None:
+        formula = formula._replace(slope=SLOPES.get(problem.divergence))
+    plan = _plan(problem, merge, formula, once, lean)
     # Zero for the rows that the kernel skips.
     temperature = (
         torch.zeros(rows, plan.splits, dtype=torch.float32, device=device)
@@ -154,55 +154,91 @@ def _launches(
         return None if temperature is None else temperature.sum(1)
     resident_ = plan.kind == "resident"
     operands = rows_in_memory(
-        student, teacher, gradient, counts=(width, problem.vocab_size) if resident_ else (),
+        student, problem.teacher, gradient,
+        counts=(student.size(-1), problem.vocab_size) if resident_ else (),
         vector=1 if resident_ else plan.vector,
     )  # fmt: skip
-    want = _wanted(problem, constant, entropy, metrics)
-    apart = merge is not LOCAL and problem.temperature_trains  # whose gradient is to be in state
-    want |= records.SCALE_SLOPE.value * (
-        problem.moments is not None or (apart and state is not None)
-    )
-    local = not once and merge is LOCAL
-    slope = SLOPES.get(problem.divergence) if teacher is not None else None
-    if local and not resident_ and slope is not None and problem.moments is None and not metrics:
-        want |= records.KL.value + records.AGAIN.value * (gradient is not None)
-    if local and (plan.kind != "sweep" or plan.splits == 1) and gradient is not None:
-        # Rows in registers have too few of them where more lives as long as all parts do.
-        late = lean and not want & records.REST.value if resident_ else constant != SLOPE_SUM
-        want |= records.LATE.value * (late and not want & records.SCALE_SLOPE.value)
+    want = _wanted(problem, merge, formula, entropy, metrics, state is not None)
+    if merge is LOCAL and not once:
+        want |= _wanted_at_once(problem, formula, plan, want, lean, metrics, gradient is not None)
     arguments: dict[str, Any] = dict(
         student=operands.student, teacher=operands.teacher, gradient=operands.gradient,
-        extent=extent_of(problem, operands), divergence=formula._replace(slope=slope),
+        extent=extent_of(problem, operands), divergence=formula,
         outputs=Outputs(values, state, loss, temperature), **of_rows(problem, factors),
         WANT=want, num_warps=plan.warps, enable_fp_fusion=True,
     )  # fmt: skip
     if resident_:
-        parts = layout(plan, width, min(operands.align, 16 // itemsize), itemsize)
+        itemsize = _itemsize(problem)
+        parts = layout(plan, student.size(-1), min(operands.align, 16 // itemsize), itemsize)
         with torch.cuda.device_of(student):
             resident[(triton.cdiv(rows, plan.lanes),)](
                 FIRST=first, HELD=Held(operands.align, plan.lanes, *parts), num_ctas=plan.blocks,
                 **arguments,
             )  # fmt: skip
+    elif plan.kind == "shared" and not once:
+        programs, options = at_once(device, problem.divergence, lean, plan.warps)
+        _shared(arguments | options, rows, operands, plan, programs)
     else:
-        everywhere = 1 + 2 * (teacher is not None) + 4 * (gradient is not None)
-        plain = (lean or (beside and not more)) and operands.shifted in (0, everywhere)
-        if plan.kind == "shared" and not once:
-            programs, options = at_once(device, problem.divergence, lean, plan.warps)
-            _shared(arguments | options, rows, operands, plan, programs)
-            return None
         if not once:
+            # Only the divergence has use for labels.
+            beside = formula.at_label is not None and (factors is None or factors.ce is None)
+            everywhere = 1 + 2 * (problem.teacher is not None) + 4 * (gradient is not None)
+            plain = (lean or (beside and not more)) and operands.shifted in (0, everywhere)
             arguments |= registers(device, problem.divergence, operands.shifted > 0, plain)
         yield from _sweeps(arguments, rows, operands, first, plan, merge)
     return None if temperature is None else _of_temperatures(problem, temperature.sum(1))
 
 
-def _wanted(problem: Problem, constant: str | None, entropy: bool, metrics: bool) -> int:
+def _itemsize(problem: Problem) -> int:
+    """Of the narrower operand."""
+    return min(x.element_size() for x in (problem.student, problem.teacher) if x is not None)
+
+
+def _plan(problem: Problem, merge: Merge, formula: Formula, once: bool, lean: bool) -> Schedule:
+    columns = problem.student.size(-1)
+    if merge.columns is not None:
+        columns = triton.cdiv(merge.columns, merge.size)
+    handed_on = {} if merge is LOCAL else {"swept": True}
+    plan = schedule(
+        problem.rows, columns, _itemsize(problem), problem.student.device, once=once, lean=lean,
+        **handed_on,
+    )  # fmt: skip
+    if plan.kind == "shared" and formula.at_label is not None:
+        plan = plan._replace(kind="sweep")
+    return plan
+
+
+def _wanted(
+    problem: Problem, merge: Merge, formula: Formula, entropy: bool, metrics: bool, saved: bool
+) -> int:
+    """Bits of records.py; saved: into a state, for a backward of its own."""
+    constant = formula.constant.value
+    # The temperature's gradient of a row that others have columns of is to be in the state.
+    scale_slope = saved and merge is not LOCAL and problem.temperature_trains
     want = wanted(problem, entropy, metrics)
     want |= records.GAP.value * (constant == REVERSE_KL)
     want |= records.MIXTURE.value * (constant == LOG_MIXTURE)
     want |= records.STANDARDIZED.value * (problem.moments is not None)
     want |= records.REST.value * (constant in (REVERSE_KL, LOG_MIXTURE, SLOPE_SUM))
-    return want
+    return want | records.SCALE_SLOPE.value * (problem.moments is not None or scale_slope)
+
+
+def _wanted_at_once(
+    problem: Problem, formula: Formula, plan: Schedule, want: int, lean: bool, metrics: bool,
+    gradient: bool,
+) -> int:  # fmt: skip
+    """Bits more where all phases are here: a value that the first knows, sums made by the last."""
+    resident_ = plan.kind == "resident"
+    more = 0
+    if formula.slope is not None and not (resident_ or metrics or problem.moments is not None):
+        more |= records.KL.value + records.AGAIN.value * gradient
+    if gradient and (plan.kind != "sweep" or plan.splits == 1):
+        # Rows in registers have too few of them where more lives as long as all parts do.
+        late = lean and not want & records.REST.value
+        if not resident_:
+            late = formula.constant.value != SLOPE_SUM
+        more |= records.LATE.value * (late and not want & records.SCALE_SLOPE.value)
+    return more
 
 
 def _summed(arguments: dict[str, Any]) -> bool:
