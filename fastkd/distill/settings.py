@@ -21,7 +21,6 @@ from .quantised import STUDENTS, TEACHERS
 
 S = TypeVar("S", bound="Common")
 
-
 # Of steps and the like; torch and NumPy take seeds of this size, and of a few more.
 COUNT = "[1, 2147483647]"
 PATHS = ("data", "eval_data", "teacher", "teacher_cache", "student", "chat_template")
