@@ -118,9 +118,9 @@ def gradient_step(scale_grad, tile, sides, unlisted, FACTS: tl.constexpr):
         free = unmarked(unlisted.marks, tile, tile.at.shape[1])
         z = tl.where(free, z, -float("inf"))
     # Of the cross-entropy and the entropy, as there is no teacher.
-    g, tempered, _, _ = P.gradient_tile(z, (z, z), tile.at, sides, asked, FACTS)
-    q = tl.exp2((z - asked.row.t_max) * sides.temper.s_scale - unlisted.log_sum)
-    own = unlisted.scale * q
+    _, none, q = P.divergence_tile((z, z), tile.at, sides, asked, FACTS)
+    g, tempered = P.gradient_tile(z, none, q, tile.at, sides, asked, FACTS)
+    own = unlisted.scale * tl.exp2((z - asked.row.t_max) * sides.temper.s_scale - unlisted.log_sum)
     if sides.gradient is not None:
         g = (g + own).to(sides.gradient.dtype.element_ty)
         tl.store(sides.gradient + tile.at, g, mask=tile.inside)
@@ -360,7 +360,8 @@ def gradient_phase(piece, entries, slope, row, terms, marks, outputs, FACTS: tl.
     # Against the sweep before this one.
     scale_grad = tl.zeros([LANES, 1], tl.float32)
     scale_grad = W.walk(scale_grad, piece.stretch, sides, unlisted, FACTS, gradient_step, False)
-    g, tempered, _, _ = P.gradient_tile(z, (z, z), entries.position, sides, asked, FACTS)
+    _, none, q = P.divergence_tile((z, z), entries.position, sides, asked, FACTS)
+    g, tempered = P.gradient_tile(z, none, q, entries.position, sides, asked, FACTS)
     if sides.gradient is not None:
         tl.debug_barrier()  # over what the sweep has written
         g = (g + slope).to(sides.gradient.dtype.element_ty)

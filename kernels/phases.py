@@ -256,8 +256,8 @@ def kd_factor(row, factors, temper):
 
 
 @triton.jit
-def gradient_tile(z, pair, column, sides, asked, FACTS: tl.constexpr):
-    """The gradient, its part that goes through the temperature, and the divergence's terms.
+def divergence_tile(pair, column, sides, asked, FACTS: tl.constexpr):
+    """The divergence's terms and slopes, and q.
 
     pair: both sides as the divergence takes them, be it with or without the label.
     """
@@ -269,6 +269,14 @@ def gradient_tile(z, pair, column, sides, asked, FACTS: tl.constexpr):
     if records.REST & FACTS.WANT:
         slope -= q * row.rest
     value, slope = L.of_all(value, slope, q, column, row, temper)
+    return value, slope, q
+
+
+@triton.jit
+def gradient_tile(z, slope, q, column, sides, asked, FACTS: tl.constexpr):
+    """The gradient, and its part that goes through the temperature, from the slopes."""
+    row, temper = asked.row, sides.temper
+    defined = row.alive & (tl.abs(row.c) != float("inf"))
     scale_slope = tl.where(
         defined & (asked.factors.kd != 0), asked.factors.kd * row.scale_slope, 0.0
     )
@@ -295,7 +303,7 @@ def gradient_tile(z, pair, column, sides, asked, FACTS: tl.constexpr):
         target = tl.where(column == asked.label, 1.0 - asked.smoothing, 0.0)
         target += asked.smoothing / asked.columns
         gradient += tl.where(row.alive, ce, 0.0) * (unit - target)
-    return gradient, tempered, value, slope
+    return gradient, tempered
 
 
 @triton.jit
@@ -358,12 +366,17 @@ def rest_step(lacking, tile, sides, row, FACTS: tl.constexpr):
 def gradient_step(gathered, tile, sides, asked, FACTS: tl.constexpr):
     z = M.load(sides.student, tile.at, tile.inside, "evict_first")
     y = M.load_beside(z, sides.teacher, tile.at, tile.inside, "evict_first")
-    g, tempered, value, slope = gradient_tile(z, (z, y), tile.at, sides, asked, FACTS)
+    value, slope, q = divergence_tile((z, y), tile.at, sides, asked, FACTS)
+    sums, temperature = gathered.sums, gathered.temperature
+    # Beside a gradient of more than the divergence, what is added up would be spilled.
+    EARLY: tl.constexpr = not FACTS.BLANKED
+    if FACTS.SUMS and EARLY:
+        sums = add_sums(sums, z, y, value, slope, asked.row, FACTS.WANT)
+    g, tempered = gradient_tile(z, slope, q, tile.at, sides, asked, FACTS)
     if sides.gradient is not None:
         g = g.to(sides.gradient.dtype.element_ty)
         tl.store(sides.gradient + tile.at, g, mask=tile.inside)
-    sums, temperature = gathered.sums, gathered.temperature
-    if FACTS.SUMS:
+    if FACTS.SUMS and not EARLY:
         sums = add_sums(sums, z, y, value, slope, asked.row, FACTS.WANT)
     if FACTS.TEMPERATURE:
         temperature += temperature_term(tempered, z, asked.row)

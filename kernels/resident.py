@@ -237,7 +237,8 @@ def gradient_phase(
         scale_grad = tl.zeros_like(row.s_max)
         for i in tl.static_range(len(HELD.parts)):
             z, both, column = held.zs[i], pair(held, HELD, i), columns_of(HELD, i)
-            g, tempered, value, slope = P.gradient_tile(z, both, column, held.sides, asked, FACTS)
+            value, slope, q = P.divergence_tile(both, column, held.sides, asked, FACTS)
+            g, tempered = P.gradient_tile(z, slope, q, column, held.sides, asked, FACTS)
             if WRITES:
                 # Of a row that does not count, whose factors are 0, it is 0 already.
                 if extent.width is not None:

@@ -80,10 +80,15 @@ BESIDE = 12  # and this, where the sweeps leave the label out
 # only the divergence is wanted, how many).
 THREADS = 768
 FEWER = {
-    "reverse_kl": {False: 512}, "jeffreys": {False: 512}, "skew_kl": {False: 512},
-    "alpha": {False: 512}, "renyi": {False: 512}, "dkd": {False: 512},
-    "nkd": {True: 512, False: 256}, "alpha_beta": {True: 256, False: 256},
+    "jeffreys": {False: 512}, "alpha": {False: 512}, "renyi": {False: 512}, "nkd": {True: 512},
+    "alpha_beta": {True: 256, False: 256},
 }  # fmt: skip
+if tuning.TRITON != (3, 7):
+    FEWER |= {"dkd": {False: 512}, "nkd": {True: 512, False: 256}}
+if tuning.TRITON >= (3, 8):
+    FEWER["skew_kl"] = {False: 512}
+# With more to do of rows that begin anywhere.
+FEWER_ODD = {"reverse_kl": 512, "skew_kl": 512, "dkd": 512, "nkd": 256}
 FEWER_SHARED = {"skew_kl": 512, "skew_reverse_kl": 512, "alpha_beta": 256}
 OF_A_NEW_ONE = {False: 512}
 # Under Triton 3.6 and 3.9, in the loop of the gradient: for twice as many threads.
@@ -94,6 +99,8 @@ LEAST = 256
 # Scalars that ptxas sets aside once per row, outside the loops; which of the kernels that happens
 # to changes with its version, and more where a row's first and last columns are masked.
 SET_ASIDE, ODD = 40, 64
+# Of which a sweep with all options that is held to 80 registers sets aside more, for more threads.
+MANY_ROW_SCALARS = ("dkd", "nkd")
 # Rows of 100 with all options run out of registers; more so by Triton 3.6, which sends them through
 # shared memory.
 SHORT = 80 if triton.__version__.startswith("3.6.") else SET_ASIDE
@@ -151,6 +158,8 @@ def test_no_spills(target, name, compiled):
         few = SPILLED.get((name, kernel["configuration"]), 0)
         assert all(loop["spills"] <= few for loop in kernel["loops"]), kernel
         allowed = {"everything, hundred columns": SHORT, "odd": ODD, "shared": ODD}
+        if name in MANY_ROW_SCALARS:
+            allowed["everything"] = ODD
         spills = kernel["all"]["spills"]
         assert spills <= allowed.get(kernel["configuration"], SET_ASIDE), kernel
 
@@ -190,8 +199,10 @@ def test_slices_of_wider_tensors_move_like_whole_ones(compiled):
     assert sum(split) <= sum(whole) + 2
 
 
-def least_threads(name, plain):
-    return FEWER.get(name, {} if name in BUDGET | ROW_BUDGET else OF_A_NEW_ONE).get(plain, THREADS)
+def least_threads(name, plain, odd):
+    fewer = FEWER.get(name, {} if name in BUDGET | ROW_BUDGET else OF_A_NEW_ONE)
+    least = fewer.get(plain, THREADS)
+    return least if plain or not odd else min(least, FEWER_ODD.get(name, THREADS))
 
 
 @pytest.mark.parametrize("shifted", [False, True])
@@ -204,7 +215,7 @@ def test_caps_of_registers_leave_room_for_enough_threads(name, plain, shifted, m
     assert cap or (plain and not shifted)
     if cap:
         threads = 32 * 8 * model.occupancy(model.GPUS["sm_90"], cap, 0, 8)
-        assert threads >= least_threads(name, plain)
+        assert threads >= least_threads(name, plain, shifted)
 
 
 @pytest.mark.parametrize("lean", [True, False])
@@ -224,7 +235,9 @@ def test_enough_warps_fit_a_processor(target, name, compiled):
         threads = kernel["occupancy"] * kernel["warps"] * (64 if "gfx" in target else 32)
         least = LEAST
         if target == "sm_90" and kernel["loops"]:
-            least = least_threads(name, not kernel["configuration"].startswith(MORE_TO_DO))
+            configuration = kernel["configuration"]
+            plain = not configuration.startswith(MORE_TO_DO)
+            least = least_threads(name, plain, odd="slices" in configuration)
             if kernel["kernel"] == "shared":
                 least = FEWER_SHARED.get(name, THREADS)
         assert threads >= least, kernel
