@@ -94,7 +94,7 @@ class _Sigmoids:
         return self.logit.abs().neg_().exp_().log1p_()
 
     @cached_property
-    def bell(self) -> Tensor:
+    def variance(self) -> Tensor:
         """The derivative of the sigmoid."""
         return self.yes * (-self.logit).sigmoid_()
 
@@ -172,10 +172,10 @@ def _gradient(
     gradient = (student.yes - teacher.yes).mul_(problem.a)
     if problem.b:
         apart = student.logit - teacher.logit
-        gradient += problem.b * student.bell * apart.masked_fill_(apart.abs() > FAR, 0.0)
+        gradient += problem.b * student.variance * apart.masked_fill_(apart.abs() > FAR, 0.0)
     gradient.mul_(kd).masked_fill_(kd == 0, 0.0)  # were the teacher's logits NaN
     if entropy is not None:
-        gradient -= entropy * student.bell * student.logit
+        gradient -= entropy * student.variance * student.logit
     gradient *= block.rate
     if temperature_grad is not None:
         moved = torch.where(block.raw.abs() > FAR, 0.0, block.raw * gradient)
