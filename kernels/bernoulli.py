@@ -20,6 +20,7 @@ from fastkd.kernels import records
 from fastkd.kernels import walk as W
 from fastkd.kernels.arguments import Extent, Outputs, Owner, Tiling, number, varying
 from fastkd.kernels.launch import new_gradient, of_rows, rows_in_memory
+from fastkd.kernels.sweep import counts
 from fastkd.kernels.terms import EXPM1_RADIUS, LOG1P_RADIUS, expm1_remainder
 from fastkd.kernels.tuning import schedule
 from fastkd.problem import Coefficients, Problem
@@ -152,7 +153,11 @@ def _step(sums, tile, sides, row, FACTS: tl.constexpr):
     VALUES: tl.constexpr = FACTS.VALUES
     at, inside = tile.at, tile.inside
     z = M.load(sides.student, at, inside, "evict_first")
-    y = M.load_beside(z, sides.teacher, at, inside, "evict_first")
+    seen = inside
+    if VALUES == 0:  # beside a factor of 0 the teacher is not read, as its logits may be NaN
+        seen = tl.broadcast_to(row.factors.kd, z.shape) != 0
+        seen = seen if inside is None else seen & inside
+    y = M.load_beside(z, sides.teacher, at, seen, "evict_first")
     tempered, tempered_teacher = z * row.s_rate, y * row.t_rate
     h = (z - y) * row.s_rate if FACTS.SAME else tempered - tempered_teacher
     student = _logistic(tempered, VALUES > 1 or (FACTS.REVERSE and VALUES > 0))
@@ -162,7 +167,7 @@ def _step(sums, tile, sides, row, FACTS: tl.constexpr):
         value, slope, variance = _divergence(student, teacher, h, sides.a, sides.b, FACTS.REVERSE)
     sums = _add(sums, value, z, y, student, teacher, inside, VALUES)
 
-    g = tl.where(row.factors.kd != 0, row.factors.kd * slope, 0.0)  # were the teacher's logits NaN
+    g = row.factors.kd * slope
     if FACTS.H:
         g -= row.factors.entropy * _times(variance, student.x)
     g *= row.s_rate
@@ -199,6 +204,8 @@ def _bernoulli(
     if temperatures.teacher is not None:
         t_rate = 1.0 / P.per_row(temperatures.teacher, index, live, 1.0)
     row = Row(s_rate, t_rate, P.factors_of(factors, index, live))
+    if RESIDENT and VALUES == 0:
+        live &= P.any_of(row.factors)
     student_at = M.row_at(index, student, extent.inner, TILE.align)
     teacher_at = M.row_at(index, teacher, extent.inner, TILE.align)
     gradient_at = M.row_at(index, gradient, extent.inner, TILE.align)
@@ -217,7 +224,7 @@ def _bernoulli(
     if RESIDENT:
         sums = _short_rows(exists, live, sides, row, extent, FACTS, TILE)
     else:
-        sums = _long_row(index, targets.counted, sides, row, extent, FACTS, TILE)
+        sums = _long_row(index, targets, factors, sides, row, extent, FACTS, TILE)
     _write(outputs, sums, row, index, exists, rows, extent, RESIDENT, FACTS, TILE)
 
 
@@ -241,15 +248,15 @@ def _short_rows(exists, live, sides, row, extent, FACTS: tl.constexpr, TILE: tl.
 
 
 @triton.jit
-def _long_row(index, counted, sides, row, extent, FACTS: tl.constexpr, TILE: tl.constexpr):
+def _long_row(index, targets, factors, sides, row, extent, FACTS: tl.constexpr, TILE: tl.constexpr):
     """The same of `extent.span` columns of a row."""
     BLOCK: tl.constexpr = TILE.lanes * TILE.vector
     split, columns = tl.program_id(1), extent.columns
     stretch = W.stretch_of(split, extent.span, 0, columns, TILE.lanes, TILE.vector, 0)
     left = stretch
-    if counted is not None:
-        counts = tl.load(counted + index) != 0
-        full, end = tl.where(counts, stretch.full, 0), tl.where(counts, stretch.end, stretch.begin)
+    if targets.counted is not None or FACTS.VALUES == 0:
+        some = counts(index, targets, factors, FACTS.VALUES == 0)
+        full, end = tl.where(some, stretch.full, 0), tl.where(some, stretch.end, stretch.begin)
         left = records.replace(stretch, full=full, end=end)
     if sides.gradient is not None:
         M.fill_zero(sides.gradient, left.end, stretch.end, BLOCK)
@@ -307,9 +314,14 @@ def fused(
     problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     gradient = new_gradient(problem) if out is None else out
-    coefficients = coefficients.rows(problem)
     kinds = problem.kinds(coefficients.entropy is not None, metrics)
-    values, _ = _run(problem, kinds, coefficients, gradient)
+    alone = not isinstance(coefficients.kd, Tensor) and coefficients.kd == 0
+    coefficients = coefficients.rows(problem)
+    if alone and problem.teacher is not None:  # it is read for figures, and its logits may be NaN
+        values, _ = _run(problem, kinds)
+        _run(problem._replace(teacher=None), 0, coefficients, gradient)
+    else:
+        values, _ = _run(problem, kinds, coefficients, gradient)
     if problem.merge:
         values = of(problem.merge).gather(values).sum(0)
     return coefficients.weigh(values), values if metrics else None, gradient
