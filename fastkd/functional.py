@@ -225,9 +225,7 @@ def distillation_loss(
     counted, row_weight = rows_that_count(
         None if soft or given.sigmoids else labels, weight, given.ignore_index, dtype
     )
-    factor = factor_of_rows(
-        reduction, num_items, counted, row_weight, outline, dtype, merge.columns
-    )
+    factor = factor_of_rows(reduction, num_items, counted, row_weight, outline, dtype, merge)
     of_all = merge.columns or columns
     reads_teacher = _reads_teacher(given, trained)
     problem = Problem.of(

@@ -70,6 +70,13 @@ class Coefficients(NamedTuple):
     ce: Any
     entropy: Any
 
+    @property
+    def of_no_divergence(self) -> bool:
+        """Whether the divergence surely has the factor 0, as at alpha = 0: a teacher that is read
+        for figures alone may be NaN, and 0 times its slopes too.
+        """
+        return not isinstance(self.kd, Tensor) and self.kd == 0
+
     def rows(self, problem: Problem) -> Coefficients:
         """As [N]."""
         of = problem.rows, problem.dtype, problem.student_temperature.device

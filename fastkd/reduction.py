@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .problem import CE, ENTROPY, KD, scalar
 from .settings import Settings
+from .sharding import Merge
 
 
 class Metrics(NamedTuple):
@@ -68,15 +69,15 @@ def factor_of_rows(
     row_weight: Tensor | None,
     student: Tensor,
     dtype: torch.dtype,
-    columns: int | None,
+    merge: Merge,
 ) -> float | Tensor:
-    """columns: of all ranks, where several share those of the student."""
+    """merge: of the ranks that share the student's columns, of which a single row is a batch."""
     counts = counted if row_weight is None else row_weight
     factor: float | Tensor
     if reduction in ("none", "sum"):
         factor = 1.0
     elif reduction == "batchmean":
-        batch = columns if columns and student.dim() == 1 else student.size(0)
+        batch = merge.columns if merge.columns and student.dim() == 1 else student.size(0)
         factor = 1 / max(batch, 1)
     elif isinstance(num_items, Tensor):
         factor = 1 / divisor(num_items, counted, student, dtype)

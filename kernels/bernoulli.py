@@ -315,9 +315,9 @@ def fused(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     gradient = new_gradient(problem) if out is None else out
     kinds = problem.kinds(coefficients.entropy is not None, metrics)
-    alone = not isinstance(coefficients.kd, Tensor) and coefficients.kd == 0
+    apart = coefficients.of_no_divergence and problem.teacher is not None
     coefficients = coefficients.rows(problem)
-    if alone and problem.teacher is not None:  # it is read for figures, and its logits may be NaN
+    if apart:
         values, _ = _run(problem, kinds)
         _run(problem._replace(teacher=None), 0, coefficients, gradient)
     else:

@@ -93,7 +93,7 @@ def write_gradient(
     temperature: Tensor | None,
 ) -> None:
     """Writes the block's gradient to the student's logits [O, I, V], and to its temperature."""
-    if not isinstance(weights.kd, Tensor) and weights.kd == 0:  # were the teacher's logits NaN
+    if weights.of_no_divergence:
         terms = terms._replace(descent=None)
     place = terms.place
     if place is None and out is not None and terms.counts is None:
