@@ -35,7 +35,8 @@ class Distillation(lightning.LightningModule):
         self.log("kl", fastkd.distillation_loss(self.student(inputs), self.teacher(inputs)))
 
     def configure_optimizers(self):
-        return torch.optim.Adam(self.student.parameters(), lr=1e-2)
+        trained = [*self.student.parameters(), *self.criterion.parameters()]  # a temperature too
+        return torch.optim.Adam(trained, lr=1e-2)
 
 
 def batches(teacher, count):

@@ -1,4 +1,4 @@
-"""The arguments of distillation_loss that stand in a Trainer's."""
+"""What a Trainer is given: arguments of distillation_loss, and its own that mean nothing here."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastkd.functional import distillation_loss
+from fastkd.settings import Settings as Checked
 
 Settings = Callable[[int, int], Mapping[str, Any]]
 
@@ -23,8 +24,9 @@ def by_step(loss: Settings | Mapping[str, Any] | None) -> Settings:
     """Of (step, steps of the run): what was given, checked as soon as it is known."""
     if callable(loss) and not isinstance(loss, nn.Module):
         return lambda step, steps: checked(loss(step, steps))
-    fixed = checked({} if loss is None else loss)
-    return lambda step, steps: fixed
+    always = checked({} if loss is None else loss)
+    fixed(always)
+    return lambda step, steps: always
 
 
 def checked(loss: Any) -> Mapping[str, Any]:
@@ -48,3 +50,31 @@ def known(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is the Trainer's to give: leave it out of loss")
         if name not in KEYWORDS:
             raise ValueError(f"loss: distillation_loss takes no {name!r}")
+
+
+def fixed(settings: Mapping[str, Any]) -> None:
+    """Refuses what could not stand in the loss of every step."""
+    known(settings)
+    Checked.of(**{name: value for name, value in settings.items() if name != "weight"})
+    for name, value in settings.items():
+        if isinstance(value, Tensor) and value.requires_grad and not value.is_leaf:
+            raise ValueError(
+                f"loss: {name} was computed from what trains, once for all steps: pass to "
+                "DistillationTrainer a function of (step, steps) that computes it anew"
+            )
+
+
+def refuse_without_meaning(trainer: Any) -> None:
+    """Refuses what a Trainer has been given that a DistillationTrainer would not read."""
+    if trainer.compute_loss_func is not None:
+        raise ValueError("DistillationTrainer computes its own loss: drop compute_loss_func")
+    if trainer.compute_metrics is not None:
+        raise ValueError(
+            "DistillationTrainer.evaluate gives the loss, the KL to the teacher and the agreement, "
+            "and calls no compute_metrics: drop it"
+        )
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"DistillationTrainer needs one process for each of the {trainer.args.n_gpu} GPUs: "
+            "start it by torchrun, or show it one by CUDA_VISIBLE_DEVICES"
+        )

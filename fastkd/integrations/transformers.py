@@ -13,12 +13,11 @@ from . import require
 require("transformers", "5.2", "6", extra="distill")
 require("accelerate", "1.10", "2", extra="distill")
 
-from transformers import Trainer  # noqa: E402
-
 from fastkd.cache import TeacherCache  # noqa: E402
 from fastkd.functional import Metrics, distillation_loss  # noqa: E402
 from fastkd.operands import Ensemble, LinearHead, Sampled, TopK  # noqa: E402
 
+from .learnt import LossTrainer, leaves, outside  # noqa: E402
 from .models import (  # noqa: E402
     ROW,
     TARGETS,
@@ -31,14 +30,13 @@ from .models import (  # noqa: E402
     targets,
 )
 from .on_policy import OnPolicy  # noqa: E402
-from .processes import ProcessesTrainer  # noqa: E402
-from .settings import KEYWORDS, Settings, by_step, known  # noqa: E402
+from .settings import KEYWORDS, Settings, by_step, fixed, refuse_without_meaning  # noqa: E402
 from .teachers import asked, check  # noqa: E402
 
 Operand = Tensor | LinearHead | TopK | Sampled | Ensemble
 
 
-class DistillationTrainer(ProcessesTrainer):
+class DistillationTrainer(LossTrainer):
     r"""Trains a student against a teacher that sees the same inputs.
 
     The loss is that of `distillation_loss`, divided by the tokens that count in all batches of an
@@ -54,7 +52,9 @@ class DistillationTrainer(ProcessesTrainer):
             `fastkd.Ensemble`.
         teacher_weights: of a list of teachers; None: equal.
         loss: arguments of `distillation_loss`; or a function of (step, steps of the run) that
-            returns them, so that a schedule goes on where a resumed run does.
+            returns them, so that a schedule goes on where a resumed run does. A tensor there that
+            trains, as a learnable temperature, is in the optimizer, in a group without weight
+            decay, and in checkpoints; `max_grad_norm` is the student's alone.
         vocab_size: columns from here on are padding.
         heads: of models whose logits are a linear head's, hand on hidden states and head in place
             of logits, which then are never in memory as a whole.
@@ -107,7 +107,7 @@ class DistillationTrainer(ProcessesTrainer):
         for name in KEYWORDS & options.keys():
             raise TypeError(f"{name} is an argument of the loss: pass loss={{{name!r}: ...}}")
         super().__init__(*arguments, **options)
-        _refuse_what_has_no_meaning(self)
+        refuse_without_meaning(self)
         self.model_accepts_loss_kwargs = True  # so that the tokens are counted
         if self.accelerator.mixed_precision == "bf16":
             # accelerate's own autocast would copy the student's logits to fp32.
@@ -170,6 +170,7 @@ class DistillationTrainer(ProcessesTrainer):
         teacher = self.teacher_logits(inputs)
         outputs = self.student_outputs(model, inputs) if return_outputs else None
         student = self.student_logits(model, inputs) if outputs is None else logits_of(outputs)
+        given = self.settings_of_step()
         settings = {
             **self._vocabulary(),
             "num_items": num_items_in_batch,
@@ -177,9 +178,10 @@ class DistillationTrainer(ProcessesTrainer):
             # Nobody reads the student's logits again; fp16 gradients wait for the loss scale.
             "inplace": outputs is None
             and isinstance(student, Tensor)
-            and student.dtype != torch.float16,
+            and student.dtype != torch.float16
+            and not leaves(given),
             "return_metrics": True,
-            **self.loss(self.state.global_step, self.state.max_steps),
+            **given,
         }
         if self.own_words:
             settings["alpha"] = 1.0  # what the student wrote is no label
@@ -344,7 +346,12 @@ def distillation_loss_func(
         torch.Size([])
     """
     require("transformers", "5.6", "6", extra="distill")
-    known(settings)
+    fixed(settings)
+    if outside(student, settings):
+        raise ValueError(
+            "the loss learns a tensor, and a Trainer trains its model's parameters alone: make it "
+            "one of the student's, or take DistillationTrainer, which trains it too"
+        )
     if not isinstance(teacher, nn.Module):
         raise TypeError(f"teacher must be a model, got {type(teacher).__name__}")
     check(teacher, student)
@@ -381,18 +388,3 @@ def distillation_loss_func(
 def _by_sequence(rows: Tensor) -> Tensor:
     """Sums over all dimensions but the batch's."""
     return rows.flatten(1).sum(-1) if rows.dim() > 1 else rows
-
-
-def _refuse_what_has_no_meaning(trainer: Trainer) -> None:
-    if trainer.compute_loss_func is not None:
-        raise ValueError("DistillationTrainer computes its own loss: drop compute_loss_func")
-    if trainer.compute_metrics is not None:
-        raise ValueError(
-            "DistillationTrainer.evaluate gives the loss, the KL to the teacher and the agreement, "
-            "and calls no compute_metrics: drop it"
-        )
-    if trainer.args.n_gpu > 1:
-        raise ValueError(
-            f"DistillationTrainer needs one process for each of the {trainer.args.n_gpu} GPUs: "
-            "start it by torchrun, or show it one by CUDA_VISIBLE_DEVICES"
-        )
