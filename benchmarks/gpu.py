@@ -7,6 +7,7 @@ before.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -28,8 +29,8 @@ from .results import BEGUN, FAILED, REFUSED, RESULTS, Results
 REST = float("inf")
 # A step that has this much left is begun; a table ends by itself as long before it would be killed.
 LEAST, GRACE = 5, 10
-# Seconds to write what is known at the end.
-CLOSING = 5
+# Seconds to write what is known at the end, and for a process that is killed to be gone.
+CLOSING, DYING = 5, 3
 # A step that says nothing for so long hangs: no group of rows takes longer.
 PATIENCE = 100
 DEVICE_LOST = 3
@@ -40,6 +41,8 @@ ON_DEVICE = re.compile(
     r"|^def test_\w+\([^)]*\bdevice\b",
     re.MULTILINE,
 )
+# Where CUDA's tools are if not on the path, and parts of the names of the kernels that are checked.
+TOOLKIT, CHECKED = "/usr/local/cuda/bin", ("resident", "sweep", "_scale")
 VERDICT = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
 
 
@@ -125,8 +128,9 @@ def _tests(rehearsal: bool) -> list[str]:
 
 def _racecheck(python: Sequence[str], small: Sequence[str]) -> tuple[str, ...]:
     """Without the tool the same cases run bare, which says nothing of races."""
-    tool = shutil.which("compute-sanitizer")
-    checked = (tool, "--tool", "racecheck") if tool else ()
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=TOOLKIT)
+    ours = [word for name in CHECKED for word in ("--kernel-name", f"kns={name}")]
+    checked = (tool, "--tool", "racecheck", "--error-exitcode", "1", *ours) if tool else ()
     return (*checked, *python, "benchmarks.verify", "--in-place", *small)
 
 
@@ -173,18 +177,26 @@ def stream(step: Step, seconds: float, out: Path) -> Ending:
         process = subprocess.Popen(
             step.command, cwd=ROOT, start_new_session=True, stdout=log, stderr=subprocess.STDOUT
         )
-        heard, ended = began, False
-        while not ended:
+        heard, code = began, None
+        while code is None:
             time.sleep(0.05)
-            ended = process.poll() is not None
+            code = process.poll()
             now = time.monotonic()
             if text := said.read():
                 heard = now
                 if step.log == LOG:
                     print(text.decode(errors="replace"), end="", flush=True)
-            if not ended and (now - began > seconds or now - heard > PATIENCE):
-                os.killpg(process.pid, signal.SIGKILL)
-    return Ending(step.name, process.wait(), time.monotonic() - began)
+            if code is None and (now - began > seconds or now - heard > PATIENCE):
+                code = _kill(process)
+    return Ending(step.name, code, time.monotonic() - began)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> int:
+    """Its exit code, and that of all it began. Whoever hangs in the driver is left behind."""
+    os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(DYING)
+    return -signal.SIGKILL
 
 
 # --- what is known so far ------------------------------------------------------------------------

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import shlex
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -62,6 +64,22 @@ def command(arguments: Sequence[str], module: str = "benchmarks") -> str:
     return shlex.join(["python", "-m", module, *map(_bare, arguments)])
 
 
+def answers(device: torch.device) -> bool:
+    """Whether a device still does what this process asks: none that a kernel has broken does."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
+def begin_again(module: str, arguments: Sequence[str]) -> NoReturn:
+    """In a new process, which a device answers whatever has broken it for this one."""
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-u", "-m", module, *arguments])
+
+
 def resident() -> tuple[int, int]:
     """Bytes of this process in memory now, and at most since this was last asked."""
     text = Path("/proc/self/status").read_text()
@@ -99,7 +117,8 @@ def clocks(device: torch.device) -> dict[str, str]:
     query = ["nvidia-smi", f"--id={device.index or 0}", f"--query-gpu={','.join(fields)}"]
     if device.type != "cuda" or (text := _output([*query, "--format=csv,noheader"])) is None:
         return {}
-    return dict(zip(fields, text.split(", "), strict=True))
+    values = text.split(", ")  # a sentence, where there is no such GPU
+    return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
 
 
 def _processor() -> str:

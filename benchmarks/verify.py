@@ -213,15 +213,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--in-place", action="store_true", help="a small such case of each schedule"
     )
     parser.add_argument("--dry-run", action="store_true", help="small shapes, in the interpreter")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--first", type=int, default=0, help="case, after others that are known")
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(given)
     device = machine.device_of(options.device or ("cpu" if options.dry_run else None))
     # What PyTorch allocates without a value is NaN from here on.
     torch.use_deterministic_algorithms(True, warn_only=True)
     chosen = REHEARSED if options.dry_run else tuple(cases())
     if options.in_place:
         chosen = REHEARSED[2:3] if options.dry_run else FEW
-    wrong = 0
-    for case in chosen:
+    wrong = options.first  # where one has broken the device, it goes on after it
+    for at, case in enumerate(chosen[options.first :], start=options.first + 1):
         began = time.monotonic()
         try:
             found = faults(case, device)
@@ -230,8 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wrong += bool(found)
         took = f"{time.monotonic() - began:.2f} s"
         print(f"{'WRONG' if found else 'ok':6}{case}: {'; '.join([*found, took])}", flush=True)
-        if device.type == "cuda" and found:
-            torch.cuda.synchronize()  # a device that is lost ends this here
+        if found and not machine.answers(device):
+            machine.begin_again("benchmarks.verify", [*given, "--first", str(at)])
     return int(wrong > 0)
 
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import cache, gpu, measure
+from benchmarks import cache, choices, gpu, machine, measure, verify
 from benchmarks.check import Refused
 from benchmarks.operators import OPERATORS
 from benchmarks.results import ABSENT, OK, Results
@@ -185,6 +185,110 @@ def test_a_silent_step_is_killed(tmp_path, hurried, monkeypatch):
     monkeypatch.setattr(gpu, "PATIENCE", 0.3)
     ending = gpu.stream(step("mute", "import time; time.sleep(60)"), 30, tmp_path)
     assert str(ending).startswith("mute: killed at a limit after 0")
+
+
+def test_whoever_hangs_in_the_driver_is_left_behind(tmp_path, monkeypatch):
+    """Where not even the signal that nobody can refuse ends a process."""
+    monkeypatch.setattr(gpu.os, "killpg", lambda *_: None)
+    monkeypatch.setattr(gpu, "DYING", 0.1)
+    began = time.monotonic()
+    ending = gpu.stream(step("hangs", "import time; time.sleep(5)"), 0.2, tmp_path)
+    assert time.monotonic() - began < 3
+    assert str(ending).startswith("hangs: killed at a limit after 0")
+
+
+# --- devices that break ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """A device that answers nobody; what a new process was asked for."""
+    asked = []
+
+    def begin_again(module, arguments):
+        asked.append((module, arguments))
+        raise SystemExit
+
+    monkeypatch.setattr(machine, "answers", lambda device: False)
+    monkeypatch.setattr(machine, "begin_again", begin_again)
+    return asked
+
+
+def test_after_a_case_that_breaks_the_device_a_new_process_verifies_the_others(
+    broken, monkeypatch, capsys
+):
+    monkeypatch.setattr(verify, "faults", lambda case, device: ["lost"] * (case.columns == 300))
+    with pytest.raises(SystemExit):
+        verify.main(["--dry-run"])
+    assert broken == [("benchmarks.verify", ["--dry-run", "--first", "2"])]
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said] == ["ok", "WRONG"]
+    assert verify.main(broken[0][1]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said] == ["ok", "ok"]
+
+
+def test_after_a_choice_that_breaks_the_device_a_new_process_goes_on(broken, monkeypatch, capsys):
+    def call(*_):
+        raise RuntimeError("lost")
+
+    monkeypatch.setattr(choices, "call", call)
+    with pytest.raises(SystemExit):
+        choices.main(["--dry-run"])
+    assert broken == [("benchmarks.choices", ["--dry-run", "--first", "1"])]
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_a_process_begins_again_as_another(tmp_path):
+    source = "import sys; from benchmarks import machine; machine.begin_again('this', sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", source, "one", "two"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, "The Zen of Python" in done.stdout) == (0, True)
+
+
+def test_programs_that_wait_for_each_other_come_last():
+    waits = [any(one.shared for one in choices_) for *_, choices_ in choices.races(False)]
+    assert waits == sorted(waits)
+    assert set(waits) == {False, True}
+    for *_, some in choices.races(False):
+        assert some[0] == choices.Choice()
+
+
+def test_choices_are_judged_by_the_first_that_runs(monkeypatch, capsys):
+    losses = iter([RuntimeError("too large"), 2.0, 2.1, 2.0])
+
+    def call(*_):
+        if isinstance(loss := next(losses), Exception):
+            raise loss
+        return torch.tensor(loss)
+
+    monkeypatch.setattr(choices, "call", call)
+    monkeypatch.setattr(choices, "milliseconds", lambda *_: 3.0)
+    choices.race("jsd", "1x2", choices.CHOICES[:4], torch.device("cpu"))
+    said = capsys.readouterr().out.splitlines()
+    for word, line in zip(("too large", "3 ms, x 1.000", "WRONG", "3 ms"), said, strict=True):
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("said", "known"),
+    [("580.159.04, 1980 MHz, 3201 MHz, 1980 MHz, 31, 120.00 W", 6), ("No devices were found", 0)],
+)
+def test_a_device_of_which_nothing_tells_has_no_clocks(monkeypatch, said, known):
+    monkeypatch.setattr(machine, "_output", lambda command: said)
+    assert len(machine.clocks(torch.device("cuda"))) == known
+
+
+def test_races_are_looked_for_in_the_kernels_alone(tmp_path, monkeypatch):
+    """By a tool that is not on the path either; a finding of it is an exit code."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.touch(0o755)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(gpu, "TOOLKIT", str(tmp_path))
+    *_, last = gpu.steps(tmp_path, [], False)
+    assert last.command[:5] == (str(tool), "--tool", "racecheck", "--error-exitcode", "1")
+    assert "kns=resident" in last.command
 
 
 def test_the_device_runs_the_tests_that_use_it(tmp_path):

@@ -80,6 +80,7 @@ def test_a_cache_of_another_triton_or_other_code_is_told_apart(tmp_path, monkeyp
 
 
 EVERY_LAUNCH = """
+import re
 from triton.runtime.jit import JITFunction
 from benchmarks import cache, stub
 
@@ -88,13 +89,15 @@ launched = []
 def run(self, *arguments, grid, warmup, **options):
     assert len(self.arg_names) <= 16, self
     assert options["enable_fp_fusion"] is True, self  # whose default changes with Triton 3.10
-    launched.append(self)
+    launched.append(options)
 
 JITFunction.run = run
 for name, launch in cache.launches():
     before = len(launched)
     launch()
     assert len(launched) > before, name
+    if cap := re.search(r", cap (\\d+)", name):  # of a choice
+        assert launched[-1].get("maxnreg") == (int(cap[1]) or None), name
     print(name)
 """
 
