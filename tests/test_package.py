@@ -42,21 +42,6 @@ def test_import_brings_in_nothing_but_torch_and_the_standard_library():
     assert run(sys.executable, "-c", code, cwd=ROOT).split() == []
 
 
-@pytest.mark.parametrize("caught", [False, True])
-def test_ctrl_c_while_torch_is_imported_is_one_line(caught, tmp_path):
-    """Also where what is being imported catches it, as parts of PyTorch do."""
-    lines = ["import os, signal, time", "os.kill(os.getpid(), signal.SIGINT)", "time.sleep(60)"]
-    if caught:
-        lines = ["try:", *(f"    {line}" for line in lines), "except BaseException:", "    pass"]
-    (tmp_path / "torch.py").write_text("\n".join(lines))
-    done = subprocess.run(
-        [sys.executable, "-c", "import _fastkd; raise SystemExit(_fastkd.main())"],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{tmp_path}"}, capture_output=True, text=True,
-        timeout=60,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "fastkd: stopped\n")
-
-
 def test_what_documents_name_is_there_once_fastkd_is_imported():
     """But for what needs further packages, which has to be imported by its name."""
     pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
@@ -125,7 +110,7 @@ def wheel(request, tmp_path):
     compiled = shutil.ignore_patterns("__pycache__")
     for folder in ("fastkd", "kernels"):
         shutil.copytree(ROOT / folder, source / folder, symlinks=True, ignore=compiled)
-    for file in ("_fastkd.py", "pyproject.toml", "README.md", "LICENSE"):
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source)
     if request.param == "archive":
         link = source / "fastkd" / "kernels"
@@ -145,7 +130,7 @@ def test_wheel_holds_the_package_and_runs_outside_the_checkout(wheel, tmp_path):
     shipped = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     names = (path.relative_to(ROOT).as_posix() for path in SOURCES)
     modules = {name if name.startswith("fastkd/") else f"fastkd/{name}" for name in names}
-    assert shipped == modules | {"_fastkd.py", "fastkd/py.typed"}
+    assert shipped == modules | {"fastkd/py.typed"}
 
     home = tmp_path / "venv"
     venv.create(home, symlinks=True)
