@@ -60,6 +60,7 @@ def batch(vocabulary=48, places=12):
         ("Gemma2", {"final_logit_softcapping": 3.0, "head_dim": 8}),
         ("Granite", {"logits_scaling": 8.0}),
         ("Phi", {}),  # its head has a bias
+        ("OPT", {"ffn_dim": 16}),  # which calls a part of its base model
     ],
 )
 def test_heads_change_neither_loss_nor_gradient(tmp_path, kind, options):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastkd.operands import LinearHead
 
 TARGETS = ("labels", "shift_labels")
+DECODER = {"decoder_input_ids", "decoder_inputs_embeds"}  # what a decoder reads
 ROW = "row"  # of a batch: the rows of a TeacherCache
 # Of logits that a head makes again: the largest difference, in units of the largest logit.
 SAME, SAME_IN_HALF = 1e-4, 2e-2
@@ -29,6 +30,11 @@ def targets(inputs: Mapping[str, Any], shift: bool) -> Tensor:
     if inputs.get("shift_labels") is not None:
         return inputs["shift_labels"]
     labels = inputs.get("labels")
+    if shift and labels is not None and labels.is_floating_point():
+        raise ValueError(
+            "labels in floating point are one place too early for a model that predicts the next "
+            "token: give them as shift_labels, or shift=False where they are at their places"
+        )
     if labels is None:
         raise ValueError(
             "the batch has no labels, which say what counts: let the collator add them, as "
@@ -38,21 +44,44 @@ def targets(inputs: Mapping[str, Any], shift: bool) -> Tensor:
     return F.pad(labels[..., 1:], (0, 1), value=-100) if shift else labels
 
 
+def counted(labels: Tensor, several: bool) -> Tensor:
+    """Which places count, bool [...]; `several`: labels hold an answer for each class."""
+    if several or labels.is_floating_point():
+        return torch.ones(labels.shape[:-1], dtype=torch.bool, device=labels.device)
+    return labels != -100
+
+
+def by_sequence(rows: Tensor) -> Tensor:
+    """Sums over all dimensions but the batch's."""
+    return rows.flatten(1).sum(-1) if rows.dim() > 1 else rows
+
+
 def model_inputs(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
     """A batch without what only the model's own loss would take, nor a cache of the keys."""
     ours = (*TARGETS, ROW, "num_items_in_batch")
     others = {k: v for k, v in inputs.items() if k not in ours}
-    of_labels = getattr(base(model), "prepare_decoder_input_ids_from_labels", None)
-    if of_labels and not inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
+    if _shifts_its_labels(base(model)) and not inputs.keys() & DECODER:
         if inputs.get("labels") is None:
             raise ValueError(
                 "the batch has no decoder_input_ids: let the collator make them of the labels, as "
                 "DataCollatorForSeq2Seq(tokenizer, model=student) does"
             )
-        others["decoder_input_ids"] = of_labels(labels=inputs["labels"])
+        of_labels = getattr(base(model), "prepare_decoder_input_ids_from_labels", None)
+        if of_labels:
+            others["decoder_input_ids"] = of_labels(labels=inputs["labels"])
+        else:
+            others["labels"] = inputs["labels"]  # Whisper's forward alone knows how
     if "use_cache" in inspect.signature(base(model).forward).parameters:
         others["use_cache"] = False
     return others
+
+
+def _shifts_its_labels(plain: Any) -> bool:
+    """Whether a decoder behind an encoder reads the labels, where it is given nothing else."""
+    if hasattr(plain, "prepare_decoder_input_ids_from_labels"):
+        return True
+    writes = getattr(plain, "can_generate", lambda: False)()
+    return writes and getattr(plain.config, "is_encoder_decoder", False)
 
 
 def logits_of(outputs: Any) -> Tensor:
@@ -143,6 +172,8 @@ class Head:
             model(**inputs, logits_to_keep=none)
         finally:
             hook.remove()
+        if not kept:
+            raise RuntimeError(f"the model does not call its {type(self.decoder).__name__}")
         return self.of(kept[0])
 
 
@@ -156,14 +187,12 @@ def keep_gathered(module: Any) -> None:
         keep(False, recurse=False)
 
 
-@torch.no_grad()
 def head_of(model: Any) -> Head | None:
     """None where the model makes logits in another way; tried on four tokens."""
     plain = base(model)
     layer = plain.get_output_embeddings() if hasattr(plain, "get_output_embeddings") else None
-    decoder = getattr(plain, "base_model", plain)
     places = getattr(plain, "hf_device_map", None) or {}
-    if type(layer) is not nn.Linear or decoder is plain or len(set(places.values())) > 1:
+    if type(layer) is not nn.Linear or len(set(places.values())) > 1:
         return None
     if "logits_to_keep" not in inspect.signature(plain.forward).parameters:
         return None
@@ -171,19 +200,29 @@ def head_of(model: Any) -> Head | None:
     scale = getattr(shape, "logit_scale", None) or getattr(shape, "lm_head_multiplier", None)
     if getattr(shape, "logits_scaling", None):
         scale = 1 / shape.logits_scaling
-    head = Head(decoder, layer, scale, getattr(shape, "final_logit_softcapping", None))
-    ids = torch.arange(4, device=layer.weight.device)[None]
+    decoders = [getattr(plain, "base_model", plain)]
+    if hasattr(plain, "get_decoder"):
+        decoders.append(plain.get_decoder())  # of OPT's, which calls but a part of its base model
+    for decoder in dict.fromkeys(decoders):
+        head = Head(decoder, layer, scale, getattr(shape, "final_logit_softcapping", None))
+        if decoder is not plain and _makes_its_logits(head, model):
+            return head
+    return None
+
+
+@torch.no_grad()
+def _makes_its_logits(head: Head, model: Any) -> bool:
+    ids = torch.arange(4, device=head.layer.weight.device)[None]
     inputs = {"input_ids": ids, "use_cache": False}
     try:
         with evaluating(model):
             wanted, found = model(**inputs).logits, head(model, inputs).logits()
     except (TypeError, ValueError, RuntimeError, NotImplementedError):
-        return None  # it takes other inputs, or its weights are no plain tensors
+        return False  # it takes other inputs, or its weights are no plain tensors
     if found.shape != wanted.shape:
-        return None
+        return False
     limit = SAME if wanted.dtype == torch.float32 else SAME_IN_HALF
-    same = (found.float() - wanted.float()).abs().max() <= limit * wanted.float().abs().max()
-    return head if same else None
+    return bool((found.float() - wanted.float()).abs().max() <= limit * wanted.float().abs().max())
 
 
 def _hidden(outputs: Any) -> Tensor:

@@ -14,6 +14,7 @@ require("transformers", "5.2", "6", extra="distill")
 require("accelerate", "1.10", "2", extra="distill")
 
 from fastkd.cache import TeacherCache  # noqa: E402
+from fastkd.divergences import Bernoulli  # noqa: E402
 from fastkd.functional import Metrics, distillation_loss  # noqa: E402
 from fastkd.operands import Ensemble, LinearHead, Sampled, TopK  # noqa: E402
 
@@ -21,6 +22,8 @@ from .learnt import LossTrainer, leaves, outside  # noqa: E402
 from .models import (  # noqa: E402
     ROW,
     TARGETS,
+    by_sequence,
+    counted,
     evaluating,
     freeze,
     head_of,
@@ -235,13 +238,18 @@ class DistillationTrainer(LossTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """The tokens that the loss counts, whatever this version of the Trainer would count."""
-        found = [targets(batch, self.shift) for batch in batch_samples]
-        batches = [dict.fromkeys(TARGETS, labels) for labels in found]
+        found = [counted(targets(batch, self.shift), self._several()) for batch in batch_samples]
+        batches = [dict.fromkeys(TARGETS, places.long().sub(1).mul(100)) for places in found]
         return super()._get_num_items_in_batch(batches, device)
+
+    def _several(self) -> bool:
+        """Whether the loss has a sigmoid for each class, and labels one answer for each."""
+        step, steps = self.state.global_step, max(self.state.max_steps, 1)
+        return isinstance(self.loss(step, steps).get("divergence"), Bernoulli)
 
     def _keep(self, loss: Tensor, metrics: Metrics, labels: Tensor, items: Any, scale: int) -> None:
         if items is None:
-            items = (labels != -100).sum()
+            items = counted(labels, self._several()).sum()
         items = torch.as_tensor(items).clamp_min(1)  # a student may write nothing at all
         parts = torch.stack([rows.sum() for rows in metrics if rows is not None]) / items
         figures = torch.cat([loss.detach()[None], parts]) * scale
@@ -301,12 +309,13 @@ class DistillationTrainer(LossTrainer):
                 self._mine(student),
                 self.teacher_logits(inputs),
                 labels,
+                divergence=Bernoulli() if self._several() else "forward_kl",
                 return_metrics=True,
                 **self._vocabulary(),
             )
         assert found.ce is not None  # since labels are given
-        parts = (found.ce, found.kd, found.agreement, labels != -100)
-        return torch.stack([_by_sequence(part) for part in parts], -1)
+        parts = (found.ce, found.kd, found.agreement, counted(labels, self._several()))
+        return torch.stack([by_sequence(part) for part in parts], -1)
 
 
 def distillation_loss_func(
@@ -378,13 +387,11 @@ def distillation_loss_func(
             freeze(teacher, logits.device)
         with torch.no_grad():
             target = logits_of(teacher(**model_inputs(inputs, teacher)))
-        options = {"num_items": num_items_in_batch, **settings}
+        items: Any = num_items_in_batch
+        if items is not None and shifted.shape == logits.shape:
+            items = items // shifted.size(-1)  # it counts each class
+        options = {"num_items": items, **settings}
         return distillation_loss(logits, target, shifted, **options)
 
     student.register_forward_pre_hook(keep, with_kwargs=True)
     return loss
-
-
-def _by_sequence(rows: Tensor) -> Tensor:
-    """Sums over all dimensions but the batch's."""
-    return rows.flatten(1).sum(-1) if rows.dim() > 1 else rows
