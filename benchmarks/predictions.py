@@ -24,6 +24,7 @@ PREDICTED = (
     "L2, ms", "issue, ms", "MUFU, ms", "replayed, ms", "predicted, ms", "limit", "of the floor",
     "of a copy",
 )  # fmt: skip
+ALL = (*NAMES, "kl_div")
 EVERY = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd")
 # Of rows whose KL is not small: the loss alone in one sweep, the gradient without a value.
 ONE_SWEEP, GRADIENT_ALONE = "forward, large", "fused, large"
@@ -144,7 +145,7 @@ def _schedule_of(kernels: Sequence[Measured]) -> str:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.predictions", description=__doc__)
     parser.add_argument("--target", choices=model.GPUS, default=replay.TARGET)
-    parser.add_argument("--divergence", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--divergence", nargs="+", choices=ALL, default=ALL)
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile and replay")
     options = parser.parse_args(arguments)
     with ProcessPoolExecutor(options.jobs) as pool:
