@@ -41,7 +41,7 @@ class Operator:
 
 
 PROBLEM = "Tensor?[] tensors, Tensor numbers, SymInt vocab_size, str spec"
-COEFFICIENTS = "Tensor kd, Tensor? ce, Tensor? entropy"
+COEFFICIENTS = "Tensor? kd, Tensor? ce, Tensor? entropy"  # kd None: the number 0
 SIZE = 4  # of a Packed
 
 
@@ -149,7 +149,10 @@ class Traced(NamedTuple):
     def fused(
         self, problem: Problem, coefficients: Coefficients, metrics: bool, out: Tensor | None
     ) -> tuple[Tensor, Tensor, Any]:
-        rest = *coefficients.rows(problem), metrics, self.name
+        kd, ce, entropy = coefficients.rows(problem)
+        if coefficients.of_no_divergence:  # of a tensor the operator would not know it
+            kd = None
+        rest = kd, ce, entropy, metrics, self.name
         if out is None:
             return _fused(problem, *rest)
         alone = problem._replace(student=None)  # which is given once, as it is overwritten
@@ -271,18 +274,17 @@ def _(
     kind=OfProblem,
 )
 def _fused(
-    problem: Problem, kd: Tensor, ce: Any, entropy: Any, metrics: bool, name: str,
+    problem: Problem, kd: Tensor | None, ce: Any, entropy: Any, metrics: bool, name: str,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, list[Any]]:  # fmt: skip
-    loss, values, found = _module(name, problem).fused(
-        problem, Coefficients(kd, ce, entropy), metrics, out
-    )
+    coefficients = Coefficients(0.0 if kd is None else kd, ce, entropy)
+    loss, values, found = _module(name, problem).fused(problem, coefficients, metrics, out)
     return loss, values, gradients(found, problem.student)
 
 
 @_fused.register_fake
-def _(problem: Problem, kd: Tensor, ce: Any, entropy: Any, metrics: bool, name: str) -> Any:
-    return *_new_rows(kd, metrics), _new_gradients(problem.student)
+def _(problem: Problem, kd: Any, ce: Any, entropy: Any, metrics: bool, name: str) -> Any:
+    return *_new_rows(problem, metrics), _new_gradients(problem.student)
 
 
 @operator(
@@ -296,13 +298,14 @@ def _fused_(problem: Problem, out: Tensor, *rest: Any) -> tuple[Tensor, Tensor |
 
 
 @_fused_.register_fake
-def _(problem: Problem, out: Tensor, kd: Tensor, ce: Any, entropy: Any, *rest: Any) -> Any:
+def _(problem: Problem, out: Tensor, kd: Any, ce: Any, entropy: Any, *rest: Any) -> Any:
     metrics, _ = rest
-    return _new_rows(kd, metrics)
+    return _new_rows(problem, metrics)
 
 
-def _new_rows(kd: Tensor, metrics: bool) -> tuple[Tensor, Tensor | None]:
-    return kd.new_empty(kd.shape), kd.new_empty(5, kd.size(0)) if metrics else None
+def _new_rows(problem: Problem, metrics: bool) -> tuple[Tensor, Tensor | None]:
+    new, rows = problem.student_temperature.new_empty, problem.rows
+    return new(rows), new(5, rows) if metrics else None
 
 
 def gradients(found: Any, side: Any) -> list[Any]:

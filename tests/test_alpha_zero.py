@@ -121,3 +121,24 @@ def test_in_place(backend):
     true = F.cross_entropy(exact, LABELS)
     assert_close(loss, true)
     assert_close(gradient, torch.autograd.grad(true, exact)[0], "gradient")
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("divergence", ["forward_kl", fastkd.Bernoulli(0.3, 0.7)], ids=str)
+def test_metrics_of_a_broken_teacher_leave_a_compiled_gradient(divergence, backend):
+    """Which is that of a teacher that is not read."""
+    student, teacher = _student(), torch.full((N, V), math.nan, device=DEVICE)
+    labels = LABELS if divergence == "forward_kl" else torch.randint(2, (N, V), device=DEVICE)
+
+    def gradient(metrics):
+        found = fastkd.distillation_loss(
+            student, teacher, labels, divergence=divergence, alpha=0.0, return_metrics=metrics,
+            gradient="forward", backend=backend,
+        )  # fmt: skip
+        return found[0] if metrics else found
+
+    torch._dynamo.reset()
+    compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")
+    (ours,) = torch.autograd.grad(compiled(True), student)
+    (alone,) = torch.autograd.grad(gradient(False), student)
+    assert_close(ours, alone.double(), "gradient")
