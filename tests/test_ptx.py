@@ -60,6 +60,18 @@ def test_the_machine_sees_faults(name, noticed):
     assert noticed[name] == []
 
 
+def test_the_few_meet_what_all_meet():
+    """Every option, dtype and way to the gradient."""
+    telling = {*cases.KINDS, *cases.NAMES.values(), "heads", "masked", "saturated", "apart"}
+    telling |= {"inplace", "fused", "forward", "backward", "all"}
+
+    def words(chosen):
+        return {word for case in chosen for word in case.name.split()} & telling
+
+    assert words(cases.every()) == telling
+    assert words(cases.few()) == telling
+
+
 SLICE = "#ttg.slice<{dim = 2, parent = #linear}>"
 REDUCTION = """
 #linear = #ttg.linear<{register = [[0, 1]], lane = LANES, warp = [], block = []}>
