@@ -69,9 +69,9 @@ class Columns:
         if problem.teacher is not None:
             self.first, self.later = self._asked(torch.float64)
         self.means = entropy or metrics or self.tempered
-        # Against a student that is nearly certain.
+        # Whether rows with a nearly certain student need fp64.
         self.guarded = self.means or (self.kind.cancels and problem.teacher is not None)
-        # So, and its slopes are summed when the sums of all are known.
+        # Whether a sum of slopes, in the second sweep, tells such rows.
         self.cancels_later = self.kind.cancels and self.later > 0
         self.bound = self.kind.most(problem.a, problem.b)
         # Sides whose largest logits are to be known.
@@ -86,10 +86,6 @@ class Columns:
         self.known: Known = {}  # of all columns
         self._learn({})
         self.every = Rows(0, slice(0, problem.rows), slice(0, problem.rows))
-        if problem.labels is not None:
-            columns = problem.labels.long() - self.merge.first_column
-            own = (columns >= 0) & (columns < problem.vocab_size)
-            self.at_labels = own, torch.where(own, columns, 0)
 
     def _asked(self, dtype: torch.dtype) -> tuple[tuple[Asked, ...], int]:
         find: Any = asked
@@ -292,8 +288,17 @@ class Columns:
         """The labels' logits, 0 where another owner has them, [R, 1]."""
         return torch.where(labels.own[:, None], logits.gather(-1, labels.columns[:, None]), 0.0)
 
+    @cached_property
+    def _places_of_labels(self) -> tuple[Tensor, Tensor]:
+        """Whether a row's label is among these columns, and where, [N]."""
+        labels = self.problem.labels
+        assert labels is not None
+        columns = labels.long() - self.merge.first_column
+        own = (columns >= 0) & (columns < self.problem.vocab_size)
+        return own, torch.where(own, columns, 0)
+
     def _labels(self, rows: Rows) -> Labels:
-        own, columns = (x[rows.flat] for x in self.at_labels)
+        own, columns = (x[rows.flat] for x in self._places_of_labels)
         known = "lp" in self.known
         logs = [self._of(name, rows)[:, 0] if known else columns for name in ("lp", "lq")]
         return Labels(own, columns, *logs)

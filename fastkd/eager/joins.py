@@ -8,7 +8,7 @@ all others are taken when the sums of the exponentials of all owners are known.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -275,13 +275,7 @@ def _join_sides(sweeps: Columns, pieces: Known, known: Known, lower: Known, weig
     apart = lower[TEACHER] - lower[STUDENT]  # what d of an owner lacks
     sum_exp, own = known[STUDENT, "sum_exp"], weight[STUDENT]
     sums_exp = pieces[STUDENT, "sum_exp"]
-
-    excess = own * (pieces["excess"] * apart.exp() + sums_exp * apart.expm1())
-    plain = weight[TEACHER] * pieces[TEACHER, "sum_exp"] - own * sums_exp
-    excess = torch.where(apart.abs() < NEAR, excess, plain).sum(0)
-    ratio = sum_exp / known[TEACHER, "sum_exp"]
-    alike = (ratio - 1).abs() < ALIKE
-    known["gap"] = torch.where(alike, -(excess / sum_exp).log1p(), ratio.log())
+    known["gap"] = _gap(pieces, known, weight, apart)
 
     mean = pieces["mean"] + sums_exp * apart
     square = pieces["square"] + apart * (2 * pieces["mean"] + sums_exp * apart)
@@ -299,8 +293,27 @@ def _join_sides(sweeps: Columns, pieces: Known, known: Known, lower: Known, weig
     nothing = (own == 0) & (weight[TEACHER] == 0)
     spread = torch.where(nothing, 0.0, pieces["spread"] + apart.abs())
     known["spread"] = spread.amax(0) + mean.abs()
+    _join_asked(sweeps.first, pieces, known, lower, weight)
 
-    for name in sweeps.first:
+
+def _gap(pieces: Known, known: Known, weight: Known, apart: Tensor) -> Tensor:
+    """log of the student's sum_exp over the teacher's, by their difference where they are alike."""
+    own, sum_exp = weight[STUDENT], known[STUDENT, "sum_exp"]
+    sums_exp = pieces[STUDENT, "sum_exp"]
+    excess = own * (pieces["excess"] * apart.exp() + sums_exp * apart.expm1())
+    plain = weight[TEACHER] * pieces[TEACHER, "sum_exp"] - own * sums_exp
+    excess = torch.where(apart.abs() < NEAR, excess, plain).sum(0)
+    ratio = sum_exp / known[TEACHER, "sum_exp"]
+    alike = (ratio - 1).abs() < ALIKE
+    return torch.where(alike, -(excess / sum_exp).log1p(), ratio.log())
+
+
+def _join_asked(
+    names: Iterable[Asked], pieces: Known, known: Known, lower: Known, weight: Known
+) -> None:
+    """Adds the sums of the first sweep that a divergence asks for."""
+    apart = lower[TEACHER] - lower[STUDENT]
+    for name in names:
         kind, *what = name
         if kind == "log2_ratio":
             side = what[0]
