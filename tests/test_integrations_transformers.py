@@ -180,6 +180,21 @@ def test_the_log_holds_the_parts_of_its_step(truth, tmp_path):
         assert row[name] == pytest.approx(truth[0][name], rel=1e-4), name
 
 
+class Predicting(transformers.TrainerCallback):
+    """After each step, before it is logged."""
+
+    def on_step_end(self, *arguments, **others):
+        self.trainer.predict(sequences()[:3])
+
+
+def test_predictions_between_steps_leave_the_log_alone(truth, tmp_path):
+    trainer = trainer_of("trainer", tmp_path)
+    trainer.add_callback(callback := Predicting())
+    callback.trainer = trainer
+    trainer.train()
+    assert logged(trainer)["loss"] == pytest.approx(truth[0]["loss"], rel=1e-4)
+
+
 def test_evaluation_is_exact_over_uneven_batches_and_several_sets(truth, tmp_path):
     rows = sequences()
     trainer = trainer_of("trainer", tmp_path, per_device_eval_batch_size=3)
@@ -339,6 +354,7 @@ def test_a_student_of_peft_learns_from_itself_with_the_adapters_off(tmp_path):
         ({"teacher": None}, "this student has none"),
         ({"teacher": "owner/name"}, "teacher must be a model or a TeacherCache, got str: load it"),
         ({"teacher": STUDENT}, "teacher and student are one model"),
+        ({"teacher": torch.nn.Sequential(STUDENT.lm_head)}, "has weights that the student trains"),
         ({"loss": {"temprature": 2.0}}, "distillation_loss takes no 'temprature'"),
         ({"loss": {"num_items": 7}}, "num_items is the Trainer's to give: leave it out"),
         ({"loss": {"reduction": "sum"}}, "reduction is the Trainer's to give"),

@@ -49,11 +49,11 @@ def _rows(inputs: Mapping[str, Any]) -> Tensor:
 
 
 def check(teacher: Any, student: Any) -> None:
-    """Refuses what is no teacher, or this student's own self."""
+    """Refuses what is no teacher, or this student's own self, or a part of it."""
+    instead = "pass a copy, or teacher=None for a student of peft, which teaches with adapters off"
     if teacher is student:
         raise ValueError(
-            "teacher and student are one model, whose weights would be frozen: pass a copy, or "
-            "teacher=None for a student of peft, which teaches with its adapters off"
+            f"teacher and student are one model, whose weights would be frozen: {instead}"
         )
     if teacher is None and not hasattr(student, "disable_adapter"):
         raise ValueError(
@@ -64,6 +64,11 @@ def check(teacher: Any, student: Any) -> None:
         raise TypeError(
             f"teacher must be a model or a TeacherCache, got {type(teacher).__name__}: load it "
             "first, as by AutoModelForCausalLM.from_pretrained"
+        )
+    trained = {id(weight) for weight in student.parameters() if weight.requires_grad}
+    if isinstance(teacher, nn.Module) and trained & {id(each) for each in teacher.parameters()}:
+        raise ValueError(
+            f"the teacher has weights that the student trains, and they would be frozen: {instead}"
         )
 
 

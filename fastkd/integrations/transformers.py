@@ -191,7 +191,8 @@ class DistillationTrainer(LossTrainer):
         with self._precision(of=student):
             loss, metrics = distillation_loss(self._mine(student), teacher, labels, **settings)
         scale = self._divided(num_items_in_batch)
-        self._keep(loss, metrics, labels, num_items_in_batch, scale)
+        if torch.is_grad_enabled():  # else it is a prediction, between steps
+            self._keep(loss, metrics, labels, num_items_in_batch, scale)
         loss = loss * scale
         return (loss, outputs) if return_outputs else loss
 
