@@ -239,6 +239,16 @@ def test_bf16_is_near(variant, truth, tmp_path):
         assert error < 0.1, name  # zeros are off by 1, a factor of 2 by as much
 
 
+@pytest.mark.parametrize("heads", [True, False])
+def test_the_gradient_may_wait_for_the_backward(heads, truth, tmp_path):
+    """Though a Trainer may write over the student's logits otherwise."""
+    trainer = DistillationTrainer(
+        model=llama(0), teacher=llama(1, width=32), loss={**SETTINGS, "gradient": "backward"},
+        heads=heads, args=arguments(tmp_path), train_dataset=sequences(),
+    )  # fmt: skip
+    check_gradient(gradient(trainer), truth[1])
+
+
 def test_a_student_in_float16_is_trained(truth, tmp_path):
     """Not in place, where its gradient would be rounded too early."""
     found = gradient(trainer_of("trainer", tmp_path, llama(0).half()))
@@ -355,6 +365,9 @@ def test_a_student_of_peft_learns_from_itself_with_the_adapters_off(tmp_path):
         ({"teacher": "owner/name"}, "teacher must be a model or a TeacherCache, got str: load it"),
         ({"teacher": STUDENT}, "teacher and student are one model"),
         ({"teacher": torch.nn.Sequential(STUDENT.lm_head)}, "has weights that the student trains"),
+        ({"teacher": []}, "teacher must be a model, or a list of some"),
+        ({"teacher_weights": 2.0}, "teacher_weights must be a list, got float"),
+        ({"teacher_weights": torch.ones(1)}, "teacher_weights must be a number, got Tensor"),
         ({"loss": {"temprature": 2.0}}, "distillation_loss takes no 'temprature'"),
         ({"loss": {"num_items": 7}}, "num_items is the Trainer's to give: leave it out"),
         ({"loss": {"reduction": "sum"}}, "reduction is the Trainer's to give"),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastkd.cache import TeacherCache
+from fastkd.checks import several
+from fastkd.scalars import number
 
 from .models import ROW, base, freeze, head_of, logits_of, model_inputs
 
@@ -45,7 +47,27 @@ def _rows(inputs: Mapping[str, Any]) -> Tensor:
             f"the batch does not say which rows of the TeacherCache are its own: give each "
             f"example its number there as `{ROW}`"
         )
-    return inputs[ROW]
+    rows = inputs[ROW]
+    if rows.is_floating_point():
+        raise TypeError(f"`{ROW}` must be whole numbers, got {rows.dtype}")
+    return rows
+
+
+def check_all(teachers: Sequence[Any], weights: Sequence[float] | None, student: Any) -> None:
+    """Refuses what could not teach together."""
+    if not teachers:
+        raise ValueError("teacher must be a model, or a list of some, got an empty list")
+    for each in teachers:
+        check(each, student)
+    if weights is None:
+        return
+    several("teacher_weights", weights)
+    if len(weights) != len(teachers):
+        raise ValueError(
+            f"teacher_weights must be one for each of {len(teachers)} teachers, got {len(weights)}"
+        )
+    for weight in weights:
+        number("teacher_weights", weight)
 
 
 def check(teacher: Any, student: Any) -> None:

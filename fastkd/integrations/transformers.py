@@ -34,7 +34,7 @@ from .models import (  # noqa: E402
 )
 from .on_policy import OnPolicy  # noqa: E402
 from .settings import KEYWORDS, Settings, by_step, fixed, refuse_without_meaning  # noqa: E402
-from .teachers import asked, check  # noqa: E402
+from .teachers import asked, check, check_all  # noqa: E402
 
 Operand = Tensor | LinearHead | TopK | Sampled | Ensemble
 
@@ -122,13 +122,7 @@ class DistillationTrainer(LossTrainer):
         self.shift = is_causal(self.model) if shift is None else shift
         self.step_figures: dict[int, Tensor] = {}  # the latest step's, summed over its batches
         teachers = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
-        for each in teachers:
-            check(each, self.model)
-        if teacher_weights is not None and len(teacher_weights) != len(teachers):
-            raise ValueError(
-                f"teacher_weights must be one for each of {len(teachers)} teachers, got "
-                f"{len(teacher_weights)}"
-            )
+        check_all(teachers, teacher_weights, self.model)
         self.teacher_weights = teacher_weights
         if not isinstance(on_policy, OnPolicy | None):
             got = type(on_policy).__name__
@@ -182,6 +176,7 @@ class DistillationTrainer(LossTrainer):
             "inplace": outputs is None
             and isinstance(student, Tensor)
             and student.dtype != torch.float16
+            and given.get("gradient") != "backward"
             and not leaves(given),
             "return_metrics": True,
             **given,
