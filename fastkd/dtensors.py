@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .labels import soft as is_soft
 from .sharding import Group
 
 if TYPE_CHECKING:
@@ -66,6 +67,13 @@ class Layout(NamedTuple):
     def shares_rows(self) -> bool:
         return any(not placement.is_replicate() for placement in self.rows)
 
+    @property
+    def sums(self) -> list[Placement]:
+        """Of a sum over this rank's rows."""
+        from torch.distributed.tensor import Partial, Replicate
+
+        return [Replicate() if rows.is_replicate() else Partial() for rows in self.rows]
+
     def logits(self, name: str, value: Any) -> Any:
         """This rank's part of a side; of a teacher that all ranks hold, its columns are taken."""
         from torch.distributed.tensor import Partial
@@ -92,13 +100,28 @@ class Layout(NamedTuple):
             if isinstance(value, Tensor) and value.dim():
                 self._whole(name, value)
             return value
-        if not value.dim() and all(placement.is_replicate() for placement in value.placements):
-            return value.to_local()
+        if not value.dim():
+            return self._one_of_all(name, value)
         if tuple(value.placements) != self.rows or not self._same_mesh(value):
             raise NotImplementedError(
                 f"{name} has the placements {value.placements}: redistribute it to {self.rows}"
             )
         return value.to_local(grad_placements=self.rows)
+
+    def _one_of_all(self, name: str, value: DTensor) -> Tensor:
+        """A number, whose gradient is the sum of what the rows of all ranks give."""
+        if not all(placement.is_replicate() for placement in value.placements):
+            raise NotImplementedError(
+                f"{name} has the placements {value.placements}: pass {name}.full_tensor()"
+            )
+        if self._same_mesh(value):
+            return value.to_local(grad_placements=self.sums)
+        if value.requires_grad and self.shares_rows:
+            raise NotImplementedError(
+                f"{name} requires a gradient, and lies on {value.device_mesh}, where the student's "
+                f"rows are sharded over {self.student.device_mesh}: distribute it over this one"
+            )
+        return value.to_local()
 
     def _same_mesh(self, value: DTensor) -> bool:
         return value.device_mesh == self.student.device_mesh
@@ -124,10 +147,9 @@ class Layout(NamedTuple):
 
     def total(self, local: Tensor) -> Tensor:
         """A sum over this rank's rows, as a DTensor."""
-        from torch.distributed.tensor import DTensor, Partial, Replicate
+        from torch.distributed.tensor import DTensor
 
-        places = [Replicate() if rows.is_replicate() else Partial() for rows in self.rows]
-        return DTensor.from_local(local, self.student.device_mesh, places, run_check=False)
+        return DTensor.from_local(local, self.student.device_mesh, self.sums, run_check=False)
 
 
 def run(
@@ -150,6 +172,7 @@ def run(
     if given.dim not in (-1, student.dim() - 1):
         raise ValueError(f"dim={given.dim} of a DTensor: move the classes last, by movedim")
     layout = Layout.of(student)
+    several = given.sigmoids or is_soft(labels)  # labels for each class
     settings = given._asdict() | {"group": layout.group, "dim": -1}
     for name in given.temperatures:
         settings[name] = layout.per_row(name, settings[name])
@@ -163,7 +186,7 @@ def run(
     found = loss(
         layout.logits("student", student),
         layout.logits("teacher", teacher),
-        layout.logits("labels", labels) if given.sigmoids else layout.per_row("labels", labels),
+        layout.logits("labels", labels) if several else layout.per_row("labels", labels),
         weight=layout.per_row("weight", weight),
         num_items=layout.per_row("num_items", num_items),
         **settings,

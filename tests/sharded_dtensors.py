@@ -128,6 +128,14 @@ def refusals() -> None:
         loss(rows, rows, torch.zeros(4, dtype=torch.int64), reduction="sum")
     with pytest.raises(NotImplementedError, match="pass num_items"):
         loss(rows, rows)
+    partial = DTensor.from_local(torch.tensor(1.0), where, [Partial()] * where.ndim)
+    with pytest.raises(NotImplementedError, match=r"num_items has .*pass num_items.full_tensor"):
+        loss(rows, rows, num_items=partial)
+    if where.ndim > 1:
+        other = init_device_mesh("cpu", (dist.get_world_size(),))
+        heat = distribute_tensor(torch.tensor(1.0), other, [Replicate()]).requires_grad_()
+        with pytest.raises(NotImplementedError, match="temperature requires a gradient, and lies"):
+            loss(rows, rows, temperature=heat, reduction="sum")
     with pytest.raises(ValueError, match="group= is for plain tensors"):
         loss(columns, columns, group=dist.group.WORLD)
     if where.ndim > 1:
@@ -156,7 +164,50 @@ def plain_teacher() -> None:
     assert_close(z.grad.full_tensor(), alone.grad.double(), "gradient")
 
 
+def temperature_of_all() -> None:
+    """One that trains has the gradient of all ranks' rows, whatever is sharded."""
+    where = mesh()
+    student, teacher = torch.randn(2, B, S, V) * 2
+    for placements in layouts(where):
+        z, y = (distribute_tensor(x, where, placements) for x in (student, teacher))
+        heat = distribute_tensor(torch.tensor(1.7), where, [Replicate()] * where.ndim)
+        heat.requires_grad_()
+        loss = fastkd.distillation_loss(z, y, temperature=heat, reduction="sum")
+        loss.full_tensor().backward(torch.tensor(0.3))
+        leaf = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
+        true, _ = running.defined(student, teacher, temperature=leaf, reduction="sum")
+        true.backward(torch.tensor(0.3, dtype=torch.float64))
+        assert heat.grad is not None
+        assert_close(heat.grad.full_tensor(), leaf.grad, "gradient")
+
+
+def soft_labels() -> None:
+    """With the placements of the student's logits or of its rows."""
+    where = mesh()
+    student, labels = torch.randn(B, S, V), torch.rand(B, S, V).softmax(-1)
+    leaf = student.double().requires_grad_()
+    true, _ = running.defined(leaf, student, labels, alpha=0.0, reduction="sum")
+    true.backward()
+    for placements in layouts(where):
+        z = distribute_tensor(student, where, placements).requires_grad_()
+        for given in (placements, rows_of(placements)):
+            z.grad = None
+            loss = fastkd.distillation_loss(
+                z, z.detach(), distribute_tensor(labels, where, given), alpha=0.0, reduction="sum"
+            )
+            loss.full_tensor().backward()
+            assert_close(loss.full_tensor(), true)
+            assert_close(z.grad.full_tensor(), leaf.grad, "gradient")
+
+
 CASES = {
     f"DTensor {case.__name__}": case
-    for case in (every_layout, as_loss_parallel, refusals, plain_teacher)
+    for case in (
+        every_layout,
+        as_loss_parallel,
+        refusals,
+        plain_teacher,
+        temperature_of_all,
+        soft_labels,
+    )
 }
