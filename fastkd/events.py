@@ -276,7 +276,7 @@ class _Terms(NamedTuple):
         q, total = self.lq.exp(), slope.sum(-1, keepdim=True)
         events = torch.where(kd == 0, 0.0, kd * (slope - q * total) / T)  # [R, K + 1]
         hot = part.student_temperature
-        scale = torch.where(self.total > 0, events[:, -1:] / self.total, 0.0).to(hot.dtype)
+        scale = torch.where(self.total == 0, 0.0, events[:, -1:] / self.total).to(hot.dtype)
         temperature_grad = kd.new_zeros(0)
         if temperature:
             temperature_grad = self._temperature(events, scale, T).to(hot.dtype)

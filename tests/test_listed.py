@@ -136,13 +136,28 @@ def test_an_infinite_row_has_a_finite_gradient_to_its_temperature(divergence, ba
     assert found[0] != found[1]  # its finite part is there
 
 
-def test_nan_comes_out():
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_what_is_broken_comes_out(broken, backend):
+    """Of a listed column and of another; in the gradients to all of the row and its temperature."""
     student, teacher = sides(5)
-    student[0, teacher.indices[0, 1]] = math.nan
+    student[0, teacher.indices[0, 1]] = broken
     free = [i for i in range(VOCAB) if i not in teacher.indices[1]]
-    student[1, free[0]] = math.nan
-    loss = fastkd.distillation_loss(student, teacher, reduction="none", backend="triton")
-    assert loss.isnan().tolist() == [True, True, False]
+    student[1, free[0]] = broken
+    for tail in ("bucket", "drop"):
+        given = fastkd.TopK(teacher.indices, teacher.log_probs, tail)
+        for mode in ("forward", "backward"):
+            leaf, heat = student.clone().requires_grad_(), torch.ones(ROWS, device=DEVICE)
+            loss = fastkd.distillation_loss(
+                leaf, given, temperature=heat.requires_grad_(mode == "backward"),
+                teacher_temperature=1.0, backend=backend, gradient=mode, reduction="sum",
+            )  # fmt: skip
+            loss.backward()
+            assert loss.isnan()
+            for found in (leaf.grad, heat.grad):
+                if found is not None:
+                    assert found[:2].isnan().all(), (tail, mode)
+                    assert found[2].isfinite().all(), (tail, mode)
 
 
 def test_what_the_kernel_has_comes_to_it(monkeypatch):

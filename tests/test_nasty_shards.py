@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
@@ -38,6 +41,10 @@ class Owner(sharding.Group):
 
     start = sharding.Merge.start
 
+    @property
+    def slice(self) -> slice:
+        return slice(self.first_column, self.first_column + self.mine)
+
     def gather(self, fields: Tensor) -> Tensor:
         self.table.pieces[self.rank] = fields.clone()
         self.table.all.wait()
@@ -46,18 +53,16 @@ class Owner(sharding.Group):
         return found
 
 
-def everything(student: Tensor, teacher: Tensor, backend: str | None, **given: Any) -> Any:
-    """What running.everything gives, of the columns of all owners."""
-    if backend is None:
-        return running.everything(student, teacher, backend=None, **given)
-    table = Table(EDGES[student.size(-1)])
+def of_owners(columns: int, find: Callable[[Owner], Any]) -> list[Any]:
+    """What each finds."""
+    table = Table(EDGES[columns])
     found: list[Any] = [None] * table.size
 
     def work(rank: int) -> None:
         owner = Owner(rank, table)
         try:
             with sharding.registered(sharding.name_of(owner), owner):
-                found[rank] = of_owner(owner, student, teacher, given)
+                found[rank] = find(owner)
         except Exception as error:
             found[rank] = error
             table.all.abort()
@@ -70,6 +75,14 @@ def everything(student: Tensor, teacher: Tensor, backend: str | None, **given: A
     for one in found:
         if isinstance(one, Exception) and not isinstance(one, threading.BrokenBarrierError):
             raise one
+    return found
+
+
+def everything(student: Tensor, teacher: Tensor, backend: str | None, **given: Any) -> Any:
+    """What running.everything gives, of the columns of all owners."""
+    if backend is None:
+        return running.everything(student, teacher, backend=None, **given)
+    found = of_owners(student.size(-1), lambda owner: of_owner(owner, student, teacher, given))
     joined = {}
     for name, first in found[0].items():
         pieces = [one[name] for one in found]
@@ -82,7 +95,7 @@ def everything(student: Tensor, teacher: Tensor, backend: str | None, **given: A
 
 
 def of_owner(owner: Owner, student: Tensor, teacher: Tensor, given: dict[str, Any]) -> Any:
-    mine = slice(owner.first_column, owner.first_column + owner.mine)
+    mine = owner.slice
     given = {"student": student[:, mine], "teacher": teacher[:, mine]} | given
     leaves = {
         name: value.clone().requires_grad_()
@@ -103,10 +116,11 @@ def of_owner(owner: Owner, student: Tensor, teacher: Tensor, given: dict[str, An
     }
 
 
-def check(divergence: Any, sides: Any, heat: Any, standardize: bool) -> None:
-    def as_given(group: Any, shape: Any, vocab_size: Any) -> Any:
-        return group if isinstance(group, Owner) else sharding.LOCAL
+def as_given(group: Any, shape: Any, vocab_size: Any) -> Any:
+    return group if isinstance(group, Owner) else sharding.LOCAL
 
+
+def check(divergence: Any, sides: Any, heat: Any, standardize: bool) -> None:
     with (
         mock.patch.object(sharding, "of_group", as_given),
         mock.patch.object(test_nasty_rows, "everything", everything),
@@ -127,3 +141,28 @@ def test_rows_far_apart_with_a_small_divergence():
         teacher = 1e-3 * torch.randn(1, 17)
         student = teacher + 1e-3 * torch.rand(1) * torch.randn(1, 17)
         check(divergence, (student, teacher), {"temperature": torch.tensor(1e-3)}, False)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "drop"])
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_broken_logit_beside_a_listed_teacher(broken, tail):
+    """Each owner's gradient shows it, wherever the logit is, and whether it is listed."""
+    student, other = torch.randn(2, 3, 17).unbind()
+    teacher = fastkd.TopK.from_logits(other, 4, tail)
+    listed = teacher.indices[1].tolist()
+    for column in (listed[0], next(i for i in range(17) if i not in listed)):
+        given = student.clone()
+        given[1, column] = broken
+
+        def find(owner, given=given):
+            leaf = given[:, owner.slice].clone().requires_grad_()
+            heat = torch.ones(3, requires_grad=True)
+            fastkd.distillation_loss(
+                leaf, teacher, group=owner, temperature=heat, teacher_temperature=1.0
+            ).backward()
+            return torch.cat([leaf.grad, heat.grad[:, None]], -1)
+
+        with mock.patch.object(sharding, "of_group", as_given):
+            for gradient in of_owners(17, find):
+                assert gradient[1].isnan().all()
+                assert gradient[[0, 2]].isfinite().all()
