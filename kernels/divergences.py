@@ -371,6 +371,9 @@ def device_of(name: str, a: float, b: float) -> Device:
         return Device(forward_kl, constant=NONE)
     if name == "jeffreys" and b == 0:  # without reverse KL, which may be infinite
         return Device(jeffreys, constant=NONE)
+    if (name, b) == (exchanged("dkd"), 0) or (name, a) == (exchanged("nkd"), 0):
+        # Without the others, whose divergence may be infinite.
+        return EXCHANGED[name]._replace(evaluate=forward_kl, constant=NONE)
     near = NEAR_ZERO if abs(a) < NEAR_END else NEAR_ONE if abs(b) < NEAR_END else {}
     device = near.get(name) or TABLE.get(name) or EXCHANGED.get(name)
     device = device or Divergence.of_name(name).device

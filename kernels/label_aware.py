@@ -33,7 +33,8 @@ def dkd_exchanged_outer(total, c, a, b, label):
 @triton.jit
 def dkd_exchanged_at_label(total, c, a, b, label):
     q, rest = probabilities(label.s_odds)
-    return b, tl.where(tl.abs(label.d) == float("inf"), 0.0, a * (q * rest) * -label.d)
+    size, lost = a * (q * rest), -label.d
+    return b, tl.where((size == 0) & (tl.abs(lost) == float("inf")), 0.0, size * lost)
 
 
 @triton.jit
@@ -70,5 +71,5 @@ def nkd_exchanged_outer(total, c, a, b, label):
 @triton.jit
 def nkd_exchanged_at_label(total, c, a, b, label):
     q, rest = probabilities(label.s_odds)
-    size = surprisal(label.t_odds)
-    return a, tl.where(size == float("inf"), 0.0, q * rest * size)
+    size, lost = q * rest, surprisal(label.t_odds)
+    return a, tl.where((size == 0) & (lost == float("inf")), 0.0, size * lost)

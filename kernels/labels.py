@@ -111,6 +111,7 @@ def join(row, stats, label, s_logit, t_logit, temper, SAME: tl.constexpr, WANT: 
         s_some, t_some = stats.s_sum != 0, stats.t_sum != 0
         s_odds, t_odds = tl.where(s_some, s_odds, inf), tl.where(t_some, t_odds, inf)
         d = tl.where(s_some & t_some, d, (t_odds - s_odds) * LN2)
+        d = tl.where((s_odds == t_odds) & (tl.abs(s_odds) == inf), 0.0, d)
         alive = (s_some | (s_logit != -inf)) & (t_some | (t_logit != -inf))
         s_odds, t_odds = tl.where(alive, s_odds, 0.0), tl.where(alive, t_odds, 0.0)
         zero = tl.zeros_like(row.s_max)
@@ -146,8 +147,12 @@ def with_slopes(row, total, a, b, WANT: tl.constexpr, AT_LABEL: tl.constexpr):
         return row
     else:
         label, scale_slope, entropy_slope = row.label, row.scale_slope, row.entropy_slope
+        inf = float("inf")
         factor, slope = AT_LABEL(total_of(row, total), row.c, a, b, label)
-        factor = tl.where(beside_others(label), factor, 0.0)
+        infinite = tl.abs(slope) == inf  # then the row has no gradient
+        factor = tl.where(beside_others(label) & (infinite == 0), factor, 0.0)
+        # A student without other columns is certain of its label, whatever the logit.
+        slope = tl.where(infinite | (label.s_odds == inf), 0.0, slope)
         if records.SCALE_SLOPE & WANT:
             mine, rest = probabilities(label.s_odds)
             apart = distance(row) * LN2

@@ -58,12 +58,18 @@ def alpha_beta(lp: Tensor, lq: Tensor, alpha: float, beta: float) -> Tensor:
 def dkd(lp: Tensor, lq: Tensor, labels: Tensor, alpha: float, beta: float) -> Tensor:
     (p, p_rest, p_others), (q, q_rest, q_others) = (_apart(x, labels) for x in (lp, lq))
     target = times(p.exp(), p - q) + times(p_rest.exp(), p_rest - q_rest)
-    return alpha * target + beta * times(p_others.exp(), p_others - q_others).sum(-1)
+    others = times(p_others.exp(), p_others - q_others).sum(-1)
+    return _weighted(alpha, target) + _weighted(beta, others)
 
 
 def nkd(lp: Tensor, lq: Tensor, labels: Tensor, gamma: float) -> Tensor:
     (p, _, p_others), (q, _, q_others) = (_apart(x, labels) for x in (lp, lq))
-    return -times(p.exp(), q) - gamma * times(p_others.exp(), q_others).sum(-1)
+    return -times(p.exp(), q) - _weighted(gamma, times(p_others.exp(), q_others).sum(-1))
+
+
+def _weighted(weight: float, term: Tensor) -> Tensor:
+    """Without a weight it is left out, were it infinite."""
+    return weight * term if weight else torch.zeros_like(term)
 
 
 def _apart(logs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

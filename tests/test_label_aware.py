@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from fastkd.divergences.pair import plogr
 from tests.cases import logits
 from tests.closeness import assert_close
 from tests.conftest import DEVICE
-from tests.running import FUSED, NO_TRITON
+from tests.running import FUSED, NO_TRITON, assert_everything_close, everything
 from tests.schedules import SCHEDULES
 
 try:
@@ -57,6 +59,13 @@ else:
     ON_DEVICE_TOO = Device(terms, curved_outer, at_label=curved_at_label)
 
 N, V = 6, 12
+LABEL_AWARE = [
+    fastkd.DKD(),
+    fastkd.DKD(1.0, 0.0),
+    fastkd.DKD(0.0, 2.0),
+    fastkd.NKD(),
+    fastkd.NKD(0.0),
+]
 LABELS = torch.tensor([3, 0, -100, 11, 7, 2], device=DEVICE)
 
 
@@ -177,6 +186,44 @@ def test_gradients_of_teacher_and_temperatures(backend):
     ours = torch.autograd.grad(loss, leaves)
     for one, true in zip(ours, torch.autograd.grad(_exact(*exact), exact), strict=True):
         assert_close(one, torch.nan_to_num(true), "gradient")
+
+
+MASKS = {
+    "the student's label": ([1], []),
+    "the teacher's label": ([], [1]),
+    "both labels": ([1], [1]),
+    "another of the student": ([2], []),
+    "another of the teacher": ([], [2]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["reference", *FUSED])
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("divergence", LABEL_AWARE, ids=str)
+def test_masked_columns(divergence, masks, backend):
+    """What is infinite has its finite gradient, a masked entry's too, or none."""
+    sides = [x.float() for x in logits(2, 5)]
+    for side, columns in zip(sides, MASKS[masks], strict=True):
+        side[0, columns] = -math.inf
+    settings = {"labels": torch.tensor([1, 3]), "divergence": divergence, "reduction": "none"}
+    ours = everything(*sides, backend=backend, **settings)
+    assert_everything_close(ours, everything(*sides, backend=None, **settings))
+
+
+@pytest.mark.parametrize("backend", ["reference", *FUSED])
+@pytest.mark.parametrize("divergence", LABEL_AWARE, ids=str)
+def test_a_student_without_other_columns_has_no_gradient(divergence, backend):
+    """No logit of its changes anything."""
+    student, teacher = (x.float() for x in logits(2, 5))
+    student[0, [0, 2, 3, 4]] = -math.inf
+    ours = everything(
+        student, teacher, labels=torch.tensor([1, 3]), divergence=divergence, reduction="none",
+        backend=backend,
+    )  # fmt: skip
+    assert ours["loss"][0] == (0.0 if divergence == fastkd.NKD(0.0) else math.inf)
+    for side in ("student", "teacher"):
+        assert ours[f"to {side}"][0].abs().max() < 1e-15, side
+    assert ours["to student"][1].any()
 
 
 def test_a_head_beside_it():

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastkd.scalars import own_numbers
 
 from .base import NONE, Divergence, check_weights
-from .pair import MASKED_BELOW, plogr
+from .pair import plogr
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,9 @@ class NKD(Divergence):
 
 def _apart(logs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log p_k and log(1 - p_k), [R], and log p of the others normalised again, -inf at k."""
-    logs = torch.where(logs < MASKED_BELOW, -math.inf, logs)
     at = labels.long()[:, None]
     others = logs.scatter(-1, at, -math.inf)
     none = (others == -math.inf).all(-1, keepdim=True)
     rest = torch.where(none, 0.0, others).logsumexp(-1, keepdim=True)
-    return logs.gather(-1, at)[:, 0], torch.where(none, -math.inf, rest)[:, 0], others - rest
+    rest = torch.where(none, -math.inf, rest)
+    return logs.gather(-1, at)[:, 0], rest[:, 0], torch.where(none, -math.inf, others - rest)
