@@ -51,10 +51,11 @@ def add(commands: Any) -> None:
         "--log-prob-bits", type=int, choices=(8, 16), help="of --top-k; default: 16"
     )
     fields = {item.name: item for item in dataclasses.fields(settings.UserModels)}
+    types = get_type_hints(settings.UserModels)
     for name in SETTINGS:
-        kind = get_type_hints(settings.UserModels)[name]
         about = {"help": "folder or hub name of the teacher"} if name == "teacher" else {}
-        cli.option(parser, fields[name], kind, required=name in ("teacher", "data"), **about)
+        required = name in ("teacher", "data")
+        cli.option(parser, fields[name], types[name], required=required, **about)
 
 
 def _cache(options: argparse.Namespace) -> None:

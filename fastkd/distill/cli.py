@@ -64,26 +64,27 @@ def add(commands: Any) -> None:
     tune.add_argument(
         "--out", metavar="DIR", default="runs/tune", help="where to save; default: runs/tune"
     )
+    kinds = get_type_hints(settings.Search)
     for item in dataclasses.fields(settings.Search):
-        option(tune, item, get_type_hints(settings.Search)[item.name])
+        option(tune, item, kinds[item.name])
     for parser in (distill, tune):
         _settings_options(parser)
 
 
 def _settings_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="settings as TOML; options override it")
-    kinds = (
-        (settings.Common, ""),
-        (settings.DefaultJob, "the default job"),
-        (settings.UserModels, "--teacher"),
+    groups = (
+        (settings.Common, "settings"),
+        (settings.DefaultJob, "settings of the default job"),
+        (settings.UserModels, "settings of --teacher"),
     )
     seen: set[str] = set()
-    for kind, of in kinds:
-        group = parser.add_argument_group(f"settings of {of}" if of else "settings")
-        for item in dataclasses.fields(kind):
+    for owner, title in groups:
+        group, kinds = parser.add_argument_group(title), get_type_hints(owner)
+        for item in dataclasses.fields(owner):
             if item.name not in seen:
-                option(group, item, get_type_hints(kind)[item.name])
-        seen |= {item.name for item in dataclasses.fields(kind)}
+                option(group, item, kinds[item.name])
+        seen |= {item.name for item in dataclasses.fields(owner)}
 
 
 def option(group: Any, item: dataclasses.Field[Any], kind: Any, **others: Any) -> None:
