@@ -37,7 +37,10 @@ class Operator:
 
     def caller(self, first: Any) -> Callable[..., Any]:
         """What calls it with this first argument: its function where no tracer looks on."""
-        return self.traced if tracing.watched() or tracing.opaque(first) else self.function
+        if not (tracing.watched() or tracing.opaque(first)):
+            return self.function
+        _refuse_transforms()
+        return self.traced
 
 
 PROBLEM = "Tensor?[] tensors, Tensor numbers, SymInt vocab_size, str spec"
@@ -59,7 +62,10 @@ class OfProblem(Operator):
         self.register_fake = lambda fake: self.traced.register_fake(_of_packed(fake))
 
     def caller(self, first: Problem) -> Callable[..., Any]:
-        return self.packed if _traced(first) else self.function
+        if not _traced(first):
+            return self.function
+        _refuse_transforms()
+        return self.packed
 
     def packed(self, problem: Problem, *rest: Any) -> Any:
         return self.traced(*problem.pack(), *rest)
@@ -143,7 +149,6 @@ class Traced(NamedTuple):
     def backward(
         self, problem: Problem, state: Tensor, upstream: Coefficients, gradient: bool, *rest: Any
     ) -> tuple[list[Tensor], Tensor]:
-        _refuse_transforms()
         return _backward(problem, state, *upstream, gradient, *rest, self.name)
 
     def fused(

@@ -289,6 +289,7 @@ def test_transforms_without_a_rule_are_refused(pair, mode):
 
     for call in (
         lambda: torch.func.vmap(loss)(student[None]), lambda: torch.func.jacrev(rows)(student),
+        lambda: torch.func.jacrev(loss)(student),
         lambda: torch.func.vmap(fastkd.kl_div)(student, teacher),
     ):  # fmt: skip
         with pytest.raises(NotImplementedError, match=r"vmap.* takes all rows at once"):
