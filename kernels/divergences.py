@@ -80,15 +80,27 @@ def reverse_kl(lp, lq, p, q, d, d2, c, a, b):
 
 @triton.jit
 def jeffreys(lp, lq, p, q, d, d2, c, a, b):
-    x = log_ratio(q, d)
-    forward, rise = kl_terms(p, q, log_ratio(p, d * -1.0))
+    x, y = log_ratio(q, d), log_ratio(p, d * -1.0)
+    forward, rise = kl_terms(p, q, y)
     linear = q * x
-    # The two add up to rise * log(q / p).
-    near = tl.abs(x) < EXPM1_RADIUS
-    reverse = tl.where(near, rise * x, rise + linear) * -1.0 - tl.where(near, forward, 0.0)
-    # A weight of exactly 0 also removes an infinite term.
-    value = tl.where(a > 0, a * forward, 0.0) + tl.where(b > 0, b * reverse, 0.0)
-    return value, a * rise - tl.where(b > 0, b * (linear + q * c), 0.0)
+    # The reverse term is -(rise + linear); near 0, as the two add up to -rise * x, what is left.
+    near = tl.abs(y) < EXPM1_RADIUS
+    reverse = -(rise * tl.where(near, x, 1.0) + tl.where(near, forward, linear))
+    return a * forward + b * reverse, a * rise - b * (linear + q * c)
+
+
+@triton.jit
+def jeffreys_forward(lp, lq, p, q, d, d2, c, a, b):
+    """Of a weight b of 0, without reverse KL, which may be infinite."""
+    value, slope = forward_kl(lp, lq, p, q, d, d2, c, a, b)
+    return a * value, a * slope
+
+
+@triton.jit
+def jeffreys_reverse(lp, lq, p, q, d, d2, c, a, b):
+    """Of a weight a of 0, without forward KL."""
+    value, slope = reverse_kl(lp, lq, p, q, d, d2, c, a, b)
+    return b * value, b * slope
 
 
 @triton.jit
@@ -180,13 +192,13 @@ def tvd(lp, lq, p, q, d, d2, c, a, b):
 def alpha_terms(lp, lq, p, q, d2, c, a, b):
     """Terms of the alpha divergence, and q - w / sum w with w = p^a q^b, c = log sum w."""
     x = a * d2
-    near = tl.maximum(tl.abs(d2), tl.abs(x)) < EXP2M1_RADIUS
+    near = tl.abs(d2) < reciprocal(tl.maximum(tl.abs(a), 1.0)) * EXP2M1_RADIUS  # d2 and x both
     log_w = tl.where(tl.maximum(lp, lq) > -float("inf"), a * lp + b * lq, -float("inf"))
     one_a, one_b = 1.0 / a, 1.0 / b
     series = q * d2 * d2 * (exp2m1_remainder(d2) - a * exp2m1_remainder(x)) * one_b
     # Scaled before the exponential, which may overflow where the value does not.
     w = tl.exp2(log_w - fast_log2(tl.abs(a * b)))
-    value = (one_b * p + one_a * q) + tl.where(a * b > 0, -w, w)
+    value = (one_b * p + one_a * q) + tl.where(a * b > 0, -1.0, 1.0) * w
     c *= LOG2E
     x -= c
     # w is at most its sum, which rounding of huge logarithms forgets; a NaN stays.
@@ -352,6 +364,8 @@ EXCHANGED = {
 SLOPES = {"forward_kl": forward_slope, "reverse_kl": reverse_kl}
 # What serves in their place where a, or b = 1 - a, is below NEAR_END, and they lose digits.
 NEAR_END = 1 / 16
+# In fp32 a weight below is 0, which also removes an infinite term.
+LEAST_WEIGHT = 2.0**-126
 NEAR_ZERO = {
     "jsd": Device(jsd_ends),
     "alpha": Device(alpha_near_zero, constant=SLOPE_SUM),
@@ -369,8 +383,10 @@ def device_of(name: str, a: float, b: float) -> Device:
     """The entry of table 2, or what the user's own class brings."""
     if name == "taid" and b == 0:
         return Device(forward_kl, constant=NONE)
-    if name == "jeffreys" and b == 0:  # without reverse KL, which may be infinite
-        return Device(jeffreys, constant=NONE)
+    if name == "jeffreys" and b < LEAST_WEIGHT:
+        return Device(jeffreys_forward, constant=NONE)
+    if name == "jeffreys" and a < LEAST_WEIGHT:
+        return Device(jeffreys_reverse)
     if (name, b) == (exchanged("dkd"), 0) or (name, a) == (exchanged("nkd"), 0):
         # Without the others, whose divergence may be infinite.
         return EXCHANGED[name]._replace(evaluate=forward_kl, constant=NONE)

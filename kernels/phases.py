@@ -175,8 +175,8 @@ def nothing(lp, lq, p, q, d, d2, c, a, b):
 def add_sums(sums, z, y, value, slope, row, WANT: tl.constexpr):
     agreement = sums.agreement
     if records.TEACHER_ENTROPY & WANT:
-        both = tl.where((z == row.s_max) & (y == row.t_max), 1.0, 0.0)
-        agreement = tl.maximum(agreement, tl.max(both, 1, keep_dims=True))
+        best = tl.max(tl.where(z == row.s_max, y, -float("inf")), 1, keep_dims=True)
+        agreement = tl.maximum(agreement, tl.where(best == row.t_max, 1.0, 0.0))
     return records.Sums(
         value=sums.value + tl.sum(value, 1, keep_dims=True),
         slope=sums.slope + tl.sum(slope, 1, keep_dims=True),
@@ -300,8 +300,8 @@ def gradient_tile(z, slope, q, column, sides, asked, FACTS: tl.constexpr):
     if FACTS.CE:
         unit = tl.exp2((z - row.unit_max) * A.LOG2E - row.unit_log)
         ce = tl.where(asked.label != L.NOWHERE, asked.factors.ce, float("nan"))
-        target = tl.where(column == asked.label, 1.0 - asked.smoothing, 0.0)
-        target += asked.smoothing / asked.columns
+        other = asked.smoothing / asked.columns
+        target = tl.where(column == asked.label, (1.0 - asked.smoothing) + other, other)
         gradient += tl.where(row.alive, ce, 0.0) * (unit - target)
     return gradient, tempered
 

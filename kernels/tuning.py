@@ -46,14 +46,16 @@ SHARED = 0
 # multiples of 16 bytes, and with more to do. None: it takes no more than 80 of its own, but for TVD
 # by Triton 3.6, and more instructions where it is held to them.
 TVD = 80 if TRITON < (3, 7) else None
-# With more to do, 80 are enough for skew KL until Triton 3.8, and for DKD and NKD by 3.7 alone.
-SKEW_KL = 80 if TRITON < (3, 8) else 128
-DKD, NKD = (80, 80) if TRITON == (3, 7) else (128, 255)
+# With more to do, 80 are enough for skew KL and Renyi until Triton 3.8, for DKD from 3.7 on, and
+# for alpha and NKD by 3.7 alone.
+SKEW_KL = RENYI = 80 if TRITON < (3, 8) else 128
+DKD = 80 if TRITON >= (3, 7) else 128
+ALPHA, NKD = (80, 80) if TRITON == (3, 7) else (128, 255)
 REGISTERS: dict[str, tuple[int | None, int]] = {
     "forward_kl": (None, 80), "reverse_kl": (None, 80), "tvd": (TVD, 80), "jsd": (64, 80),
-    "skew_kl": (80, SKEW_KL), "skew_reverse_kl": (80, 80), "jeffreys": (80, 128),
-    "alpha": (80, 128), "renyi": (80, 128), "dkd": (80, DKD), "nkd": (128, NKD), "todi": (80, 80),
-    "taid": (80, 80), "alpha_beta": (255, 255),
+    "skew_kl": (80, SKEW_KL), "skew_reverse_kl": (80, 80), "jeffreys": (80, 80),
+    "alpha": (80, ALPHA), "renyi": (80, RENYI), "dkd": (80, DKD), "nkd": (128, NKD),
+    "todi": (80, 80), "taid": (80, 80), "alpha_beta": (255, 255),
 }  # fmt: skip
 OTHERS = (None, 128)
 # Where rows begin anywhere, at least; and of these, until Triton 3.8, of which a loop would spill.
@@ -62,7 +64,10 @@ ODD_ONES = dict.fromkeys(
     ("forward_kl", "reverse_kl", "tvd", "jsd"), 64 if TRITON < (3, 8) else ODD_REGISTERS
 )
 # And with more to do, likewise: held to fewer, their loops spill.
-ODD_MORE = {"reverse_kl": 128, "skew_kl": 128, "dkd": 128, "nkd": 255}
+ODD_MORE = {
+    "reverse_kl": 128, "skew_kl": 128, "jeffreys": 128, "alpha": 128, "renyi": 128, "dkd": 128,
+    "nkd": 255,
+}  # fmt: skip
 # Of shared rows on all targets of NVIDIA, as their programs must be there at the same time: where
 # only the divergence is wanted, and else.
 SHARED_REGISTERS = {

@@ -32,13 +32,13 @@ ROOT = Path(__file__).parents[1]
 BUDGET = {
     "forward_kl": (44.5, 25.5, 4.125, 0),
     "reverse_kl": (48, 17.5, 4.125, 0),
-    "jeffreys": (65.5, 33.5, 4.125, 0),
+    "jeffreys": (61.5, 33.5, 4.125, 0),
     "jsd": (76, 23.5, 7.125, 2),
     "skew_kl": (102.5, 38, 8.125, 1),
     "skew_reverse_kl": (100.5, 32.5, 7.125, 2),
     "tvd": (64.5, 20, 5.125, 0),
-    "alpha": (84.5, 33.5, 7.1875, 0),
-    "renyi": (82, 32.5, 7.1875, 0),
+    "alpha": (82.5, 33.5, 7.1875, 0),
+    "renyi": (80, 32.5, 7.1875, 0),
 }
 # Of rows whose value the first sweep's sums give.
 KNOWN = {"forward_kl": 28.5, "reverse_kl": 33.5}
@@ -79,20 +79,20 @@ BESIDE = 12  # and this, where the sweeps leave the label out
 # the latency of its loads. Fewer where the loops would spill, as results/NOTES.md has it: (whether
 # only the divergence is wanted, how many).
 THREADS = 768
-FEWER = {
-    "jeffreys": {False: 512}, "alpha": {False: 512}, "renyi": {False: 512}, "nkd": {True: 512},
-    "alpha_beta": {True: 256, False: 256},
-}  # fmt: skip
+FEWER = {"nkd": {True: 512}, "alpha_beta": {True: 256, False: 256}}
 if tuning.TRITON != (3, 7):
-    FEWER |= {"dkd": {False: 512}, "nkd": {True: 512, False: 256}}
+    FEWER |= {"alpha": {False: 512}, "nkd": {True: 512, False: 256}}
+if tuning.TRITON < (3, 7):
+    FEWER["dkd"] = {False: 512}
 if tuning.TRITON >= (3, 8):
-    FEWER["skew_kl"] = {False: 512}
+    FEWER |= {"skew_kl": {False: 512}, "renyi": {False: 512}}
 # With more to do of rows that begin anywhere.
-FEWER_ODD = {"reverse_kl": 512, "skew_kl": 512, "dkd": 512, "nkd": 256}
+FEWER_ODD = dict.fromkeys(("reverse_kl", "skew_kl", "jeffreys", "alpha", "renyi", "dkd"), 512)
+FEWER_ODD["nkd"] = 256
 FEWER_SHARED = {"skew_kl": 512, "skew_reverse_kl": 512, "alpha_beta": 256}
 OF_A_NEW_ONE = {False: 512}
-# Under Triton 3.6 and 3.9, in the loop of the gradient: for twice as many threads.
-SPILLED = {("jeffreys", "everything"): 0 if triton.__version__.startswith("3.7.") else 10}
+# Under Triton 3.9, in the loop of the gradient: for 768 threads where else there were 512.
+SPILLED = {("jeffreys", "everything"): 10 if tuning.TRITON >= (3, 8) else 0}
 MORE_TO_DO = ("everything", "standardized", "slices, own gradient")
 # Where a row lies in registers, or of other targets: all its loads are under way at once.
 LEAST = 256
@@ -100,7 +100,7 @@ LEAST = 256
 # to changes with its version, and more where a row's first and last columns are masked.
 SET_ASIDE, ODD = 40, 64
 # Of which a sweep with all options that is held to 80 registers sets aside more, for more threads.
-MANY_ROW_SCALARS = ("dkd", "nkd")
+MANY_ROW_SCALARS, MANY = ("alpha", "dkd", "nkd"), 112
 # Rows of 100 with all options run out of registers; more so by Triton 3.6, which sends them through
 # shared memory.
 SHORT = 80 if triton.__version__.startswith("3.6.") else SET_ASIDE
@@ -159,7 +159,7 @@ def test_no_spills(target, name, compiled):
         assert all(loop["spills"] <= few for loop in kernel["loops"]), kernel
         allowed = {"everything, hundred columns": SHORT, "odd": ODD, "shared": ODD}
         if name in MANY_ROW_SCALARS:
-            allowed["everything"] = ODD
+            allowed["everything"] = MANY
         spills = kernel["all"]["spills"]
         assert spills <= allowed.get(kernel["configuration"], SET_ASIDE), kernel
 
