@@ -364,8 +364,7 @@ EXCHANGED = {
 SLOPES = {"forward_kl": forward_slope, "reverse_kl": reverse_kl}
 # What serves in their place where a, or b = 1 - a, is below NEAR_END, and they lose digits.
 NEAR_END = 1 / 16
-# In fp32 a weight below is 0, which also removes an infinite term.
-LEAST_WEIGHT = 2.0**-126
+LEAST_WEIGHT = 2.0**-126  # in fp32 one below is 0, which also removes an infinite term
 NEAR_ZERO = {
     "jsd": Device(jsd_ends),
     "alpha": Device(alpha_near_zero, constant=SLOPE_SUM),
