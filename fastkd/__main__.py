@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -11,6 +12,8 @@ from .distill import caching
 from .distill import cli as distill
 from .distill.errors import Interrupted
 from .distill.recipes import cli as recipes
+
+NOBODY_READS = 141  # a shell's code for a process that SIGPIPE ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,10 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipes.add(commands)
     options = parser.parse_args(arguments)
     try:
-        return options.run(options) or 0
+        code = options.run(options) or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         sys.stderr.write(f"fastkd {options.command}: stopped\n")
         return Interrupted.code
+    except BrokenPipeError:  # who reads has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NOBODY_READS
 
 
 if __name__ == "__main__":

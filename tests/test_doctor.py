@@ -108,3 +108,14 @@ def test_a_wrong_command_prints_the_usage(capsys):
 def test_no_command_prints_the_help(capsys):
     assert __main__.main([]) == 0
     assert "doctor" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", ["few", "many " * 10_000])
+def test_a_reader_that_goes_ends_a_command_in_silence(monkeypatch, capfd, words):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        monkeypatch.setattr(doctor, "run", lambda: stdout.write(words) and 0)
+        assert __main__.main(["doctor"]) == 141
+    assert capfd.readouterr().err == ""
