@@ -19,6 +19,7 @@ from fastkd import __main__
 from fastkd.distill import corpus, default_job, measure, methods, settings, storage
 from fastkd.distill.train import STUDENT_BATCHES, Training, rate
 from tests.closeness import assert_close
+from tests.distilling import distil
 
 for module in ("matplotlib", "rich", "safetensors", "tokenizers"):
     pytest.importorskip(module)
@@ -47,14 +48,10 @@ def options(text, **others):
     return [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
 
 
-def distil(*arguments):
-    return __main__.main(["distill", *map(str, arguments)])
-
-
 @pytest.fixture(scope="module")
 def finished(text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    assert distil("--out", folder, *options(text)) == 0
+    assert __main__.main(["distill", f"--out={folder}", *options(text)]) == 0
     return folder
 
 
@@ -63,6 +60,7 @@ def finished(text, tmp_path_factory):
 
 def test_all_results_are_there_and_nothing_else(finished):
     assert {path.name for path in finished.iterdir()} == RESULTS | {"tokenizer.json"}
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def rows_of(folder, way="fastkd", seed="0"):

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fastkd import __main__
+from tests.distilling import distil
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 transformers = pytest.importorskip("transformers")
@@ -77,10 +78,6 @@ def options(home, **others):
     return [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
 
 
-def distil(*arguments):
-    return __main__.main(["distill", *map(str, arguments)])
-
-
 @contextmanager
 def stopped_after(step):
     """A run ends after this step, as by Ctrl-C."""
@@ -102,13 +99,14 @@ def weights(folder):
 @pytest.fixture(scope="module")
 def finished(home, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    assert distil("--out", folder, *options(home)) == 0
+    assert __main__.main(["distill", f"--out={folder}", *options(home)]) == 0
     return folder
 
 
 def test_the_result_loads_and_has_learned(finished, home):
     names = {"config.toml", "curves.png", "metrics.csv", "metrics.json", "student"}
     assert {path.name for path in finished.iterdir()} == names
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
     student = transformers.AutoModelForCausalLM.from_pretrained(finished / "student")
     tokens = transformers.AutoTokenizer.from_pretrained(finished / "student")
     ids = tokens("Find the cause", return_tensors="pt").input_ids
