@@ -218,9 +218,15 @@ def sixty(home, tmp_path_factory):
     return chosen, whole
 
 
-# Of SIGKILL see test_distill_kills.py too.
+# Of SIGKILL see test_distill_kills.py too; that SIGHUP goes the way of SIGTERM,
+# test_distill_trouble.py.
 @pytest.mark.parametrize(
-    "kind", [pytest.param(signal.SIGKILL, marks=pytest.mark.full), signal.SIGHUP, signal.SIGTERM]
+    "kind",
+    [
+        pytest.param(signal.SIGKILL, marks=pytest.mark.full),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.full),
+        signal.SIGTERM,
+    ],
 )
 def test_a_killed_run_goes_on_to_the_same_student(sixty, tmp_path, kind):
     """What was logged is there at once; what a save did not see is done again, to the bit."""
