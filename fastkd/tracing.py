@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -83,5 +84,18 @@ def autograd() -> Iterator[None]:
     public context takes in ADInplaceOrView, without which a view changed in place goes unseen.
     """
     views = _SetExcludeDispatchKeyGuard(DispatchKey.ADInplaceOrView, False)
-    with torch.inference_mode(False), views:
+    with torch.inference_mode(False), views, _kept_as_it_is():
         yield
+
+
+def _kept_as_it_is() -> AbstractContextManager[Any]:
+    """Without the caller's hooks for what autograd saves: a checkpoint would run all that it holds
+    once more for what is used at once, and save_on_cpu copy it twice.
+    """
+    if _autograd._top_saved_tensors_default_hooks(True) is None:
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor

@@ -329,6 +329,39 @@ def test_checkpointing_and_autocast(pair, mode, backend):
     assert torch.equal(plain, again)
 
 
+class _Squared(fastkd.Divergence):
+    name = "squared of test_functional"
+
+    @staticmethod
+    def value(lp, lq, a, b):
+        return (lp.exp() - lq.exp()) ** 2
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+@pytest.mark.parametrize("kind", ["topk", "label-aware", "of one's own"])
+def test_a_checkpoint_runs_once_more_and_no_oftener(pair, kind, mode):
+    """Where a slope is found by autograd too, whose tensors are no matter of the checkpoint's."""
+    calls = []
+    student, teacher = pair[0].detach().requires_grad_(), pair[1]
+    labels = torch.zeros(len(teacher), dtype=torch.int64, device=DEVICE)
+    if kind == "topk":
+        teacher = fastkd.TopK.from_logits(teacher, 3)
+    divergence = {"label-aware": fastkd.DKD(), "of one's own": _Squared()}.get(kind, "reverse_kl")
+
+    def loss(logits):
+        calls.append(len(calls))
+        return fastkd.distillation_loss(
+            logits * 1.5, teacher, labels, divergence=divergence, gradient=mode, backend="torch"
+        )
+
+    (plain,) = torch.autograd.grad(loss(student), student)
+    value = torch.utils.checkpoint.checkpoint(loss, student, use_reentrant=False)
+    assert len(calls) == 2
+    (again,) = torch.autograd.grad(value, student)
+    assert len(calls) == 3
+    assert torch.equal(plain, again)
+
+
 # --- errors ----------------------------------------------------------------------------------
 
 
