@@ -482,8 +482,10 @@ def test_the_oldest_and_the_newest_transformers(version, tmp_path):
     code = "import transformers; print(transformers.__version__)"
     used = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
     assert used.stdout.split() == [version]
+    here = Path(__file__)
+    files = [here, *(here.with_name(f"test_integrations_{of}.py") for of in ("models", "learnt"))]
     done = subprocess.run(
-        [python, "-m", "pytest", "-p", "no:cacheprovider", __file__], cwd=ROOT,
+        [python, "-m", "pytest", "-p", "no:cacheprovider", *files], cwd=ROOT,
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
