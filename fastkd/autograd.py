@@ -92,7 +92,7 @@ def _gradients(
     student: bool,
     temperature: bool,
 ) -> tuple[list[Any], Any]:
-    """Of the student's sources, and of its temperatures; None where not wanted."""
+    """Gradients of the student's sources and of its temperatures; None where not wanted."""
     found = temperature_grad = None
     if student or temperature:
         found, temperature_grad = operators.backend(name, problem).backward(

@@ -46,7 +46,7 @@ class Chunked(NamedTuple):
     name: str
 
     def forward(self, problem: Problem, entropy: bool, metrics: bool) -> tuple[Tensor, Tensor]:
-        """Of rows with several owners: what `phases` gives, with its gathers."""
+        """What `phases` gives, with its gathers, for rows with several owners."""
         values, state = _Rows(problem), _Rows(problem)
         for rows, part, found in self._forwards(problem, entropy, metrics):
             values.add(rows, found[0])
@@ -56,7 +56,7 @@ class Chunked(NamedTuple):
     def _forwards(
         self, problem: Problem, entropy: bool, metrics: bool
     ) -> Iterator[tuple[Any, Problem, tuple[Tensor, Tensor]]]:
-        """Of each chunk. What it gathers is on its way while the next one's logits are made."""
+        """Each chunk's forward; what it gathers is on its way while the next logits are made."""
         calls = (
             ((rows, part), self.backend.phases(part, entropy, metrics))
             for rows, part in _chunks(problem, self.name, ahead=True)

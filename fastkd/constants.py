@@ -36,6 +36,6 @@ def _stream(device: torch.device) -> int | None:
 
 @lru_cache(MOST)
 def _kept(value: float, dtype: torch.dtype, device: torch.device, stream: int) -> Tensor:
-    """Of one stream: another would not wait for it to be filled, nor its memory for the other."""
+    """One stream's: another would not wait for it to be filled, nor its memory for the other."""
     with torch.inference_mode(False):  # whose tensors autograd cannot save
         return torch.full((), value, dtype=dtype, device=device)

@@ -57,7 +57,7 @@ def run() -> int:
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """Of Python, fastkd and these packages; None for one that is not installed."""
+    """The versions of Python, fastkd and these packages; None for what is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "fastkd": __version__}
     for name in packages:
         try:
@@ -150,7 +150,7 @@ def _kl_div(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _errors(loss: Loss, device: torch.device) -> tuple[float, float]:
-    """Of value and gradient, relative to the largest entry of the fp64 reference."""
+    """Errors of value and gradient, relative to the largest entry of the fp64 reference."""
     reference = partial(_distil, "reference", "auto")
     truth = _evaluate(reference, torch.device("cpu"), torch.float64)
     pairs = zip(_evaluate(loss, device, torch.float32), truth, strict=True)

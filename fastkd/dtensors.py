@@ -55,7 +55,7 @@ class Layout(NamedTuple):
 
     @property
     def group(self) -> Group | None:
-        """Of the ranks that hold columns of this rank's rows; they split as torch.chunk does."""
+        """The ranks that hold columns of this rank's rows; they split as torch.chunk does."""
         if self.vocabulary is None:
             return None
         mesh, columns = self.student.device_mesh, self.student.size(-1)
@@ -69,7 +69,7 @@ class Layout(NamedTuple):
 
     @property
     def sums(self) -> list[Placement]:
-        """Of a sum over this rank's rows."""
+        """The placements of a sum over this rank's rows."""
         from torch.distributed.tensor import Partial, Replicate
 
         return [Replicate() if rows.is_replicate() else Partial() for rows in self.rows]

@@ -179,7 +179,7 @@ def _backward(
     log_target: bool,
     input_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """Of the input, if `input_dtype` is given, and of the target, if `input` is, else empty."""
+    """The input's gradient, if `input_dtype` is given, the target's, if `input` is; else empty."""
     to_input, to_target = _empty_gradients(upstream, input, target, log_target, input_dtype)
     backend = _backend(upstream, target)
     g, x, t, dx, dt = _laid_out(

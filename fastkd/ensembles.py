@@ -23,7 +23,7 @@ BUFFERS = 3  # that a chunk takes: the mixture, one teacher, and what a function
 
 
 def logits(part: Problem, mixture: Mixture, buffers: list[Tensor], name: str) -> Tensor:
-    """Of a side of R rows, in the first of the buffers, [R, V]; name: of the backend."""
+    """The mixture's logits, in the first of the buffers, [R, V]; name: the backend's."""
     out, *spare = buffers
     part = part._replace(teacher=mixture)
     if mixture.combine == "logits":
@@ -43,7 +43,7 @@ def logits(part: Problem, mixture: Mixture, buffers: list[Tensor], name: str) ->
 
 
 def own_norms(part: Problem, buffer: Tensor, name: str) -> Tensor:
-    """Of these columns: each member's top, mass measured from it, and width, [3, M, R]."""
+    """Each member's top in these columns, its mass measured from that, its width, [3, M, R]."""
     count = len(part.teacher.members)
     found = buffer.new_zeros(3, count, part.rows, dtype=torch.float64)
     tops, masses, widths = found[0].fill_(-math.inf), found[1], found[2].fill_(1.0)
@@ -62,7 +62,7 @@ def own_norms(part: Problem, buffer: Tensor, name: str) -> Tensor:
 
 
 def joined_norms(pieces: Tensor, widths: Tensor) -> Tensor:
-    """Of the tops and masses of all owners, [W, 2, M, N]: see Mixture.norms."""
+    """The norms by the tops and masses of all owners, [W, 2, M, N]: see Mixture.norms."""
     tops, masses = pieces.unbind(1)
     top = _finite(tops.amax(0))
     mass = (((tops - top) / widths).exp() * masses).sum(0)
@@ -135,7 +135,7 @@ def _own(events: Events, some: Problem) -> Events:
 
 
 def _add_listed(out: Tensor, events: Events, log_weight: Tensor, rows: Any) -> None:
-    """Of listed entries. What lists nothing points at the first column, and leaves it as it is."""
+    """Adds listed entries. What lists none points at the first column, and leaves it as it is."""
     if not out.size(1):
         return
     where, logs = events.indices.clamp(min=0), events.log_probs.to(out.dtype) + log_weight
@@ -154,7 +154,7 @@ def _mean(part: Problem, out: Tensor, spare: Tensor) -> Tensor:
 
 
 def _log_softmax(scores: Tensor, some: Problem, i: int, name: str) -> None:
-    """Of a member's scores / T, or of their z-scores, in place; -inf in rows without an entry."""
+    """log softmax(scores / T), or of their z-scores, in place; -inf in rows without an entry."""
     if some.teacher.norms is not None:
         top, width, total = some.teacher.norms[i, :, :, None].to(scores.dtype)
         scores.sub_(top).div_(width).sub_(total)

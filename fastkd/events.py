@@ -269,7 +269,7 @@ class _Terms(NamedTuple):
                 values[kind, rows] = figure
 
     def gradient(self, part: Problem, kd: Tensor, temperature: bool) -> tuple[Tensor, Tensor]:
-        """To the logits, [R, V], for upstream gradients [R]; and to the temperature of each row."""
+        """Gradients of the logits, [R, V], for upstream ones [R], and of each row's temperature."""
         T = part.student_temperature[:, None].double()
         kd = torch.where(self.value.isinf() & ~self.slope.isfinite().all(-1), 0.0, kd)[:, None]
         slope = torch.where(kd == 0, 0.0, self.slope)
@@ -347,7 +347,7 @@ def _rate_and_lift(shift: Tensor, T: Tensor, bits: float | None) -> tuple[Any, T
 
 
 def _value_and_slope(part: Problem, lp: Tensor, lq: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the divergence, [R] and [R, K + 1]; `out`: what is no event."""
+    """The divergence's value, [R], and its slope, [R, K + 1]; `out`: what is no event."""
     kind, a, b = Divergence.of_name(part.divergence), part.a, part.b
     none = out.all(-1)
     lp = torch.where(out, -math.inf, lp).masked_fill(none[:, None], 0.0)

@@ -89,7 +89,7 @@ def kind_of(side: Any) -> str:
 
 
 def side_of(kind: str, found: Iterator[Any], scales: Iterator[Any]) -> Any:
-    """Of its kind, from the next tensors and numbers."""
+    """A side of this kind, from the next tensors and numbers."""
     if kind == NOTHING:
         return None
     if kind == LOGITS:

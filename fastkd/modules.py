@@ -63,7 +63,7 @@ class DistillationLoss(nn.Module):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Those that were given, when the module was made or since."""
+        """The settings that were given, when the module was made or since."""
         return {name: getattr(self, name) for name in _SETTINGS if hasattr(self, name)}
 
     def forward(

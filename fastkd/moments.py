@@ -56,6 +56,6 @@ def _(
 
 
 def _new(student: Tensor, teacher: Tensor, backend: str) -> Tensor:
-    """In fp64 on the torch backend: from a mean far from 0, logits are measured with all digits."""
+    """Moments in fp64 on the torch backend: logits are measured with all digits from a far mean."""
     dtype = torch.float64 if backend == "torch" else torch.float32
     return student.new_empty(2, 3, student.size(0) * student.size(1), dtype=dtype)

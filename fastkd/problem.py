@@ -78,7 +78,7 @@ class Coefficients(NamedTuple):
         return not isinstance(self.kd, Tensor) and self.kd == 0
 
     def rows(self, problem: Problem) -> Coefficients:
-        """As [N]."""
+        """Each as [N]."""
         of = problem.rows, problem.dtype, problem.student_temperature.device
         return Coefficients._make(None if x is None else per_row(x, *of) for x in self)
 
@@ -87,7 +87,7 @@ class Coefficients(NamedTuple):
         return Coefficients._make(_number(x) if isinstance(x, Tensor) else x for x in self)
 
     def part(self, rows: Any) -> Coefficients:
-        """Of some rows, a slice or indices."""
+        """Those of some rows, a slice or indices."""
         return Coefficients._make(x[rows] if isinstance(x, Tensor) and x.dim() else x for x in self)
 
     def weigh(self, values: Sequence[Tensor] | Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class Problem(NamedTuple):
         trained: Collection[str],
         merge: str = "",
     ) -> Problem:
-        """From what distillation_loss was given, checked.
+        """The problem of what distillation_loss was given, checked.
 
         dtype: of the arithmetic. trained: names of the keywords that train.
         """
@@ -176,7 +176,7 @@ class Problem(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the arithmetic and of everything per row: fp32, or fp64 for fp64 logits."""
+        """That of the arithmetic and of everything per row: fp32, or fp64 for fp64 logits."""
         return self.student_temperature.dtype
 
     @property

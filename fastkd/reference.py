@@ -59,7 +59,7 @@ def _soft_cross_entropy(z: Tensor, labels: Tensor, smoothing: float) -> Tensor:
 
 
 def _logits(problem: Problem) -> list[Tensor]:
-    """Of student and teacher, in fp64; without a teacher, the student's twice."""
+    """The logits of student and teacher in fp64; without a teacher, the student's twice."""
     teacher = problem.student if problem.teacher is None else problem.teacher
     return [
         _of_head(side, problem) if isinstance(side, Head)
@@ -89,7 +89,7 @@ def _rounded(problem: Problem, rows: list[Tensor | None]) -> list[Tensor | None]
 
 
 def _divergence(problem: Problem, lp: Tensor, lq: Tensor, labels: Tensor | None) -> Tensor:
-    """Of each row. Where it is infinite, a slope without a value is 0; where it is NaN, NaN."""
+    """Each row's divergence. Where it is infinite, a slope without a value is 0; where NaN, NaN."""
     if problem.teacher is None:
         return torch.zeros_like(lq[:, 0])
     kind, a, b = Divergence.of_name(problem.divergence), problem.a, problem.b

@@ -110,8 +110,8 @@ class Settings(NamedTuple):
         return given
 
     def readable(self, dtype: torch.dtype) -> Settings:
-        """With temperatures that a kernel may read and autograd may save, in the dtype of the
-        arithmetic: what they enter adds to their gradient before it is rounded.
+        """The same with temperatures that a kernel may read and autograd may save, in the
+        arithmetic's dtype: what they enter adds to their gradient before it is rounded.
         """
         found = {
             name: readable(value).to(dtype)

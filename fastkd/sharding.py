@@ -187,7 +187,7 @@ def registered(name: str, merge: Merge) -> Iterator[Merge]:
 
 
 def name_of(merge: Merge) -> str:
-    """By which a Problem knows it: a group's says all that it is."""
+    """The name by which a Problem knows a merge: a group's says all that it is."""
     if not isinstance(merge, Group):
         return ""
     return f"{merge.process_group.group_name}:{merge.first_column}:{merge.mine}:{merge.columns}"

@@ -33,7 +33,7 @@ def classes_last(operand: Any, dim: int) -> Any:
 
 
 def own_columns(operand: Any, merge: Merge, student: Any = None) -> Any:
-    """Of what has the columns of all ranks those of this one; what has fewer is split already.
+    """This rank's columns of what has those of all ranks; what has fewer is split already.
 
     student: what has as many as it is split too; with padding they may be as many as all.
     """
@@ -245,7 +245,7 @@ def _mixture_of(
     columns: int,
     dtype: torch.dtype,
 ) -> Mixture:
-    """Without the teachers whose weight is the number 0."""
+    """The mixture of an ensemble, without the teachers whose weight is the number 0."""
     weights = [1.0] * len(operand.teachers) if operand.weights is None else operand.weights
     weights = [weight if isinstance(weight, Tensor) else float(weight) for weight in weights]
     kept = [

@@ -91,7 +91,7 @@ class _Labels(NamedTuple):
         values.copy_(torch.where(self.mass == 0, 0.0, values * self.mass) + self.rest)
 
     def kept(self) -> Tensor:
-        """Of several owners what the gradient needs of all, [KEPT, R]."""
+        """What the gradient needs of all owners, where there are several, [KEPT, R]."""
         assert self.problem.labels is not None
         return torch.stack([self.problem.labels.double(), self.mass.double()])
 
@@ -123,12 +123,12 @@ def _rest(labels: Tensor, z: Tensor, best: Tensor) -> Tensor:
 
 
 def _of(problem: Problem) -> sharding.Phases[_Labels]:
-    """Where there are several owners, gathered."""
+    """The labels of these rows; where there are several owners, by a gather."""
     return (yield from _shared(problem)) if problem.merge else _alone(problem)
 
 
 def _alone(problem: Problem) -> _Labels:
-    """Of an owner of all columns."""
+    """The labels as the owner of all columns has them."""
     assert problem.labels is not None
     z = problem.student[0, :, : problem.vocab_size]
     classes = problem.labels.argmax(-1)
@@ -139,7 +139,7 @@ def _alone(problem: Problem) -> _Labels:
 
 
 def _shared(problem: Problem) -> sharding.Phases[_Labels]:
-    """Of one owner of several; an owner measures its logits from the largest of them."""
+    """The labels as one of several owners has them, who measures its logits from their largest."""
     assert problem.labels is not None
     counted, here = _counted(problem), _here(problem)
     labels, mass = _given(problem, counted)
@@ -181,7 +181,7 @@ def _counted(problem: Problem) -> Tensor:
 
 
 def _here(problem: Problem) -> Tensor:
-    """Of each side that has logits, the rows with one among these columns, bool [sides, R]."""
+    """Which rows of each side that has logits have one among these columns, bool [sides, R]."""
     sides = [x for x in (problem.student, problem.teacher) if isinstance(x, Tensor)]
     columns = problem.vocab_size
     if not columns:

@@ -79,7 +79,7 @@ class Manifest:
         return json.dumps(self.values(), indent=1, sort_keys=True) + "\n"
 
     def key(self) -> str:
-        """By which a shard knows its cache."""
+        """The checksum by which a shard knows its cache."""
         return hashlib.sha256(self.text().encode()).hexdigest()
 
     @classmethod

@@ -113,7 +113,7 @@ class TeacherCache:
             read_shard(self.path, self.manifest, shard)
 
     def bytes_per_token(self) -> float:
-        """Of the shards, tokens and all."""
+        """Bytes of the shards for each token, the token itself among them."""
         size = sum(path.stat().st_size for path in self.shards)
         return size / (self.manifest.rows * self.manifest.positions)
 

@@ -9,7 +9,7 @@ from . import config
 
 
 def text(figures: dict[str, Any]) -> str:
-    """As README.md: what it was distilled from, what came of it, and every setting."""
+    """The model card: what it was distilled from, what came of it, and every setting."""
     from huggingface_hub import ModelCardData
 
     chosen = figures["settings"]

@@ -44,7 +44,7 @@ def text(settings: Common) -> str:
 
 
 def values(settings: Common) -> dict[str, Any]:
-    """By name, as TOML and JSON have them."""
+    """The settings by name, as TOML and JSON have them."""
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in vars(settings).items()
@@ -52,7 +52,7 @@ def values(settings: Common) -> dict[str, Any]:
 
 
 def line(name: str, value: Any) -> str:
-    """Of TOML, in which values of these kinds are spelt as in JSON."""
+    """A line of TOML, in which values of these kinds are spelt as in JSON."""
     return f"{name} = {json.dumps(value, ensure_ascii=False)}"
 
 

@@ -32,7 +32,7 @@ class Corpus:
         return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
 
     def share(self, part: float) -> Corpus:
-        """As if only the first part of the text were there to train on."""
+        """The corpus as if only the first part of its text were there to train on."""
         return replace(self, training=self.training[: round(part * len(self.training))])
 
     def batch(self, seed: int, step: int, size: int, length: int) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,7 @@ class CrossTokenizerTrainer(DistillationTrainer):
     def _figures(
         self, logits: Tensor, inputs: Mapping[str, Any], labels: Tensor, settings: Mapping[str, Any]
     ) -> Metrics:
-        """Of each sequence, [B]; sums over its tokens, in a span or out of one."""
+        """The metrics of each sequence, [B]: sums over its tokens, in a span or out of one."""
         theirs = self.teacher_logits({IDS: inputs[THEIRS]})
         assert isinstance(theirs, Tensor)  # without heads
         theirs = theirs[..., : self.teacher_vocab_size]
@@ -111,7 +111,7 @@ class CrossTokenizerTrainer(DistillationTrainer):
         spans: list[list[int]],
         settings: Mapping[str, Any],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of one sequence: the distance, both entropies, and agreement, each summed."""
+        """The distance of one sequence, both entropies, and agreement, each summed."""
         mine = [range(start, stop) for start, stop, _, _ in spans if stop]
         theirs = [range(start, stop) for _, _, start, stop in spans if stop]
         weight = torch.tensor([len(span) for span in mine], device=student.device).float()

@@ -126,7 +126,7 @@ class Experiment:
         return parts
 
     def best_rate(self, name: str) -> float:
-        """Of the first seed; that of the distilled students, until it is known."""
+        """The first seed's best learning rate; that of the distilled students until it is known."""
         first = [each for each in self.of(name) if each["seed"] == self.settings.seed]
         best = min(first, key=lambda each: each["validation_loss"], default=None)
         return best["learning_rate"] if best else self.settings.learning_rate
@@ -142,7 +142,7 @@ class Experiment:
         return [each for each in found if name in (EAGER, FASTKD) or each["learning_rate"] == rate]
 
     def costs(self, name: str) -> dict[str, float]:
-        """Of a step, where students of all methods took theirs in turn."""
+        """What a step costs, where students of all methods took theirs in turn."""
         costs: dict[str, float] = self.done[1][HARD if name == LONGER else name]["costs"]
         return costs
 
@@ -188,7 +188,7 @@ class Experiment:
             self.training = self._begin(self.parts()[len(self.done)])
 
     def rows(self) -> list[dict[str, Any]]:
-        """Of metrics.csv: every student of every part, in the order of their training."""
+        """The rows of metrics.csv: every student of every part, in the order of their training."""
         rows = [
             {**row, "way": name}
             for outcome in self.done

@@ -14,7 +14,7 @@ from .errors import RunError, Usage
 
 
 def pick(device: str) -> torch.device:
-    """Of the setting `device`."""
+    """The device that the setting `device` names."""
     if device == "cuda" and not torch.cuda.is_available():
         raise Usage("device 'cuda' was asked for, and PyTorch finds no GPU: try fastkd doctor")
     if device == "auto":
@@ -23,7 +23,7 @@ def pick(device: str) -> torch.device:
 
 
 def placement(device: str) -> dict[str, Any]:
-    """Of the setting `teacher_device`, as `from_pretrained` takes it."""
+    """The setting `teacher_device` as `from_pretrained` takes it."""
     if not device:
         return {}
     if not re.fullmatch(r"cpu|auto|cuda(:[0-9]{1,4})?", device):

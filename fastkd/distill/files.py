@@ -241,7 +241,7 @@ def _table(file: str) -> Iterator[Row]:
 
 
 def _once(names: Sequence[str], file: str) -> None:
-    """Of a column that is there twice the one value would be lost."""
+    """Refuses a column that is there twice: one of its values would be lost."""
     if twice := [name for place, name in enumerate(names) if name in names[:place]]:
         raise RunError(f"{file} has the column {short(twice[0])} twice")
 
@@ -258,7 +258,7 @@ def _parsed(text: str, where: str) -> Any:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of a key that is there twice the one value would be lost."""
+    """Refuses a key that is there twice: one of its values would be lost."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:

@@ -91,7 +91,7 @@ class Job:
         checkpoint: Path | None = None,
         **arguments: Any,
     ) -> DistillationTrainer:
-        """Of a student as it was before any training, or as a checkpoint has it."""
+        """The trainer of a student as it was before any training, or as a checkpoint has it."""
         from transformers import PrinterCallback
 
         model, self.came_in = self.student(chosen)

@@ -87,7 +87,7 @@ def _within(text: str, schedule: Schedule, *temperatures: float) -> Schedule:
 
 
 def weights(text: str) -> list[float] | None:
-    """Of several teachers: '2,1'; None where nothing is said.
+    """The weights of several teachers, as of '2,1'; None where nothing is said.
 
     Example:
         >>> weights("2,1")

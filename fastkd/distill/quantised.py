@@ -71,7 +71,7 @@ def prepare(model: Any, kind: str) -> None:
 
 
 def _layers(model: Any, kind: str) -> Iterator[tuple[Any, Filter]]:
-    """By the granularity of its scales, which layers take it."""
+    """Each granularity of scales, and which layers take it."""
     from torchao.quantization import PerAxis, PerGroup
 
     head = model.get_output_embeddings()

@@ -93,7 +93,7 @@ class Result:
 
 
 def _means(seeds: list[Figures]) -> Figures:
-    """Of students that differ in their seed: means over all."""
+    """The means over students that differ in their seed."""
     losses = [each["validation_loss"] for each in seeds]
     return {
         **{name: statistics.mean(each[name] for each in seeds) for name in FIGURES},
@@ -145,7 +145,7 @@ def table(rows: list[Figures], columns: Sequence[str] = COLUMNS, *, header: bool
 
 
 def rows(path: Path) -> list[Figures]:
-    """Those of a metrics.csv, without what was not logged."""
+    """The rows of a metrics.csv, without what was not logged."""
     with open(path, newline="") as file:
         return [
             {name: value if name == "way" else float(value) for name, value in row.items() if value}

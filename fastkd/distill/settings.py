@@ -384,7 +384,7 @@ def _as(kind: Any, name: str, value: Any) -> Any:
 
 
 def absolute(values: Mapping[str, Any]) -> dict[str, Any]:
-    """With local paths so that a resumed run finds them from any folder."""
+    """The values with absolute paths, which a resumed run finds from any folder."""
     return {name: _path(name, each) if name in PATHS else each for name, each in values.items()}
 
 

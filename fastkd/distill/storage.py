@@ -55,7 +55,7 @@ def new_folder(out: str | None, *, ours: str = "") -> Iterator[Path]:
 
 
 def dated(suffix: str = "") -> Path:
-    """Where a run goes that was told nothing else."""
+    """The folder of a run that was told none."""
     return Path("runs") / (datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S") + suffix)
 
 
@@ -132,7 +132,7 @@ def reason(error: BaseException, path: Path) -> str:
 
 
 def write(path: Path, data: bytes | str) -> None:
-    """As `replace`; raises RunError where the file cannot be written."""
+    """Writes as `replace` does; raises RunError where the file cannot be written."""
     try:
         replace(path, data)
     except OSError as error:
@@ -153,7 +153,7 @@ def replace(path: Path, data: bytes | str) -> None:
 
 
 def json_text(values: Any) -> str:
-    """As JSON, which knows no NaN and no infinity: null in their place."""
+    """The values as JSON, which knows no NaN and no infinity: null in their place."""
     return json.dumps(_finite(values), indent=2, allow_nan=False) + "\n"
 
 

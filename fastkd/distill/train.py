@@ -204,7 +204,7 @@ class Training:
         return ids[len(prompt) :]
 
     def costs(self) -> dict[str, dict[str, float]]:
-        """By method: milliseconds of a step, the share of the loss in it, and its peak bytes."""
+        """Each method's milliseconds of a step, the loss's share of them, and its peak bytes."""
         ids, labels = self._batch(STUDENT_BATCHES, 0)
         with torch.no_grad():
             teacher = self.teacher(ids).flatten(0, 1)

@@ -106,7 +106,7 @@ def suggest(trial: BaseTrial, sampler: str) -> dict[str, Any]:
 
 
 def spelt(settings: dict[str, Any]) -> str:
-    """As options of `fastkd distill`."""
+    """The settings as options of `fastkd distill`."""
     return shlex.join(f"--{name}={value}" for name, value in settings.items())
 
 

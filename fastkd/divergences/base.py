@@ -207,7 +207,7 @@ class Divergence:
 
     @staticmethod
     def names() -> list[str]:
-        """Those that stand for an object."""
+        """The names that stand for an object."""
         return [name for name, kind in Divergence._classes.items() if kind.by_name]
 
     @staticmethod

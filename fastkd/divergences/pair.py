@@ -49,7 +49,7 @@ class Softmax(NamedTuple):
 
     @property
     def log_sum(self) -> Tensor:
-        """In fp64, as it is added to what it tends to cancel."""
+        """log(sum_exp) in fp64, as it is added to what it tends to cancel."""
         return self.sum_exp.double().log()
 
 

@@ -54,7 +54,7 @@ def _some(index: int | slice | Tensor, some: slice | Tensor) -> Any:
 
 
 def of_rows(factor: Any, rows: Rows) -> Any:
-    """Of these rows: [R, 1]; a number, or a 0-d tensor, is that of all."""
+    """The factor of these rows, [R, 1]; a number or a 0-d tensor is that of all rows."""
     return factor[rows.flat] if isinstance(factor, Tensor) and factor.dim() else factor
 
 
@@ -92,7 +92,7 @@ def marked(problem: Problem, mask: Tensor, step: int) -> Iterator[Rows]:
 
 
 def vocabulary(logits: Tensor, problem: Problem) -> Tensor:
-    """Without the columns that are padding."""
+    """The logits without the columns that are padding."""
     size = problem.vocab_size
     return logits if logits.size(-1) == size else logits[..., :size]
 

@@ -173,7 +173,7 @@ class Columns:
         return ~kept | self._certain(found, value)
 
     def _doubtful_sums(self, found: Known) -> Tensor:
-        """Those that need it by what the second sweep finds, [N]."""
+        """Rows that need fp64 by what the second sweep finds, [N]."""
         sum_exp = torch.maximum(*(self.known[name, "sum_exp"] for name in SIDES))
         doubtful = torch.zeros_like(self.in_fp64)
         for i in range(self.later):
@@ -230,7 +230,7 @@ class Columns:
     def _softmax(
         self, x: Tensor, shift: Tensor, scale: float | Tensor, exp: Tensor | None = None
     ) -> Softmax:
-        """Of these columns alone, about that shift, which it has in fp64; with a place for exp."""
+        """The softmax of these columns alone about a shift in fp64; `exp`: where its exp may go."""
         log2_exp = measured(x, shift, scale, self.precision.store.new())
         if not self.precision.exact:
             shift = measurable(shift, scale, self.precision.dtype)
@@ -243,7 +243,7 @@ class Columns:
         return self.means or bool(self.first) or self.precision.exact
 
     def _later(self, x: Tensor, shift: Tensor, scale: float | Tensor, sum_exp: Tensor) -> Later:
-        """With the shift and the sum of all owners."""
+        """The softmax of these columns with the shift and the sum of all owners."""
         new, side = self.precision.store.new, Later(shift, shift, shift, sum_exp)
         side.find_log2_exp = lambda: measured(x, shift, scale, new())
         side.find_exp = lambda: measured(x, shift, scale, new()).exp2_()
@@ -264,7 +264,7 @@ class Columns:
         self.tables: dict[torch.dtype, Known] = {self.plain.dtype: {}, torch.float64: {}}
 
     def _of(self, name: Any, rows: Rows, dtype: torch.dtype | None = None) -> Tensor:
-        """Of these rows, [R, 1], in the dtype of what is computed, or in another."""
+        """What is known of these rows, [R, 1], in the dtype of what is computed, or in another."""
         dtype = dtype or self.precision.dtype
         table = self.tables[dtype]
         if name not in table:
@@ -272,7 +272,7 @@ class Columns:
         return table[name][rows.flat]
 
     def _in_full(self, name: Any, rows: Rows) -> Tensor:
-        """In fp64, as shifts are."""
+        """What is known of these rows in fp64, as shifts are."""
         return self._of(name, rows, torch.float64)
 
     def _unit(self, rows: Rows) -> Softmax:

@@ -154,7 +154,7 @@ def asked(
 
 
 def empty(shift: Tensor, sum_exp: Tensor) -> Softmax:
-    """Of no columns; shift and sum_exp [R, 1]."""
+    """The softmax of no columns; shift and sum_exp [R, 1]."""
     return Softmax(shift, shift.new_zeros(len(shift), 0), shift.new_zeros(len(shift), 0), sum_exp)
 
 
@@ -223,7 +223,7 @@ def is_tempered(problem: Problem) -> bool:
 
 
 def joined(sweeps: Columns, pieces: Known) -> Known:
-    """Of the statistics of each owner, [size, N], those of the rows, [N]."""
+    """The statistics of the rows, [N], from those of each owner, [size, N]."""
     known: Known = {}
     scales = [scale[:, 0] if isinstance(scale, Tensor) else scale for scale in sweeps.exact.scales]
     scale = dict(zip(SIDES, scales, strict=True))

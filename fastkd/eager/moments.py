@@ -76,7 +76,7 @@ def _exact(x: Tensor) -> Tensor:
 
 
 def _sums(x: Tensor) -> tuple[Tensor, ...]:
-    """Of entries that are not -inf: count, mean, root mean square deviation, least and most."""
+    """Count, mean, root mean square deviation, least and most of the entries that are not -inf."""
     kept = x != -math.inf
     count = kept.sum(-1, keepdim=True)
     unit = _largest(torch.where(kept, x, 0.0))

@@ -110,7 +110,7 @@ class Sweeps(Columns):
     # --- the second and third ---
 
     def _pair(self, rows: Rows, later: bool) -> Shard:
-        """Of these rows, with the shifts and sums of all owners, and with their later sums."""
+        """The pair of these rows, with the shifts and sums of all owners, and their later sums."""
         precision = self.precision
         scales = [of_rows(scale, rows) for scale in precision.scales]
         sides = [
@@ -236,7 +236,7 @@ class Sweeps(Columns):
 
     @cached_property
     def tempering(self) -> list[Tensor]:
-        """As in Terms, [N, 1]; in fp64, and so the same on all owners."""
+        """As Terms have it, [N, 1]; in fp64, and so the same on all owners."""
         none = torch.zeros_like(self.known[STUDENT, "shift"])
         slopes = [self.known.get(name, none) for name in ("kd_slope", "entropy_slope")]
         return [torch.where(self.counts, slope, 0.0)[:, None] for slope in slopes]
@@ -266,7 +266,7 @@ class Sweeps(Columns):
             made.append(sides[0].log2_exp)
 
     def _mended(self, rows: Rows, pair: Shard, descent: Descent) -> Descent:
-        """As the Solver does it, by what is known of all columns."""
+        """The descent mended as by Solver, from what is known of all columns."""
         some = self.known["close"][rows.flat].nonzero()[:, 0]
         if len(some):
             d = log_ratios(self.exact, rows, pair, some)

@@ -158,7 +158,7 @@ class Solver:
         return reduce(torch.logical_or, lost) if lost else None
 
     def terms(self, rows: Rows, precision: Precision) -> Terms:
-        """By the formulas."""
+        """The terms of these rows by the formulas."""
         problem, store = self.problem, precision.store
         store.start(rows.size)
         logits = precision.logits(rows)

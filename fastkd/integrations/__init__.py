@@ -28,5 +28,5 @@ def require(package: str, oldest: str, below: str, extra: str | None = None) -> 
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """Of a version: (5, 23) of 5.23.0.dev0."""
+    """The numbers of a version: (5, 23) of 5.23.0.dev0."""
     return tuple(int(number) for number in re.findall(r"\d+", text)[:2])

@@ -74,6 +74,6 @@ class Columns:
         return loader
 
     def once(self, gathered: Tensor) -> Tensor:
-        """Of rows that all processes gave, [processes * B, ...], those of each batch once."""
+        """Each batch's rows once, of those that all processes gave, [processes * B, ...]."""
         pieces = gathered.view(dist.get_world_size(), -1, *gathered.shape[1:])
         return pieces[:: self.size].flatten(0, 1)

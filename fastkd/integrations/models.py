@@ -85,7 +85,7 @@ def _shifts_its_labels(plain: Any) -> bool:
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """Of what a model returns, the logits."""
+    """The logits among what a model returns."""
     mapping = isinstance(outputs, Mapping)
     found = outputs.get("logits") if mapping else getattr(outputs, "logits", None)
     if found is None:
@@ -133,7 +133,7 @@ def freeze(teacher: Any, device: torch.device | None) -> None:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation for a while; then each module in the mode that it was in."""
+    """The model in evaluation; afterwards each module is in the mode that it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -45,7 +45,7 @@ class ProcessesTrainer(Trainer):
         return {"vocab_size": self.vocab_size, "group": group}
 
     def _mine(self, operand: Any) -> Any:
-        """With this process's columns of the vocabulary."""
+        """The operand with this process's columns of the vocabulary."""
         return operand if self.columns is None else self.columns.of(operand)
 
     def _divided(self, num_items_in_batch: Tensor | int | None) -> int:
@@ -80,7 +80,7 @@ class ProcessesTrainer(Trainer):
         return items // self._sharing()
 
     def _gathered(self, rows: Tensor) -> Tensor:
-        """Of all processes, without the sequences that only fill up the last batch of one."""
+        """The rows of all processes, without sequences that only fill up the last batch of one."""
         if self.columns is None:
             return self.accelerator.gather_for_metrics(rows)
         found = self.columns.once(self.accelerator.gather(rows))

@@ -21,7 +21,7 @@ OF_THE_TRAINER = {
 
 
 def by_step(loss: Settings | Mapping[str, Any] | None) -> Settings:
-    """Of (step, steps of the run): what was given, checked as soon as it is known."""
+    """Settings by (step, steps of the run), checked as soon as they are known."""
     if callable(loss) and not isinstance(loss, nn.Module):
         return lambda step, steps: checked(loss(step, steps))
     always = checked({} if loss is None else loss)

@@ -217,7 +217,7 @@ class DistillationTrainer(LossTrainer):
         return torch.autocast(self.args.device.type, torch.bfloat16, enabled=bf16)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """In a step on policy, what the student writes from prompts of these batches."""
+        """The batches; in a step on policy, what the student writes from their prompts."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         step = self.state.global_step
         self.own_words = self.on_policy is not None and self.on_policy.at(step, self.args.seed)
@@ -297,7 +297,7 @@ class DistillationTrainer(LossTrainer):
         return values
 
     def _sums(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
-        """Of each sequence: cross-entropy, KL to the teacher, agreement, and places, [B, 4]."""
+        """Each sequence's cross-entropy, KL to the teacher, agreement, and places, [B, 4]."""
         labels = targets(inputs, self.shift)
         student = self.student_logits(model, inputs)
         with self._precision(of=student):

@@ -103,7 +103,7 @@ class LinearHead:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the logits that it stands for, [..., V]."""
+        """The shape of the logits that it stands for, [..., V]."""
         return torch.Size((*self.hidden.shape[:-1], self.weight.size(0)))
 
 

@@ -50,7 +50,7 @@ def upper(images: Tensor) -> Tensor:
 
 
 def sums(images: Tensor) -> Tensor:
-    """Of rows and of columns, over 8: [..., 16]."""
+    """The sums of rows and of columns over 8, [..., 16]."""
     square = images.unflatten(-1, (8, 8))
     return torch.cat([square.mean(-1), square.mean(-2)], -1)
 
