@@ -107,8 +107,8 @@ SHARES = 3  # what owners share besides the K listed logits, each of which one o
 
 
 def _shares(problem: Problem) -> sharding.Phases[Tensor | None]:
-    """Of all owners, [K + 3, N]: the listed logits, and of the other entries the largest, the sum
-    of exp((z - largest) / T), and that of (z - largest) times it. None: there is one owner.
+    """The shares of all owners, [K + 3, N]: listed logits, and of the other entries the largest,
+    the sum of e = exp((z - largest) / T), and that of (z - largest) e. None: there is one owner.
     """
     if not problem.merge:
         return None
@@ -184,7 +184,7 @@ def _room(problem: Problem, out: Tensor | None, rows: slice, base: Tensor | None
 
 
 def _write(problem: Problem, out: Tensor, rows: slice, found: Tensor, base: Tensor | None) -> None:
-    """The gradient of some rows, over what may be their logits; base: of the other terms."""
+    """Writes the gradient of some rows, maybe over their logits; base: that of the other terms."""
     shape = problem.student.shape
     if base is not None:
         found += base.view(shape)[0, rows, : problem.vocab_size]

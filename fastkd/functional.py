@@ -273,12 +273,12 @@ def _backend(given: Settings, student: Tensor, teacher: Tensor) -> str:
 
 
 def _reads_labels(given: Settings) -> bool:
-    """Labels that no term needs only say which rows count."""
+    """Whether a term needs the labels; else they only say which rows count."""
     return given.alpha < 1 or given.return_metrics or given.divergence.label_aware
 
 
 def _reads_teacher(given: Settings, trained: Collection[str]) -> bool:
-    """Not where alpha is 0 and nobody asks for its figures or for a gradient that is 0."""
+    """Whether the teacher is read: not at alpha = 0, unless for its figures or a gradient of 0."""
     trains = "teacher" in trained or "teacher_temperature" in trained
     return given.alpha > 0 or given.return_metrics or trains
 

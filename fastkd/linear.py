@@ -23,7 +23,7 @@ CPU_PRODUCTS, LEAST_COLUMNS = 4, 4096
 
 
 def head_of(side: LinearHead, dtype: torch.dtype) -> Head:
-    """As autocast has it, products are of factors in its dtype; else in the wider of both dtypes.
+    """The head, whose products are of factors in autocast's dtype, or else in the wider of theirs.
 
     A CPU, where products of half precision are slow and round, takes factors in fp32. dtype: of the
     arithmetic; in fp64, which the other side may ask for, products are too.

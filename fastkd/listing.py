@@ -59,8 +59,8 @@ def events_of(
 
 
 def _whole(indices: Tensor, lp: Tensor, rest: Tensor | None = None) -> Events:
-    """What is made to add up to 1 again, as it was before it was stored in few bits; without a
-    rest, None, by the listed entries alone. In rows without any mass the rest is all.
+    """Events that add up to 1 again, as they did before they were stored in few bits; without a
+    rest (None) the listed entries alone do. In rows without any mass the rest is all.
     """
     rest = torch.full_like(lp[:, 0], -math.inf) if rest is None else rest
     both = torch.cat([lp, rest[:, None]], -1)
@@ -72,7 +72,7 @@ def _whole(indices: Tensor, lp: Tensor, rest: Tensor | None = None) -> Events:
 
 
 def _with_mass(indices: Tensor, lp: Tensor) -> Tensor:
-    """A row that gives nothing any mass lists nothing."""
+    """The indices, NOTHING in rows where nothing has any mass."""
     return indices.masked_fill((lp == -math.inf).all(-1, keepdim=True), NOTHING)
 
 

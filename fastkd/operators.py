@@ -49,7 +49,7 @@ SIZE = 4  # of a Packed
 
 
 class OfProblem(Operator):
-    """Likewise, of a Problem and what follows it: f(problem, *rest).
+    """An operator of a Problem and what follows it: f(problem, *rest).
 
     Nothing that a tracer sees is None: an empty tensor stands for it in what is given back.
     """
@@ -137,7 +137,7 @@ MODULES = {
     ("triton", "logits"): "fastkd.kernels.logits",
     ("triton", "bernoulli"): "fastkd.kernels.bernoulli",
 }
-# Of rows whose columns are spread over processes.
+# The modules of rows whose columns are spread over processes.
 SHARDED = MODULES | {("torch", "logits"): "fastkd.eager.shards"}
 
 
@@ -314,7 +314,7 @@ def _new_rows(problem: Problem, metrics: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def gradients(found: Any, side: Any) -> list[Any]:
-    """One for each source of a side, None where it is not wanted."""
+    """A gradient for each source of a side, None where it is not wanted."""
     if found is None:
         return [None] * len(sources(side))
     if isinstance(found, Tensor):  # of logits, in the layout that the backend prefers
@@ -353,7 +353,7 @@ def caller(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 
 def _apply_traced(function: type[torch.autograd.Function], arguments: tuple[Any, ...]) -> Any:
-    """Where nothing trains, Dynamo would hand `forward` a context that it has no place for."""
+    """function.apply; where nothing trains `forward`, to which Dynamo would hand a context more."""
     if torch.compiler.is_compiling() and not any(map(tracing.trains, arguments)):
         return function.forward(*arguments)
     return function.apply(*arguments)

@@ -17,7 +17,7 @@ from .sharding import Group
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Of what is not as by default; each gives back what a Settings holds.
+# The check of each keyword that is not as by default; it gives back what a Settings holds.
 CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "temperature": checks.temperature,
     "teacher_temperature": checks.temperature,

@@ -133,7 +133,7 @@ class ToDi(Divergence):
         return w * plogr(lp, lp - lq) + (1 - w) * plogr(lq, lq - lp)
 
 
-# Of logarithms, below the largest: what is less has no mass that counts.
+# Logarithms that lie further below the largest have no mass that counts.
 DEPTH, STEPS = 64.0, {torch.float32: 31, torch.float64: 60}
 
 

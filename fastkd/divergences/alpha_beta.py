@@ -12,8 +12,8 @@ from fastkd.scalars import own_numbers
 
 from .base import Divergence
 
-# Where a series replaces exp(x) - 1 - x: in fp64, and where both orders are below the second, as
-# the direct form then divides by a small number.
+# A series replaces exp(x) - 1 - x for x below NEAR: in fp64, and where both orders are below SMALL,
+# as the direct form then divides by a small number.
 NEAR, SMALL = 0.5, 1 / 16
 
 

@@ -257,7 +257,7 @@ def _shares(pair: Pair, p: Softmax, q: Softmax, a: float) -> tuple[Tensor, Tenso
         d = pair.d(m) if p is pair.teacher else pair.d(m).neg_()
         log_share = _log_share(d.clamp_(-MOST, MOST), a, spare)
         return torch.exp(log_share, out=m), log_share
-    # Added to numbers that are not 0 it is nothing, and takes no pass of its own.
+    # It keeps m from being 0: beside any other number it is nothing, and it takes no pass.
     least = m.new_full((), torch.finfo(m.dtype).tiny)
     torch.add(least, p.exp, alpha=a, out=m).addcmul_(q.exp, (1 - a) * p.sum_exp / q.sum_exp)
     share = torch.addcdiv(least, p.exp, m, out=m)

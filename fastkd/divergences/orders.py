@@ -172,7 +172,7 @@ def _escorts(pair: Pair, a: float) -> _Escorts:
     if near is None:
         return _Escorts(log, log.expm1(), share)
     terms, excess = near
-    # Where S is far from 1, by entries that one side masks say, its logarithm is what is right.
+    # Where S is far from 1, as by entries that one side masks, its logarithm has the digits.
     known = (excess.abs() < 0.5) & (log.abs() < 1)
     log = torch.where(known, excess.double().log1p(), log)
     if a < 0.5:

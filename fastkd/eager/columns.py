@@ -100,10 +100,10 @@ class Columns:
         first, later = self._asked(dtype)
         if not set(first) <= set(self.first) or later != self.later:
             return False
-        # Of other sums come other terms, which differ by some q: a sum of these does not join.
+        # Terms of other sums differ by some q: a sum of these does not join.
         if first != self.first and self.tempered:
             return False
-        # Of rows further apart than APART, by Pinsker's bound; a parameter may make it small.
+        # The least divergence of rows further apart than APART, by Pinsker's bound.
         curvature = self.kind.curvature(self.problem.a, self.problem.b)
         if not self.later or curvature is None:
             return True
@@ -260,7 +260,7 @@ class Columns:
     def _learn(self, known: Known) -> None:
         """Adds to what is known, [N] in fp64."""
         self.known |= known
-        # Of these, [N, 1] in a dtype.
+        # The same, [N, 1] in a dtype, as far as it was asked for.
         self.tables: dict[torch.dtype, Known] = {self.plain.dtype: {}, torch.float64: {}}
 
     def _of(self, name: Any, rows: Rows, dtype: torch.dtype | None = None) -> Tensor:

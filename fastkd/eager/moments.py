@@ -14,7 +14,7 @@ from fastkd.sharding import LOCAL, Merge
 
 from .blocks import blocks
 
-# In fp32, the std of a row is right between these, and where it is no rounding of the mean.
+# The std of a row is right in fp32 between these, and where it is no rounding of the mean.
 LEAST_STD, MOST_STD, NEAR_ROUNDING = 1e-14, 1e17, 1e-4
 MOST_WIDTH_SLOPE = 1e37
 BLOCK_ELEMENTS = 1 << 18  # of rows that are worked off at once, and stay in the cache

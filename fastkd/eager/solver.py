@@ -69,11 +69,11 @@ class Solver:
         self.problem, self.entropy, self.metrics = problem, entropy, metrics
         self.room, self.inplace = room, inplace
         self.again: Tensor | None = None  # [N], bool: rows to come in fp64 when all others are done
-        # To search all of few logits for their largest takes less than to look at the sums then.
+        # Few logits are searched whole for their largest: to look at the sums would take longer.
         self.few = problem.rows * problem.vocab_size <= FEW
         self.kind = Divergence.of_name(problem.divergence)
-        # Against a student that is nearly certain; where the label is looked at, against a side
-        # whose other entries are then known to few digits, for the value too.
+        # Whether rows with a nearly certain student are looked for, whose gradient loses digits.
+        # Where the divergence looks at the label, the value does too, of either side.
         label_aware = self.kind.label_aware
         cancels = self.kind.cancels and problem.teacher is not None
         self.guarded = (gradient or label_aware) and cancels
@@ -270,7 +270,7 @@ def _certain(side: Softmax, bounds: Sequence[float], value: Tensor, worst: float
     """
     least, most = bounds
     uncertain = UNCERTAIN * min(max(1.0, worst), LARGE)
-    # The term of `shift`, 1, is too small or too much.
+    # Neither the term of `shift`, which is 1, nor any of the others is nearly all of the sum.
     if least >= 1 + uncertain and most * uncertain <= 1:
         return None
     some = side.exp[:, : max(side.exp.size(1) // 16, SEARCHED)]
