@@ -17,6 +17,7 @@ from torch import Tensor
 import fastkd
 from fastkd import sharding
 from tests import running, test_nasty_rows
+from tests.closeness import assert_close
 
 EDGES = {3: (0, 1, 1, 3), 17: (0, 5, 5, 17), 70: (0, 30, 64, 70)}  # by the number of columns
 
@@ -141,6 +142,25 @@ def test_rows_far_apart_with_a_small_divergence():
         teacher = 1e-3 * torch.randn(1, 17)
         student = teacher + 1e-3 * torch.rand(1) * torch.randn(1, 17)
         check(divergence, (student, teacher), {"temperature": torch.tensor(1e-3)}, False)
+
+
+@pytest.mark.parametrize("orders", [(1.5, 3.0), (1.5, 1.0), (1.0, 1.0)])
+def test_alpha_beta_of_certain_sides_that_differ_little(orders):
+    teacher = torch.randn(30, 70)
+    teacher[:, 3] += torch.linspace(10.0, 13.0, 30)
+    student = teacher + torch.randn(30, 70)
+    settings = {"divergence": fastkd.AlphaBeta(*orders), "reduction": "sum"}
+
+    def find(owner):
+        return running.run(
+            student[:, owner.slice], teacher[:, owner.slice], group=owner, backend="torch",
+            **settings,
+        )  # fmt: skip
+
+    with mock.patch.object(sharding, "of_group", as_given):
+        gradient = torch.cat([gradient for _, gradient in of_owners(70, find)], -1)
+    for rows in zip(gradient, running.truth(student, teacher, **settings)[1], strict=True):
+        assert_close(*rows, "gradient")
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "drop"])

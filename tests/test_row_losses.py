@@ -387,6 +387,21 @@ def test_dist_of_a_uniform_side():
     assert_zero(gradient)
 
 
+@pytest.mark.usefixtures("as_of_many")
+@pytest.mark.parametrize("orders", [(-1.0, -0.5), (0.7, -1.0), (1.5, 3.0)])
+def test_orders_far_from_a_sum_of_1(orders):
+    """Sides that differ little are far apart, by q^-1.5; or a student is certain, by q^4.5."""
+    teacher = 2 * torch.randn(64, 200)
+    student = teacher + 1e-3 * torch.randn(64, 200) if sum(orders) < 1 else torch.randn(64, 200)
+    if sum(orders) > 1:
+        student[:, 7] = student[:, 8:].logsumexp(-1) + 6.1
+    settings = {"divergence": AlphaBeta(*orders), "reduction": "none"}
+    loss, gradient = run(student, teacher, backend="torch", **settings)
+    for rows in zip(loss, gradient, *truth(student, teacher, **settings), strict=True):
+        assert_close(rows[0], rows[2])
+        assert_close(rows[1], rows[3], "gradient")
+
+
 @pytest.mark.parametrize("divergence", [AKL(0.3), AKL(0.5), AKL(0.95)], ids=str)
 def test_the_head_of_many_columns(divergence):
     """Against a sort, on rows of 4096."""

@@ -15,6 +15,10 @@ from .base import Divergence
 # A series replaces exp(x) - 1 - x for x below NEAR: in fp64, and where both orders are below SMALL,
 # as the direct form then divides by a small number.
 NEAR, SMALL = 0.5, 1 / 16
+# Where both orders sum to less, the unlikely entries weigh so much, q^(a + b), that sides which
+# differ little are far apart; where to more, a certain student's gradient is a smaller difference.
+# fp64 then has all rows.
+LEAST_SUM, MOST_SUM = 0.6, 3.0
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,10 @@ class AlphaBeta(Divergence):
     @staticmethod
     def curvature(a, b):
         return 1.0 if a + b == 1 else None
+
+    @classmethod
+    def least_of(cls, a, b):
+        return cls.least_in_fp32 if LEAST_SUM <= a + b <= MOST_SUM else math.inf
 
     def dual(self):
         return self.name, (self.beta, self.alpha), 1.0

@@ -148,6 +148,11 @@ class Divergence:
         return None
 
     @classmethod
+    def least_of(cls, a: float, b: float) -> float:
+        """`least_in_fp32` at these parameters: at some a large value may have few digits too."""
+        return cls.least_in_fp32
+
+    @classmethod
     def value_and_descent(cls, pair: Pair, a: float, b: float) -> tuple[Tensor, Descent]:
         """The divergence of each row, [R, 1], and the descent.
 

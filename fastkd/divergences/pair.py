@@ -111,9 +111,10 @@ class Pair:
 
     def logs(self) -> tuple[Tensor, Tensor]:
         """lp and lq, in buffers that are the caller's, with -inf for what stands for it."""
+        log_sum = self.student.log_sum  # and by `gap` the teacher's, as d has the digits of `gap`
         lp, lq = (
-            _affine(side.log2_exp, LN2, -side.log_sum.to(side.log2_exp.dtype), self.new())
-            for side in (self.teacher, self.student)
+            _affine(side.log2_exp, LN2, -of_side.to(side.log2_exp.dtype), self.new())
+            for side, of_side in ((self.teacher, log_sum - self.gap), (self.student, log_sum))
         )
         if lp.dtype == torch.float64:
             for logs in (lp, lq):

@@ -77,7 +77,8 @@ class Solver:
         label_aware = self.kind.label_aware
         cancels = self.kind.cancels and problem.teacher is not None
         self.guarded = (gradient or label_aware) and cancels
-        self.near = -torch.inf if problem.teacher is None else self.kind.least_in_fp32
+        least = self.kind.least_of(problem.a, problem.b)
+        self.near = -torch.inf if problem.teacher is None else least
         self.far = LARGE if self.guarded else FAR
         self.most = NEARLY * self.kind.most(problem.a, problem.b) if self.guarded else torch.inf
         self.scales = scales_of(problem)
