@@ -235,7 +235,7 @@ class DistillationTrainer(LossTrainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """The tokens that the loss counts, whatever this version of the Trainer would count."""
         found = [counted(targets(batch, self.shift), self._several()) for batch in batch_samples]
-        batches = [dict.fromkeys(TARGETS, places.long().sub(1).mul(100)) for places in found]
+        batches = [dict.fromkeys(TARGETS, torch.where(places, 0, -100)) for places in found]
         return super()._get_num_items_in_batch(batches, device)
 
     def _several(self) -> bool:
