@@ -19,7 +19,7 @@ def assert_close(
     Raises too where zeros, or 0.98 times the truth, would pass: such a comparison says nothing.
     """
     assert ours.shape == truth.shape, f"shape {tuple(ours.shape)}, expected {tuple(truth.shape)}"
-    truth = truth.detach().double()
+    truth = truth.detach().to(ours.device, torch.float64)
     got = ours.detach().double()
     special = ~truth.isfinite()
     assert torch.equal(got[special].nan_to_num(nan=0.5), truth[special].nan_to_num(nan=0.5)), (

@@ -117,6 +117,13 @@ def device():
     return DEVICE
 
 
+@pytest.fixture
+def on_device():
+    """What a test makes without a word of where lies on the device, as kernels need it."""
+    with torch.device(DEVICE) if DEVICE != "cpu" else nullcontext():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _schedule(request):
     plan = request.config.getoption("--schedule")

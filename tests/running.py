@@ -32,6 +32,7 @@ PATH = {"backend", "gradient", "inplace", "teacher_grad", "return_metrics"}
 def run(student: Tensor, teacher: Tensor, *rest, upstream: Tensor | None = None, **settings):
     """Loss and gradient to the student, at a given upstream gradient."""
     student = student.detach().to(DEVICE).clone().requires_grad_()
+    settings = {name: _move(value) for name, value in settings.items()}
     loss = fastkd.distillation_loss(student, _move(teacher), *map(_move, rest), **settings)
     loss.backward(torch.ones_like(loss) if upstream is None else upstream.to(loss))
     return loss.detach(), student.grad

@@ -13,7 +13,7 @@ from tests.running import FUSED, defined
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dim", [1, -3])
-def test_dense_predictions(dim, layout, backend):
+def test_dense_predictions(dim, layout, backend, on_device):
     student, teacher = (torch.randn(2, 5, 3, 4).to(memory_format=layout) for _ in range(2))
     labels, weight = torch.randint(5, (2, 3, 4)), torch.rand(2, 3, 4)
     labels[0, 1, 2] = -100

@@ -13,6 +13,7 @@ from tests.cases import DIVERGENCES
 from tests.closeness import assert_close, assert_zero
 from tests.running import EVERY, FUSED, NO_TRITON, defined
 
+pytestmark = pytest.mark.usefixtures("on_device")
 ROWS, VOCAB, K = 9, 40, 6
 MODES = ["forward", "backward"]
 

@@ -33,7 +33,7 @@ def test_the_lowest_finite_number_is_a_logit(columns, backend):
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("smoothing", [0.1, 1.0])
-def test_a_masked_label(smoothing, columns, backend):
+def test_a_masked_label(smoothing, columns, backend, on_device):
     student, teacher = torch.randn(2, 1, columns)
     student[0, 2] = -math.inf
     labels = torch.tensor([2])

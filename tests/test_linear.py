@@ -98,7 +98,7 @@ def test_every_divergence(divergence, mode):
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("form", [(True, True), (True, False), (False, True)], ids=str)
-def test_every_option_together(form, mode, backend):
+def test_every_option_together(form, mode, backend, on_device):
     check(
         Case(logit_scale=0.7, logit_softcap=5.0), labels_of(ROWS), form,
         divergence=fastkd.JSD(0.3), temperature=torch.rand(ROWS) + 0.7, teacher_temperature=0.8,
@@ -135,7 +135,7 @@ def test_few_rows_that_count_are_gathered_before_the_products(mode, monkeypatch)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("head", [{}, {"logit_softcap": 3.0, "logit_scale": 0.5}], ids=str)
-def test_ignored_rows_may_hold_nan(head, mode, backend):
+def test_ignored_rows_may_hold_nan(head, mode, backend, on_device):
     case, labels = Case(**head), labels_of(ROWS)
     with torch.no_grad():
         case.leaves[0][1] = torch.nan
@@ -150,7 +150,7 @@ def test_ignored_rows_may_hold_nan(head, mode, backend):
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("metrics", [False, True])
 @pytest.mark.parametrize(("rows", "mode"), [(ROWS, "forward"), (ROWS, "backward"), (0, "backward")])
-def test_no_row_counts(rows, mode, metrics, backend):
+def test_no_row_counts(rows, mode, metrics, backend, on_device):
     case = Case(rows=(rows,))
     found = fastkd.distillation_loss(
         *case.operands(), torch.full((rows,), -100), alpha=0.5, gradient=mode,
@@ -208,7 +208,7 @@ def test_the_reference_rounds_no_logits(head):
 
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("mode", MODES)
-def test_hidden_states_and_weight_by_columns(mode, backend):
+def test_hidden_states_and_weight_by_columns(mode, backend, on_device):
     case = Case()
     case.leaves = [
         x.detach().mT.contiguous().mT.requires_grad_(x.requires_grad) if x.dim() > 1 else x

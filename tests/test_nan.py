@@ -43,7 +43,7 @@ def test_a_broken_row_has_a_broken_gradient(divergence, columns, backend):
 @pytest.mark.parametrize("backend", ["torch", *TRITON])
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("divergence", LABEL_AWARE, ids=str)
-def test_a_row_broken_at_its_label_or_beside_it(divergence, columns, backend):
+def test_a_row_broken_at_its_label_or_beside_it(divergence, columns, backend, on_device):
     """A label at +inf is not a student that is certain of it."""
     broken = list(product(BROKEN, (0, 1)))
     sides = [torch.randn(len(broken) + 1, columns) for _ in range(2)]
@@ -77,7 +77,7 @@ def test_an_infinite_divergence_has_a_gradient_of_zero(columns, backend):
 
 @pytest.mark.parametrize("backend", ["torch", *TRITON])
 @pytest.mark.parametrize("columns", COLUMNS)
-def test_a_teacher_without_a_say_breaks_no_gradient(columns, backend):
+def test_a_teacher_without_a_say_breaks_no_gradient(columns, backend, on_device):
     """At alpha = 0 it is read for figures, or since it trains."""
     student, teacher = torch.randn(2, 2, columns).unbind()
     hot = torch.rand(2, columns)
