@@ -106,13 +106,18 @@ class Case(NamedTuple):
     padding: int = 0
 
     @property
+    def targets(self) -> Tensor | None:
+        """The labels, where the kernels read them."""
+        return None if self.labels is None else self.labels.to(DEVICE)
+
+    @property
     def counted(self) -> Tensor | None:
-        sigmoids = self.labels is None or self.labels.dim() > 1
-        return None if sigmoids else self.labels != -100
+        sigmoids = self.targets is None or self.targets.dim() > 1
+        return None if sigmoids else self.targets != -100
 
     @property
     def coefficients(self) -> Coefficients:
-        rows = torch.linspace(0.5, 1.5, len(self.student))
+        rows = torch.linspace(0.5, 1.5, len(self.student), device=DEVICE)
         kd, ce, entropy = (x * rows for x in (self.alpha, 1 - self.alpha, self.entropy))
         return Coefficients(
             kd, ce if self.labels is not None else None, entropy if self.entropy else None
@@ -129,7 +134,7 @@ class Case(NamedTuple):
 
     def problem(self, shard: Shard, backend: str, leaves: Sequence[Any]) -> Problem:
         first, last = shard.table.edges[shard.rank : shard.rank + 2]
-        labels = self.labels
+        labels = self.targets
         if labels is not None and labels.dim() > 1:
             labels = labels[:, first:last].contiguous()
         problem = Problem(

@@ -90,7 +90,7 @@ def test_a_gradient_that_is_small_keeps_its_digits_in_half_precision():
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_beside_heads_lists_and_ensembles(backend):
+def test_beside_heads_lists_and_ensembles(backend, on_device):
     student, teacher = sides()
     labels, settings = mixup(), {"alpha": 0.3, "backend": backend}
     hidden = torch.randn(ROWS, 5, requires_grad=True)
