@@ -17,6 +17,7 @@ from benchmarks.layouts import scattered
 from tests.ptx import cases, faults, machine
 
 ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 pytestmark = pytest.mark.skipif(machine.missing() is not None, reason=str(machine.missing()))
 FEW = [case.name for case in cases.few()]
 NAMES = [
@@ -28,8 +29,7 @@ NAMES = [
 def _results(*options: str) -> dict[str, list[str]]:
     done = subprocess.run(
         [sys.executable, "-m", "tests.ptx", "--json", *options],
-        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
-        cwd=ROOT, capture_output=True, text=True,
+        env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.stdout, done.stderr[-5000:]
     return json.loads(done.stdout)
@@ -70,6 +70,22 @@ def test_the_few_meet_what_all_meet():
 
     assert words(cases.every()) == telling
     assert words(cases.few()) == telling
+
+
+OF_ITS_OWN = """
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from tests.ptx.gpu import Gpu
+backend = CUDABackend(GPUTarget("cuda", 90, 32))
+of_a_gpu = backend.hash()
+Gpu().install()
+assert backend.hash() != of_a_gpu
+"""
+
+
+def test_no_gpu_loads_what_it_compiles():
+    """Triton's cache keeps these kernels, which have no machine code."""
+    subprocess.run([sys.executable, "-c", OF_ITS_OWN], env=ENVIRONMENT, cwd=ROOT, check=True)
 
 
 SLICE = "#ttg.slice<{dim = 2, parent = #linear}>"
