@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastkd.labels import soft
 from fastkd.operands import LinearHead
 
 TARGETS = ("labels", "shift_labels")
@@ -30,7 +31,7 @@ def targets(inputs: Mapping[str, Any], shift: bool) -> Tensor:
     if inputs.get("shift_labels") is not None:
         return inputs["shift_labels"]
     labels = inputs.get("labels")
-    if shift and labels is not None and labels.is_floating_point():
+    if shift and soft(labels):
         raise ValueError(
             "labels in floating point are one place too early for a model that predicts the next "
             "token: give them as shift_labels, or shift=False where they are at their places"
@@ -46,7 +47,7 @@ def targets(inputs: Mapping[str, Any], shift: bool) -> Tensor:
 
 def counted(labels: Tensor, several: bool) -> Tensor:
     """Which places count, bool [...]; `several`: labels hold an answer for each class."""
-    if several or labels.is_floating_point():
+    if several or soft(labels):
         return torch.ones(labels.shape[:-1], dtype=torch.bool, device=labels.device)
     return labels != -100
 

@@ -53,8 +53,7 @@ def known(settings: Mapping[str, Any]) -> None:
 
 
 def fixed(settings: Mapping[str, Any]) -> None:
-    """Refuses what could not stand in the loss of every step."""
-    known(settings)
+    """Refuses what could not stand in the loss of every step, of names that are known."""
     Checked.of(**{name: value for name, value in settings.items() if name != "weight"})
     for name, value in settings.items():
         if isinstance(value, Tensor) and value.requires_grad and not value.is_leaf:

@@ -33,7 +33,7 @@ from .models import (  # noqa: E402
     targets,
 )
 from .on_policy import OnPolicy  # noqa: E402
-from .settings import KEYWORDS, Settings, by_step, fixed, refuse_without_meaning  # noqa: E402
+from .settings import KEYWORDS, Settings, by_step, fixed, known, refuse_without_meaning  # noqa: E402
 from .teachers import asked, check, check_all  # noqa: E402
 
 Operand = Tensor | LinearHead | TopK | Sampled | Ensemble
@@ -351,6 +351,7 @@ def distillation_loss_func(
         torch.Size([])
     """
     require("transformers", "5.6", "6", extra="distill")
+    known(settings)
     fixed(settings)
     if outside(student, settings):
         raise ValueError(
